@@ -1,0 +1,45 @@
+# make demo | test | bench | lint | clean: each sets up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The build needs ninja and nvcc's environment from here, not from an activated shell.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/built
+	$(BIN)/dagcore demo --out demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks/bench_ops.py -q
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" pybind11 ninja
+	touch $@
+
+# Built with the torch that is installed here, in place: the package is used from this folder.
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info dagcore/*.so dagcore/_build.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

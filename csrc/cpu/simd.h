@@ -1,0 +1,37 @@
+// One build for every x86-64: a kernel body is compiled for AVX-512, for AVX2 and for the baseline,
+// and the widest that the processor has (or DAGCORE_SIMD allows) runs.
+#pragma once
+
+#include "../target.h"
+
+namespace dagcore {
+
+enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Simd simd_in_use();
+Simd simd_supported();
+void use_simd(Simd level);  // at most simd_supported()
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DAGCORE_X86 1
+template <typename Body, typename... Args>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void run_avx512(Args&&... args) {
+  Body::run(args...);
+}
+template <typename Body, typename... Args>
+__attribute__((target("avx2"))) void run_avx2(Args&&... args) {
+  Body::run(args...);
+}
+#endif
+
+// Body::run must be DAGCORE_INLINE, as must everything that it calls.
+template <typename Body, typename... Args>
+void run_simd(Simd level, Args&&... args) {
+#if defined(DAGCORE_X86)
+  if (level == Simd::avx512) return run_avx512<Body>(args...);
+  if (level == Simd::avx2) return run_avx2<Body>(args...);
+#endif
+  Body::run(args...);
+}
+
+}  // namespace dagcore

@@ -1,0 +1,109 @@
+// One pixel of the update X <- clip(X + gamma / ||r||_inf * r): shared by the CPU and CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "target.h"
+
+namespace dagcore {
+
+template <typename Out, typename In>
+DAGCORE_INLINE Out bit_cast(In in) {
+  static_assert(sizeof(Out) == sizeof(In), "bit_cast between sizes");
+  Out out;
+  __builtin_memcpy(&out, &in, sizeof(out));
+  return out;
+}
+
+// Arithmetic is done in `Real`; |r| is compared as `Bits`, the float's own bits without the sign,
+// where a NaN is larger than infinity and so survives the maximum.
+template <typename T>
+struct Pixel;
+
+template <typename Float, typename Int>
+struct FloatPixel {
+  using Real = Float;
+  using Bits = Int;
+  DAGCORE_INLINE static Real load(Float value) { return value; }
+  DAGCORE_INLINE static Float store(Real value) { return value; }
+};
+template <>
+struct Pixel<float> : FloatPixel<float, uint32_t> {};
+template <>
+struct Pixel<double> : FloatPixel<double, uint64_t> {};
+
+template <>
+struct Pixel<BFloat16> {
+  using Real = float;
+  using Bits = uint32_t;
+  DAGCORE_INLINE static float load(BFloat16 value) {
+    return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+  }
+  DAGCORE_INLINE static BFloat16 store(float value) {  // round to nearest, ties to even
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+  }
+};
+
+template <>
+struct Pixel<Half> {
+  using Real = float;
+  using Bits = uint32_t;
+  DAGCORE_INLINE static float load(Half value) {
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    // Normal, infinite and NaN: move the fields, then rebias the exponent (twice where it is full).
+    const uint32_t moved = (magnitude << 13) + 0x38000000u;
+    const uint32_t large = magnitude >= 0x7c00u ? moved + 0x38000000u : moved;
+    // Subnormal: the magnitude counts units of 2^-24.
+    const uint32_t small = bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+    return bit_cast<float>(sign | (magnitude < 0x0400u ? small : large));
+  }
+  DAGCORE_INLINE static Half store(float value) {  // round to nearest, ties to even
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5 puts a subnormal's units of 2^-24 at the bottom of the sum, rounded.
+    const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t finite = magnitude < 0x38800000u ? small : normal;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+  }
+};
+
+template <typename T>
+DAGCORE_INLINE typename Pixel<T>::Bits magnitude_bits(T value) {
+  using Bits = typename Pixel<T>::Bits;
+  return bit_cast<Bits>(Pixel<T>::load(value)) & (~Bits{0} >> 1);
+}
+
+template <typename Real>
+struct Step {
+  Real gamma, lower, upper, epsilon;  // infinities where there is no bound
+};
+
+// gamma / norm, or 0 where the image must stay as it is: the norm is 0, not finite, or so small
+// that the quotient overflows.
+template <typename Real>
+DAGCORE_INLINE Real step_scale(Real gamma, Real norm) {
+  const Real scale = gamma / norm;
+  return norm - norm == 0 && scale - scale == 0 ? scale : Real{0};
+}
+
+template <typename Real>
+DAGCORE_INLINE Real clip(Real value, Real lower, Real upper) {
+  value = value < lower ? lower : value;
+  return value > upper ? upper : value;
+}
+
+template <typename Real>
+DAGCORE_INLINE Real step_pixel(Real image, Real origin, Real gradient, Real scale,
+                               Step<Real> step) {
+  const Real moved = image + scale * gradient;
+  const Real inside = clip(moved, origin - step.epsilon, origin + step.epsilon);
+  return clip(inside, step.lower, step.upper);
+}
+
+}  // namespace dagcore

@@ -1,0 +1,7 @@
+"""dagcore: Dense Adversary Generation (Xie et al., ICCV 2017) on fused C++/CUDA kernels."""
+
+from . import labels, ops, perturbation, reference
+from .attack import DAG, Result, Status
+
+__all__ = ["DAG", "Result", "Status", "labels", "ops", "perturbation", "reference"]
+__version__ = "0.1.0"

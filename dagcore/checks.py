@@ -1,0 +1,150 @@
+"""Argument checks: every message names the argument, what was required and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+GOALS = ("leave", "reach")
+LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def names(items: Iterable[object]) -> str:
+    """Items as a readable list: "a, b or c"."""
+    *first, last = (str(item).removeprefix("torch.") for item in items)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `value` is a tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {names(dtypes)}, got {names([value.dtype])}")
+
+
+def device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors share a device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
+        )
+
+
+def shape(name: str, value: Tensor, required: tuple[int, ...], why: str) -> None:
+    """Raise unless a tensor has the required shape."""
+    if tuple(value.shape) != tuple(required):
+        raise ValueError(
+            f"{name} must have shape {tuple(required)} to match {why}, got {tuple(value.shape)}"
+        )
+
+
+def choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless a string is one of the choices."""
+    allowed = tuple(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be {names(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: object, *, above: float | None = None, infinite: bool = False) -> None:
+    """Raise unless `value` is a real number, larger than `above` and finite unless allowed."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    fits = (above is None or value > above) and not math.isnan(value)
+    if not fits or not (infinite or math.isfinite(value)):
+        kind = "a number" if infinite else "a finite number"
+        bound = "" if above is None else f" above {above:g}"
+        raise ValueError(f"{name} must be {kind}{bound}, got {value}")
+
+
+def integer(name: str, value: object, *, at_least: int | None = None) -> None:
+    """Raise unless `value` is an integer, and no smaller than `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def seed_arguments(
+    scores: Tensor, labels: Tensor, adversarial_labels: Tensor | str, goal: str, ignore_index: int
+) -> Tensor | None:
+    """Check the arguments of `dag_seed`; return the adversarial labels, or None for the runner-up.
+
+    Values of labels are not read here: see `label_range`.
+    """
+    tensor("scores", scores, FLOAT_DTYPES)
+    if scores.dim() < 2 or scores.shape[1] < 1:
+        raise ValueError(
+            "scores must have shape (N, C, *targets) with at least one class, "
+            f"got {tuple(scores.shape)}"
+        )
+    choice("goal", goal, GOALS)
+    integer("ignore_index", ignore_index)
+    expected = (scores.shape[0], *scores.shape[2:])
+    maps = [("labels", labels)]
+    if isinstance(adversarial_labels, str):
+        if adversarial_labels != "runner-up":
+            raise ValueError(
+                f"adversarial_labels must be a tensor or 'runner-up', got {adversarial_labels!r}"
+            )
+        if goal == "reach":
+            raise ValueError(
+                "adversarial_labels must be a tensor for goal='reach', got 'runner-up'"
+            )
+    else:
+        maps.append(("adversarial_labels", adversarial_labels))
+    for name, value in maps:
+        tensor(name, value, LABEL_DTYPES)
+        shape(name, value, expected, f"scores {tuple(scores.shape)}")
+        device(name, value, "scores", scores)
+    return None if isinstance(adversarial_labels, str) else adversarial_labels
+
+
+def label_range(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise if a label is neither a class nor the ignore label. Reads values: synchronises."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if bool(wrong.any()):
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} must lie in [0, {num_classes}) or equal ignore_index={ignore_index}, "
+            f"got {int(labels[where])} at {where}"
+        )
+
+
+def step_arguments(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    gamma: float,
+    lower: float | None,
+    upper: float | None,
+    epsilon: float | None,
+) -> tuple[float, float, float]:
+    """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite where None."""
+    tensor("images", images, FLOAT_DTYPES)
+    if images.dim() < 1:
+        raise ValueError("images must have a batch dimension, got a scalar")
+    if any(size > 1 and stride == 0 for size, stride in zip(images.shape, images.stride())):
+        raise ValueError("images must not be an expanded tensor: it is written in place")
+    for name, value in (("origin", origin), ("gradient", gradient)):
+        tensor(name, value, (images.dtype,))
+        shape(name, value, tuple(images.shape), "images")
+        device(name, value, "images", images)
+    tensor("active", active, (torch.int32,))
+    shape("active", active, (images.shape[0],), "images")
+    device("active", active, "images", images)
+    number("gamma", gamma, above=0)
+    low = -math.inf if lower is None else lower
+    high = math.inf if upper is None else upper
+    ball = math.inf if epsilon is None else epsilon
+    number("lower", low, infinite=True)
+    number("upper", high, infinite=True)
+    number("epsilon", ball, above=0, infinite=True)
+    if not low < high:
+        raise ValueError(f"lower must be below upper, got {low} and {high}")
+    return low, high, ball

@@ -1,0 +1,165 @@
+"""Adversarial labels: drawn at random, or painted as a pattern."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+KINDS = ("permutation", "random", "runner-up")
+PATTERNS = ("circle", "square", "stripes")
+
+
+def assign(
+    adversarial_labels: Tensor | str,  # (N, *T)
+    labels: Tensor,  # (N, *T)
+    num_classes: int,
+    ignore_index: int = 255,
+    generator: torch.Generator | None = None,
+) -> Tensor | str:
+    """The adversarial labels of an attack: given ones as they are, others drawn.
+
+    Args:
+        adversarial_labels: (N, *T) integers, returned unchanged, or one of "permutation" (each
+            image's classes permuted at random, none to itself), "random" (each target a class of
+            its own, never its label) or "runner-up" (returned unchanged: looked up as scores come).
+        labels: (N, *T) uint8, int32 or int64.
+        num_classes: C.
+        ignore_index: targets of this label keep it.
+        generator: source of randomness; torch's global one if None.
+
+    Returns:
+        (N, *T), of the dtype of `labels` where that can hold C classes, or "runner-up".
+
+    Raises:
+        ValueError: an unknown kind, a label out of range, or fewer than two classes to choose from.
+    """
+    if isinstance(adversarial_labels, Tensor) or adversarial_labels == "runner-up":
+        return adversarial_labels
+    checks.choice("adversarial_labels", adversarial_labels, KINDS)
+    checks.label_range("labels", labels, num_classes, ignore_index)
+    counted = labels != ignore_index
+    if num_classes < 2:
+        if bool(counted.any()):
+            raise ValueError(
+                f"adversarial_labels={adversarial_labels!r} needs at least 2 classes, "
+                f"the scores have {num_classes}"
+            )
+        return labels.clone()
+    device = generator.device if generator is not None else torch.device("cpu")
+    true = torch.where(counted, labels, 0).long()
+    if adversarial_labels == "permutation":
+        tables = [derangement(num_classes, generator) for _ in range(len(labels))]
+        drawn = true
+        if tables:
+            table = torch.stack(tables).to(labels.device)
+            drawn = table.gather(1, true.reshape(len(true), -1)).reshape(true.shape)
+    else:
+        shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=device)
+        drawn = (true + shift.to(labels.device)) % num_classes
+    dtype = labels.dtype if num_classes <= 256 or labels.dtype != torch.uint8 else torch.int32
+    return torch.where(counted, drawn.to(dtype), labels.to(dtype))
+
+
+def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:
+    """A permutation of the classes without fixed points, uniform among them: (C,) int64."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    identity = torch.arange(num_classes, device=device)
+    while True:  # succeeds with probability about 1/e
+        drawn = torch.randperm(num_classes, generator=generator, device=device)
+        if bool((drawn != identity).all()):
+            return drawn
+
+
+def pattern(name: str, height: int, width: int) -> Tensor:
+    """A pattern to paint, as in the paper's geometric examples: (height, width) bool.
+
+    Args:
+        name: "circle", "square", "stripes", "text:WORDS" or "mask:FILE", an image file whose
+            non-zero pixels are the pattern, fitted to the size by its nearest pixels.
+        height: in targets.
+        width: in targets.
+
+    Raises:
+        ValueError: an unknown name, an empty text or a size below 1.
+        OSError: a mask file that cannot be read as an image.
+    """
+    checks.integer("height", height, at_least=1)
+    checks.integer("width", width, at_least=1)
+    kind, _, argument = name.partition(":")
+    y = torch.arange(height)[:, None] - (height - 1) / 2
+    x = torch.arange(width)[None, :] - (width - 1) / 2
+    reach = 0.35 * min(height, width)
+    if kind == "circle" and not argument:
+        return x**2 + y**2 <= reach**2
+    if kind == "square" and not argument:
+        return (x.abs() <= reach) & (y.abs() <= reach)
+    if kind == "stripes" and not argument:
+        period = max(2, round(min(height, width) / 4))
+        return (torch.arange(width) % period < period / 2).expand(height, width).clone()
+    if kind == "text" and argument:
+        return _text(argument, height, width)
+    if kind == "mask" and argument:
+        return _mask_file(Path(argument), height, width)
+    raise ValueError(
+        f"pattern must be {checks.names(map(repr, PATTERNS))}, 'text:WORDS' or 'mask:FILE', "
+        f"got {name!r}"
+    )
+
+
+def paint(mask: Tensor, foreground: int, background: int | Tensor) -> Tensor:
+    """Labels that are `foreground` inside a mask and `background` (a class or a map) outside.
+
+    Args:
+        mask: (*T) bool.
+        foreground: class inside.
+        background: class outside, or (*T) integer labels to keep there.
+
+    Returns:
+        (*T) int64.
+    """
+    checks.tensor("mask", mask, (torch.bool,))
+    checks.integer("foreground", foreground, at_least=0)
+    if isinstance(background, Tensor):
+        checks.tensor("background", background, checks.LABEL_DTYPES)
+        checks.shape("background", background, tuple(mask.shape), "mask")
+        return torch.where(mask, foreground, background.long())
+    checks.integer("background", background, at_least=0)
+    return torch.where(mask, foreground, background)
+
+
+def _text(words: str, height: int, width: int) -> Tensor:
+    from PIL import Image, ImageDraw, ImageFont
+
+    canvas = Image.new("L", (1, 1))
+    left, top, right, bottom = ImageDraw.Draw(canvas).textbbox(
+        (0, 0), words, font=ImageFont.load_default(size=100)
+    )
+    size = 100 * min(0.9 * width / (right - left), 0.9 * height / (bottom - top))
+    canvas = Image.new("L", (width, height))
+    ImageDraw.Draw(canvas).text(
+        (width / 2, height / 2),
+        words,
+        fill=255,
+        anchor="mm",
+        font=ImageFont.load_default(size=max(size, 1)),
+    )
+    return _mask(canvas)
+
+
+def _mask_file(path: Path, height: int, width: int) -> Tensor:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        grey = image if image.mode in ("L", "P", "1", "I") else image.convert("L")
+        return _mask(grey.resize((width, height), Image.Resampling.NEAREST))
+
+
+def _mask(image: object) -> Tensor:
+    import numpy as np
+
+    values = np.array(image)
+    return torch.from_numpy(values > (127 if values.max() == 255 else 0))

@@ -1,0 +1,39 @@
+"""The compiled module: loaded if it is there, an error if it cannot load, None if it is not there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def _load() -> ModuleType | None:
+    if importlib.util.find_spec("dagcore._native") is None:
+        return None
+    try:
+        return importlib.import_module("dagcore._native")
+    except ImportError as error:
+        built = built_for()
+        raise ImportError(
+            f"dagcore's native module was built for torch {built.get('torch', '(unknown)')} "
+            f"(CUDA {built.get('cuda') or 'none'}) and does not load with torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}): {error}. "
+            "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps dagcore's "
+            "folder."
+        ) from error
+
+
+def built_for() -> dict[str, str | None]:
+    """Versions that the native module was built for: {"torch": ..., "cuda": ...}."""
+    record = Path(__file__).with_name("_build.json")
+    if not record.exists():
+        return {}
+    built: dict[str, str | None] = json.loads(record.read_text())
+    return built
+
+
+module = _load()

@@ -1,0 +1,197 @@
+"""The fused ops: schemas, public wrappers and what torch needs to know of them.
+
+The native module registers CPU and CUDA kernels; `dagcore.reference` is every op's default kernel,
+so that everything runs where there is no native one, after one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, native, reference
+
+__all__ = ["dag_seed", "linf_step_"]
+
+_library = torch.library.Library("dagcore", "DEF")
+_library.define(
+    "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "int ignore_index) -> (Tensor seed, Tensor active)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "linf_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, float gamma, "
+    "float lower, float upper, float epsilon) -> Tensor norms",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_warned: set[str] = set()
+
+
+def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as an op's default kernel, which says once per device that it is in use."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if device not in _warned:
+            _warned.add(device)
+            why = (
+                "dagcore's native module is not built"
+                if native.module is None
+                else f"dagcore's native module was built without kernels for {device}"
+            )
+            warnings.warn(
+                f"{why}: running the slower PyTorch reference (see README, Building)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return kernel(*args)
+
+    return run
+
+
+def _seed_default(
+    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return reference.dag_seed(
+        scores,
+        labels,
+        "runner-up" if adversarial is None else adversarial,
+        goal="reach" if reach else "leave",
+        ignore_index=ignore_index,
+    )
+
+
+def _step_default(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    gamma: float,
+    lower: float,
+    upper: float,
+    epsilon: float,
+) -> Tensor:
+    return reference.linf_step_(
+        images, origin, gradient, active, gamma=gamma, lower=lower, upper=upper, epsilon=epsilon
+    )
+
+
+_library.impl("dag_seed", _fall_back(_seed_default), "CompositeExplicitAutograd")
+_library.impl("linf_step_", _fall_back(_step_default), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dagcore::dag_seed", lib=_library)
+def _seed_fake(
+    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), scores.new_empty(scores.shape[:1], dtype=torch.int32)
+
+
+@torch.library.register_fake("dagcore::linf_step_", lib=_library)
+def _step_fake(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    gamma: float,
+    lower: float,
+    upper: float,
+    epsilon: float,
+) -> Tensor:
+    return images.new_empty(images.shape[:1], dtype=reference.norm_dtype(images))
+
+
+def dag_seed(
+    scores: Tensor,  # (N, C, *T)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str,  # (N, *T)
+    *,
+    goal: str = "leave",
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """Seed of the backward pass and number of active targets: lines 3 and 4 of Algorithm 1.
+
+    A target is active while its argmax over the classes is its label (goal "leave"), or while it
+    is not yet its adversarial label (goal "reach"). Ties go to the lowest class. The seed is +1 at
+    an active target's adversarial label, -1 at its label ("leave") or at its argmax ("reach"), and
+    0 elsewhere: the gradient of sum over active t of f_l'(t) - f_l(t) with respect to the scores.
+
+    Targets labelled `ignore_index` never count; for "leave", neither do those whose adversarial
+    label is their label. A target with a NaN among its scores is active whatever its argmax, so
+    that a broken network is never taken for a successful attack.
+
+    Args:
+        scores: (N, C, *T), any number of target dimensions and any strides; float16, bfloat16,
+            float32 or float64, before softmax.
+        labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
+        adversarial_labels: (N, *T) likewise, or "runner-up" for the strongest other class (goal
+            "leave" only). Not read where `labels` is `ignore_index`; a value of `ignore_index`
+            that is no class excludes the target too.
+        goal: "leave" or "reach".
+        ignore_index: the label of targets that never count.
+
+    Returns:
+        seed, with the dtype, shape and layout of `scores`; active, (N,) int32.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or choice, or a label out of range. On CUDA and inside
+            torch.compile reading the labels would synchronise: there an image that holds such a
+            label comes back with a negative number of active targets, and the bad target is
+            left out of the seed.
+    """
+    adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
+    seed, active = torch.ops.dagcore.dag_seed(
+        scores.detach(), labels, adversarial, goal == "reach", ignore_index
+    )
+    if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
+        reference.counted_targets(scores, labels, adversarial, ignore_index)  # names the label
+    return seed, active
+
+
+def linf_step_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    gamma: float,
+    lower: float | None,
+    upper: float | None,
+    epsilon: float | None,
+) -> Tensor:
+    """Take one step in place: X <- clip(X + gamma / ||r||_inf * r), lines 5 to 7 of Algorithm 1.
+
+    The norm is each image's own. The clip is to [origin - epsilon, origin + epsilon], then to
+    [lower, upper]. Images with `active` <= 0 are not touched, and neither are images whose norm is
+    0 or not finite (or so small that gamma / norm overflows). 16-bit images are stepped in float32
+    and rounded once.
+
+    Args:
+        images: (N, *) float16, bfloat16, float32 or float64, any strides; written in place.
+        origin: like `images`: the clean images.
+        gradient: like `images`: r, the gradient summed over the active targets.
+        active: (N,) int32, number of active targets of each image.
+        gamma: step length, in the units of `images`.
+        lower, upper: the valid range, None for no bound.
+        epsilon: radius of the ball around `origin`, None for none.
+
+    Returns:
+        norms: (N,) ||gradient||_inf of each image in float32 (float64 for float64 images), NaN
+        where the gradient has a NaN; 0 for images that are not active.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+    """
+    low, high, ball = checks.step_arguments(
+        images, origin, gradient, active, gamma, lower, upper, epsilon
+    )
+    norms: Tensor = torch.ops.dagcore.linf_step_(
+        images, origin, gradient, active, float(gamma), float(low), float(high), float(ball)
+    )
+    return norms

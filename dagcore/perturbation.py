@@ -1,0 +1,71 @@
+"""Working with perturbations: adding, permuting, measuring and rounding them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+def combine(*perturbations: Tensor) -> Tensor:
+    """The sum of perturbations of one shape: the paper's ensembles, such as r_5 + r_7.
+
+    Raises:
+        ValueError: none given, or of different shapes.
+    """
+    if not perturbations:
+        raise ValueError("perturbations must have at least one member, got none")
+    total = perturbations[0]
+    for k, other in enumerate(perturbations[1:], start=1):
+        checks.shape(f"perturbations[{k}]", other, tuple(total.shape), "perturbations[0]")
+        total = total + other
+    return total
+
+
+def permute(perturbation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Rows and columns in a random order, (N, C, H, W), another order for each image.
+
+    The paper's control: the same values, without their spatial structure.
+    """
+    if perturbation.dim() != 4:
+        raise ValueError(
+            f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
+        )
+    device = generator.device if generator is not None else torch.device("cpu")
+    height, width = perturbation.shape[2:]
+    shuffled = torch.empty_like(perturbation)
+    for n, r in enumerate(perturbation):
+        rows = torch.randperm(height, generator=generator, device=device).to(r.device)
+        columns = torch.randperm(width, generator=generator, device=device).to(r.device)
+        shuffled[n] = r[:, rows[:, None], columns]
+    return shuffled
+
+
+def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:
+    """The paper's p = sqrt(1/K sum_k ||r_k||_2^2) over the K pixels, (N, C, H, W) -> (N,).
+
+    Args:
+        perturbation: (N, C, *pixels).
+        value_range: width of the images' range (255 for 0..255): p is in units of [0, 1].
+    """
+    if perturbation.dim() < 2:
+        raise ValueError(
+            f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
+        )
+    checks.number("value_range", value_range, above=0)
+    if not perturbation.numel():
+        return perturbation.new_zeros(len(perturbation))
+    squares = (perturbation.double() / value_range).square().sum(1)
+    mean = squares.reshape(len(squares), -1).mean(1)
+    return mean.sqrt().to(torch.promote_types(perturbation.dtype, torch.float32))
+
+
+def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Images as they come back from an 8-bit file: rounded to 256 levels within `bounds`.
+
+    `DAG.count_active` tells how many targets still hold for them.
+    """
+    lower, upper = bounds
+    levels = ((images - lower) / (upper - lower) * 255).round().clamp(0, 255)
+    return levels / 255 * (upper - lower) + lower

@@ -1,0 +1,213 @@
+"""Dense Adversary Generation in plain PyTorch: the oracle of the native code, and its baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .labels import assign
+
+CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
+
+
+class Trace(NamedTuple):
+    """What an attack loop leaves behind, for N images and at most M updates."""
+
+    images: Tensor  # (N, *) attacked images
+    iterations: Tensor  # (N,) int32, updates applied
+    status: Tensor  # (N,) int8: CONVERGED, BUDGET or STALLED
+    active: Tensor  # (M + 1, N) int32, active targets at each evaluation, -1 once stopped
+    adversarial_labels: Tensor | None  # (N, *T), None for the runner-up
+
+
+def dag(
+    scores_of: Callable[[Tensor], Tensor],
+    images: Tensor,  # (N, *)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str,  # (N, *T)
+    *,
+    gamma: float = 0.5 / 255,
+    max_iter: int = 200,
+    goal: str = "leave",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    epsilon: float | None = None,
+    tolerance: float = 0.0,
+    ignore_index: int = 255,
+    generator: torch.Generator | None = None,
+) -> Trace:
+    """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
+
+    `scores_of` maps images (N, *) to scores (N, C, *T), differentiably.
+    """
+    lower, upper = bounds or (None, None)
+    x = images.detach().clone()
+    running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    status = torch.full((len(x),), BUDGET, dtype=torch.int8, device=x.device)
+    history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
+
+    for m in range(max_iter + 1):
+        x.requires_grad_()
+        scores = scores_of(x)
+        if m == 0:
+            adversarial_labels = assign(
+                adversarial_labels, labels, scores.shape[1], ignore_index, generator
+            )
+            allowed = tolerance * targets(scores, labels, adversarial_labels, goal, ignore_index)
+        # line 3: T_m = {t : argmax_c f_c(X_m, t) = l_t}
+        seed, active = dag_seed(
+            scores, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
+        )
+        history[m] = torch.where(running, active, -1)
+        converged = running & (active <= allowed)
+        status[converged] = CONVERGED
+        running = running & ~converged
+        if m == max_iter or not running.any():
+            break
+        # line 4: r_m = sum over T_m of grad f_l' - grad f_l
+        (r,) = torch.autograd.grad(scores, x, seed)
+        # lines 5 to 7: X_{m+1} = X_m + gamma / ||r_m||_inf r_m
+        x = x.detach()
+        norms = linf_step_(
+            x,
+            images,
+            r,
+            torch.where(running, active, 0),
+            gamma=gamma,
+            lower=lower,
+            upper=upper,
+            epsilon=epsilon,
+        )
+        moved = step_scale(norms, gamma) > 0
+        status[running & ~moved] = STALLED
+        running = running & moved
+        iterations += running
+        if not running.any():
+            break
+
+    drawn = None if isinstance(adversarial_labels, str) else adversarial_labels
+    return Trace(x.detach(), iterations, status, history, drawn)
+
+
+def counted_targets(
+    scores: Tensor, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Which targets can count, (N, *T) bool: not ignored. Raises ValueError for a bad label."""
+    num_classes = scores.shape[1]
+    checks.label_range("labels", labels, num_classes, ignore_index)
+    counted = labels != ignore_index
+    if adversarial_labels is None:
+        return counted & (num_classes > 1)
+    void = adversarial_labels == ignore_index
+    checks.label_range(
+        "adversarial_labels",
+        torch.where(counted & ~void, adversarial_labels, 0),
+        num_classes,
+        ignore_index,
+    )
+    return counted & ~void if not 0 <= ignore_index < num_classes else counted
+
+
+def targets(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial_labels: Tensor | str,
+    goal: str,
+    ignore_index: int,
+) -> Tensor:
+    """Number of targets of each image that count, (N,): what `tolerance` is a fraction of."""
+    adversarial = None if isinstance(adversarial_labels, str) else adversarial_labels
+    counted = counted_targets(scores, labels, adversarial, ignore_index)
+    if goal == "leave" and adversarial is not None:
+        counted = counted & (adversarial != labels)
+    return (
+        counted.reshape(len(counted), -1).sum(1)
+        if counted.numel()
+        else counted.new_zeros(len(counted), dtype=torch.int64)
+    )
+
+
+def dag_seed(
+    scores: Tensor,  # (N, C, *T)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str,  # (N, *T)
+    *,
+    goal: str = "leave",
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """What `dagcore.ops.dag_seed` computes, by autograd. Same arguments, results and errors."""
+    adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
+    if scores.numel() == 0:
+        return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
+    f = scores.detach().requires_grad_()
+    counted = counted_targets(scores, labels, adversarial, ignore_index)
+    true = torch.where(counted, labels, 0).long()
+    top, winner = scores.detach().max(dim=1)
+    if adversarial is None:
+        other = runner_up(scores.detach(), true)
+    else:
+        other = torch.where(counted, adversarial, 0).long()
+
+    if goal == "leave":
+        active = counted & (other != true) & ((winner == true) | top.isnan())
+        minus = true
+    else:
+        active = counted & ((winner != other) | top.isnan())
+        minus = winner
+    with torch.enable_grad():
+        f_plus, f_minus = f.gather(1, torch.stack([other, minus], dim=1)).unbind(1)
+        (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
+
+    laid_out = torch.empty_like(scores)
+    if laid_out.stride() != seed.stride():
+        seed = laid_out.copy_(seed)
+    return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+
+
+def runner_up(scores: Tensor, labels: Tensor) -> Tensor:
+    """The strongest class other than the label: (N, C, *T), (N, *T) -> (N, *T) int64."""
+    others = scores.scatter(1, labels.unsqueeze(1), -math.inf).argmax(dim=1)
+    # Where all others are -inf too, the label itself can come out, as class 0: the next is meant.
+    return torch.where(others == labels, min(1, scores.shape[1] - 1), others)
+
+
+def linf_step_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    gamma: float,
+    lower: float | None,
+    upper: float | None,
+    epsilon: float | None,
+) -> Tensor:
+    """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
+    low, high, ball = checks.step_arguments(
+        images, origin, gradient, active, gamma, lower, upper, epsilon
+    )
+    real = norm_dtype(images)
+    if images.numel() == 0:
+        return images.new_zeros(len(images), dtype=real)
+    x, x0, r = images.detach().to(real), origin.detach().to(real), gradient.detach().to(real)
+    norms = torch.where(active > 0, r.abs().reshape(len(r), -1).amax(1), 0)
+    scale = step_scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
+    moved = (x + scale * r).clamp(x0 - ball, x0 + ball).clamp(low, high)
+    images.detach().copy_(torch.where(scale > 0, moved, x))
+    return norms
+
+
+def step_scale(norms: Tensor, gamma: float) -> Tensor:
+    """gamma / norm, (N,); 0 where the image must stay: norm 0, not finite, or quotient infinite."""
+    scale = torch.full_like(norms, gamma) / norms
+    return torch.where(norms.isfinite() & scale.isfinite(), scale, 0)
+
+
+def norm_dtype(images: Tensor) -> torch.dtype:
+    """The dtype in which images are stepped, and their norms returned."""
+    return torch.float64 if images.dtype == torch.float64 else torch.float32

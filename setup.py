@@ -1,0 +1,190 @@
+"""Builds dagcore's native module; see README.md, "Building", for the switches.
+
+DAGCORE_NATIVE=0        no native code: everything runs on the PyTorch reference
+DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are found
+TORCH_CUDA_ARCH_LIST    architectures, as for any torch extension
+MAX_JOBS                parallel compilations
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
+OLDEST_ARCHITECTURES = "8.0;9.0"  # compiled, with the newest, where there is no GPU to ask
+
+
+def log(message: str) -> None:
+    print(f"dagcore: {message}", file=sys.stderr, flush=True)
+
+
+def switch(name: str) -> bool | None:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"dagcore: {name} must be 0, 1 or unset, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit's folder, as nvcc itself knows it (nvcc on PATH may be a wrapper)."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def newest_architecture(nvcc: str, supported: set[str]) -> str:
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = [f"{code[:-1]}.{code[-1]}" for code in re.findall(r"sm_(\d+)\b", codes)]
+    return max((a for a in known if a in supported), key=lambda a: tuple(map(int, a.split("."))))
+
+
+def choose_cuda(torch_cuda: str | None) -> str | None:
+    """The nvcc to build CUDA kernels with, or None; fails where CUDA was asked for in vain."""
+    wanted, nvcc = switch("DAGCORE_CUDA"), find_nvcc()
+    missing = (
+        "nvcc is not found (set CUDA_HOME or PATH)"
+        if nvcc is None
+        else "the installed torch is a CPU build"
+        if torch_cuda is None
+        else None
+    )
+    if wanted and missing:
+        raise SystemExit(f"dagcore: DAGCORE_CUDA=1, but {missing}")
+    if wanted is False:
+        missing = "DAGCORE_CUDA=0"
+    log(f"CUDA kernels: {f'no, {missing}' if missing else f'yes, with {nvcc}'}")
+    return None if missing else nvcc
+
+
+def native_extension() -> dict[str, object]:
+    try:
+        import pybind11
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"dagcore: building needs torch and pybind11 ({error}). Install them first and use "
+            "'pip install --no-build-isolation .', or drop --no-build-isolation."
+        ) from error
+    nvcc = choose_cuda(torch.version.cuda)
+    if nvcc:
+        os.environ["CUDA_HOME"] = str(cuda_home(nvcc))
+    from torch.utils import cpp_extension
+
+    sources = ["csrc/module.cpp", *sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))]
+    flags = [
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
+    macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", STABLE_ABI)]
+    include = [pybind11.get_include()]
+    compile_args: dict[str, list[str]] = {"cxx": flags}
+    link_args: list[str] = []
+    architectures = ""
+    kind = cpp_extension.CppExtension
+    if nvcc:
+        kind = cpp_extension.CUDAExtension
+        sources += sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            if torch.cuda.is_available():
+                seen = {
+                    torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())
+                }
+                listed = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+            else:
+                supported = set(
+                    re.findall(r"\d+\.\d+", source_of(cpp_extension._get_cuda_arch_flags))
+                )
+                listed = f"{OLDEST_ARCHITECTURES};{newest_architecture(nvcc, supported)}+PTX"
+            os.environ["TORCH_CUDA_ARCH_LIST"] = listed
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        log(f"CUDA architectures: {architectures}")
+        macros += [("USE_CUDA", None), ("DAGCORE_CUDA_ARCHS", f'"{architectures}"')]
+        compile_args["nvcc"] = [
+            "-O3",
+            "--fmad=false",
+            "-Xptxas=-v",
+            "-Xcompiler=-fvisibility=hidden",
+        ]
+        include += pip_cuda_headers(Path(os.environ["CUDA_HOME"]))
+        link_args += pip_cuda_runtime(Path(os.environ["CUDA_HOME"]))
+
+    class Build(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            super().run()
+            package = Path(self.get_ext_fullpath("dagcore._native")).parent
+            package.mkdir(parents=True, exist_ok=True)
+            built = {"torch": torch.__version__, "cuda": torch.version.cuda if nvcc else None}
+            (package / "_build.json").write_text(json.dumps(built) + "\n")
+
+    extension = kind(
+        "dagcore._native",
+        sources,
+        include_dirs=include,
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        depends=[p.as_posix() for p in Path("csrc").rglob("*.h")],
+    )
+    log(f"building for torch {torch.__version__} and later")
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+def source_of(function: object) -> str:
+    import inspect
+
+    return inspect.getsource(function)  # type: ignore[arg-type]
+
+
+def pip_cuda(*parts: str) -> list[Path]:
+    """Folders of the pip packages that a CUDA build of torch depends on."""
+    return [
+        p
+        for entry in sys.path
+        for p in sorted(Path(entry or ".").glob("/".join(("nvidia", *parts))))
+    ]
+
+
+def pip_cuda_headers(home: Path) -> list[str]:
+    if (home / "include/cuda_runtime.h").exists():
+        return []
+    return [str(p.parent) for p in pip_cuda("*", "include", "cuda_runtime.h")][:1]
+
+
+def pip_cuda_runtime(home: Path) -> list[str]:
+    if any(
+        (home / lib / "libcudart.so").exists()
+        for lib in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ):
+        return []
+    return [str(p) for p in pip_cuda("*", "lib", "libcudart.so.*")][:1]
+
+
+os.chdir(ROOT)
+if switch("DAGCORE_NATIVE") is False:
+    if switch("DAGCORE_CUDA"):
+        raise SystemExit("dagcore: DAGCORE_CUDA=1 contradicts DAGCORE_NATIVE=0")
+    log("native code: no, DAGCORE_NATIVE=0")
+    setup()
+else:
+    setup(**native_extension())
