@@ -1,7 +1,7 @@
 """Builds dagcore's native module; see README.md, "Building", for the switches.
 
 DAGCORE_NATIVE=0        no native code: everything runs on the PyTorch reference
-DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are found
+DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
 TORCH_CUDA_ARCH_LIST    architectures, as for any torch extension
 MAX_JOBS                parallel compilations
 """

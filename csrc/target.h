@@ -124,7 +124,7 @@ struct Top {
   DAGCORE_INLINE void next(Key key, Index c) {
     const bool wins = Score<T>::beats(key, best);
     if (kRunnerUp) {
-      const bool follows = (second_class < 0) | Score<T>::beats(key, second);
+      const bool follows = second_class < 0 || Score<T>::beats(key, second);
       second = wins ? best : (follows ? key : second);
       second_class = wins ? best_class : (follows ? c : second_class);
     }

@@ -48,7 +48,7 @@ class Result:
     status: tuple[Status, ...]
     """Why each image stopped."""
     active: Tensor
-    """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 after an image stopped."""
+    """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 once an image stopped."""
     perceptibility: Tensor
     """(N,) sqrt(mean over pixels of ||r_k||_2^2), in units of the [0, 1] range."""
     adversarial_labels: Tensor | None
@@ -57,7 +57,7 @@ class Result:
     def __repr__(self) -> str:
         shown = ", ".join(
             f"{status.value} after {int(m)} updates (p={float(p):.2e})"
-            for status, m, p in zip(self.status, self.iterations, self.perceptibility)
+            for status, m, p in zip(self.status, self.iterations, self.perceptibility, strict=True)
         )
         return f"Result({shown})"
 
@@ -98,7 +98,7 @@ class DAG:
         if self.bounds is not None:
             if not isinstance(self.bounds, (tuple, list)) or len(self.bounds) != 2:
                 raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
-            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds):
+            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds, strict=True):
                 checks.number(name, bound)
             if not self.bounds[0] < self.bounds[1]:
                 raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
@@ -150,7 +150,7 @@ class DAG:
             self._check_scores(scores, labels)
             return scores
 
-        with engine.frozen(model):
+        with engine.frozen(model), torch.inference_mode(False):
             trace = loop(
                 scores_of,
                 images,

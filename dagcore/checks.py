@@ -70,11 +70,18 @@ def integer(name: str, value: object, *, at_least: int | None = None) -> None:
 
 
 def seed_arguments(
-    scores: Tensor, labels: Tensor, adversarial_labels: Tensor | str, goal: str, ignore_index: int
+    scores: Tensor,
+    labels: Tensor,
+    adversarial_labels: Tensor | str,
+    goal: str,
+    ignore_index: int,
+    *,
+    bilinear: bool = False,
 ) -> Tensor | None:
-    """Check the arguments of `dag_seed`; return the adversarial labels, or None for the runner-up.
+    """Check the arguments of a seed op; return the adversarial labels, or None for the runner-up.
 
-    Values of labels are not read here: see `label_range`.
+    With `bilinear`, labels may be of any size (N, H, W). Their values are not read here: see
+    `label_range`.
     """
     tensor("scores", scores, FLOAT_DTYPES)
     if scores.dim() < 2 or scores.shape[1] < 1:
@@ -84,7 +91,16 @@ def seed_arguments(
         )
     choice("goal", goal, GOALS)
     integer("ignore_index", ignore_index)
-    expected = (scores.shape[0], *scores.shape[2:])
+    expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
+    if bilinear:
+        score_maps(scores)
+        tensor("labels", labels, LABEL_DTYPES)
+        if labels.dim() != 3 or len(labels) != len(scores):
+            raise ValueError(
+                f"labels must have shape ({len(scores)}, H, W) to match scores "
+                f"{tuple(scores.shape)}, got {tuple(labels.shape)}"
+            )
+        expected, why = tuple(labels.shape), "labels"
     maps = [("labels", labels)]
     if isinstance(adversarial_labels, str):
         if adversarial_labels != "runner-up":
@@ -99,13 +115,33 @@ def seed_arguments(
         maps.append(("adversarial_labels", adversarial_labels))
     for name, value in maps:
         tensor(name, value, LABEL_DTYPES)
-        shape(name, value, expected, f"scores {tuple(scores.shape)}")
+        shape(name, value, expected, why)
         device(name, value, "scores", scores)
     return None if isinstance(adversarial_labels, str) else adversarial_labels
 
 
+def score_maps(scores: Tensor) -> None:
+    """Raise unless scores are maps (N, C, h, w) that can be interpolated."""
+    tensor("scores", scores, FLOAT_DTYPES)
+    if scores.dim() != 4 or min(scores.shape[1:]) < 1:
+        raise ValueError(
+            "scores must have shape (N, C, h, w) with at least one class and pixel, "
+            f"got {tuple(scores.shape)}"
+        )
+
+
+def map_size(size: object) -> tuple[int, int]:
+    """(height, width) of an enlarged map; raise if it is anything else."""
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise ValueError(f"size must be (height, width), got {size!r}")
+    for name, extent in zip(("size[0]", "size[1]"), size, strict=True):
+        integer(name, extent, at_least=0)
+    return int(size[0]), int(size[1])
+
+
 def label_range(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise if a label is neither a class nor the ignore label. Reads values: synchronises."""
+    labels = labels.long()  # a uint8 would be compared modulo 256
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
@@ -129,7 +165,9 @@ def step_arguments(
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
         raise ValueError("images must have a batch dimension, got a scalar")
-    if any(size > 1 and stride == 0 for size, stride in zip(images.shape, images.stride())):
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(images.shape, images.stride(), strict=True)
+    ):
         raise ValueError("images must not be an expanded tensor: it is written in place")
     for name, value in (("origin", origin), ("gradient", gradient)):
         tensor(name, value, (images.dtype,))

@@ -1,4 +1,4 @@
-"""The attack loop on the fused ops: what `reference.dag` computes, without waiting for the device."""
+"""The attack loop on the fused ops: `reference.dag` without waiting for the device."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Watch:
         self.under_way: deque[tuple[int, Tensor, Tensor, torch.Event]] = deque()
 
     def all_stopped(self, m: int, counts: Tensor, running: Tensor) -> bool:
-        """Note iteration m's counts (N,) and running images (N,); True once none is known to run."""
+        """Note iteration m's counts and running images, (N,); True once all are known to have stopped."""
         if self.device.type == "cpu":
             return self._report(m, counts, running)
         event = torch.Event(self.device)

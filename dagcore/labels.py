@@ -41,7 +41,7 @@ def assign(
         return adversarial_labels
     checks.choice("adversarial_labels", adversarial_labels, KINDS)
     checks.label_range("labels", labels, num_classes, ignore_index)
-    counted = labels != ignore_index
+    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if num_classes < 2:
         if bool(counted.any()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The compiled module: loaded if it is there, an error if it cannot load, None if it is not there."""
+"""The compiled module: None where it is missing, an error where it is there and cannot load."""
 
 from __future__ import annotations
 

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checks, native, reference
 
-__all__ = ["dag_seed", "linf_step_"]
+__all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"]
 
-_library = torch.library.Library("dagcore", "DEF")
+_library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
     "int ignore_index) -> (Tensor seed, Tensor active)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "int ignore_index, bool align_corners) -> (Tensor seed, Tensor active)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "argmax_bilinear(Tensor scores, SymInt height, SymInt width, bool align_corners) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -29,6 +38,15 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _warned: set[str] = set()
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def _fake(op: str) -> Callable[[_Kernel], _Kernel]:
+    """Register what an op returns in shape and dtype, for torch.compile."""
+    register: Callable[[_Kernel], _Kernel] = torch.library.register_fake(
+        f"dagcore::{op}", lib=_library
+    )
+    return register
 
 
 def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,6 +83,28 @@ def _seed_default(
     )
 
 
+def _seed_bilinear_default(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    reach: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    return reference.dag_seed_bilinear(
+        scores,
+        labels,
+        "runner-up" if adversarial is None else adversarial,
+        goal="reach" if reach else "leave",
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+    )
+
+
+def _argmax_default(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    return reference.argmax_bilinear(scores, (height, width), align_corners=align_corners)
+
+
 def _step_default(
     images: Tensor,
     origin: Tensor,
@@ -81,17 +121,43 @@ def _step_default(
 
 
 _library.impl("dag_seed", _fall_back(_seed_default), "CompositeExplicitAutograd")
+_library.impl("dag_seed_bilinear", _fall_back(_seed_bilinear_default), "CompositeExplicitAutograd")
+_library.impl("argmax_bilinear", _fall_back(_argmax_default), "CompositeExplicitAutograd")
 _library.impl("linf_step_", _fall_back(_step_default), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dagcore::dag_seed", lib=_library)
+def _check_one_device(*tensors: Tensor) -> None:
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"tensors must be on one device, got {checks.names(sorted(devices))}")
+
+
+@_fake("dag_seed")
 def _seed_fake(
     scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
+    _check_one_device(scores, labels, *(() if adversarial is None else (adversarial,)))
     return torch.empty_like(scores), scores.new_empty(scores.shape[:1], dtype=torch.int32)
 
 
-@torch.library.register_fake("dagcore::linf_step_", lib=_library)
+@_fake("dag_seed_bilinear")
+def _seed_bilinear_fake(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    reach: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    return _seed_fake(scores, labels, adversarial, reach, ignore_index)
+
+
+@_fake("argmax_bilinear")
+def _argmax_fake(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    return scores.new_empty((scores.shape[0], height, width), dtype=torch.int64)
+
+
+@_fake("linf_step_")
 def _step_fake(
     images: Tensor,
     origin: Tensor,
@@ -102,6 +168,7 @@ def _step_fake(
     upper: float,
     epsilon: float,
 ) -> Tensor:
+    _check_one_device(images, origin, gradient, active)
     return images.new_empty(images.shape[:1], dtype=reference.norm_dtype(images))
 
 
@@ -153,6 +220,75 @@ def dag_seed(
     return seed, active
 
 
+def dag_seed_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    labels: Tensor,  # (N, H, W)
+    adversarial_labels: Tensor | str,  # (N, H, W)
+    *,
+    goal: str = "leave",
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`dag_seed` through a bilinear enlargement of the scores that never exists in memory.
+
+    Targets are the pixels of the labels. Their scores are those that
+    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")` would give; the seed is the
+    gradient with respect to the low-resolution scores. Scores are blended in float32 (float64 for
+    float64 scores), so where two classes are closer than rounding, the winner may differ from
+    interpolate's.
+
+    Args:
+        scores: (N, C, h, w) float16, bfloat16, float32 or float64, any strides.
+        labels: (N, H, W) uint8, int32 or int64, at any size.
+        adversarial_labels: (N, H, W) likewise, or "runner-up"; see `dag_seed`.
+        goal: "leave" or "reach".
+        ignore_index: the label of targets that never count.
+        align_corners: as for `interpolate`.
+
+    Returns:
+        seed, with the dtype, shape and layout of `scores`; active, (N,) int32.
+
+    Raises:
+        TypeError, ValueError: as for `dag_seed`.
+    """
+    adversarial = checks.seed_arguments(
+        scores, labels, adversarial_labels, goal, ignore_index, bilinear=True
+    )
+    seed, active = torch.ops.dagcore.dag_seed_bilinear(
+        scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
+    )
+    if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
+        reference.counted_targets(scores, labels, adversarial, ignore_index)  # names the label
+    return seed, active
+
+
+def argmax_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+) -> Tensor:
+    """Predicted labels at a larger size, without enlarging the scores.
+
+    Args:
+        scores: (N, C, h, w) float16, bfloat16, float32 or float64, any strides.
+        size: (H, W).
+        align_corners: as for `torch.nn.functional.interpolate`.
+
+    Returns:
+        (N, H, W) int64: the first of the largest classes at each pixel.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape or size.
+    """
+    checks.score_maps(scores)
+    height, width = checks.map_size(size)
+    labels: Tensor = torch.ops.dagcore.argmax_bilinear(
+        scores.detach(), height, width, align_corners
+    )
+    return labels
+
+
 def linf_step_(
     images: Tensor,  # (N, *)
     origin: Tensor,  # (N, *)
@@ -192,6 +328,15 @@ def linf_step_(
         images, origin, gradient, active, gamma, lower, upper, epsilon
     )
     norms: Tensor = torch.ops.dagcore.linf_step_(
-        images, origin, gradient, active, float(gamma), float(low), float(high), float(ball)
+        images.detach(),
+        origin.detach(),
+        gradient.detach(),
+        active,
+        float(gamma),
+        float(low),
+        float(high),
+        float(ball),
     )
+    if not (torch.compiler.is_compiling() or images.is_inference()):
+        torch.autograd.graph.increment_version(images)  # the write went past autograd
     return norms

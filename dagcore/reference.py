@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,8 +52,8 @@ def dag(
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
 
     for m in range(max_iter + 1):
-        x.requires_grad_()
-        scores = scores_of(x)
+        with torch.enable_grad():
+            scores = scores_of(x.requires_grad_())
         if m == 0:
             adversarial_labels = assign(
                 adversarial_labels, labels, scores.shape[1], ignore_index, generator
@@ -100,13 +100,13 @@ def counted_targets(
     """Which targets can count, (N, *T) bool: not ignored. Raises ValueError for a bad label."""
     num_classes = scores.shape[1]
     checks.label_range("labels", labels, num_classes, ignore_index)
-    counted = labels != ignore_index
+    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if adversarial_labels is None:
         return counted & (num_classes > 1)
-    void = adversarial_labels == ignore_index
+    void = adversarial_labels.long() == ignore_index
     checks.label_range(
         "adversarial_labels",
-        torch.where(counted & ~void, adversarial_labels, 0),
+        torch.where(counted & ~void, adversarial_labels.long(), 0),
         num_classes,
         ignore_index,
     )
@@ -144,7 +144,6 @@ def dag_seed(
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    f = scores.detach().requires_grad_()
     counted = counted_targets(scores, labels, adversarial, ignore_index)
     true = torch.where(counted, labels, 0).long()
     top, winner = scores.detach().max(dim=1)
@@ -159,7 +158,8 @@ def dag_seed(
     else:
         active = counted & ((winner != other) | top.isnan())
         minus = winner
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        f = _leaf(scores)
         f_plus, f_minus = f.gather(1, torch.stack([other, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
 
@@ -167,6 +167,57 @@ def dag_seed(
     if laid_out.stride() != seed.stride():
         seed = laid_out.copy_(seed)
     return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+
+
+def dag_seed_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    labels: Tensor,  # (N, H, W)
+    adversarial_labels: Tensor | str,  # (N, H, W)
+    *,
+    goal: str = "leave",
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `dagcore.ops.dag_seed_bilinear` computes, enlarged for real. Same arguments, results."""
+    checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index, bilinear=True)
+    if labels.numel() == 0:
+        return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
+    with torch.inference_mode(False), torch.enable_grad():
+        low = _leaf(scores)
+        high = _enlarge(low, labels.shape[1:], align_corners)
+        seed, active = dag_seed(
+            high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
+        )
+        (gradient,) = torch.autograd.grad(high, low, seed)
+    laid_out = torch.empty_like(scores)
+    if laid_out.stride() != gradient.stride():
+        gradient = laid_out.copy_(gradient)
+    return gradient, active
+
+
+def argmax_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+) -> Tensor:
+    """What `dagcore.ops.argmax_bilinear` computes, enlarged for real. Same arguments, results."""
+    checks.score_maps(scores)
+    height, width = checks.map_size(size)
+    if not len(scores) * height * width:
+        return scores.new_zeros((len(scores), height, width), dtype=torch.int64)
+    return _enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)
+
+
+def _enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    return torch.nn.functional.interpolate(
+        scores.to(norm_dtype(scores)), tuple(size), mode="bilinear", align_corners=align_corners
+    )
+
+
+def _leaf(scores: Tensor) -> Tensor:
+    """The scores as the start of a graph of their own."""
+    return (scores.clone() if scores.is_inference() else scores.detach()).requires_grad_()
 
 
 def runner_up(scores: Tensor, labels: Tensor) -> Tensor:
@@ -188,24 +239,35 @@ def linf_step_(
     epsilon: float | None,
 ) -> Tensor:
     """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
-    low, high, ball = checks.step_arguments(
-        images, origin, gradient, active, gamma, lower, upper, epsilon
-    )
     real = norm_dtype(images)
+    low, high, ball = (
+        representable(limit, real)
+        for limit in checks.step_arguments(
+            images, origin, gradient, active, gamma, lower, upper, epsilon
+        )
+    )
     if images.numel() == 0:
         return images.new_zeros(len(images), dtype=real)
     x, x0, r = images.detach().to(real), origin.detach().to(real), gradient.detach().to(real)
     norms = torch.where(active > 0, r.abs().reshape(len(r), -1).amax(1), 0)
     scale = step_scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
-    moved = (x + scale * r).clamp(x0 - ball, x0 + ball).clamp(low, high)
+    moved = x + scale * r
+    for least, most in ((x0 - ball, x0 + ball), (x.new_tensor(low), x.new_tensor(high))):
+        moved = torch.where(moved < least, least, moved)
+        moved = torch.where(moved > most, most, moved)
     images.detach().copy_(torch.where(scale > 0, moved, x))
     return norms
 
 
 def step_scale(norms: Tensor, gamma: float) -> Tensor:
     """gamma / norm, (N,); 0 where the image must stay: norm 0, not finite, or quotient infinite."""
-    scale = torch.full_like(norms, gamma) / norms
+    scale = torch.full_like(norms, representable(gamma, norms.dtype)) / norms
     return torch.where(norms.isfinite() & scale.isfinite(), scale, 0)
+
+
+def representable(value: float, dtype: torch.dtype) -> float:
+    """A number as `dtype` takes it: infinite beyond its largest."""
+    return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
 def norm_dtype(images: Tensor) -> torch.dtype:

@@ -1,10 +1,11 @@
 // dag_seed on the CPU: one pass over the scores, one over the seed, tile by tile.
+#include "../dag_seed.h"
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "../checks.h"
-#include "../strided.h"
+#include "labels.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -12,18 +13,6 @@ namespace dagcore {
 namespace {
 
 constexpr int kTile = 1024;  // targets; their running winners stay in the first-level cache
-
-enum Operand { kScores, kSeed, kLabels, kAdversarial, kOperands };
-
-struct LabelSource {
-  const void* data;
-  ScalarType type;
-
-  const void* at(int64_t offset) const {
-    const int64_t width = type == ScalarType::Byte ? 1 : type == ScalarType::Int ? 4 : 8;
-    return static_cast<const char*>(data) + offset * width;
-  }
-};
 
 // Everything about the call that is the same for all tiles.
 struct Plan {
@@ -41,32 +30,6 @@ struct Tile {
   T* seed;
   int64_t seed_class_stride, seed_target_stride;
   int count;
-};
-
-// Labels (raw, any of three types, any stride) to class indices.
-template <typename Index, bool kIsAdversarial>
-struct ReadLabels {
-  template <typename Raw>
-  DAGCORE_INLINE static void read(const void* data, int64_t stride, int count, LabelRule rule,
-                                  Index* out) {
-    const Raw* raw = static_cast<const Raw*>(data);
-    for (int i = 0; i < count; ++i) {
-      const int64_t label = static_cast<int64_t>(raw[i * stride]);
-      out[i] = static_cast<Index>(kIsAdversarial ? read_adversarial(label, rule)
-                                                 : read_label(label, rule));
-    }
-  }
-  DAGCORE_INLINE static void run(const void* data, ScalarType type, int64_t stride, int count,
-                                 LabelRule rule, Index* out) {
-    switch (type) {
-      case ScalarType::Byte:
-        return read<uint8_t>(data, stride, count, rule, out);
-      case ScalarType::Int:
-        return read<int32_t>(data, stride, count, rule, out);
-      default:
-        return read<int64_t>(data, stride, count, rule, out);
-    }
-  }
 };
 
 // The winners of a tile, as arrays so that targets are the vector's lanes.
@@ -199,10 +162,10 @@ uint32_t seed_tile(const Plan& plan, const Tile<T>& tile, const void* labels, Sc
 }
 
 template <typename T, typename Index, bool kRunnerUp>
-void seed_all(const Plan& plan, const Tensor& scores, const Tensor& seed, LabelSource labels,
-              int64_t label_batch, LabelSource adversarial, int64_t adversarial_batch,
-              const Walk<kOperands>& walk, uint32_t* active) {
-  const int64_t images = scores.size(0), rows = walk.rows(), inner = walk.inner();
+void seed_all(const SeedCall& call) {
+  const Plan plan{call.rule.classes, call.rule, call.reach, simd_in_use()};
+  const Walk<kSeedOperands>& walk = call.walk;
+  const int64_t images = call.scores.size(0), rows = walk.rows(), inner = walk.inner();
   // A tile whose classes lie side by side is read class after class: keep it in the cache.
   const bool planes = walk.inner_stride(kScores) == 1;
   const int64_t fits = (int64_t{1} << 15) / (plan.classes * static_cast<int64_t>(sizeof(T)));
@@ -210,28 +173,32 @@ void seed_all(const Plan& plan, const Tensor& scores, const Tensor& seed, LabelS
   const int64_t tiles = (inner + tile_size - 1) / tile_size;
   const int64_t tile_work = std::min(inner, tile_size) * plan.classes;
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / tile_work);
-  const T* scores_data = static_cast<const T*>(scores.data_ptr());
-  T* seed_data = static_cast<T*>(seed.data_ptr());
+  const T* scores = static_cast<const T*>(call.scores.data_ptr());
+  T* seed = static_cast<T*>(call.seed.data_ptr());
+  const LabelSource labels(call.labels);
+  const LabelSource adversarial(call.adversarial);
+  const int64_t scores_batch = call.scores.stride(0), scores_class = call.scores.stride(1);
+  const int64_t seed_batch = call.seed.stride(0), seed_class = call.seed.stride(1);
+  uint32_t* active = static_cast<uint32_t*>(call.active.data_ptr());
 
   torch::stable::parallel_for(0, images * rows * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % tiles * tile_size;
       const int64_t row = item / tiles % rows;
       const int64_t n = item / tiles / rows;
-      int64_t at[kOperands];
+      int64_t at[kSeedOperands];
       walk.row_offsets(row, at);
-      for (int k = 0; k < kOperands; ++k) at[k] += first * walk.inner_stride(k);
-      const Tile<T> tile{scores_data + n * scores.stride(0) + at[kScores],
-                         scores.stride(1),
+      for (int k = 0; k < kSeedOperands; ++k) at[k] += first * walk.inner_stride(k);
+      const Tile<T> tile{scores + n * scores_batch + at[kScores],
+                         scores_class,
                          walk.inner_stride(kScores),
-                         seed_data + n * seed.stride(0) + at[kSeed],
-                         seed.stride(1),
+                         seed + n * seed_batch + at[kSeed],
+                         seed_class,
                          walk.inner_stride(kSeed),
                          static_cast<int>(std::min(tile_size, inner - first))};
       const uint32_t sum = seed_tile<T, Index, kRunnerUp>(
-          plan, tile, labels.at(n * label_batch + at[kLabels]), labels.type,
-          walk.inner_stride(kLabels), adversarial.at(n * adversarial_batch + at[kAdversarial]),
-          adversarial.type, walk.inner_stride(kAdversarial));
+          plan, tile, labels.at(n, at[kLabels]), labels.type, walk.inner_stride(kLabels),
+          adversarial.at(n, at[kAdversarial]), adversarial.type, walk.inner_stride(kAdversarial));
       if (sum & kOutOfRangeFlag) __atomic_fetch_or(&active[n], kOutOfRangeFlag, __ATOMIC_RELAXED);
       __atomic_fetch_add(&active[n], sum & ~kOutOfRangeFlag, __ATOMIC_RELAXED);
     }
@@ -242,45 +209,24 @@ void seed_all(const Plan& plan, const Tensor& scores, const Tensor& seed, LabelS
 // Returns the seed, laid out like scores, and the number of active targets (N,), int32.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
                                     bool reach, int64_t ignore_index) {
-  check_seed_arguments(scores, labels, adversarial, reach);
-  Tensor seed = torch::stable::empty_like(scores);
-  advise_huge_pages(seed.data_ptr(), seed.numel() * static_cast<int64_t>(seed.element_size()));
-  const int64_t images = scores.size(0);
-  Tensor active = torch::stable::new_zeros(scores, {images}, ScalarType::Int);
-  if (scores.numel() == 0) return {seed, active};
-
-  const bool runner_up = !adversarial;
-  const Tensor& other = runner_up ? labels : *adversarial;  // never read if runner_up
-  Walk<kOperands> walk;
-  for (int64_t d = 2; d < scores.dim(); ++d) {
-    walk.add(scores.size(d),
-             {scores.stride(d), seed.stride(d), labels.stride(d - 1), other.stride(d - 1)});
-  }
-  walk.merge();
-  const int64_t classes = scores.size(1);
-  const Plan plan{classes, {classes, ignore_index}, reach, simd_in_use()};
-  const LabelSource label_source{labels.data_ptr(), labels.scalar_type()};
-  const LabelSource other_source{other.data_ptr(), other.scalar_type()};
-  uint32_t* counts = static_cast<uint32_t*>(active.data_ptr());
+  const SeedCall call(scores, labels, adversarial, reach, ignore_index);
+  if (scores.numel() == 0) return {call.seed, call.active};
+  advise_huge_pages(call.seed.data_ptr(), call.seed.numel() * call.seed.element_size());
 
   for_float_type("scores", scores.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto seed_with = [&](auto index, auto with_runner_up) {
-      seed_all<T, decltype(index), decltype(with_runner_up)::value>(
-          plan, scores, seed, label_source, labels.stride(0), other_source, other.stride(0), walk,
-          counts);
-    };
     const auto seed_as = [&](auto index) {
-      runner_up ? seed_with(index, std::true_type{}) : seed_with(index, std::false_type{});
+      using Index = decltype(index);
+      call.runner_up ? seed_all<T, Index, true>(call) : seed_all<T, Index, false>(call);
     };
     using Index = typename Score<T>::Index;
-    if (sizeof(Index) == 2 && classes > INT16_MAX) {
+    if (sizeof(Index) == 2 && call.rule.classes > INT16_MAX) {
       seed_as(int32_t{});
     } else {
       seed_as(Index{});
     }
   });
-  return {seed, active};
+  return {call.seed, call.active};
 }
 
 }  // namespace

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and within 10 minutes: build with CUDA forced, the
+# compiler's resource report, all tests, compute-sanitizer, benchmark tables.
+#
+#   benchmarks/gpu_check.sh [OUT]      PYTHON=... to choose the environment (torch, pybind11, pytest)
+#
+# Tables go to benchmarks/results, or to OUT; logs beside them. Ends with a summary; exits 1 if any
+# step failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+OUT=${1:-benchmarks/results}
+mkdir -p "$OUT"
+summary=()
+failed=0
+
+step() { # NAME SECONDS COMMAND...: runs it with a limit, its output to OUT/NAME.log
+    local name=$1 limit=$2 begin=$SECONDS
+    shift 2
+    if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
+        summary+=("ok      $name ($((SECONDS - begin)) s)")
+    else
+        summary+=("FAILED  $name (exit $?, $((SECONDS - begin)) s)")
+        tail -n 30 "$OUT/$name.log"
+        failed=1
+    fi
+}
+
+sanitize() { # TOOL: the op tests on CUDA under one of compute-sanitizer's tools
+    step "sanitizer-$1" 45 compute-sanitizer --tool "$1" --error-exitcode 86 "$PYTHON" -m pytest -q \
+        -x -k "cuda and sanitize" tests/test_dag_seed.py tests/test_linf_step.py
+}
+
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' || exit 2
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/gpu.log"
+rm -rf build
+step build 120 env DAGCORE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-}" "$PYTHON" setup.py \
+    build_ext --inplace --force
+step info 20 "$PYTHON" -m dagcore.info --require-cuda-kernels
+step resources 20 bash -c "'$PYTHON' benchmarks/resources.py <'$OUT/build.log' >'$OUT/resources.md'"
+step tests 140 "$PYTHON" -m pytest -q
+for tool in memcheck racecheck synccheck initcheck; do sanitize "$tool"; done
+step bench 110 "$PYTHON" -m pytest -q benchmarks/bench_ops.py --device cuda --save ops-cuda
+[ "$OUT" = benchmarks/results ] || cp benchmarks/results/ops-cuda.* "$OUT"/ 2>/dev/null
+printf '%s\n' "${summary[@]}" | tee "$OUT/summary.log"
+exit $failed

@@ -1,0 +1,52 @@
+// Bilinear enlargement without enlarging: which low-resolution cell a pixel lies in, with what
+// weights. The same on every device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "target.h"
+
+namespace dagcore {
+
+// Where a pixel of the enlarged map reads along one axis: (1 - weight) at `low`, weight at `high`.
+struct Source {
+  int64_t low, high;
+  double weight;
+};
+
+// As torch.nn.functional.interpolate places pixels, in double precision.
+DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool align_corners) {
+  double at = 0;
+  if (align_corners) {
+    at = to > 1 ? static_cast<double>(pixel) * (from - 1) / (to - 1) : 0;
+  } else {
+    at = (static_cast<double>(pixel) + 0.5) * from / to - 0.5;
+    at = at < 0 ? 0 : at;
+  }
+  int64_t low = static_cast<int64_t>(at);
+  low = low < from - 1 ? low : from - 1;
+  if (low == from - 1) return {low, low, 0};
+  const double weight = at - static_cast<double>(low);
+  return {low, low + 1, weight < 1 ? weight : 1};
+}
+
+// The value of a class at a pixel. Every operation is monotone in the corners, rounding included,
+// which is what lets `dominated` rule classes out without evaluating them.
+template <typename Real>
+DAGCORE_INLINE Real blend(Real w00, Real w01, Real w10, Real w11, Real s00, Real s01, Real s10,
+                          Real s11) {
+  return ((w00 * s00 + w01 * s01) + w10 * s10) + w11 * s11;
+}
+
+// Whether a class whose largest corner is `most` loses everywhere in a cell to one whose smallest
+// corner is `floor`. The slack, some twenty units in the last place, is more than rounding can
+// move either of the two values, so that they cannot even tie. False if anything is not finite.
+template <typename Real>
+DAGCORE_INLINE bool dominated(Real most, Real floor, Real unit) {
+  const Real slack = 20 * unit * ((most < 0 ? -most : most) + (floor < 0 ? -floor : floor));
+  return most + slack < floor;
+}
+
+}  // namespace dagcore

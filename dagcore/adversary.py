@@ -1,0 +1,139 @@
+"""What the command line can attack towards: drawn labels, one class, or a painted pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import labels as label_maps
+from .files import IGNORE
+from .labels import KINDS, PATTERNS
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name asks for a pattern, well formed or not."""
+    return name in PATTERNS or name.partition(":")[0] in ("text", "mask")
+
+
+def find_class(name: str, num_classes: int, classes: Sequence[str] | None) -> int:
+    """The index that a number or the name of a class stands for."""
+    if name.lstrip("-").isdecimal():
+        if not 0 <= int(name) < num_classes:
+            raise ValueError(f"class must lie in [0, {num_classes}), got {name}")
+        return int(name)
+    if classes is None:
+        raise ValueError(f"class must be a number, as this model names none, got {name!r}")
+    found = [k for k, known in enumerate(classes) if known.lower() == name.lower()]
+    if len(found) > 1:
+        raise ValueError(f"class {name!r} has several numbers, give one of {found}")
+    if not found:
+        lower = {known.lower(): known for known in classes}
+        near = [lower[key] for key in difflib.get_close_matches(name.lower(), lower)]
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise ValueError(f"class must be a number or a name of the model's, got {name!r}{hint}")
+    return found[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    """A way to give each image its adversarial labels.
+
+    `kind` is one of labels.KINDS, "class" (all towards `foreground`), or a pattern, painted in
+    `foreground` (None: a random class absent from the labels) on `background` (None: the most
+    frequent label).
+    """
+
+    kind: str
+    foreground: int | None = None
+    background: int | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        name: str,
+        foreground: str | None,
+        background: str | None,
+        num_classes: int,
+        classes: Sequence[str] | None,
+    ) -> Adversary:
+        """Understand --adversarial, --foreground and --background; ValueError where they fail."""
+        if not is_pattern(name):
+            if foreground is not None or background is not None:
+                raise ValueError("--foreground and --background go with a pattern only")
+            if name in KINDS:
+                return cls(name)
+            try:
+                return cls("class", find_class(name, num_classes, classes))
+            except ValueError as error:
+                raise ValueError(
+                    f"--adversarial must be {', '.join(KINDS)}, a pattern ({', '.join(PATTERNS)}, "
+                    f"text:WORDS, mask:FILE) or a class: {error}"
+                ) from error
+        inside, outside = (
+            None if given is None else find_class(given, num_classes, classes)
+            for given in (foreground, background)
+        )
+        if inside is not None and inside == outside:
+            raise ValueError(f"--foreground and --background must differ, both are class {inside}")
+        return cls(name, inside, outside)
+
+    @property
+    def paints(self) -> bool:
+        """Whether it is a pattern."""
+        return is_pattern(self.kind)
+
+    def check(self, height: int, width: int) -> None:
+        """Raise unless a pattern can be painted at this size."""
+        if self.paints:
+            self._mask(height, width)
+
+    def choose(
+        self,
+        labels: Tensor,  # (h, w)
+        num_classes: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor | str, dict[str, Any]]:
+        """Adversarial labels (h, w) of one image, or their kind, and the classes for the record."""
+        if self.kind in KINDS:
+            return self.kind, {}
+        if not self.paints:
+            return torch.full_like(labels, self.foreground or 0), {"class": self.foreground}
+        counts = torch.bincount(labels[labels != IGNORE].long().cpu(), minlength=num_classes)
+        inside, outside = self.foreground, self.background
+        if outside is None:
+            others = counts.clone()
+            if inside is not None:
+                others[inside] = -1
+            outside = int(others.argmax())
+        if inside is None:
+            inside = _absent(counts, outside, generator)
+        mask = self._mask(*labels.shape).to(labels.device)
+        painted = label_maps.paint(mask, inside, outside)
+        return painted, {"foreground": inside, "background": outside}
+
+    def _mask(self, height: int, width: int) -> Tensor:
+        kind, _, words = self.kind.partition(":")
+        if kind == "text" and not words.strip():
+            raise ValueError(f"pattern text:WORDS needs words, got {self.kind!r}")
+        mask = label_maps.pattern(self.kind, height, width)
+        if bool(mask.all()) or not bool(mask.any()):
+            raise ValueError(
+                f"pattern {self.kind!r} must leave both sides of a map of {height} x {width} "
+                "targets something, try a larger image or another pattern"
+            )
+        return mask
+
+
+def _absent(counts: Tensor, outside: int, generator: torch.Generator) -> int:
+    """A random class that no label has, other than `outside`."""
+    free = counts == 0
+    free[outside] = False
+    candidates = free.nonzero().flatten()
+    if not len(candidates):
+        raise ValueError("every class is among the labels: give --foreground CLASS")
+    return int(candidates[torch.randint(len(candidates), (1,), generator=generator)])

@@ -1,0 +1,192 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__, info
+from .checks import GOALS
+
+EXAMPLES = """
+\b
+Examples:
+  dagcore attack cat.jpg --model demo --out attacked
+  dagcore attack *.png --model fcn_resnet50 --weights fcn.pth --out attacked
+  dagcore attack street.png --model mynets.fcn:make --labels street_labels.png \\
+      --adversarial runner-up --out attacked
+  dagcore attack cat.jpg --model demo --adversarial "text:DAG" --foreground 9 \\
+      --tolerance 0.01 --out attacked
+"""
+
+
+def number(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Read a number, also as a fraction: 0.5/255."""
+    if value is None:
+        return None
+    top, slash, bottom = value.partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"{value!r} is no number or fraction like 0.5/255.") from error
+
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dagcore")
+def cli() -> None:
+    """Dense Adversary Generation: adversarial examples against segmentation networks."""
+
+
+@cli.command(epilog=EXAMPLES)
+@click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGE...")
+@click.option(
+    "--model",
+    required=True,
+    metavar="SPEC",
+    help="The network: a torchvision segmentation network (fcn_resnet50, "
+    "deeplabv3_mobilenet_v3_large, ...), demo, or package.module:function for your own.",
+)
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder for the output.")
+@click.option(
+    "--weights",
+    type=FILE,
+    help="State dict for a torchvision network (.pth or .safetensors).  [default: its download]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE|DIR",
+    help="True labels, as an image whose values are classes (255: ignored), or a folder with "
+    "NAME.png for each image.  [default: what the network sees in the clean image]",
+)
+@click.option(
+    "--adversarial",
+    default="permutation",
+    show_default=True,
+    metavar="HOW",
+    help="Adversarial labels: permutation (of the classes, at random), random (each target), "
+    "runner-up, a class (its number or name), or a pattern: circle, square, stripes, text:WORDS, "
+    "mask:FILE. A pattern implies --goal reach.",
+)
+@click.option(
+    "--foreground",
+    metavar="CLASS",
+    help="Class inside the pattern.  [default: one that is not in the image, at random]",
+)
+@click.option(
+    "--background",
+    metavar="CLASS",
+    help="Class outside the pattern.  [default: the most frequent label]",
+)
+@click.option(
+    "--gamma",
+    callback=number,
+    metavar="NUMBER",
+    default="0.5/255",
+    show_default=True,
+    help="Step length, for images in 0..1.",
+)
+@click.option(
+    "--max-iter",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    default=200,
+    show_default="200",
+    help="Updates at the most.",
+)
+@click.option(
+    "--goal",
+    type=click.Choice(GOALS),
+    help="Until no target is right, or until all are at their adversarial label.  [default: leave]",
+)
+@click.option(
+    "--epsilon",
+    callback=number,
+    metavar="NUMBER",
+    help="Largest change of a pixel, for images in 0..1.",
+)
+@click.option(
+    "--tolerance",
+    callback=number,
+    metavar="NUMBER",
+    default="0",
+    show_default=True,
+    help="Fraction of the targets that may be left active.",
+)
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    default=0,
+    show_default="0",
+    help="Of all random choices.",
+)
+def attack(**options: Any) -> None:
+    """Attack images, each on its own.
+
+    For each IMAGE the folder gets NAME.png (the attacked image), NAME.perturbation.safetensors,
+    NAME.json (the numbers and all settings) and NAME.figure.png.
+    """
+    from .attack_files import Plan, Request
+    from .report import Reporter, show_table
+
+    plan = Plan(Request(**options))
+    outcomes = []
+    with Reporter(len(plan.jobs)) as reporter:
+        names = [job.image.name for job in plan.jobs]
+        for outcome in plan.run(lambda k, m, active: reporter.update(names[k], m, active)):
+            outcomes.append(outcome)
+            reporter.finished([outcome])
+    show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
+    click.echo(f"written to {plan.request.out}")
+
+
+@cli.command()
+@click.option(
+    "--out", type=FOLDER, default="demo", show_default=True, metavar="DIR", help="Folder."
+)
+def demo(out: Path) -> None:
+    """Attack the photographs of scikit-image, and say what to look at."""
+    from . import demo as demonstration
+
+    demonstration.run(out)
+
+
+@cli.command("info")
+@click.option(
+    "--require-cuda-kernels",
+    is_flag=True,
+    help="Exit with status 1 unless every op has its CUDA kernel.",
+)
+def show_info(require_cuda_kernels: bool) -> int:
+    """Show versions, native kernels and devices."""
+    return info.show(require_cuda_kernels)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line; bad input gives one line on stderr, and exit status 2."""
+    arguments = list(argv) or ["--help"]
+    program = f"dagcore {arguments[0]}" if arguments[0] in cli.commands else "dagcore"
+    try:
+        status = cli.main(arguments, prog_name="dagcore", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.Abort:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except click.ClickException as error:
+        message = error.format_message()
+    except ModuleNotFoundError as error:
+        message = f'{error.name} is missing: pip install "dagcore[cli]"'
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = str(error)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,72 @@
+"""Image files in, finished files out: what is written is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
+
+_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Tensor:
+    """An 8-bit image as (3, H, W) float32 in [0, 1]; grey ones become RGB, alpha is dropped."""
+    image = _decode(path)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path} must have 8 bits per channel, got mode {image.mode}")
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def read_label_map(path: Path) -> Tensor:
+    """A palette or grey image as (H, W) int32 class indices.
+
+    255 (65535 in a 16-bit file) is the ignore label, and comes back as IGNORE.
+    """
+    image = _decode(path)
+    if image.mode not in ("P", "L", "I", "I;16", "I;16B"):
+        raise ValueError(
+            f"label map {path} must be a palette or grey image whose values are classes, "
+            f"got mode {image.mode}"
+        )
+    values = np.array(image).astype(np.int32)
+    ignored = 255 if image.mode in ("P", "L") else 65535
+    return torch.from_numpy(np.where(values == ignored, IGNORE, values).astype(np.int32))
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except _IMAGE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Write an image (3, H, W) in [0, 1] as an 8-bit PNG, rounded to the nearest level."""
+    levels = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
+    with whole(path) as temporary:
+        Image.fromarray(levels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place once the block has ended well."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""What an attack made of one image: measured, and written into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import engine, figures, files, reference
+from .attack import DAG, Status
+from .perturbation import perceptibility, round_to_8_bits
+from .victims import Victim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """One attacked image; images (3, H, W) in [0, 1], label maps (h, w)."""
+
+    name: str
+    image: Tensor
+    adversarial: Tensor
+    predicted: Tensor
+    """What the network sees in the clean image."""
+    attacked: Tensor
+    """What it sees in the attacked image."""
+    status: Status
+    iterations: int
+    active: list[int]
+    """Active targets after 0, 1, ... updates."""
+    targets: int
+    """Targets that count: neither ignored nor at their adversarial label from the start."""
+    active_after_rounding: int
+    """Active targets of the attacked image as its 8-bit file holds it."""
+    perceptibility: float
+    perceptibility_after_rounding: float
+
+    @property
+    def perturbation(self) -> Tensor:
+        """(3, H, W), attacked minus clean."""
+        return self.adversarial - self.image
+
+    def record(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        maps = ("image", "adversarial", "predicted", "attacked")
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in maps]
+        return {name: getattr(self, name) for name in fields}
+
+    def note(self, goal: str) -> str:
+        """The numbers in one line."""
+        state = "still right" if goal == "leave" else "not as wanted"
+        return (
+            f"{self.status} after {self.iterations} updates · "
+            f"{self.active[-1]} of {self.targets} targets {state}, "
+            f"{self.active_after_rounding} after rounding to 8 bits · "
+            f"perceptibility {self.perceptibility:.2e}"
+        )
+
+
+def predict(victim: Victim, images: Tensor) -> Tensor:
+    """Scores of images (N, 3, H, W) without gradients: (N, C, *T)."""
+    with engine.frozen(victim), torch.no_grad():
+        return engine.read_scores(victim(images), images)
+
+
+def attack_images(
+    attack: DAG,
+    victim: Victim,
+    images: Tensor,  # (N, 3, H, W)
+    labels: Tensor,  # (N, h, w)
+    adversarial_labels: Tensor | str,  # (N, h, w)
+    *,
+    names: Sequence[str],
+    generator: torch.Generator,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> list[Outcome]:
+    """Attack a batch of images and measure what came of each."""
+    clean = predict(victim, images)
+    result = attack(victim, images, labels, adversarial_labels, generator, callback=callback)
+    drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
+    rounded = round_to_8_bits(result.adversarial)
+    left = attack.count_active(victim, rounded, labels, drawn)
+    counted = reference.targets(clean, labels, drawn, attack.goal, attack.ignore_index)
+    predicted = clean.argmax(1)
+    attacked = predict(victim, result.adversarial).argmax(1)
+    rounded_perceptibility = perceptibility(rounded - images)
+    return [
+        Outcome(
+            name=name,
+            image=images[n].cpu(),
+            adversarial=result.adversarial[n].cpu(),
+            predicted=predicted[n].cpu(),
+            attacked=attacked[n].cpu(),
+            status=result.status[n],
+            iterations=int(result.iterations[n]),
+            active=[count for count in result.active[:, n].tolist() if count >= 0],
+            targets=int(counted[n]),
+            active_after_rounding=int(left[n]),
+            perceptibility=float(result.perceptibility[n]),
+            perceptibility_after_rounding=float(rounded_perceptibility[n]),
+        )
+        for n, name in enumerate(names)
+    ]
+
+
+def output_files(folder: Path, name: str) -> dict[str, Path]:
+    """The files of one attacked image."""
+    endings = {
+        "image": "png",
+        "perturbation": "perturbation.safetensors",
+        "figure": "figure.png",
+        "record": "json",
+    }
+    return {what: folder / f"{name}.{ending}" for what, ending in endings.items()}
+
+
+def write(
+    outcome: Outcome, folder: Path, victim: Victim, *, goal: str, record: dict[str, Any]
+) -> None:
+    """Write the attacked image, the perturbation, the figure and, last, the record."""
+    paths = output_files(folder, outcome.name)
+    files.write_image(paths["image"], outcome.adversarial)
+    with files.whole(paths["perturbation"]) as temporary:
+        save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
+    figures.attack_figure(
+        paths["figure"],
+        image=outcome.image,
+        adversarial=outcome.adversarial,
+        predicted=outcome.predicted,
+        attacked=outcome.attacked,
+        classes=victim.classes,
+        palette=victim.palette,
+        note=outcome.note(goal),
+    )
+    with files.whole(paths["record"]) as temporary:
+        temporary.write_text(json.dumps({**outcome.record(), **record}, indent=2) + "\n")

@@ -1,0 +1,99 @@
+"""Progress on stderr and tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .outcome import Outcome
+
+Row = Sequence[str]
+
+PLAIN_WIDTH = 120  # where stdout is no terminal
+
+
+class Reporter:
+    """Images done, update and active targets: a bar on a terminal, a line per image elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("images"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+            self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> Reporter:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, what: str, update: int, active: int) -> None:
+        """Show where an attack stands."""
+        if self.bar is not None:
+            text = f"{what}: update {update}, {active} targets active"
+            self.bar.update(self.task, description=text.replace("[", r"\["))
+
+    def finished(self, outcomes: Sequence[Outcome]) -> None:
+        """Count finished images."""
+        for outcome in outcomes:
+            self.done += 1
+            if self.bar is None:
+                line = (
+                    f"[{self.done}/{self.total}] {outcome.name}: {outcome.status} after "
+                    f"{outcome.iterations} updates, {outcome.active[-1]} targets active"
+                )
+                print(line, file=sys.stderr, flush=True)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done)
+
+
+def figures_of(outcome: Outcome) -> list[str]:
+    """What a table says of an outcome, in the order of `COLUMNS`."""
+    return [
+        str(outcome.targets),
+        str(outcome.iterations),
+        str(outcome.status),
+        str(outcome.active[-1]),
+        str(outcome.active_after_rounding),
+        f"{outcome.perceptibility:.2e}",
+    ]
+
+
+COLUMNS = ("targets", "updates", "status", "active", "active after rounding", "perceptibility")
+
+
+def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> None:
+    """Print a table of outcomes, each with columns of its own in front."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name)
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for row, outcome in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row), *figures_of(outcome))
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(table)

@@ -1,0 +1,84 @@
+"""The figure of an attack."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dagcore import figures
+
+
+def draw(path, predicted, attacked, perturbation=0.0, **options):
+    height, width = 60, 80
+    image = torch.full((3, height, width), 0.2)
+    figures.attack_figure(
+        path,
+        image=image,
+        adversarial=image + perturbation,
+        predicted=predicted,
+        attacked=attacked,
+        **options,
+    )
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def panel(figure, k):
+    """The colours within panel k, without its frame."""
+    gap, width, dots = figures.GAP, figures.PANEL_WIDTH, figures.DOTS_PER_INCH
+    left = round((gap + k * (width + gap)) * dots)
+    top = round(0.4 * dots)
+    return figure[top + 3 : top + round(width * 0.75 * dots) - 3, left + 3 : left + 507]
+
+
+def test_panels_show_image_segmentation_perturbation_and_attack(tmp_path):
+    predicted = torch.tensor([[0, 1], [1, 1]])
+    attacked = torch.tensor([[2, 2], [2, 2]])
+    figure = draw(tmp_path / "f.png", predicted, attacked, perturbation=0.01)
+    assert np.unique(panel(figure, 0)) == 51
+    assert np.unique(panel(figure, 2)) in (153, 154)  # 0.5 + 10 * 0.01
+    before, after = panel(figure, 1), panel(figure, 3)
+    height, width = before.shape[:2]
+    assert tuple(before[height // 4, width // 4]) == (0, 0, 0)
+    assert tuple(before[height // 4, width * 3 // 4]) == (128, 0, 0)
+    assert len(np.unique(before.reshape(-1, 3), axis=0)) == 2  # enlarged without mixing
+    assert np.all(after == (0, 128, 0))
+
+
+def test_palettes():
+    voc = figures.voc_palette(64)
+    assert voc[[0, 1, 2, 15]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128]]
+    for colours in (voc, figures.rank_palette(40)):
+        assert len(np.unique(colours, axis=0)) == len(colours)
+
+
+def test_a_palette_of_the_victims_is_used(tmp_path):
+    labels = torch.ones(6, 8, dtype=torch.int64)
+    figure = draw(tmp_path / "f.png", labels, labels, palette=[(9, 9, 9), (1, 2, 3)])
+    assert np.all(panel(figure, 1) == (1, 2, 3))
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 48])
+def test_many_classes_and_awkward_names(tmp_path, count):
+    labels = 900 + torch.arange(48).reshape(6, 8) % count
+    names = [f"$class$ _{k} with quite a long name" for k in range(948)]
+    figure = draw(tmp_path / "f.png", labels, labels.flip(0), classes=names, note="a $note")
+    colours = np.unique(panel(figure, 1).reshape(-1, 3), axis=0)
+    assert len(colours) == count
+
+
+def test_shares_lists_what_was_frequent_first():
+    before, after = torch.tensor([5, 5, 5, 7]), torch.tensor([3, 3, 7, 9])
+    table = figures.shares(before, after)
+    assert list(table) == [5, 7, 3, 9]
+    assert table[7] == [0.25, 0.25]
+
+
+def test_nothing_is_left_of_a_figure_that_failed(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figures.Figure, "savefig", fail)
+    labels = torch.zeros(6, 8, dtype=torch.int64)
+    with pytest.raises(OSError, match="disk full"):
+        draw(tmp_path / "f.png", labels, labels)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,329 @@
+"""What torch knows of the ops, and what happens where the native module is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import DTYPES, LAYOUTS, lay_out, random_case, same_bits
+from torch import Tensor
+
+import dagcore
+from dagcore import native, ops, reference
+
+PACKAGE = Path(dagcore.__file__).parent
+STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
+
+
+def step_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(0)
+    origin = torch.rand(2, 3, 9, 11, generator=rng)
+    gradient = torch.randn(2, 3, 9, 11, generator=rng)
+    active = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    origin, gradient = origin.to(device, dtype), gradient.to(device, dtype)
+    return origin.clone(), origin, gradient, active
+
+
+# --- opcheck
+
+SEED_CHECKS = {
+    "leave": ((2, 5, 7, 9), torch.float32, "contiguous", False, False),
+    "reach": ((2, 5, 7, 9), torch.float64, "class-last", False, True),
+    "runner-up": ((2, 5, 7, 9), torch.bfloat16, "transposed", True, False),
+    "no target dimensions": ((3, 4), torch.float16, "contiguous", False, False),
+    "gaps": ((2, 3, 4, 5, 6), torch.float32, "gaps", False, True),
+    "expanded": ((2, 3, 20), torch.float32, "expanded", True, False),
+    "no targets": ((2, 3, 0), torch.float32, "contiguous", False, False),
+    "no images": ((0, 3, 5), torch.float32, "contiguous", True, False),
+}
+
+
+@pytest.mark.parametrize("name", SEED_CHECKS)
+def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
+    shape, dtype, layout, runner_up, reach = SEED_CHECKS[name]
+    scores, labels, adversarial = random_case(shape, 0, dtype=dtype)
+    if scores.numel():
+        scores = lay_out(scores, layout)
+    scores = scores.to(device)
+    other = None if runner_up else adversarial.to(device)
+    arguments = (scores, labels.to(device), other, reach, 255)
+    results = torch.library.opcheck(torch.ops.dagcore.dag_seed.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype) -> None:
+    images, origin, gradient, active = step_case(device, dtype)
+    for clip in ((0.0, 1.0, 0.05), (-math.inf, math.inf, math.inf)):
+        arguments = (lay_out(images, layout), origin, gradient, active, 0.01, *clip)
+        results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
+    empty = torch.zeros(2, 3, 0, device=device)
+    active = torch.ones(2, dtype=torch.int32, device=device)
+    arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1)
+    results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+# --- torch.compile and CUDA graphs
+
+
+def one_iteration(
+    images: Tensor, origin: Tensor, scores: Tensor, labels: Tensor, adversarial: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every mode of dag_seed, and a step whose gradient is made of their seeds."""
+    seed, active = ops.dag_seed(scores * 2, labels, adversarial)
+    reached, left = ops.dag_seed(scores, labels, adversarial, goal="reach", ignore_index=1)
+    strongest, _ = ops.dag_seed(scores, labels, "runner-up")
+    gradient = (seed + reached + strongest)[:, :3] + origin
+    moved = images.clone()
+    norms = ops.linf_step_(moved, origin, gradient, active, **STEP)
+    return seed, active, left, moved, norms
+
+
+def iteration_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    scores, labels, adversarial = random_case((2, 5, 9, 11), 0)
+    labels, adversarial = labels.clamp(max=4), adversarial.clamp(max=4)
+    images, origin, *_ = step_case(device)
+    return images, origin, *(t.to(device) for t in (scores, labels, adversarial))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) -> None:
+    arguments = iteration_arguments(device)
+    expected = one_iteration(*arguments)
+    assert int(expected[1].min()) > 0
+    compiled = torch.compile(one_iteration, fullgraph=True, backend=backend)
+    for got, wanted in zip(compiled(*arguments), expected, strict=True):
+        assert same_bits(got, wanted) if wanted.is_floating_point() else torch.equal(got, wanted)
+
+
+def test_compiled_step_writes_to_its_argument(device: torch.device) -> None:
+    def step(images: Tensor, origin: Tensor, gradient: Tensor, active: Tensor) -> Tensor:
+        return ops.linf_step_(images, origin, gradient, active, **STEP)
+
+    images, origin, gradient, active = step_case(device)
+    expected = images.clone()
+    norms = step(expected, origin, gradient, active)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(images, origin, gradient, active)
+    assert same_bits(got, norms)
+    assert same_bits(images, expected)
+    assert not same_bits(images, origin)
+
+
+def test_compiled_with_dynamic_shapes(device: torch.device) -> None:
+    def seed(scores: Tensor, labels: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.dag_seed(scores, labels, adversarial)
+
+    compiled = torch.compile(seed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 5, 9, 11), (3, 4, 7, 13), (2, 6, 5, 5)):
+        arguments = [t.to(device) for t in random_case(shape, 0)]
+        for got, wanted in zip(compiled(*arguments), seed(*arguments), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_compiled_out_of_range_label_is_a_negative_count(device: torch.device) -> None:
+    scores = torch.zeros(2, 4, 9, device=device)
+    labels = torch.zeros(2, 9, dtype=torch.int64, device=device)
+    labels[1, 3] = 4
+
+    def count(scores: Tensor, labels: Tensor) -> Tensor:
+        return ops.dag_seed(scores, labels, "runner-up")[1]
+
+    active = torch.compile(count, fullgraph=True, backend="aot_eager")(scores, labels)
+    assert int(active[0]) == 9
+    assert int(active[1]) < 0
+
+
+def test_cuda_graph(cuda: torch.device) -> None:
+    arguments = iteration_arguments(cuda)
+    expected = [t.clone() for t in one_iteration(*arguments)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        one_iteration(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = one_iteration(*arguments)
+    for t in outputs:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted)
+    arguments[2].neg_()  # other scores in the same memory
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, one_iteration(*arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_current_cuda_stream_is_used(cuda: torch.device) -> None:
+    """On a side stream that is busy, the op waits for its turn."""
+    scores, labels, adversarial = (t.to(cuda) for t in random_case((2, 5, 64, 64), 0))
+    expected = ops.dag_seed(-scores, labels, adversarial)
+    late = scores.clone()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.neg_()
+        got = ops.dag_seed(late, labels, adversarial)
+    torch.cuda.synchronize()
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+# --- registration
+
+
+@pytest.mark.parametrize("name", ["dag_seed", "linf_step_"])
+def test_native_kernels_are_registered(device: torch.device, name: str) -> None:
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dagcore::{name}", key)
+
+
+@pytest.mark.parametrize("name", ["dag_seed", "linf_step_"])
+def test_public_names(name: str) -> None:
+    assert name in ops.__all__
+    assert callable(getattr(ops, name))
+    assert callable(getattr(reference, name))
+
+
+def test_simd_level_by_name() -> None:
+    before = native.module.simd_in_use()
+    with pytest.raises(ValueError, match="must be baseline, avx2 or avx512, got sse"):
+        native.module.use_simd("sse")
+    assert native.module.simd_in_use() == before
+
+
+# --- without the native module
+
+MISSING = """
+import json, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dagcore
+    assert dagcore.__file__.startswith({folder!r}), dagcore.__file__
+    assert dagcore.native.module is None
+    scores = torch.tensor([[[3.0, 1.0], [1.0, 3.0]]])
+    labels = torch.tensor([[0, 0]])
+    counts = []
+    for _ in range(3):
+        seed, active = dagcore.ops.dag_seed(scores, labels, 1 - labels)
+        counts.append(active.tolist())
+    images = torch.tensor([[0.5, 0.5]])
+    norms = dagcore.ops.linf_step_(
+        images, images.clone(), torch.tensor([[1.0, -2.0]]), active,
+        gamma=0.25, lower=None, upper=None, epsilon=None,
+    )
+    torch.manual_seed(0)
+    result = dagcore.DAG(gamma=0.01, max_iter=50)(
+        torch.nn.Conv2d(3, 4, 3), torch.rand(2, 3, 6, 6), torch.ones(2, 4, 4, dtype=torch.int64)
+    )
+print(json.dumps({{
+    "warnings": [[w.category.__name__, str(w.message)] for w in caught],
+    "seed": seed.tolist(), "counts": counts, "images": images.tolist(), "norms": norms.tolist(),
+    "converged": result.converged.tolist(),
+}}))
+"""
+
+
+def run_python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds the package in `folder` first."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def copy_package(folder: Path) -> Path:
+    """The package without its native module."""
+    copy = folder / "dagcore"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    return copy
+
+
+def test_missing_module_gives_one_warning_and_the_reference(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    done = run_python(MISSING.format(folder=str(tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stderr
+    got: dict[str, Any] = json.loads(done.stdout)
+    assert len(got["warnings"]) == 1
+    category, message = got["warnings"][0]
+    assert category == "RuntimeWarning"
+    assert "native module is not built" in message
+    assert "reference" in message
+    assert got["seed"] == [[[-1, 0], [1, 0]]]
+    assert got["counts"] == [[1]] * 3
+    assert got["norms"] == [2]
+    assert got["images"] == [[0.625, 0.25]]
+    assert got["converged"] == [True, True]
+
+
+def test_missing_module_under_compile(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    code = """
+import warnings
+import torch, dagcore
+scores, labels = torch.randn(2, 4, 9), torch.randint(0, 4, (2, 9))
+f = lambda s, l: dagcore.ops.dag_seed(s, l, "runner-up")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)
+    expected = f(scores, labels)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(scores, labels)
+assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_module_that_does_not_load(tmp_path: Path, with_record: bool) -> None:
+    copy = copy_package(tmp_path)
+    (copy / Path(native.module.__file__).name).write_bytes(b"not a shared library")
+    record = copy / "_build.json"
+    if with_record:
+        record.write_text(json.dumps({"torch": "2.99.7", "cuda": "13.9"}))
+    else:
+        record.unlink(missing_ok=True)
+    done = run_python("import dagcore", tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: dagcore's native module was built for torch")
+    assert ("built for torch 2.99.7 (CUDA 13.9)" in last) == with_record
+    assert f"does not load with torch {torch.__version__}" in last
+    assert "Rebuild it" in last
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_simd_level_from_the_environment(tmp_path: Path, level: str) -> None:
+    code = "from dagcore.native import module; print(module.simd_in_use(), module.simd_supported())"
+    done = run_python(code, PACKAGE.parent, DAGCORE_SIMD=level)
+    assert done.returncode == 0, done.stderr
+    in_use, supported = done.stdout.split()
+    order = ["baseline", "avx2", "avx512"]
+    assert in_use == min(level, supported, key=order.index)
+
+
+def test_unknown_simd_level_in_the_environment() -> None:
+    done = run_python("import dagcore", PACKAGE.parent, DAGCORE_SIMD="sse9")
+    assert done.returncode == 1
+    assert "DAGCORE_SIMD must be baseline, avx2 or avx512, got sse9" in done.stderr
