@@ -144,6 +144,8 @@ class DAG:
         if self.backend == "native":
             loop = engine.run
             settings["callback"] = callback
+        elif callback is not None:
+            raise ValueError("callback must be None for backend='reference', which calls none")
 
         def scores_of(x: Tensor) -> Tensor:
             scores = engine.read_scores(model(x), x)
@@ -229,7 +231,8 @@ class DAG:
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError("images must be finite, got a NaN or an infinity")
-        if self.bounds is not None and (low < self.bounds[0] or high > self.bounds[1]):
+        limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
+        if low < limits[0] or high > limits[1]:
             raise ValueError(
                 f"images must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
             )

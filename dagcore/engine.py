@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from . import ops
 from .labels import assign
-from .reference import BUDGET, CONVERGED, STALLED, Trace, counted_targets, step_scale, targets
+from .reference import (
+    BUDGET,
+    CONVERGED,
+    STALLED,
+    Trace,
+    allowance,
+    counted_targets,
+    input_gradient,
+    step_scale,
+    targets,
+)
 
 # Called with (update, active targets of each image, -1 where it has stopped).
 Callback = Callable[[int, Tensor], None]
@@ -100,8 +110,8 @@ def run(
                 drawn = adversarial_labels if isinstance(adversarial_labels, Tensor) else None
                 counted_targets(scores, labels, drawn, ignore_index)
             if tolerance:
-                allowed = tolerance * targets(
-                    scores, labels, adversarial_labels, goal, ignore_index
+                allowed = allowance(
+                    targets(scores, labels, adversarial_labels, goal, ignore_index), tolerance
                 )
         seed, active = ops.dag_seed(
             scores, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
@@ -134,19 +144,6 @@ def run(
     return Trace(x, iterations, status, history, drawn)
 
 
-def input_gradient(scores: Tensor, leaf: Tensor, seed: Tensor) -> Tensor:
-    """The backward pass from a seed at the scores to the images: line 4 of Algorithm 1."""
-    if not scores.requires_grad:
-        raise ValueError(
-            "model must compute its scores from the images differentiably, got scores without a "
-            "gradient (does it run under torch.no_grad, or detach?)"
-        )
-    (gradient,) = torch.autograd.grad(scores, leaf, seed, allow_unused=True)
-    if gradient is None:
-        raise ValueError("model must compute its scores from the images, got scores of other input")
-    return gradient
-
-
 class Watch:
     """Which images have stopped, read back as late as the device likes.
 
@@ -161,7 +158,7 @@ class Watch:
         self.under_way: deque[tuple[int, Tensor, Tensor, torch.Event]] = deque()
 
     def all_stopped(self, m: int, counts: Tensor, running: Tensor) -> bool:
-        """Note iteration m's counts and running images, (N,); True once all are known to have stopped."""
+        """Note iteration m's counts and running images, (N,); True once none runs any more."""
         if self.device.type == "cpu":
             return self._report(m, counts, running)
         event = torch.Event(self.device)

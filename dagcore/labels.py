@@ -134,20 +134,19 @@ def paint(mask: Tensor, foreground: int, background: int | Tensor) -> Tensor:
 def _text(words: str, height: int, width: int) -> Tensor:
     from PIL import Image, ImageDraw, ImageFont
 
-    canvas = Image.new("L", (1, 1))
-    left, top, right, bottom = ImageDraw.Draw(canvas).textbbox(
-        (0, 0), words, font=ImageFont.load_default(size=100)
+    font = ImageFont.load_default(size=100)
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox(
+        (0, 0), words, font=font
     )
-    size = 100 * min(0.9 * width / (right - left), 0.9 * height / (bottom - top))
+    if right <= left or bottom <= top or not words.strip():
+        raise ValueError(f"pattern 'text:WORDS' must have words to show, got {words!r}")
+    ink = Image.new("L", (round(right - left), round(bottom - top)))
+    ImageDraw.Draw(ink).text((-left, -top), words, fill=255, font=font)
+    scale = 0.9 * min(width / ink.width, height / ink.height)
+    fitted = ink.resize((max(1, round(scale * ink.width)), max(1, round(scale * ink.height))))
     canvas = Image.new("L", (width, height))
-    ImageDraw.Draw(canvas).text(
-        (width / 2, height / 2),
-        words,
-        fill=255,
-        anchor="mm",
-        font=ImageFont.load_default(size=max(size, 1)),
-    )
-    return _mask(canvas)
+    canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+    return _pixels(canvas) > 127
 
 
 def _mask_file(path: Path, height: int, width: int) -> Tensor:
@@ -155,11 +154,10 @@ def _mask_file(path: Path, height: int, width: int) -> Tensor:
 
     with Image.open(path) as image:
         grey = image if image.mode in ("L", "P", "1", "I") else image.convert("L")
-        return _mask(grey.resize((width, height), Image.Resampling.NEAREST))
+        return _pixels(grey.resize((width, height), Image.Resampling.NEAREST)) > 0
 
 
-def _mask(image: object) -> Tensor:
+def _pixels(image: object) -> Tensor:
     import numpy as np
 
-    values = np.array(image)
-    return torch.from_numpy(values > (127 if values.max() == 255 else 0))
+    return torch.from_numpy(np.array(image).astype(np.int64))

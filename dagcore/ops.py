@@ -71,16 +71,19 @@ def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# Autograd does not reach inside an op: the defaults write out what the reference gets from it.
 def _seed_default(
     scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    return reference.dag_seed(
-        scores,
-        labels,
-        "runner-up" if adversarial is None else adversarial,
-        goal="reach" if reach else "leave",
-        ignore_index=ignore_index,
+    seed = torch.zeros_like(scores)
+    if scores.numel() == 0:
+        return seed, scores.new_zeros(len(scores), dtype=torch.int32)
+    plus, minus, active = reference.verdicts(
+        scores, labels, adversarial, "reach" if reach else "leave", ignore_index
     )
+    one = active.unsqueeze(1).to(seed.dtype)
+    seed.scatter_add_(1, plus.unsqueeze(1), one).scatter_add_(1, minus.unsqueeze(1), -one)
+    return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
 
 
 def _seed_bilinear_default(
@@ -91,14 +94,14 @@ def _seed_bilinear_default(
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    return reference.dag_seed_bilinear(
-        scores,
-        labels,
-        "runner-up" if adversarial is None else adversarial,
-        goal="reach" if reach else "leave",
-        ignore_index=ignore_index,
-        align_corners=align_corners,
+    if labels.numel() == 0:
+        return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
+    high = reference.enlarge(scores, labels.shape[1:], align_corners)
+    seed, active = _seed_default(high, labels, adversarial, reach, ignore_index)
+    gradient = torch.ops.aten.upsample_bilinear2d_backward(
+        seed, labels.shape[1:], scores.shape, align_corners
     )
+    return torch.empty_like(scores).copy_(gradient), active
 
 
 def _argmax_default(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:

@@ -67,5 +67,6 @@ def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) ->
     `DAG.count_active` tells how many targets still hold for them.
     """
     lower, upper = bounds
-    levels = ((images - lower) / (upper - lower) * 255).round().clamp(0, 255)
-    return levels / 255 * (upper - lower) + lower
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    levels = ((exact - lower) / (upper - lower) * 255).round().clamp(0, 255)
+    return (levels / 255 * (upper - lower) + lower).to(images.dtype)

@@ -58,7 +58,9 @@ def dag(
             adversarial_labels = assign(
                 adversarial_labels, labels, scores.shape[1], ignore_index, generator
             )
-            allowed = tolerance * targets(scores, labels, adversarial_labels, goal, ignore_index)
+            allowed = allowance(
+                targets(scores, labels, adversarial_labels, goal, ignore_index), tolerance
+            )
         # line 3: T_m = {t : argmax_c f_c(X_m, t) = l_t}
         seed, active = dag_seed(
             scores, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
@@ -70,7 +72,7 @@ def dag(
         if m == max_iter or not running.any():
             break
         # line 4: r_m = sum over T_m of grad f_l' - grad f_l
-        (r,) = torch.autograd.grad(scores, x, seed)
+        r = input_gradient(scores, x, seed)
         # lines 5 to 7: X_{m+1} = X_m + gamma / ||r_m||_inf r_m
         x = x.detach()
         norms = linf_step_(
@@ -92,6 +94,26 @@ def dag(
 
     drawn = None if isinstance(adversarial_labels, str) else adversarial_labels
     return Trace(x.detach(), iterations, status, history, drawn)
+
+
+def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+    """The backward pass from a seed at the scores to the images."""
+    if not scores.requires_grad:
+        raise ValueError(
+            "model must compute its scores from the images differentiably, got scores without a "
+            "gradient (does it run under torch.no_grad, or detach?)"
+        )
+    (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
+    if gradient is None:
+        raise ValueError("model must compute its scores from the images, got scores of other input")
+    return gradient
+
+
+def allowance(targets: Tensor, tolerance: float) -> Tensor:
+    """The largest count k of each image with k / targets <= tolerance, exactly: (N,) float64."""
+    count = targets.double()
+    k = (tolerance * count).floor()
+    return torch.where((k + 1) / count <= tolerance, k + 1, k)
 
 
 def counted_targets(
@@ -144,29 +166,39 @@ def dag_seed(
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    counted = counted_targets(scores, labels, adversarial, ignore_index)
-    true = torch.where(counted, labels, 0).long()
-    top, winner = scores.detach().max(dim=1)
-    if adversarial is None:
-        other = runner_up(scores.detach(), true)
-    else:
-        other = torch.where(counted, adversarial, 0).long()
-
-    if goal == "leave":
-        active = counted & (other != true) & ((winner == true) | top.isnan())
-        minus = true
-    else:
-        active = counted & ((winner != other) | top.isnan())
-        minus = winner
     with torch.inference_mode(False), torch.enable_grad():
+        plus, minus, active = verdicts(scores, labels, adversarial, goal, ignore_index)
         f = _leaf(scores)
-        f_plus, f_minus = f.gather(1, torch.stack([other, minus], dim=1)).unbind(1)
+        f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
 
     laid_out = torch.empty_like(scores)
     if laid_out.stride() != seed.stride():
         seed = laid_out.copy_(seed)
     return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+
+
+def verdicts(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    goal: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
+    counted = counted_targets(scores, labels, adversarial, ignore_index)
+    true = torch.where(counted, labels, 0).long()
+    top, winner = scores.detach().max(dim=1)
+    if adversarial is None:
+        plus = runner_up(scores.detach(), true)
+    else:
+        plus = torch.where(counted, adversarial, 0).long()
+
+    if goal == "leave":
+        active = counted & (plus != true) & ((winner == true) | top.isnan())
+        return plus, true, active
+    active = counted & ((winner != plus) | top.isnan())
+    return plus, winner, active
 
 
 def dag_seed_bilinear(
@@ -184,7 +216,7 @@ def dag_seed_bilinear(
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     with torch.inference_mode(False), torch.enable_grad():
         low = _leaf(scores)
-        high = _enlarge(low, labels.shape[1:], align_corners)
+        high = enlarge(low, labels.shape[1:], align_corners)
         seed, active = dag_seed(
             high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
         )
@@ -206,10 +238,11 @@ def argmax_bilinear(
     height, width = checks.map_size(size)
     if not len(scores) * height * width:
         return scores.new_zeros((len(scores), height, width), dtype=torch.int64)
-    return _enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)
+    return enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)
 
 
-def _enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+def enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Scores (N, C, h, w) at a larger size, in the precision in which they are compared."""
     return torch.nn.functional.interpolate(
         scores.to(norm_dtype(scores)), tuple(size), mode="bilinear", align_corners=align_corners
     )
@@ -239,13 +272,9 @@ def linf_step_(
     epsilon: float | None,
 ) -> Tensor:
     """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
+    limits = checks.step_arguments(images, origin, gradient, active, gamma, lower, upper, epsilon)
     real = norm_dtype(images)
-    low, high, ball = (
-        representable(limit, real)
-        for limit in checks.step_arguments(
-            images, origin, gradient, active, gamma, lower, upper, epsilon
-        )
-    )
+    low, high, ball = (representable(limit, real) for limit in limits)
     if images.numel() == 0:
         return images.new_zeros(len(images), dtype=real)
     x, x0, r = images.detach().to(real), origin.detach().to(real), gradient.detach().to(real)
