@@ -2,6 +2,7 @@
 
 from . import labels, ops, perturbation, reference
 from .attack import DAG, Result, Status
+from .stream import Sample
 
-__all__ = ["DAG", "Result", "Status", "labels", "ops", "perturbation", "reference"]
+__all__ = ["DAG", "Result", "Sample", "Status", "labels", "ops", "perturbation", "reference"]
 __version__ = "0.1.0"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import checks, engine, ops, reference
 from .labels import KINDS, assign
 from .perturbation import perceptibility
+from .stream import Assign, Feed, Sample, Stream, device_of, validate_slots
 
 
 class Status(str, Enum):
@@ -53,6 +55,8 @@ class Result:
     """(N,) sqrt(mean over pixels of ||r_k||_2^2), in units of the [0, 1] range."""
     adversarial_labels: Tensor | None
     """The adversarial labels, given or drawn; None for "runner-up"."""
+    key: Any = None
+    """The sample's key, for results of a stream."""
 
     def __repr__(self) -> str:
         shown = ", ".join(
@@ -63,7 +67,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DAG:
+class DAG(engine.Settings):
     """Dense Adversary Generation: Algorithm 1 of Xie et al., ICCV 2017.
 
     Args:
@@ -82,34 +86,6 @@ class DAG:
         TypeError, ValueError: a setting out of its range.
     """
 
-    gamma: float = 0.5 / 255
-    max_iter: int = 200
-    goal: str = "leave"
-    bounds: tuple[float, float] | None = (0.0, 1.0)
-    epsilon: float | None = None
-    tolerance: float = 0.0
-    ignore_index: int = 255
-    backend: str = "native"
-
-    def __post_init__(self) -> None:
-        checks.number("gamma", self.gamma, above=0)
-        checks.integer("max_iter", self.max_iter, at_least=0)
-        checks.choice("goal", self.goal, checks.GOALS)
-        if self.bounds is not None:
-            if not isinstance(self.bounds, (tuple, list)) or len(self.bounds) != 2:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
-            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds, strict=True):
-                checks.number(name, bound)
-            if not self.bounds[0] < self.bounds[1]:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
-        if self.epsilon is not None:
-            checks.number("epsilon", self.epsilon, above=0)
-        checks.number("tolerance", self.tolerance)
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
-        checks.integer("ignore_index", self.ignore_index)
-        checks.choice("backend", self.backend, ("native", "reference"))
-
     def __call__(
         self,
         model: Callable[[Tensor], Any],
@@ -125,7 +101,9 @@ class DAG:
         Args:
             model: maps images (N, 3, H, W) to scores (N, C, *T) before softmax: any callable. An
                 nn.Module is run in eval mode without gradients of its parameters, and put back
-                as it was. {"out": scores} and .logits are understood.
+                as it was. {"out": scores} and .logits are understood. Scores (N, C, h, w) below
+                the labels' size are read through bilinear interpolation (with corners aligned if
+                the model has a true attribute `align_corners`).
             images: (N, 3, H, W) floating point, within `bounds`; left as they are.
             labels: (N, *T) uint8, int32 or int64: true classes, or `ignore_index`.
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
@@ -138,39 +116,99 @@ class DAG:
             TypeError, ValueError: the argument, what was required and what came.
         """
         self._check(images, labels, adversarial_labels, generator)
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "backend"}
-        settings["generator"] = generator
-        loop: Callable[..., reference.Trace] = reference.dag
-        if self.backend == "native":
-            loop = engine.run
-            settings["callback"] = callback
-        elif callback is not None:
-            raise ValueError("callback must be None for backend='reference', which calls none")
-
-        def scores_of(x: Tensor) -> Tensor:
-            scores = engine.read_scores(model(x), x)
-            self._check_scores(scores, labels)
-            return scores
-
+        wanted = "permutation" if adversarial_labels is None else adversarial_labels
+        reader = engine.Reader(model)
         with engine.frozen(model), torch.inference_mode(False):
-            trace = loop(
-                scores_of,
+            if self.backend == "native":
+                outcomes = engine.run(
+                    reader, self, images, labels, self._assign(wanted, generator), callback
+                )
+                return self._gather(images, outcomes)
+            if callback is not None:
+                raise ValueError("callback must be None for backend='reference', which calls none")
+            settings = dataclasses.asdict(self)
+            del settings["backend"]
+            trace = reference.dag(
+                lambda x: reader(x, labels),
                 images,
                 labels,
-                "permutation" if adversarial_labels is None else adversarial_labels,
+                wanted,
+                align_corners=reader.align_corners,
+                generator=generator,
                 **settings,
             )
-        perturbation = trace.images - images.detach()
-        return Result(
-            adversarial=trace.images,
-            perturbation=perturbation,
-            iterations=trace.iterations,
-            converged=trace.status == reference.CONVERGED,
-            status=tuple(_STATUS[code] for code in trace.status.tolist()),
-            active=trace.active,
-            perceptibility=perceptibility(perturbation, self._range()),
-            adversarial_labels=trace.adversarial_labels,
-        )
+            return self._result(images, trace)
+
+    def stream(
+        self,
+        model: Callable[[Tensor], Any],
+        samples: Iterable[Sample],
+        slots: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Result]:
+        """Attack images one by one as they come, `slots` at a time, results as they finish.
+
+        As soon as an image stops, the next takes its slot, so that no image waits for a slower
+        one. Each result equals what the image would give alone, up to the network's own
+        arithmetic. Samples are fetched by a thread of their own; images may differ in size. The
+        model is in eval mode until the iterator ends or is closed.
+
+        Args:
+            model: as for a batch. Samples are moved to the device of its parameters.
+            samples: an iterable of `dagcore.Sample`, a DataLoader with `batch_size=None` included.
+            slots: images under attack at a time.
+            generator: source of the random choices, which do not depend on `slots`.
+
+        Yields:
+            A `Result` of one image (N = 1), with the sample's `key`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument or sample. An error of the source or of a
+                sample is raised once all images before it have finished; an error of the model,
+                after all results that were already there.
+        """
+        validate_slots(slots)
+        if self.backend != "native":
+            raise ValueError(f"backend must be 'native' to stream, got {self.backend!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        return self._stream(model, samples, slots, generator)
+
+    def _stream(
+        self,
+        model: Callable[[Tensor], Any],
+        samples: Iterable[Sample],
+        slots: int,
+        generator: torch.Generator | None,
+    ) -> Iterator[Result]:
+        def check(sample: Sample) -> None:
+            image, labels, adversarial = (
+                value[None] if isinstance(value, Tensor) else value
+                for value in (sample.image, sample.labels, sample.adversarial_labels)
+            )
+            try:
+                self._check(image, labels, adversarial, None)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"sample {sample.key!r}: {error}") from error
+
+        def assign_to(sample: Sample) -> Assign:
+            wanted = sample.adversarial_labels
+            if isinstance(wanted, Tensor):
+                return self._assign(wanted[None], None)
+            # A seed of its own for each sample: slots finish in any order.
+            device = "cpu" if generator is None else generator.device
+            seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+            own = torch.Generator().manual_seed(int(seed))
+            return self._assign("permutation" if wanted is None else wanted, own)
+
+        device = device_of(model)
+        work = Stream(engine.Reader(model), self, slots, device, check, assign_to)
+        with engine.frozen(model), closing(Feed(samples, slots, device)) as feed:
+            for outcome in work.run(feed):
+                sample = outcome.tag
+                image = sample.image[None].to(outcome.image.device)
+                result = self._gather(image, [outcome])
+                yield dataclasses.replace(result, key=sample.key)
 
     def count_active(
         self,
@@ -184,26 +222,54 @@ class DAG:
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
         self._check(images, labels, adversarial_labels, None)
+        reader = engine.Reader(model)
         with engine.frozen(model), torch.no_grad():
-            scores = engine.read_scores(model(images), images)
-            self._check_scores(scores, labels)
+            scores = reader(images, labels)
             adversarial = assign(adversarial_labels, labels, scores.shape[1], self.ignore_index)
-            counter = ops.dag_seed if self.backend == "native" else reference.dag_seed
-            _, active = counter(
+            module = ops if self.backend == "native" else reference
+            _, active = reference.seed_op(module, scores, labels, reader.align_corners)(
                 scores, labels, adversarial, goal=self.goal, ignore_index=self.ignore_index
             )
         return active
 
+    def _assign(self, wanted: Tensor | str, generator: torch.Generator | None) -> Assign:
+        """Adversarial labels, given or drawn once the number of classes is known."""
+        return lambda labels, num_classes: assign(
+            wanted, labels, num_classes, self.ignore_index, generator
+        )
+
+    def _gather(self, images: Tensor, outcomes: list[engine.Outcome]) -> Result:
+        """The result of a batch from the outcomes of its images."""
+        device = images.device
+        given = [o.adversarial_labels for o in outcomes if o.adversarial_labels is not None]
+        trace = reference.Trace(
+            torch.stack([o.image for o in outcomes]) if outcomes else images.detach().clone(),
+            torch.tensor([o.iterations for o in outcomes], dtype=torch.int32, device=device),
+            torch.tensor([o.status for o in outcomes], dtype=torch.int8, device=device),
+            torch.stack([o.active for o in outcomes], dim=1)
+            if outcomes
+            else torch.empty((self.max_iter + 1, 0), dtype=torch.int32, device=device),
+            torch.stack(given) if given else None,
+        )
+        return self._result(images, trace)
+
+    def _result(self, images: Tensor, trace: reference.Trace) -> Result:
+        perturbation = trace.images - images.detach()
+        return Result(
+            adversarial=trace.images,
+            perturbation=perturbation,
+            iterations=trace.iterations,
+            converged=trace.status == reference.CONVERGED,
+            status=tuple(_STATUS[code] for code in trace.status.tolist()),
+            active=trace.active,
+            perceptibility=perceptibility(perturbation, self._range()),
+            adversarial_labels=trace.adversarial_labels,
+        )
+
     def _range(self) -> float:
         return 1.0 if self.bounds is None else float(self.bounds[1] - self.bounds[0])
 
-    def _check(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        adversarial_labels: Tensor | str | None,
-        generator: torch.Generator | None,
-    ) -> None:
+    def _check(self, images: Any, labels: Any, adversarial_labels: Any, generator: Any) -> None:
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() < 2:
             raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
@@ -242,11 +308,3 @@ class DAG:
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
                 f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images"
             )
-
-    def _check_scores(self, scores: Tensor, labels: Tensor) -> None:
-        if scores.shape[2:] != labels.shape[1:]:
-            raise ValueError(
-                f"labels must have shape {(len(labels), *scores.shape[2:])} to match the model's "
-                f"scores {tuple(scores.shape)}, got {tuple(labels.shape)}"
-            )
-        checks.device("scores of model", scores, "labels", labels)

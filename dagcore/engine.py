@@ -1,25 +1,32 @@
-"""The attack loop on the fused ops: `reference.dag` without waiting for the device."""
+"""The attack loop on the fused ops: `reference.dag` in slots, without waiting for the device.
+
+A slot holds one image under attack. All state of an image (its iterate, its counts, whether it
+still runs) stays on the device, and an iteration changes it in place, so that iterations can follow
+each other without a synchronisation and be replayed as a CUDA graph. An image that has stopped is
+not touched any more; learning of it late changes no result.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .labels import assign
+from . import checks, ops
 from .reference import (
     BUDGET,
     CONVERGED,
     STALLED,
-    Trace,
     allowance,
     counted_targets,
     input_gradient,
+    seed_op,
     step_scale,
     targets,
 )
@@ -28,6 +35,40 @@ from .reference import (
 Callback = Callable[[int, Tensor], None]
 
 LAG = 4  # iterations that a device may be ahead of the host
+EAGER = 3  # iterations before a CUDA graph is captured: libraries settle on their kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of an attack; see `dagcore.DAG`."""
+
+    gamma: float = 0.5 / 255
+    max_iter: int = 200
+    goal: str = "leave"
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    epsilon: float | None = None
+    tolerance: float = 0.0
+    ignore_index: int = 255
+    backend: str = "native"
+
+    def __post_init__(self) -> None:
+        checks.number("gamma", self.gamma, above=0)
+        checks.integer("max_iter", self.max_iter, at_least=0)
+        checks.choice("goal", self.goal, checks.GOALS)
+        if self.bounds is not None:
+            if not isinstance(self.bounds, (tuple, list)) or len(self.bounds) != 2:
+                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
+            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds, strict=True):
+                checks.number(name, bound)
+            if not self.bounds[0] < self.bounds[1]:
+                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
+        if self.epsilon is not None:
+            checks.number("epsilon", self.epsilon, above=0)
+        checks.number("tolerance", self.tolerance)
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
+        checks.integer("ignore_index", self.ignore_index)
+        checks.choice("backend", self.backend, ("native", "reference"))
 
 
 @contextmanager
@@ -70,121 +111,350 @@ def read_scores(output: Any, images: Tensor) -> Tensor:
     return scores
 
 
-def run(
-    scores_of: Callable[[Tensor], Tensor],
-    images: Tensor,  # (N, *)
-    labels: Tensor,  # (N, *T)
-    adversarial_labels: Tensor | str,  # (N, *T)
-    *,
-    gamma: float,
-    max_iter: int,
-    goal: str,
-    bounds: tuple[float, float] | None,
-    epsilon: float | None,
-    tolerance: float,
-    ignore_index: int,
-    generator: torch.Generator | None,
-    callback: Callback | None = None,
-) -> Trace:
-    """Algorithm 1 for each image of a batch. Arguments and result as for `reference.dag`."""
-    lower, upper = bounds or (None, None)
-    x = images.detach().clone()
-    count, device = len(x), x.device
-    running = torch.ones(count, dtype=torch.bool, device=device)
-    iterations = torch.zeros(count, dtype=torch.int32, device=device)
-    status = torch.full((count,), BUDGET, dtype=torch.int8, device=device)
-    history = torch.full((max_iter + 1, count), -1, dtype=torch.int32, device=device)
-    allowed = torch.zeros(count, device=device)
-    watch = Watch(device, callback)
+class Reader:
+    """A model's scores at the targets of given labels.
 
-    for m in range(max_iter + 1):
+    Maps of a lower resolution than the labels are read through bilinear interpolation; a model
+    whose own enlargement aligns corners says so by an attribute `align_corners`.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+        self.model = model
+        self.align_corners = bool(getattr(model, "align_corners", False))
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size."""
+        scores = read_scores(self.model(images), images)
+        checks.device("scores of model", scores, "labels", labels)
+        score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])
+        enlarged = len(score_map) == len(label_map) == 2 and all(
+            0 < low <= high for low, high in zip(score_map, label_map, strict=True)
+        )
+        if score_map != label_map and not enlarged:
+            raise ValueError(
+                f"labels must have shape {(len(labels), *score_map)} to match the model's scores "
+                f"{tuple(scores.shape)}, or be larger maps, got {tuple(labels.shape)}"
+            )
+        return scores
+
+
+class Outcome(NamedTuple):
+    """One image when it stops."""
+
+    tag: Any  # as given to `Slots.admit`
+    image: Tensor  # (*)
+    iterations: int
+    status: int
+    active: Tensor  # (M + 1,)
+    adversarial_labels: Tensor | None  # (*T), None for the runner-up
+
+
+class Slots:
+    """Images of one size under attack together, each on its own."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        settings: Settings,
+        capacity: int,
+        image: Tensor,  # (*): of the size, dtype and device of all
+        labels: Tensor,  # (*T)
+        callback: Callable[[int, list[Any], Tensor], None] | None = None,
+    ) -> None:
+        self.reader = reader
+        self.settings = settings
+        self.capacity = capacity
+        self.callback = callback
+        device = image.device
+        self.synchronous = device.type == "cpu"
+        self.x = image.new_zeros((capacity, *image.shape))
+        self.origin = torch.zeros_like(self.x)
+        self.labels = labels.new_zeros((capacity, *labels.shape))
+        self.adversarial: Tensor | None = None
+        self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self.updates = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.status = torch.zeros(capacity, dtype=torch.int8, device=device)
+        self.allowed = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self.history = torch.full(
+            (settings.max_iter + 1, capacity), -1, dtype=torch.int32, device=device
+        )
+        self.count = 0  # slots from here on have never been taken, or were closed up
+        self.free: list[int] = []  # slots below whose image has stopped and been released
+        self.tags: list[Any] = [None] * capacity
+        self.since = [0] * capacity  # iteration at which a slot was taken
+        self.iteration = 0
+        self.num_classes: int | None = None
+        self.undrawn: list[tuple[int, int, Callable[[Tensor, int], Tensor | str]]] = []
+        self.watch = Watch(device)
+        self.graph: Graph | None = None if self.synchronous else Graph(self)
+
+    @property
+    def in_flight(self) -> int:
+        """Number of images under attack."""
+        return self.count - len(self.free)
+
+    def admit(
+        self,
+        tags: list[Any],
+        images: Tensor,  # (K, *)
+        labels: Tensor,  # (K, *T)
+        assign: Callable[[Tensor, int], Tensor | str],
+    ) -> None:
+        """Take images into fresh slots, or a single one into a released slot.
+
+        `assign(labels, num_classes)` gives their adversarial labels (K, *T), or "runner-up": the
+        same of the two for all images of one `Slots`.
+        """
+        first = self.free.pop() if self.free and len(tags) == 1 else self.count
+        last = first + len(tags)
+        self.count = max(self.count, last)
+        at = slice(first, last)
+        self.tags[at] = tags
+        self.since[at] = [self.iteration] * len(tags)
+        self.x[at] = images
+        self.origin[at] = images
+        self.labels[at] = labels
+        self.running[at] = True
+        self.updates[at] = 0
+        self.history[:, at] = -1
+        self.undrawn.append((first, last, assign))
+        if self.num_classes is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Settle the adversarial labels of newcomers: possible once the classes are known."""
+        assert self.num_classes is not None
+        settings = self.settings
+        for first, last, assign in self.undrawn:
+            labels = self.labels[first:last]
+            drawn = assign(labels, self.num_classes)
+            if isinstance(drawn, Tensor):
+                if self.adversarial is None:
+                    self.adversarial = drawn.new_zeros(self.labels.shape)
+                self.adversarial[first:last] = drawn
+            if settings.tolerance:
+                counted = targets(
+                    self.num_classes, labels, drawn, settings.goal, settings.ignore_index
+                )
+                self.allowed[first:last] = allowance(counted, settings.tolerance)
+        self.undrawn.clear()
+
+    def iterate(self) -> None:
+        """One evaluation of every image, and one update of those that still run."""
+        if self.graph is not None and self.count == self.capacity and self.iteration >= EAGER:
+            self.graph.replay()
+        else:
+            self.evaluate_and_update()
+        counts = torch.where(self.evaluated, self.active, -1)
+        self.watch.add(self.iteration, counts, self.running[: self.count])
+        self.iteration += 1
+
+    def evaluate_and_update(self) -> None:
+        """The device's part of an iteration; no decision of the host's depends on its outcome."""
+        settings, at = self.settings, slice(0, self.count)
+        x, labels, running, updates = (
+            self.x[at],
+            self.labels[at],
+            self.running[at],
+            self.updates[at],
+        )
+        lower, upper = settings.bounds or (None, None)
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            scores = scores_of(leaf)
-        if m == 0:
-            num_classes = scores.shape[1]
-            adversarial_labels = assign(
-                adversarial_labels, labels, num_classes, ignore_index, generator
+            scores = self.reader(leaf, labels)
+        if self.num_classes is None:
+            self.num_classes = scores.shape[1]
+            self._draw()
+        adversarial = "runner-up" if self.adversarial is None else self.adversarial[at]
+        seed, active = seed_op(ops, scores, labels, self.reader.align_corners)(
+            scores, labels, adversarial, goal=settings.goal, ignore_index=settings.ignore_index
+        )
+        self.evaluated, self.active = running.clone(), active
+        history, row = self.history[:, at], updates[None]
+        history.scatter_(0, row, torch.where(running, active, history.gather(0, row)[0])[None])
+        done = active <= self.allowed[at]
+        going = running & ~done & (updates < settings.max_iter)
+        moved = going
+        if not self.synchronous or bool(going.any()):
+            gradient = input_gradient(scores, leaf, seed)
+            del scores, seed, leaf  # not to be held through the next forward pass
+            norms = ops.linf_step_(
+                x,
+                self.origin[at],
+                gradient,
+                torch.where(going, active, 0),
+                gamma=settings.gamma,
+                lower=lower,
+                upper=upper,
+                epsilon=settings.epsilon,
             )
-            if device.type != "cpu":  # there the op itself does not look
-                drawn = adversarial_labels if isinstance(adversarial_labels, Tensor) else None
-                counted_targets(scores, labels, drawn, ignore_index)
-            if tolerance:
-                allowed = allowance(
-                    targets(scores, labels, adversarial_labels, goal, ignore_index), tolerance
-                )
-        seed, active = ops.dag_seed(
-            scores, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
-        )
-        history[m] = torch.where(running, active, -1)
-        converged = running & (active <= allowed)
-        status.masked_fill_(converged, CONVERGED)
-        running = running & ~converged
-        if watch.all_stopped(m, history[m], running) or m == max_iter:
-            break
-        gradient = input_gradient(scores, leaf, seed)
-        del scores, seed, leaf  # not to be held through the next forward pass
-        norms = ops.linf_step_(
-            x,
-            images,
-            gradient,
-            torch.where(running, active, 0),
-            gamma=gamma,
-            lower=lower,
-            upper=upper,
-            epsilon=epsilon,
-        )
-        moved = step_scale(norms, gamma) > 0
-        status.masked_fill_(running & ~moved, STALLED)
-        running = running & moved
-        iterations += running
+            moved = going & (step_scale(norms, settings.gamma) > 0)
+        status = self.status[at]
+        status.masked_fill_(running & done, CONVERGED)
+        status.masked_fill_(running & ~done & ~going, BUDGET)
+        status.masked_fill_(going & ~moved, STALLED)
+        running.copy_(moved)
+        updates.add_(moved)
 
-    watch.finish()
-    drawn = adversarial_labels if isinstance(adversarial_labels, Tensor) else None
-    return Trace(x, iterations, status, history, drawn)
+    def finished(self, *, wait: bool = False) -> list[int]:
+        """Slots whose image is known to have stopped, in rising order; with `wait`, all of them."""
+        stopped: set[int] = set()
+        for iteration, counts, running in self.watch.known(wait):
+            known = [
+                k for k in range(len(counts)) if self.since[k] <= iteration and k not in self.free
+            ]
+            self._refuse_bad_labels(counts, known)
+            if self.callback is not None:
+                self.callback(iteration, self.tags, counts)
+            going = running.tolist()
+            stopped.update(k for k in known if not going[k])
+        return sorted(stopped)
+
+    def _refuse_bad_labels(self, counts: Tensor, known: list[int]) -> None:
+        """A count below -1 is how an op reports an out-of-range label without synchronising."""
+        values = counts.tolist()
+        for k in known:
+            if values[k] < -1:
+                assert self.num_classes is not None
+                adversarial = None if self.adversarial is None else self.adversarial[k : k + 1]
+                counted_targets(
+                    self.num_classes,
+                    self.labels[k : k + 1],
+                    adversarial,
+                    self.settings.ignore_index,
+                )
+
+    def outcome(self, slot: int) -> Outcome:
+        """What became of a finished slot's image, copied out."""
+        return Outcome(
+            self.tags[slot],
+            self.x[slot].clone(),
+            int(self.updates[slot]),
+            int(self.status[slot]),
+            self.history[:, slot].clone(),
+            None if self.adversarial is None else self.adversarial[slot].clone(),
+        )
+
+    def release(self, slots: list[int]) -> None:
+        """Free finished slots, for other images.
+
+        On the CPU the rest close up, in order: an iteration costs what its images cost. Elsewhere
+        slots stay where they are, for the graph that was captured with them.
+        """
+        if not slots:
+            return
+        if not self.synchronous:
+            self.free += slots
+            return
+        kept = [k for k in range(self.count) if k not in slots]
+        index = torch.tensor(kept, dtype=torch.int64)
+        per_slot = [self.x, self.origin, self.labels, self.running, self.updates, self.status]
+        per_slot += [self.allowed, *([] if self.adversarial is None else [self.adversarial])]
+        for tensor in per_slot:
+            tensor[: len(kept)] = tensor[index]
+        self.history[:, : len(kept)] = self.history[:, index]
+        self.tags[: len(kept)] = [self.tags[k] for k in kept]
+        self.since[: len(kept)] = [self.since[k] for k in kept]
+        self.count = len(kept)
 
 
 class Watch:
-    """Which images have stopped, read back as late as the device likes.
+    """Counts and running images of past iterations, read back as late as the device likes.
 
-    On the CPU the answer is there at once. Elsewhere each iteration's counts are copied behind its
-    kernels, and looked at when the copy is done; the host waits only to stay within LAG iterations.
-    An image that has stopped is not touched any more, so lateness changes no result.
+    On the CPU they are there at once. Elsewhere they are copied behind the iteration's kernels and
+    looked at when the copy is done; the host waits only to stay within LAG iterations.
     """
 
-    def __init__(self, device: torch.device, callback: Callback | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.callback = callback
-        self.under_way: deque[tuple[int, Tensor, Tensor, torch.Event]] = deque()
+        self.under_way: deque[tuple[int, Tensor, Tensor, torch.Event | None]] = deque()
 
-    def all_stopped(self, m: int, counts: Tensor, running: Tensor) -> bool:
-        """Note iteration m's counts and running images, (N,); True once none runs any more."""
+    def add(self, iteration: int, counts: Tensor, running: Tensor) -> None:
+        """Note an iteration's counts (-1 for images that had stopped) and what runs on, (K,)."""
         if self.device.type == "cpu":
-            return self._report(m, counts, running)
+            self.under_way.append((iteration, counts, running.clone(), None))
+            return
+        copies = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            for t in (counts, running)
+        ]
         event = torch.Event(self.device)
-        copies = [self._to_host(t) for t in (counts, running)]
         event.record()
-        self.under_way.append((m, copies[0], copies[1], event))
-        stopped = False
-        while self.under_way and (len(self.under_way) > LAG or self.under_way[0][3].query()):
-            stopped |= self._next()
-        return stopped
+        self.under_way.append((iteration, copies[0], copies[1], event))
 
-    def finish(self) -> None:
-        """Report what is still under way."""
+    def known(self, wait: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What has arrived, oldest first; with `wait`, everything."""
         while self.under_way:
-            self._next()
+            iteration, counts, running, event = self.under_way[0]
+            if event is not None:
+                if not (wait or len(self.under_way) > LAG or event.query()):
+                    return
+                event.synchronize()
+            self.under_way.popleft()
+            yield iteration, counts, running
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
 
-    def _next(self) -> bool:
-        m, counts, running, event = self.under_way.popleft()
-        event.synchronize()
-        return self._report(m, counts, running)
+class Graph:
+    """An iteration of full slots as a CUDA graph, captured at its first replay."""
 
-    def _report(self, m: int, counts: Tensor, running: Tensor) -> bool:
-        if self.callback is not None and bool((counts >= 0).any()):
-            self.callback(m, counts.clone())
-        return not bool(running.any())
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.captured: torch.cuda.CUDAGraph | None = None
+        self.refused = False
+
+    def replay(self) -> None:
+        """Run one iteration: replayed, or eagerly where the model cannot be captured."""
+        if self.captured is None and not self.refused:
+            self._capture()
+        if self.captured is not None:
+            self.captured.replay()
+        else:
+            self.slots.evaluate_and_update()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, which load images, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.slots.evaluate_and_update()
+        except RuntimeError as error:
+            self.refused = True
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"the model cannot be captured as a CUDA graph ({reason}): its iterations are "
+                "launched one by one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        self.captured = graph
+
+
+def run(
+    reader: Reader,
+    settings: Settings,
+    images: Tensor,  # (N, *)
+    labels: Tensor,  # (N, *T)
+    assign: Callable[[Tensor, int], Tensor | str],
+    callback: Callback | None = None,
+) -> list[Outcome]:
+    """Algorithm 1 for each image of a batch; outcomes in the order of the images."""
+    if not len(images):
+        return []
+    total = len(images)
+
+    def report(update: int, tags: list[Any], counts: Tensor) -> None:
+        if callback is not None and bool((counts >= 0).any()):
+            of_all = torch.full((total,), -1, dtype=torch.int32)
+            of_all[torch.tensor(tags[: len(counts)])] = counts
+            callback(update, of_all)
+
+    slots = Slots(reader, settings, total, images[0], labels[0], report)
+    slots.admit(list(range(total)), images.detach(), labels, assign)
+    outcomes: dict[int, Outcome] = {}
+    while len(outcomes) < total:
+        slots.iterate()
+        done = slots.finished()
+        outcomes.update({slots.tags[k]: slots.outcome(k) for k in done})
+        slots.release(done)
+    return [outcomes[n] for n in range(total)]

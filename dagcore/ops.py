@@ -219,7 +219,9 @@ def dag_seed(
         scores.detach(), labels, adversarial, goal == "reach", ignore_index
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
-        reference.counted_targets(scores, labels, adversarial, ignore_index)  # names the label
+        reference.counted_targets(
+            scores.shape[1], labels, adversarial, ignore_index
+        )  # names the label
     return seed, active
 
 
@@ -261,7 +263,9 @@ def dag_seed_bilinear(
         scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
-        reference.counted_targets(scores, labels, adversarial, ignore_index)  # names the label
+        reference.counted_targets(
+            scores.shape[1], labels, adversarial, ignore_index
+        )  # names the label
     return seed, active
 
 

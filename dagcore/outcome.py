@@ -85,7 +85,7 @@ def attack_images(
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
     left = attack.count_active(victim, rounded, labels, drawn)
-    counted = reference.targets(clean, labels, drawn, attack.goal, attack.ignore_index)
+    counted = reference.targets(clean.shape[1], labels, drawn, attack.goal, attack.ignore_index)
     predicted = clean.argmax(1)
     attacked = predict(victim, result.adversarial).argmax(1)
     rounded_perceptibility = perceptibility(rounded - images)

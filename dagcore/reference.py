@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,62 +40,80 @@ def dag(
     epsilon: float | None = None,
     tolerance: float = 0.0,
     ignore_index: int = 255,
+    align_corners: bool = False,
     generator: torch.Generator | None = None,
 ) -> Trace:
     """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
 
-    `scores_of` maps images (N, *) to scores (N, C, *T), differentiably.
+    `scores_of` maps images (N, *) to scores (N, C, *T), or to smaller maps (N, C, h, w) that are
+    enlarged to the labels.
     """
     lower, upper = bounds or (None, None)
-    x = images.detach().clone()
-    running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    x = images.detach().clone(memory_format=torch.contiguous_format)
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     status = torch.full((len(x),), BUDGET, dtype=torch.int8, device=x.device)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
+    live = torch.arange(len(x), device=x.device)  # the images that still run
+    allowed = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
-    for m in range(max_iter + 1):
+    for m in range(max_iter + 1 if len(x) else 0):
+        x_m = x[live]
         with torch.enable_grad():
-            scores = scores_of(x.requires_grad_())
+            scores = scores_of(x_m.requires_grad_())
         if m == 0:
             adversarial_labels = assign(
                 adversarial_labels, labels, scores.shape[1], ignore_index, generator
             )
-            allowed = allowance(
-                targets(scores, labels, adversarial_labels, goal, ignore_index), tolerance
-            )
+            counted = targets(scores.shape[1], labels, adversarial_labels, goal, ignore_index)
+            allowed = allowance(counted, tolerance)
         # line 3: T_m = {t : argmax_c f_c(X_m, t) = l_t}
-        seed, active = dag_seed(
-            scores, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
+        l_adv = adversarial_labels
+        seed, active = seed_op(sys.modules[__name__], scores, labels, align_corners)(
+            scores,
+            labels[live],
+            l_adv if isinstance(l_adv, str) else l_adv[live],
+            goal=goal,
+            ignore_index=ignore_index,
         )
-        history[m] = torch.where(running, active, -1)
-        converged = running & (active <= allowed)
-        status[converged] = CONVERGED
-        running = running & ~converged
-        if m == max_iter or not running.any():
+        history[m, live] = active
+        done = active <= allowed[live]
+        status[live[done]] = CONVERGED
+        if m == max_iter or done.all():
             break
         # line 4: r_m = sum over T_m of grad f_l' - grad f_l
-        r = input_gradient(scores, x, seed)
+        r = input_gradient(scores, x_m, seed)
         # lines 5 to 7: X_{m+1} = X_m + gamma / ||r_m||_inf r_m
-        x = x.detach()
+        x_m = x_m.detach()
         norms = linf_step_(
-            x,
-            images,
+            x_m,
+            images[live],
             r,
-            torch.where(running, active, 0),
+            torch.where(done, 0, active),
             gamma=gamma,
             lower=lower,
             upper=upper,
             epsilon=epsilon,
         )
+        x[live] = x_m
         moved = step_scale(norms, gamma) > 0
-        status[running & ~moved] = STALLED
-        running = running & moved
-        iterations += running
-        if not running.any():
+        status[live[~done & ~moved]] = STALLED
+        live = live[moved]
+        iterations[live] += 1
+        if not len(live):
             break
 
     drawn = None if isinstance(adversarial_labels, str) else adversarial_labels
-    return Trace(x.detach(), iterations, status, history, drawn)
+    return Trace(x, iterations, status, history, drawn)
+
+
+def seed_op(
+    module: Any, scores: Tensor, labels: Tensor, align_corners: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The seed op of `module` (this one or `dagcore.ops`) for scores at, or below, labels' size."""
+    if scores.shape[2:] == labels.shape[1:]:
+        direct: Callable[..., tuple[Tensor, Tensor]] = module.dag_seed
+        return direct
+    return functools.partial(module.dag_seed_bilinear, align_corners=align_corners)
 
 
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
@@ -117,10 +137,9 @@ def allowance(targets: Tensor, tolerance: float) -> Tensor:
 
 
 def counted_targets(
-    scores: Tensor, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
+    num_classes: int, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
 ) -> Tensor:
     """Which targets can count, (N, *T) bool: not ignored. Raises ValueError for a bad label."""
-    num_classes = scores.shape[1]
     checks.label_range("labels", labels, num_classes, ignore_index)
     counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if adversarial_labels is None:
@@ -136,7 +155,7 @@ def counted_targets(
 
 
 def targets(
-    scores: Tensor,
+    num_classes: int,
     labels: Tensor,
     adversarial_labels: Tensor | str,
     goal: str,
@@ -144,7 +163,7 @@ def targets(
 ) -> Tensor:
     """Number of targets of each image that count, (N,): what `tolerance` is a fraction of."""
     adversarial = None if isinstance(adversarial_labels, str) else adversarial_labels
-    counted = counted_targets(scores, labels, adversarial, ignore_index)
+    counted = counted_targets(num_classes, labels, adversarial, ignore_index)
     if goal == "leave" and adversarial is not None:
         counted = counted & (adversarial != labels)
     return (
@@ -186,7 +205,7 @@ def verdicts(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
-    counted = counted_targets(scores, labels, adversarial, ignore_index)
+    counted = counted_targets(scores.shape[1], labels, adversarial, ignore_index)
     true = torch.where(counted, labels, 0).long()
     top, winner = scores.detach().max(dim=1)
     if adversarial is None:

@@ -10,8 +10,14 @@ from dagcore import native
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 LAYOUTS = ("contiguous", "class-last", "transposed", "gaps", "expanded")
+MODES = ("leave", "reach", "runner-up")  # "runner-up" is for the goal "leave"
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def arguments(mode: str, adversarial: Tensor) -> tuple[Tensor | str, str]:
+    """Adversarial labels and goal of a mode."""
+    return ("runner-up", "leave") if mode == "runner-up" else (adversarial, mode)
 
 
 def no_cuda() -> str | None:

@@ -472,6 +472,8 @@ class Breaking(nn.Module):
             factor, spoiled = self.factor, torch.tensor([0, 2])
 
             def spoil(gradient: Tensor) -> Tensor:
+                if len(gradient) < 3:  # image 1 goes on alone
+                    return gradient
                 gradient = gradient.clone()
                 gradient[spoiled] = gradient[spoiled] * factor
                 return gradient
@@ -688,10 +690,10 @@ def test_outputs_understood(backend: str, wrap: str) -> None:
         (lambda s: s[:2], ValueError, r"model must return scores of shape \(3, C, \*targets\)"),
         (lambda s: s[:, 0, 0, 0], ValueError, r"model must return.*got \(3,\)"),
         (
-            lambda s: s[..., :-1],
+            lambda s: torch.cat([s, s], 3),
             ValueError,
-            r"labels must have shape \(3, 9, 9\) to match the model's scores \(3, 6, 9, 9\), "
-            r"got \(3, 9, 10\)",
+            r"labels must have shape \(3, 9, 20\) to match the model's scores \(3, 6, 9, 20\), "
+            r"or be larger maps, got \(3, 9, 10\)",
         ),
         (lambda s: s.detach().round().long(), TypeError, "scores must be float16.*got int64"),
         (lambda s: s[:, :0], ValueError, r"at least one class|labels must lie in \[0, 0\)"),
@@ -774,7 +776,7 @@ WRONG_CALLS = {
         {"labels": L[:, 1:]},
         ValueError,
         r"labels must have shape \(3, 9, 10\) to match the model's scores \(3, 6, 9, 10\), "
-        r"got \(3, 8, 10\)",
+        r"or be larger maps, got \(3, 8, 10\)",
     ),
     "labels range": (
         {"labels": L + CLASSES},

@@ -8,13 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LABEL_DTYPES, LAYOUTS, bits, lay_out, lay_out_labels, random_case
+from support import (
+    DTYPES,
+    LABEL_DTYPES,
+    LAYOUTS,
+    MODES,
+    arguments,
+    bits,
+    lay_out,
+    lay_out_labels,
+    random_case,
+)
 from torch import Tensor
 
 from dagcore import ops, reference
 
 GOALS = ("leave", "reach")
-MODES = ("leave", "reach", "runner-up")  # "runner-up" is for the goal "leave"
 SHAPES = (
     (3, 7),
     (1, 1, 1),
@@ -31,11 +40,6 @@ SHAPES = (
 )
 NAN, INF = math.nan, math.inf
 BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
-
-
-def arguments(mode: str, adversarial: Tensor) -> tuple[Tensor | str, str]:
-    """Adversarial labels and goal of a mode."""
-    return ("runner-up", "leave") if mode == "runner-up" else (adversarial, mode)
 
 
 def assert_same_seed(

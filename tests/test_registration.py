@@ -59,6 +59,36 @@ def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+BILINEAR_CHECKS = {
+    "leave": ((2, 5, 4, 6), (9, 13), torch.float32, "contiguous", False, False),
+    "reach": ((2, 5, 4, 6), (9, 13), torch.float64, "class-last", False, True),
+    "runner-up": ((2, 5, 4, 6), (9, 13), torch.bfloat16, "transposed", True, False),
+    "whole factor": ((1, 3, 2, 2), (16, 16), torch.float16, "contiguous", False, False),
+    "smaller": ((2, 5, 9, 8), (4, 3), torch.float32, "gaps", False, True),
+    "expanded": ((2, 5, 4, 6), (9, 13), torch.float32, "expanded", True, False),
+    "no pixels": ((2, 3, 4, 5), (0, 7), torch.float32, "contiguous", False, False),
+    "no images": ((0, 3, 4, 5), (8, 9), torch.float32, "contiguous", True, False),
+}
+
+
+@pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
+@pytest.mark.parametrize("name", BILINEAR_CHECKS)
+def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) -> None:
+    shape, size, dtype, layout, runner_up, reach = BILINEAR_CHECKS[name]
+    scores, *_ = random_case(shape, 0, dtype=dtype)
+    if scores.numel():
+        scores = lay_out(scores, layout)
+    _, labels, adversarial = random_case((shape[0], shape[1], *size), 0)
+    scores = scores.to(device)
+    other = None if runner_up else adversarial.to(device)
+    arguments = (scores, labels.to(device), other, reach, 255, align_corners)
+    results = torch.library.opcheck(torch.ops.dagcore.dag_seed_bilinear.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+    arguments = (scores, *size, align_corners)
+    results = torch.library.opcheck(torch.ops.dagcore.argmax_bilinear.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype) -> None:
@@ -108,6 +138,65 @@ def test_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) 
     compiled = torch.compile(one_iteration, fullgraph=True, backend=backend)
     for got, wanted in zip(compiled(*arguments), expected, strict=True):
         assert same_bits(got, wanted) if wanted.is_floating_point() else torch.equal(got, wanted)
+
+
+def through_the_interpolation(scores: Tensor, labels: Tensor, adversarial: Tensor) -> list[Tensor]:
+    """Every mode of dag_seed_bilinear, and argmax_bilinear at a size that the seeds make."""
+    seed, active = ops.dag_seed_bilinear(scores * 2, labels, adversarial)
+    reached, left = ops.dag_seed_bilinear(
+        scores, labels, adversarial, goal="reach", ignore_index=1, align_corners=True
+    )
+    strongest, _ = ops.dag_seed_bilinear(scores, labels, "runner-up")
+    size = (labels.shape[1] + 1, 2 * labels.shape[2])
+    winners = ops.argmax_bilinear(scores + seed + reached + strongest, size)
+    return [seed, active, reached, left, strongest, winners]
+
+
+def bilinear_arguments(
+    device: torch.device, low: tuple[int, ...] = (2, 5, 4, 6), size: tuple[int, int] = (9, 13)
+) -> list[Tensor]:
+    scores, *_ = random_case(low, 0)
+    _, labels, adversarial = random_case((*low[:2], *size), 0)
+    most = low[1] - 1
+    return [t.to(device) for t in (scores, labels.clamp(max=most), adversarial.clamp(max=most))]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_bilinear_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) -> None:
+    arguments = bilinear_arguments(device)
+    expected = through_the_interpolation(*arguments)
+    assert int(expected[1].min()) > 0
+    compiled = torch.compile(through_the_interpolation, fullgraph=True, backend=backend)
+    for got, wanted in zip(compiled(*arguments), expected, strict=True):
+        assert same_bits(got, wanted) if wanted.is_floating_point() else torch.equal(got, wanted)
+
+
+def test_bilinear_compiled_with_dynamic_shapes(device: torch.device) -> None:
+    compiled = torch.compile(
+        through_the_interpolation, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for low, size in (
+        ((2, 5, 4, 6), (9, 13)),
+        ((3, 4, 7, 3), (56, 24)),
+        ((2, 6, 9, 8), (4, 3)),
+    ):
+        arguments = bilinear_arguments(device, low, size)
+        expected = through_the_interpolation(*arguments)
+        for got, wanted in zip(compiled(*arguments), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_bilinear_compiled_out_of_range_label_is_a_negative_count(device: torch.device) -> None:
+    scores = torch.zeros(2, 4, 3, 3, device=device)
+    labels = torch.zeros(2, 9, 9, dtype=torch.int64, device=device)
+    labels[1, 3, 5] = 4
+
+    def count(scores: Tensor, labels: Tensor) -> Tensor:
+        return ops.dag_seed_bilinear(scores, labels, "runner-up")[1]
+
+    active = torch.compile(count, fullgraph=True, backend="aot_eager")(scores, labels)
+    assert int(active[0]) == 81
+    assert int(active[1]) < 0
 
 
 def test_compiled_step_writes_to_its_argument(device: torch.device) -> None:
@@ -171,6 +260,30 @@ def test_cuda_graph(cuda: torch.device) -> None:
         assert torch.equal(got, wanted)
 
 
+def test_bilinear_cuda_graph(cuda: torch.device) -> None:
+    arguments = bilinear_arguments(cuda)
+    expected = [t.clone() for t in through_the_interpolation(*arguments)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        through_the_interpolation(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = through_the_interpolation(*arguments)
+    for t in outputs:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted)
+    arguments[0].neg_()  # other scores in the same memory
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, through_the_interpolation(*arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_current_cuda_stream_is_used(cuda: torch.device) -> None:
     """On a side stream that is busy, the op waits for its turn."""
     scores, labels, adversarial = (t.to(cuda) for t in random_case((2, 5, 64, 64), 0))
@@ -190,13 +303,13 @@ def test_current_cuda_stream_is_used(cuda: torch.device) -> None:
 # --- registration
 
 
-@pytest.mark.parametrize("name", ["dag_seed", "linf_step_"])
+@pytest.mark.parametrize("name", ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"])
 def test_native_kernels_are_registered(device: torch.device, name: str) -> None:
     key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dagcore::{name}", key)
 
 
-@pytest.mark.parametrize("name", ["dag_seed", "linf_step_"])
+@pytest.mark.parametrize("name", ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"])
 def test_public_names(name: str) -> None:
     assert name in ops.__all__
     assert callable(getattr(ops, name))
@@ -292,6 +405,51 @@ with warnings.catch_warnings():
 assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 """
     done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+BILINEAR_MISSING = """
+import itertools, warnings
+import torch
+from dagcore import native, ops, reference
+assert native.module is None
+warnings.simplefilter("ignore", RuntimeWarning)
+rng = torch.Generator().manual_seed(0)
+labels, adversarial = torch.randint(0, 5, (2, 2, 31, 50), generator=rng)
+labels[:, 3] = 255
+for dtype, corners, last in itertools.product(
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64), (False, True), (False, True)
+):
+    scores = torch.randn(2, 5, 4, 6, generator=rng).to(dtype)
+    if last:
+        scores = scores.contiguous(memory_format=torch.channels_last)
+    winners = [m.argmax_bilinear(scores, (31, 50), align_corners=corners) for m in (ops, reference)]
+    assert torch.equal(*winners)
+    for goal, other in (("leave", adversarial), ("reach", adversarial), ("leave", "runner-up")):
+        (seed, active), (expected, counts) = (
+            module.dag_seed_bilinear(scores, labels, other, goal=goal, align_corners=corners)
+            for module in (ops, reference)
+        )
+        assert seed.dtype == dtype and seed.stride() == scores.stride()
+        assert int(active.min()) > 0 and torch.equal(active, counts)
+        assert torch.equal(seed, expected)
+f = lambda s, l: (*ops.dag_seed_bilinear(s, l, "runner-up"), ops.argmax_bilinear(s, (7, 9)))
+compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+for got, wanted in zip(compiled(scores, labels), f(scores, labels)):
+    assert torch.equal(got, wanted)
+for wrong in (labels.fill_(7), "runner-up"), (labels, labels):
+    try:
+        ops.dag_seed_bilinear(scores, *wrong)
+    except ValueError as error:
+        assert "got 7 at (0, 0, 0)" in str(error), error
+    else:
+        raise AssertionError("a label out of range went by")
+"""
+
+
+def test_missing_module_gives_the_references_bilinear_results(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    done = run_python(BILINEAR_MISSING, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

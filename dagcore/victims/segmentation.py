@@ -52,6 +52,21 @@ class Victim(nn.Module):
         """Scores of images (N, 3, H, W), as the network returns them."""
         return self.network((images - self.mean) / self.std)
 
+    @property
+    def align_corners(self) -> bool:
+        """How scores at a lower resolution than the labels are to be enlarged: as the network says.
+
+        False where it says nothing.
+        """
+        return bool(getattr(self.network, "align_corners", False))
+
+    def around(self, network: Callable[[Tensor], Any]) -> Victim:
+        """The same victim with another network inside."""
+        victim = Victim(network, classes=self.classes, palette=self.palette)
+        victim.mean, victim.std = self.mean, self.std
+        victim.training = self.training
+        return victim
+
 
 class PerCell(nn.Module):
     """A classifier of efficientnet_lite_pytorch read at every cell of its feature map."""

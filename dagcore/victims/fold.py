@@ -1,0 +1,184 @@
+"""Batch norm folded into the convolution before it, wherever that changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Call(NamedTuple):
+    """One operation that ran."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+
+class Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which operation made each tensor, and which operations read it, while a network runs.
+
+    Below autograd and torch.nn, so that functional calls, in-place operations and views count
+    as well as modules do. A tensor is known by its id, and kept so that the id stays its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.maker: dict[int, Call] = {}
+        self.readers: dict[int, list[Call]] = defaultdict(list)
+        self.kept: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        call = Call(func.name(), args)
+        self.read((args, kwargs), call)
+        for tensor in tensors(result):
+            self.maker[id(tensor)] = call
+        self.kept.append((args, kwargs, result))
+        return result
+
+    def read(self, values: Any, call: Call) -> None:
+        """Note that an operation reads the tensors among some values."""
+        for tensor in tensors(values):
+            self.readers[id(tensor)].append(call)
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of tuples, lists and dictionaries."""
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def fold(network: nn.Module, example: Tensor) -> tuple[int, dict[str, str]]:
+    """Fold batch norms into convolutions, in place, and say what was left and why.
+
+    A pair is folded where a run on the example images shows that nothing but the batch norm reads
+    the convolution's output, that the convolution runs once, and that its weight is a module's
+    own parameter (so not one that is standardised or tied). The folded weights are computed in
+    float64 and rounded once.
+
+    Args:
+        network: in eval mode; see `thaw`.
+        example: images (N, 3, H, W) that the network takes.
+
+    Returns:
+        The number of pairs folded, and for each batch norm left, by its name, the reason.
+    """
+    uses = Uses()
+    with torch.no_grad(), uses:
+        output = network(example)
+    uses.read(output, Call("output", ()))
+    owners: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(module)
+    norms = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    found = {name: _convolution_before(norm, uses, owners) for name, norm in norms.items()}
+    for name, convolution in found.items():
+        if isinstance(convolution, nn.Module):
+            _merge(convolution, norms[name])
+    left = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    return len(found) - len(left), left
+
+
+def _convolution_before(
+    norm: nn.Module, uses: Uses, owners: dict[int, list[nn.Module]]
+) -> nn.Module | str:
+    """The convolution that a batch norm can be folded into, or why there is none."""
+    if not (type(norm) in BATCH_NORMS or _normalises_and_activates(norm)):
+        return f"a {type(norm).__name__} may do more than normalise"
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return "it uses the statistics of the batch"
+    calls = uses.readers[id(norm.running_mean)]
+    if len(calls) != 1 or "batch_norm" not in calls[0].name:
+        return f"it runs {len(calls)} times" if calls else "it does not run"
+    source = calls[0].arguments[0]
+    maker = uses.maker.get(id(source))
+    if maker is None or maker.name != "aten::convolution":
+        return "no convolution comes before it"
+    if len(uses.readers[id(source)]) != 1:
+        return "something else reads the convolution's output"
+    weight, bias, transposed, groups = (maker.arguments[i] for i in (1, 2, 6, 8))
+    if transposed and groups != 1:
+        return "the convolution before it is transposed and grouped"
+    for parameter in (weight, bias):
+        if parameter is None:
+            continue
+        if len(owners[id(parameter)]) != 1:
+            return "the convolution's weight or bias is no module's own parameter"
+        if len(uses.readers[id(parameter)]) != 1:
+            return "the convolution's weight or bias is used more than once"
+    owner = owners[id(weight)][0]
+    if getattr(owner, "weight", None) is not weight or getattr(owner, "bias", None) is not bias:
+        return "the convolution's parameters are not the weight and bias of a module"
+    return owner
+
+
+def _merge(convolution: Any, norm: Any) -> None:
+    """Move a batch norm into the convolution before it; both are changed in place."""
+    weight, bias = convolution.weight, convolution.bias
+    merged = fuse_conv_bn_weights(
+        weight.double(),
+        _double(bias),
+        norm.running_mean.double(),
+        norm.running_var.double(),
+        norm.eps,
+        _double(norm.weight),
+        _double(norm.bias),
+        transpose=isinstance(convolution, nn.modules.conv._ConvTransposeNd),
+    )
+    for name, value in zip(("weight", "bias"), merged, strict=True):
+        exact = value.detach()
+        setattr(convolution, name, nn.Parameter(exact.to(weight.dtype), weight.requires_grad))
+    # The module itself becomes the identity, since more than one module or list may hold it.
+    norm._parameters.clear()
+    norm._buffers.clear()
+    norm.__class__ = NormActivation if _normalises_and_activates(norm) else nn.Identity
+
+
+def _double(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.double()
+
+
+class NormActivation(nn.Module):
+    """What is left of timm's batch norm with an activation once the norm is folded."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The activation alone."""
+        activated: Tensor = self.act(self.drop(features))
+        return activated
+
+
+def _normalises_and_activates(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+
+
+def thaw(network: nn.Module) -> None:
+    """Put ordinary batch norms in the place of torchvision's FrozenBatchNorm2d."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            kind = type(child)
+            if kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision."):
+                module._modules[name] = _thawed(child)
+
+
+def _thawed(frozen: Any) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps).to(frozen.weight).eval()
+    norm.load_state_dict({**norm.state_dict(), **frozen.state_dict()})
+    return norm.requires_grad_(False)
