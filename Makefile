@@ -16,7 +16,14 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks/bench_ops.py -q
+	$(BIN)/python -m pytest benchmarks/bench_ops.py -q --save ops-cpu
+	$(BIN)/python -m pip install --quiet transformers
+	$(BIN)/python -m pip install --quiet --no-deps adv-lib
+	$(BIN)/python benchmarks/bench_attack.py iteration --save iteration-cpu
+	$(BIN)/python benchmarks/bench_attack.py convergence --networks deeplabv3_mobilenet_v3_large demo \
+		--bf16 --rounds 1 --save convergence-cpu
+	$(BIN)/python benchmarks/bench_attack.py memory --rounds 3 --save memory-cpu
+	$(BIN)/python benchmarks/bench_attack.py scaling --save scaling-cpu
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

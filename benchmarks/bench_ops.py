@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Sides
+from common import alternate, seconds
+from conftest import Rows
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import dagcore
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def compare(
     benchmark: BenchmarkFixture,
-    sides: Sides,
+    rows: Rows,
     op: str,
     case: str,
     native: Callable[[], object],
@@ -31,19 +32,18 @@ def compare(
     rounds: int = 15,
 ) -> None:
     """Benchmark the native side, the others once before each of its rounds."""
-    seconds: dict[str, list[float]] = {"native": [], **{name: [] for name in others}}
+    times: dict[str, list[float]] = {"native": [], **{name: [] for name in others}}
 
-    def alternate() -> None:
+    def in_turn() -> None:
         for name, run in others.items():
-            seconds[name].append(sides.seconds(run))
+            times[name].append(seconds(run, rows.device))
 
     def timed() -> None:
-        seconds["native"].append(sides.seconds(native))
+        times["native"].append(seconds(native, rows.device))
 
     benchmark.group = f"{op} {case}"
-    benchmark.pedantic(timed, setup=alternate, rounds=rounds, warmup_rounds=2)
-    kept = {name: values[-rounds:] for name, values in seconds.items()}
-    benchmark.extra_info.update(sides.add(op, case, kept))
+    benchmark.pedantic(timed, setup=in_turn, rounds=rounds, warmup_rounds=2)
+    rows.add(op, case, {name: values[-rounds:] for name, values in times.items()})
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -55,7 +55,7 @@ def name_of(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_dag_seed(
     benchmark: BenchmarkFixture,
-    sides: Sides,
+    rows: Rows,
     shape: tuple[int, ...],
     layout: str,
     dtype: torch.dtype,
@@ -64,14 +64,14 @@ def test_dag_seed(
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(shape, generator=generator).to(dtype)
     right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
-    labels = torch.where(right, scores.argmax(1), 0).to(torch.uint8).to(sides.device)
+    labels = torch.where(right, scores.argmax(1), 0).to(torch.uint8).to(rows.device)
     adversarial = (labels + 1) % shape[1]
-    scores = scores.to(sides.device)
+    scores = scores.to(rows.device)
     if layout == "class last":
         scores = scores.to(memory_format=torch.channels_last)
     compare(
         benchmark,
-        sides,
+        rows,
         "dag_seed",
         f"{'x'.join(map(str, shape))} {name_of(dtype)} {layout}",
         lambda: dagcore.ops.dag_seed(scores, labels, adversarial),
@@ -82,17 +82,59 @@ def test_dag_seed(
     )
 
 
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((1, 21, 64, 64), 512), ((4, 21, 64, 64), 512), ((1, 150, 128, 128), 512)],
+    ids=str,
+)
+def test_bilinear(
+    benchmark: BenchmarkFixture, rows: Rows, shape: tuple[int, ...], size: int, kind: str
+) -> None:
+    """Low-resolution scores, all targets still right; the floor is `clone` of scores and labels."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator)
+    if kind == "smooth":
+        coarse = torch.randn(*shape[:2], 8, 8, generator=generator)
+        scores = torch.nn.functional.interpolate(coarse, shape[2:], mode="bicubic")
+    scores = scores.to(rows.device)
+    labels = dagcore.ops.argmax_bilinear(scores, (size, size))
+    adversarial = (labels + 1) % shape[1]
+    case = f"{'x'.join(map(str, shape))} -> {size} {kind}"
+    compare(
+        benchmark,
+        rows,
+        "dag_seed_bilinear",
+        case,
+        lambda: dagcore.ops.dag_seed_bilinear(scores, labels, adversarial),
+        {
+            "reference": lambda: dagcore.reference.dag_seed_bilinear(scores, labels, adversarial),
+            "floor": lambda: (scores.clone(), labels.clone(), adversarial.clone()),
+        },
+    )
+    compare_argmax(rows, case, scores, (size, size))
+
+
+def compare_argmax(rows: Rows, case: str, scores: torch.Tensor, size: tuple[int, int]) -> None:
+    sides: dict[str, Callable[[], object]] = {
+        "native": lambda: dagcore.ops.argmax_bilinear(scores, size),
+        "reference": lambda: dagcore.reference.argmax_bilinear(scores, size),
+        "floor": lambda: scores.clone(),
+    }
+    rows.add("argmax_bilinear", case, alternate(sides, 9, device=rows.device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("epsilon", [None, 8 / 255], ids=["no ball", "ball"])
 def test_linf_step(
-    benchmark: BenchmarkFixture, sides: Sides, epsilon: float | None, dtype: torch.dtype
+    benchmark: BenchmarkFixture, rows: Rows, epsilon: float | None, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (8, 3, 512, 512)
-    origin = torch.rand(shape, generator=generator).to(sides.device, dtype)
-    gradient = torch.randn(shape, generator=generator).to(sides.device, dtype)
+    origin = torch.rand(shape, generator=generator).to(rows.device, dtype)
+    gradient = torch.randn(shape, generator=generator).to(rows.device, dtype)
     images = origin.clone()
-    active = torch.ones(8, dtype=torch.int32, device=sides.device)
+    active = torch.ones(8, dtype=torch.int32, device=rows.device)
 
     def step(backend: object) -> Callable[[], object]:
         return lambda: backend.linf_step_(  # type: ignore[attr-defined]
@@ -101,7 +143,7 @@ def test_linf_step(
 
     compare(
         benchmark,
-        sides,
+        rows,
         "linf_step_",
         f"8x3x512x512 {name_of(dtype)} {'ball' if epsilon else 'no ball'}",
         step(dagcore.ops),

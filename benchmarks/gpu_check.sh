@@ -28,7 +28,7 @@ step() { # NAME SECONDS COMMAND...: runs it with a limit, its output to OUT/NAME
 
 sanitize() { # TOOL: the op tests on CUDA under one of compute-sanitizer's tools
     step "sanitizer-$1" 45 compute-sanitizer --tool "$1" --error-exitcode 86 "$PYTHON" -m pytest -q \
-        -x -k "cuda and sanitize" tests/test_dag_seed.py tests/test_linf_step.py
+        -x -k test_kernels tests/test_cuda.py
 }
 
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' || exit 2
@@ -40,7 +40,9 @@ step info 20 "$PYTHON" -m dagcore.info --require-cuda-kernels
 step resources 20 bash -c "'$PYTHON' benchmarks/resources.py <'$OUT/build.log' >'$OUT/resources.md'"
 step tests 140 "$PYTHON" -m pytest -q
 for tool in memcheck racecheck synccheck initcheck; do sanitize "$tool"; done
-step bench 110 "$PYTHON" -m pytest -q benchmarks/bench_ops.py --device cuda --save ops-cuda
-[ "$OUT" = benchmarks/results ] || cp benchmarks/results/ops-cuda.* "$OUT"/ 2>/dev/null
+step bench-ops 60 "$PYTHON" -m pytest -q benchmarks/bench_ops.py --device cuda --save ops-cuda
+step bench-iteration 60 "$PYTHON" benchmarks/bench_attack.py iteration --device cuda \
+    --networks deeplabv3_mobilenet_v3_large fcn_resnet50 --save iteration-cuda
+[ "$OUT" = benchmarks/results ] || cp benchmarks/results/*-cuda.* "$OUT"/ 2>/dev/null
 printf '%s\n' "${summary[@]}" | tee "$OUT/summary.log"
 exit $failed

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "target.h"
@@ -18,6 +19,7 @@ struct Source {
 
 // As torch.nn.functional.interpolate places pixels, in double precision.
 DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool align_corners) {
+  if (from == to) return {pixel, pixel, 0};
   double at = 0;
   if (align_corners) {
     at = to > 1 ? static_cast<double>(pixel) * (from - 1) / (to - 1) : 0;
@@ -27,9 +29,8 @@ DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool al
   }
   int64_t low = static_cast<int64_t>(at);
   low = low < from - 1 ? low : from - 1;
-  if (low == from - 1) return {low, low, 0};
   const double weight = at - static_cast<double>(low);
-  return {low, low + 1, weight < 1 ? weight : 1};
+  return {low, low < from - 1 ? low + 1 : low, weight < 1 ? weight : 1};
 }
 
 // The value of a class at a pixel. Every operation is monotone in the corners, rounding included,
@@ -41,12 +42,15 @@ DAGCORE_INLINE Real blend(Real w00, Real w01, Real w10, Real w11, Real s00, Real
 }
 
 // Whether a class whose largest corner is `most` loses everywhere in a cell to one whose smallest
-// corner is `floor`. The slack, some twenty units in the last place, is more than rounding can
-// move either of the two values, so that they cannot even tie. False if anything is not finite.
+// corner is `floor`. The slack, some twenty units in the last place and a few of the smallest
+// numbers there are, is more than rounding can move either of the two values, so that they cannot
+// even tie. False if anything is not finite.
 template <typename Real>
-DAGCORE_INLINE bool dominated(Real most, Real floor, Real unit) {
-  const Real slack = 20 * unit * ((most < 0 ? -most : most) + (floor < 0 ? -floor : floor));
-  return most + slack < floor;
+DAGCORE_INLINE bool dominated(Real most, Real floor) {
+  constexpr Real kUnit = std::numeric_limits<Real>::epsilon() / 2;
+  constexpr Real kSmallest = std::numeric_limits<Real>::denorm_min();
+  const Real size = (most < 0 ? -most : most) + (floor < 0 ? -floor : floor);
+  return most + (20 * kUnit * size + 16 * kSmallest) < floor;
 }
 
 }  // namespace dagcore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -44,8 +45,12 @@ def axis(length: int, size: int, align_corners: bool) -> tuple[np.ndarray, np.nd
         at = pixel * (length - 1) / (size - 1) if size > 1 else np.zeros(size)
     else:
         at = np.maximum((pixel + 0.5) * length / size - 0.5, 0)
+    if length == size:
+        at = pixel
     low = np.minimum(at.astype(np.int64), length - 1)
-    weight = np.where(low == length - 1, 0, np.minimum(at - low, 1))
+    if length == size:
+        return low, low, at - low
+    weight = np.minimum(at - low, 1)
     return low, np.minimum(low + 1, length - 1), weight
 
 
@@ -101,6 +106,7 @@ def unpruned(
     return torch.from_numpy(sums).view(scores.shape), active.flatten(1).sum(1, dtype=torch.int32)
 
 
+@functools.cache
 def capacity(low: tuple[int, int], size: tuple[int, int], align_corners: bool) -> float:
     """The largest sum that a seed can hold: all weights of a low-resolution pixel."""
     total = np.zeros(low)

@@ -47,8 +47,10 @@ def images():
 
 
 def shaken(network):
-    """The network in eval mode, its batch norms no longer those of a fresh network."""
+    """The network in eval mode, with batch norms and signals that are not a fresh network's."""
     for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.kaiming_normal_(module.weight)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)

@@ -82,11 +82,10 @@ struct ReadRow {
 // For each cell of a row: which classes can win (or come second, with kRunnerUp) in it.
 template <typename Real, bool kRunnerUp>
 struct Prune {
-  // above, below (C, w): the rows of the cells' corners; floors (2, w): scratch;
-  // keep (C, w): result, bytes
+  // above, below (C, w): the rows of the cells' corners, `step` columns apart; floors (2, w):
+  // scratch; keep (C, w): result, bytes
   DAGCORE_INLINE static void run(const Real* above, const Real* below, int64_t classes,
-                                 int64_t width, Real* floors, uint8_t* keep) {
-    constexpr Real kUnit = std::numeric_limits<Real>::epsilon() / 2;
+                                 int64_t width, int64_t step, Real* floors, uint8_t* keep) {
     constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
     Real* best = floors;
     Real* second = floors + width;
@@ -94,16 +93,16 @@ struct Prune {
     for (int64_t c = 0; c < classes; ++c) {
       const Real* a = above + c * width;
       const Real* b = below + c * width;
-      for (int64_t x = 0; x + 1 < width; ++x) floor_at(a, b, x, x + 1, best, second);
-      floor_at(a, b, width - 1, width - 1, best, second);
+      for (int64_t x = 0; x + step < width; ++x) floor_at(a, b, x, x + step, best, second);
+      if (step) floor_at(a, b, width - 1, width - 1, best, second);
     }
     const Real* bar = kRunnerUp ? second : best;
     for (int64_t c = 0; c < classes; ++c) {
       const Real* a = above + c * width;
       const Real* b = below + c * width;
       uint8_t* k = keep + c * width;
-      for (int64_t x = 0; x + 1 < width; ++x) k[x] = kept(a, b, x, x + 1, bar[x], kUnit);
-      k[width - 1] = kept(a, b, width - 1, width - 1, bar[width - 1], kUnit);
+      for (int64_t x = 0; x + step < width; ++x) k[x] = kept(a, b, x, x + step, bar[x]);
+      if (step) k[width - 1] = kept(a, b, width - 1, width - 1, bar[width - 1]);
     }
   }
   DAGCORE_INLINE static Real least(Real a, Real b) { return a < b ? a : b; }
@@ -117,24 +116,28 @@ struct Prune {
     best[x] = most(best[x], usable);
   }
   DAGCORE_INLINE static uint8_t kept(const Real* a, const Real* b, int64_t x, int64_t right,
-                                     Real bar, Real unit) {
+                                     Real bar) {
     const Real ceiling = most(most(a[x], a[right]), most(b[x], b[right]));
     const Real sum = (a[x] + a[right]) + (b[x] + b[right]);
-    return !((sum - sum == 0) & dominated(ceiling, bar, unit));
+    return !((sum - sum == 0) & dominated(ceiling, bar));
   }
 };
 
-// A class that can win in a cell, with its corners.
+// The classes that can win in a cell, rising, and the rows (C, w) that its corners are in.
 template <typename Real>
-struct Candidate {
-  int32_t class_index;
-  Real s00, s01, s10, s11;
+struct Candidates {
+  const int32_t* classes;
+  int count;
+  const Real *above, *below;
+  int64_t width, left, right;
 };
 
 // Pixels of a tile are lanes of these arrays, row after row, padded to whole vectors with weight 0.
 template <typename Real, typename Index>
 struct alignas(64) Tile {
   Real w00[kRoom], w01[kRoom], w10[kRoom], w11[kRoom];
+  Real weight[kRoom][4];  // the same, pixel by pixel
+  Real total[4];          // over all pixels
   Real best[kRoom], second[kRoom];
   Index best_class[kRoom], second_class[kRoom];
   Index label[kRoom], adversarial[kRoom], plus[kRoom], minus[kRoom];
@@ -142,8 +145,29 @@ struct alignas(64) Tile {
   int y_weights = -1, x_weights = -1;  // whose weights are filled in
 };
 
+// The corners' weights summed over a tile's active pixels, or over all of them.
 template <typename Real, typename Index>
-void fill_weights(const Segment& y, const Segment& x, Tile<Real, Index>* tile) {
+struct SumWeights {
+  DAGCORE_INLINE static void run(const Tile<Real, Index>& tile, bool all, Real (&sum)[4]) {
+    Real lanes[4][kLanes] = {};
+    for (int p = 0; p < tile.padded; p += kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        const bool active = all | (tile.plus[p + j] >= 0);
+        lanes[0][j] += active ? tile.w00[p + j] : 0;
+        lanes[1][j] += active ? tile.w01[p + j] : 0;
+        lanes[2][j] += active ? tile.w10[p + j] : 0;
+        lanes[3][j] += active ? tile.w11[p + j] : 0;
+      }
+    }
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = 0;
+      for (int j = 0; j < kLanes; ++j) sum[k] += lanes[k][j];
+    }
+  }
+};
+
+template <typename Real, typename Index>
+void fill_weights(Simd simd, const Segment& y, const Segment& x, Tile<Real, Index>* tile) {
   if (tile->y_weights == y.weights && tile->x_weights == x.weights) return;
   tile->y_weights = y.weights;
   tile->x_weights = x.weights;
@@ -154,52 +178,67 @@ void fill_weights(const Segment& y, const Segment& x, Tile<Real, Index>* tile) {
     const double v = y.weight[i];
     for (int j = 0; j < x.count; ++j, ++p) {
       const double u = x.weight[j];
-      tile->w00[p] = static_cast<Real>((1 - v) * (1 - u));
-      tile->w01[p] = static_cast<Real>((1 - v) * u);
-      tile->w10[p] = static_cast<Real>(v * (1 - u));
-      tile->w11[p] = static_cast<Real>(v * u);
+      Real* weight = tile->weight[p];
+      tile->w00[p] = weight[0] = static_cast<Real>((1 - v) * (1 - u));
+      tile->w01[p] = weight[1] = static_cast<Real>((1 - v) * u);
+      tile->w10[p] = weight[2] = static_cast<Real>(v * (1 - u));
+      tile->w11[p] = weight[3] = static_cast<Real>(v * u);
     }
   }
   for (; p < tile->padded; ++p) {
     tile->w00[p] = tile->w01[p] = tile->w10[p] = tile->w11[p] = 0;
     tile->label[p] = tile->adversarial[p] = kUncounted;
   }
+  run_simd<SumWeights<Real, Index>>(simd, *tile, true, tile->total);
 }
 
 // The winner at every pixel of a tile among a cell's candidates, in rising class order.
 template <typename Real, typename Index, bool kRunnerUp>
 struct FindWinners {
-  DAGCORE_INLINE static void run(const Candidate<Real>* candidates, int count,
-                                 Tile<Real, Index>* tile) {
-    const int padded = tile->padded;
-    for (int k = 0; k < count; ++k) {
-      const Candidate<Real> q = candidates[k];
-      const Index c = static_cast<Index>(q.class_index);
-      for (int p = 0; p < padded; ++p) {
-        const Real value = blend(tile->w00[p], tile->w01[p], tile->w10[p], tile->w11[p], q.s00,
-                                 q.s01, q.s10, q.s11);
-        Top<Real, Index, kRunnerUp> top{};
-        if (k == 0) {
-          top.first(value);
-          top.best_class = c;
-          top.second = value;
-        } else {
-          top.best = tile->best[p];
-          top.best_class = tile->best_class[p];
-          if (kRunnerUp) {
-            top.second = tile->second[p];
-            top.second_class = tile->second_class[p];
-          }
-          top.next(value, c);
-        }
-        tile->best[p] = top.best;
-        tile->best_class[p] = top.best_class;
-        if (kRunnerUp) {
-          tile->second[p] = top.second;
-          tile->second_class[p] = top.second_class;
-        }
+  using Winners = Tile<Real, Index>;
+
+  struct Corners {
+    Real s00, s01, s10, s11;
+  };
+  DAGCORE_INLINE static Corners corners(const Candidates<Real>& of, int64_t c) {
+    const Real *above = of.above + c * of.width, *below = of.below + c * of.width;
+    return {above[of.left], above[of.right], below[of.left], below[of.right]};
+  }
+  DAGCORE_INLINE static Real value_at(const Winners& tile, int p, const Corners& q) {
+    return blend(tile.w00[p], tile.w01[p], tile.w10[p], tile.w11[p], q.s00, q.s01, q.s10, q.s11);
+  }
+  DAGCORE_INLINE static void meet(const Candidates<Real>& of, int32_t c, int padded,
+                                  Winners* tile) {
+    const Corners next = corners(of, c);
+    for (int p = 0; p < padded; ++p) {
+      Top<Real, Index, kRunnerUp> top{};
+      top.best = tile->best[p];
+      top.best_class = tile->best_class[p];
+      if (kRunnerUp) {
+        top.second = tile->second[p];
+        top.second_class = tile->second_class[p];
+      }
+      top.next(value_at(*tile, p, next), static_cast<Index>(c));
+      tile->best[p] = top.best;
+      tile->best_class[p] = top.best_class;
+      if (kRunnerUp) {
+        tile->second[p] = top.second;
+        tile->second_class[p] = top.second_class;
       }
     }
+  }
+  DAGCORE_INLINE static void run(const Candidates<Real>& of, Winners* tile) {
+    const int padded = tile->padded;
+    const Corners first = corners(of, of.classes[0]);
+    for (int p = 0; p < padded; ++p) {
+      tile->best[p] = value_at(*tile, p, first);
+      tile->best_class[p] = static_cast<Index>(of.classes[0]);
+      if (kRunnerUp) {
+        tile->second[p] = tile->best[p];
+        tile->second_class[p] = kUncounted;
+      }
+    }
+    for (int k = 1; k < of.count; ++k) meet(of, of.classes[k], padded, tile);
   }
 };
 
@@ -256,36 +295,16 @@ struct Judge {
   }
 };
 
-// The corners' weights summed over a tile's active pixels.
-template <typename Real, typename Index>
-struct SumWeights {
-  DAGCORE_INLINE static void run(const Tile<Real, Index>& tile, Real (&sum)[4]) {
-    Real lanes[4][kLanes] = {};
-    for (int p = 0; p < tile.padded; p += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const bool active = tile.plus[p + j] >= 0;
-        lanes[0][j] += active ? tile.w00[p + j] : 0;
-        lanes[1][j] += active ? tile.w01[p + j] : 0;
-        lanes[2][j] += active ? tile.w10[p + j] : 0;
-        lanes[3][j] += active ? tile.w11[p + j] : 0;
-      }
-    }
-    for (int k = 0; k < 4; ++k) {
-      sum[k] = 0;
-      for (int j = 0; j < kLanes; ++j) sum[k] += lanes[k][j];
-    }
-  }
-};
-
 // What is known and needed while a band of one image is worked on.
 template <typename T>
 struct Band {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  std::vector<Real> rows[2];  // scores of the cells' upper and lower corners, (C, w)
-  std::vector<Real> floors;   // (2, w)
-  std::vector<uint8_t> keep;  // (C, w)
-  std::vector<std::vector<Candidate<Real>>> candidates;  // (w)
+  std::vector<Real> rows[2];     // scores of the cells' upper and lower corners, (C, w)
+  std::vector<Real> floors;      // (2, w)
+  std::vector<uint8_t> keep;     // (C, w)
+  std::vector<int32_t> lists;    // (w, C + 1): the classes that can win in each cell, rising
+  std::vector<int> counts;       // (w): how many they are
   std::vector<Real> corner;      // (C, 4): sums of a tile whose pixels differ
   std::vector<int32_t> touched;  // classes whose sums are not zero
   std::vector<uint8_t> is_touched;
@@ -294,11 +313,40 @@ struct Band {
   Band(int64_t classes, int64_t width)
       : floors(2 * width),
         keep(classes * width),
-        candidates(width),
+        lists(width * (classes + 1)),
+        counts(width),
         corner(classes * 4),
         is_touched(classes) {
     rows[0].resize(classes * width);
     rows[1].resize(classes * width);
+  }
+};
+
+// The labels of a tile, out of those of its rows of pixels, (rows, width).
+template <typename Index>
+struct TakeLabels {
+  template <int kCount>
+  DAGCORE_INLINE static void take(const Index* rows, int64_t width, int count, Index* out) {
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < kCount; ++j) out[i * kCount + j] = rows[i * width + j];
+    }
+  }
+  DAGCORE_INLINE static void run(const Index* rows, int64_t width, const Segment& y,
+                                 const Segment& x, Index* out) {
+    const Index* from = rows + x.begin;
+    switch (x.count) {
+      case 4:
+        return take<4>(from, width, y.count, out);
+      case 8:
+        return take<8>(from, width, y.count, out);
+      case 16:
+        return take<16>(from, width, y.count, out);
+      case 32:
+        return take<32>(from, width, y.count, out);
+    }
+    for (int i = 0; i < y.count; ++i) {
+      for (int j = 0; j < x.count; ++j) out[i * x.count + j] = from[i * width + j];
+    }
   }
 };
 
@@ -308,6 +356,7 @@ struct Map {
   const T* data;
   int64_t batch, class_stride, row_stride, column_stride;
   int64_t images, classes, height, width;
+  int64_t column_step;  // from a cell's left to its right corner: none at the size as it is
   std::vector<Segment> ys, xs;
   std::vector<size_t> band_begin;  // into ys; bands begin where `low` changes
   Simd simd;
@@ -322,6 +371,7 @@ struct Map {
         classes(scores.size(1)),
         height(scores.size(2)),
         width(scores.size(3)),
+        column_step(width == out_width ? 0 : 1),
         ys(segments(height, out_height, align_corners)),
         xs(segments(width, out_width, align_corners)),
         simd(simd_in_use()) {
@@ -341,7 +391,7 @@ struct Map {
   }
 };
 
-// Fills band.rows and band.candidates for the cells between two low-resolution rows.
+// Fills band.rows, band.lists and band.counts for the cells between two low-resolution rows.
 template <typename T, bool kRunnerUp>
 void open_row(const Map<T>& map, int64_t n, const Segment& y, int64_t previous_high,
               Band<T>* band) {
@@ -355,9 +405,9 @@ void open_row(const Map<T>& map, int64_t n, const Segment& y, int64_t previous_h
   const Real* above = band->rows[0].data();
   const Real* below = band->rows[1].data();
   const int64_t width = map.width;
-  run_simd<Prune<Real, kRunnerUp>>(map.simd, above, below, map.classes, width, band->floors.data(),
-                                   band->keep.data());
-  for (auto& list : band->candidates) list.clear();
+  run_simd<Prune<Real, kRunnerUp>>(map.simd, above, below, map.classes, width, map.column_step,
+                                   band->floors.data(), band->keep.data());
+  std::fill(band->counts.begin(), band->counts.end(), 0);
   for (int64_t c = 0; c < map.classes; ++c) {
     const uint8_t* keep = band->keep.data() + c * width;
     for (int64_t x = 0; x < width;) {
@@ -367,27 +417,34 @@ void open_row(const Map<T>& map, int64_t n, const Segment& y, int64_t previous_h
         continue;
       }
       for (const int64_t end = std::min(x + 8, width); x < end; ++x) {
-        if (!keep[x]) continue;
-        const int64_t at = c * width + x, right = at + (x + 1 < width);
-        band->candidates[x].push_back(
-            {static_cast<int32_t>(c), above[at], above[right], below[at], below[right]});
+        band->lists[x * (map.classes + 1) + band->counts[x]] = static_cast<int32_t>(c);
+        band->counts[x] += keep[x];
       }
     }
   }
 }
 
-template <typename Real, typename Index, bool kRunnerUp>
-void find_winners(Simd simd, const std::vector<Candidate<Real>>& candidates,
-                  Tile<Real, Index>* tile) {
-  if (!kRunnerUp && candidates.size() == 1) {
-    const Candidate<Real>& only = candidates.front();
-    const Real sum = (only.s00 + only.s01) + (only.s10 + only.s11);
+template <typename T, bool kRunnerUp>
+void find_winners(const Map<T>& map, int64_t x, Band<T>* band) {
+  using Real = typename Arithmetic<T>::Real;
+  using Index = typename Arithmetic<T>::Index;
+  const Candidates<Real> of{&band->lists[x * (map.classes + 1)],
+                            band->counts[x],
+                            band->rows[0].data(),
+                            band->rows[1].data(),
+                            map.width,
+                            x,
+                            x + (x + 1 < map.width ? map.column_step : 0)};
+  if (!kRunnerUp && of.count == 1) {
+    const Real *above = of.above + of.classes[0] * of.width,
+               *below = of.below + of.classes[0] * of.width;
+    const Real sum = (above[of.left] + above[of.right]) + (below[of.left] + below[of.right]);
     if (sum - sum == 0) {
-      return run_simd<OneWinner<Real, Index>>(simd, static_cast<Index>(only.class_index), tile);
+      const Index only = static_cast<Index>(of.classes[0]);
+      return run_simd<OneWinner<Real, Index>>(map.simd, only, &band->tile);
     }
   }
-  run_simd<FindWinners<Real, Index, kRunnerUp>>(simd, candidates.data(),
-                                                static_cast<int>(candidates.size()), tile);
+  run_simd<FindWinners<Real, Index, kRunnerUp>>(map.simd, of, &band->tile);
 }
 
 // Adds a tile's seed to the two low-resolution rows of its corners, (C, w) each.
@@ -405,8 +462,10 @@ void add_seed(const Map<T>& map, const Segment& y, const Segment& x,
   };
   const Tile<Real, Index>& tile = band->tile;
   if (tally.uniform) {
-    Real sum[4];
-    run_simd<SumWeights<Real, Index>>(map.simd, tile, sum);
+    Real sum[4] = {tile.total[0], tile.total[1], tile.total[2], tile.total[3]};
+    if (tally.active != static_cast<uint32_t>(tile.count)) {
+      run_simd<SumWeights<Real, Index>>(map.simd, tile, false, sum);
+    }
     add(tally.plus, 1, sum);
     add(tally.minus, -1, sum);
     return;
@@ -418,7 +477,7 @@ void add_seed(const Map<T>& map, const Segment& y, const Segment& x,
   };
   for (int p = 0; p < tile.count; ++p) {
     if (tile.plus[p] < 0) continue;
-    const Real weight[4] = {tile.w00[p], tile.w01[p], tile.w10[p], tile.w11[p]};
+    const Real* weight = tile.weight[p];
     touch(tile.plus[p]);
     touch(tile.minus[p]);
     Real* plus = &band->corner[4 * tile.plus[p]];
@@ -472,31 +531,41 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
   Tile<Real, Index>& tile = band->tile;
   const size_t begin = map.band_begin[index], end = map.band_begin[index + 1];
   std::vector<Real> sums[2] = {std::vector<Real>(shared->row), std::vector<Real>(shared->row)};
+  const int64_t width = call.labels.size(2);
+  std::vector<Index> label_rows(kSide * width), adversarial_rows(kRunnerUp ? 0 : kSide * width);
   const auto read = [&](auto reader, const LabelSource& source, const Tensor& maps,
-                        const Segment& y, const Segment& x, Index* out) {
+                        const Segment& y, Index* rows) {
     for (int i = 0; i < y.count; ++i) {
-      const int64_t at = (y.begin + i) * maps.stride(1) + x.begin * maps.stride(2);
-      run_simd<decltype(reader)>(map.simd, source.at(n, at), source.type, maps.stride(2), x.count,
-                                 call.rule, out + i * x.count);
+      run_simd<decltype(reader)>(map.simd, source.at(n, (y.begin + i) * maps.stride(1)),
+                                 source.type, maps.stride(2), static_cast<int>(width), call.rule,
+                                 rows + i * width);
     }
   };
+
   uint32_t active = 0;
   for (size_t s = begin; s < end; ++s) {
     const Segment& y = map.ys[s];
     if (s == begin || y.low != map.ys[s - 1].low) {
       open_row<T, kRunnerUp>(map, n, y, s == begin ? -1 : map.ys[s - 1].high, band.get());
     }
+    read(ReadLabels<Index, false>{}, labels, call.labels, y, label_rows.data());
+    if (!kRunnerUp) {
+      read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, adversarial_rows.data());
+    }
     for (const Segment& x : map.xs) {
-      fill_weights(y, x, &tile);
-      read(ReadLabels<Index, false>{}, labels, call.labels, y, x, tile.label);
+      fill_weights(map.simd, y, x, &tile);
+      run_simd<TakeLabels<Index>>(map.simd, label_rows.data(), width, y, x, tile.label);
       if (!kRunnerUp) {
-        read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, x, tile.adversarial);
+        run_simd<TakeLabels<Index>>(map.simd, adversarial_rows.data(), width, y, x,
+                                    tile.adversarial);
       }
-      find_winners<Real, Index, kRunnerUp>(map.simd, band->candidates[x.low], &tile);
+      find_winners<T, kRunnerUp>(map, x.low, band.get());
       Tally<Index> tally;
       run_simd<Judge<Real, Index, kRunnerUp>>(map.simd, call.reach, &tile, &tally);
       active = (active + tally.active) | (tally.bad ? kOutOfRangeFlag : 0);
-      if (tally.active) add_seed(map, y, x, tally, band.get(), sums[0].data(), sums[1].data());
+      if (tally.active) {
+        add_seed(map, y, x, tally, band.get(), sums[0].data(), sums[y.high != y.low].data());
+      }
     }
     if (s + 1 < end && map.ys[s + 1].low == y.low) continue;
     if (y.low == map.ys[begin].low) {
@@ -507,7 +576,7 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
     sums[0].swap(sums[1]);
     if (s + 1 == end) {
       std::copy(sums[0].begin(), sums[0].end(), shared->last(n, index));
-    } else if (map.ys[s + 1].low != y.high) {  // a row that no cell begins at
+    } else if (map.ys[s + 1].low != y.high && y.high != y.low) {  // no cell begins at this row
       store_row<T>(call.seed, n, y.high, map, sums[0].data());
       std::fill(sums[0].begin(), sums[0].end(), Real{0});
     }
@@ -602,8 +671,8 @@ void argmax_all(const Tensor& scores, bool align_corners, const Tensor& labels) 
           open_row<T, false>(map, n, y, s == first ? -1 : map.ys[s - 1].high, band.get());
         }
         for (const Segment& x : map.xs) {
-          fill_weights(y, x, &tile);
-          find_winners<Real, Index, false>(map.simd, band->candidates[x.low], &tile);
+          fill_weights(map.simd, y, x, &tile);
+          find_winners<T, false>(map, x.low, band.get());
           for (int i = 0; i < y.count; ++i) {
             std::copy_n(tile.best_class + i * x.count, x.count,
                         out + (n * height + y.begin + i) * width + x.begin);

@@ -80,8 +80,8 @@ struct Patch {
     warp /= map.width;
     low_y = warp % map.height;
     n = warp / map.height;
-    high_y = min(low_y + 1, map.height - 1);
-    high_x = min(low_x + 1, map.width - 1);
+    high_y = map.height == map.out_height ? low_y : min(low_y + 1, map.height - 1);
+    high_x = map.width == map.out_width ? low_x : min(low_x + 1, map.width - 1);
     rows = part(low_y, map.height, map.out_height, py, map.align_corners, &begin_y);
     columns = part(low_x, map.width, map.out_width, px, map.align_corners, &begin_x);
   }
@@ -160,14 +160,13 @@ template <typename T, bool kRunnerUp>
 __device__ void find_winners(const Map& map, const Patch& patch,
                              const Weights<T> (&weights)[kSlots],
                              Top<Real<T>, int32_t, kRunnerUp> (&top)[kSlots]) {
-  constexpr Real<T> kUnit = std::numeric_limits<Real<T>>::epsilon() / 2;
   const Real<T> bar = bar_of<T, kRunnerUp>(map, patch);
   const int lane = threadIdx.x % 32;
   bool first = true;
   for (int64_t base = 0; base < map.classes; base += 32) {
     const bool there = base + lane < map.classes;
     const Corners<T> mine = Corners<T>::load(map, patch, there ? base + lane : 0);
-    const bool keep = there && !(mine.finite() && dominated(mine.most(), bar, kUnit));
+    const bool keep = there && !(mine.finite() && dominated(mine.most(), bar));
     for (unsigned left = __ballot_sync(~0u, keep); left != 0; left &= left - 1) {
       const int from = __ffs(left) - 1;
       const Corners<T> q = mine.from_lane(from);

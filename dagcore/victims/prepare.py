@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,21 +37,19 @@ class Preparation:
 class Prepared(nn.Module):
     """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation) -> None:
+    def __init__(self, network: nn.Module, preparation: Preparation, *, like: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.preparation = preparation
-        self.align_corners = bool(getattr(network, "align_corners", False))
-        self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
-        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(network, "palette", None)
+        self.align_corners = bool(getattr(like, "align_corners", False))
+        self.classes: tuple[str, ...] | None = getattr(like, "classes", None)
+        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(like, "palette", None)
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
         lower = self.preparation.bf16
         x = images.float() if lower else images  # autocast leaves float64 alone
-        if self.preparation.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             output = self.network(x)
         return read_scores(output, images).to(images.dtype)
@@ -64,12 +63,24 @@ class Prepared(nn.Module):
         return str(self.preparation)
 
 
+class ChannelsLast(nn.Module):
+    """A network that computes with the channels last in memory."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Any:
+        """What the network returns."""
+        return self.network(images.contiguous(memory_format=torch.channels_last))
+
+
 def prepare(
     model: nn.Module,
     *,
     low_resolution: bool | None = None,
     fold_batch_norm: bool = True,
-    channels_last: bool = True,
+    channels_last: bool | None = None,
     bf16: bool = False,
     compile: bool = False,
     example: Tensor | None = None,
@@ -87,7 +98,8 @@ def prepare(
             network's; None: where the network is understood, True: or raise, False: never.
         fold_batch_norm: fold each batch norm into the convolution before it, where a run on
             `example` shows that this changes nothing; the network is run twice for it.
-        channels_last: lay out weights and images with the channels last in memory.
+        channels_last: lay out weights and images with the channels last in memory; None: where
+            convolutions hold at least half of the weights, since it slows SegFormer and its like.
         bf16: run under autocast to bfloat16, convolution and linear weights kept in it. The
             scores come back in the images' dtype, so that they are interpolated and compared in
             that, but carry bfloat16's 8 bits: near-ties may fall the other way.
@@ -110,16 +122,18 @@ def prepare(
     shallow = None
     if low_resolution is not False:
         shallow = stop_early(network) if low_resolution else find(network)
-    network = network if shallow is None else shallow
+    like = network = network if shallow is None else shallow
     folded, left = _fold(network, example) if fold_batch_norm else (0, {})
+    if channels_last is None:
+        channels_last = _mostly_convolutions(network)
     if channels_last:
-        network.to(memory_format=torch.channels_last)
+        network = ChannelsLast(network)
     if bf16:
         _hold_weights(network, torch.bfloat16)
     if compile:
         network.compile()
     done = Preparation(shallow is not None, folded, left, channels_last, bf16, compile)
-    return Prepared(network, done)
+    return Prepared(network, done, like=like)
 
 
 def _fold(network: nn.Module, example: Tensor | None) -> tuple[int, dict[str, str]]:
@@ -162,6 +176,14 @@ def _example(network: nn.Module) -> Tensor:
     like = next(network.parameters())
     noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     return noise.to(like)
+
+
+def _mostly_convolutions(network: nn.Module) -> bool:
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    convolutions, linear = (
+        sum(m.weight.numel() for m in network.modules() if isinstance(m, kind)) for kind in kinds
+    )
+    return convolutions >= max(linear, 1)
 
 
 def _hold_weights(network: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,161 @@
+"""What only a GPU can show: kernels against the CPU's, the engine without synchronisation, graphs.
+
+`test_kernels` is small and covers every kernel: benchmarks/gpu_check.sh runs it under
+compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DTYPES, arguments, lay_out
+from torch import Tensor, nn
+
+from dagcore import DAG, Sample, engine, ops
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"])
+@pytest.mark.parametrize("mode", ["leave", "reach", "runner-up"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 24), (9, 13)])
+def test_kernels(
+    cuda: torch.device, dtype: torch.dtype, mode: str, layout: str, size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = lay_out(torch.randn(2, 37, *size, generator=generator).to(dtype), layout)
+    labels = scores.float().argmax(1)
+    labels[0, :2] = 255
+    adversarial, goal = arguments(mode, (labels + 1) % 37)
+    there = adversarial if isinstance(adversarial, str) else adversarial.to(cuda)
+    seed, active = ops.dag_seed(scores, labels, adversarial, goal=goal)
+    on_gpu = ops.dag_seed(scores.to(cuda), labels.to(cuda), there, goal=goal)
+    assert torch.equal(on_gpu[1].cpu(), active)
+    assert torch.equal(on_gpu[0].cpu(), seed)
+
+    large = ops.argmax_bilinear(scores, (67, 50))
+    assert torch.equal(ops.argmax_bilinear(scores.to(cuda), (67, 50)).cpu(), large)
+    adversarial, goal = arguments(mode, (large + 1) % 37)
+    there = adversarial if isinstance(adversarial, str) else adversarial.to(cuda)
+    seed, active = ops.dag_seed_bilinear(scores, large, adversarial, goal=goal)
+    on_gpu = ops.dag_seed_bilinear(scores.to(cuda), large.to(cuda), there, goal=goal)
+    assert torch.equal(on_gpu[1].cpu(), active)
+    torch.testing.assert_close(on_gpu[0].cpu(), seed)
+
+    images = lay_out(torch.rand(3, 3, *size, generator=generator).to(dtype), layout)
+    gradient = lay_out(torch.randn(3, 3, *size, generator=generator).to(dtype), layout)
+    counts = torch.tensor([3, 0, 1], dtype=torch.int32)
+    for epsilon in (None, 0.01):
+        stepped, stepped_there = images.clone(), images.to(cuda)
+        settings = {"gamma": 0.02, "lower": 0.0, "upper": 1.0, "epsilon": epsilon}
+        norms = ops.linf_step_(stepped, images, gradient, counts, **settings)
+        norms_there = ops.linf_step_(
+            stepped_there, images.to(cuda), gradient.to(cuda), counts.to(cuda), **settings
+        )
+        assert torch.equal(norms_there.cpu(), norms)
+        assert torch.equal(stepped_there.cpu(), stepped)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(16, 7, 3, padding=1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.layers(4 * images)
+        return scores
+
+
+def case(device: torch.device, count: int = 4) -> tuple[Net, Tensor, Tensor]:
+    model = Net().to(device).double()
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(count, 3, 24, 32, generator=generator, dtype=torch.float64).to(device)
+    with torch.no_grad():
+        labels = ops.argmax_bilinear(model(images), (24, 32))
+    return model, images, labels
+
+
+ATTACK = DAG(gamma=0.02, max_iter=20, tolerance=0.3)
+
+
+def test_attack_equals_the_cpu(cuda: torch.device) -> None:
+    model, images, labels = case(cuda)
+    there = ATTACK(model, images, labels, "runner-up")
+    here = ATTACK(model.cpu(), images.cpu(), labels.cpu(), "runner-up")
+    assert there.status == here.status
+    assert torch.equal(there.iterations.cpu(), here.iterations)
+    torch.testing.assert_close(there.adversarial.cpu(), here.adversarial)
+
+
+def test_stream_equals_a_batch(cuda: torch.device) -> None:
+    model, images, labels = case(cuda, 9)
+    samples = [
+        Sample(image.cpu(), of.cpu(), "runner-up", key=k)
+        for k, (image, of) in enumerate(zip(images, labels, strict=True))
+    ]
+    got = {result.key: result for result in ATTACK.stream(model, samples, 3)}
+    assert sorted(got) == list(range(9))
+    batch = ATTACK(model, images, labels, "runner-up")
+    for k, result in got.items():
+        assert torch.equal(result.active[:, 0], batch.active[:, k])
+        torch.testing.assert_close(result.adversarial[0], batch.adversarial[k])
+
+
+def slots_of(device: torch.device) -> engine.Slots:
+    model, images, labels = case(device)
+    settings = engine.Settings(gamma=1e-9, max_iter=10**4)
+    slots = engine.Slots(engine.Reader(model), settings, 4, images[0], labels[0])
+    slots.admit([0, 1, 2, 3], images, labels, lambda labels, classes: (labels + 1) % classes)
+    return slots
+
+
+def test_iterations_are_captured_as_a_graph(cuda: torch.device) -> None:
+    slots = slots_of(cuda)
+    for _ in range(engine.EAGER + 3):
+        slots.iterate()
+    assert slots.graph is not None
+    assert slots.graph.captured is not None
+    assert not slots.finished(wait=True)
+    assert slots.updates.tolist() == [engine.EAGER + 3] * 4
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_a_model_that_synchronises_is_run_eagerly(cuda: torch.device) -> None:
+    slots = slots_of(cuda)
+    inner = slots.reader.model
+
+    def synchronising(images: Tensor) -> Tensor:
+        assert float(images.sum()) > 0
+        scores: Tensor = inner(images)
+        return scores
+
+    slots.reader.model = synchronising
+    for _ in range(engine.EAGER):
+        slots.iterate()
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph"):
+        slots.iterate()
+    slots.iterate()
+    assert slots.updates.tolist() == [engine.EAGER + 2] * 4
+
+
+def test_iterations_do_not_synchronise(cuda: torch.device) -> None:
+    slots = slots_of(cuda)
+    for _ in range(engine.EAGER + 2):
+        slots.iterate()
+        slots.finished()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            slots.iterate()
+            slots.finished()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_labels_out_of_range_are_reported_late(cuda: torch.device) -> None:
+    model, images, labels = case(cuda)
+    labels[2, 3, 4] = 99
+    with pytest.raises(ValueError, match=r"labels must lie in .* got 99"):
+        ATTACK(model, images, labels, torch.zeros_like(labels))
