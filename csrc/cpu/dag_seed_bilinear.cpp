@@ -149,14 +149,15 @@ struct alignas(64) Tile {
 template <typename Real, typename Index>
 struct SumWeights {
   DAGCORE_INLINE static void run(const Tile<Real, Index>& tile, bool all, Real (&sum)[4]) {
+    const Real* weights[4] = {tile.w00, tile.w01, tile.w10, tile.w11};
     Real lanes[4][kLanes] = {};
-    for (int p = 0; p < tile.padded; p += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const bool active = all | (tile.plus[p + j] >= 0);
-        lanes[0][j] += active ? tile.w00[p + j] : 0;
-        lanes[1][j] += active ? tile.w01[p + j] : 0;
-        lanes[2][j] += active ? tile.w10[p + j] : 0;
-        lanes[3][j] += active ? tile.w11[p + j] : 0;
+    for (int k = 0; k < 4; ++k) {
+      for (int p = 0; p < tile.padded; p += kLanes) {
+        const Real* weight = weights[k] + p;
+        const Index* plus = tile.plus + p;
+        for (int j = 0; j < kLanes; ++j) {
+          lanes[k][j] += all | (plus[j] >= 0) ? weight[j] : Real{0};
+        }
       }
     }
     for (int k = 0; k < 4; ++k) {
@@ -265,29 +266,32 @@ template <typename Real, typename Index, bool kRunnerUp>
 struct Judge {
   DAGCORE_INLINE static void run(bool reach, Tile<Real, Index>* tile, Tally<Index>* tally) {
     constexpr Index kMany = std::numeric_limits<Index>::max();
-    Index sum = 0, bad = 0, plus_low = kMany, plus_high = kUncounted, minus_low = kMany,
-          minus_high = kUncounted;
-    for (int p = 0; p < tile->padded; ++p) {
+    const int padded = tile->padded;
+    const Real* best = tile->best;
+    const Index *best_class = tile->best_class, *second_class = tile->second_class;
+    const Index* label = tile->label;
+    Index *adversarial = tile->adversarial, *plus = tile->plus, *minus = tile->minus;
+    uint32_t sum = 0, bad = 0;
+    for (int p = 0; p < padded; ++p) {
       if (kRunnerUp) {
-        const Index label = tile->label[p];
-        tile->adversarial[p] =
-            tile->best_class[p] == label ? tile->second_class[p] : tile->best_class[p];
+        adversarial[p] = best_class[p] == label[p] ? second_class[p] : best_class[p];
       }
-      const Verdict<Index> verdict = judge(reach, tile->label[p], tile->adversarial[p],
-                                           tile->best_class[p], tile->best[p] != tile->best[p]);
-      tile->plus[p] = verdict.plus;
-      tile->minus[p] = verdict.minus;
-      const bool active = verdict.plus >= 0;
-      sum += active;
-      bad |= static_cast<Index>((tile->label[p] == kOutOfRange) |
-                                ((tile->label[p] >= 0) & (tile->adversarial[p] == kOutOfRange)));
-      const Index plus = active ? verdict.plus : kMany, minus = active ? verdict.minus : kMany;
-      plus_low = plus < plus_low ? plus : plus_low;
-      minus_low = minus < minus_low ? minus : minus_low;
-      plus_high = verdict.plus > plus_high ? verdict.plus : plus_high;
-      minus_high = verdict.minus > minus_high ? verdict.minus : minus_high;
+      const Verdict<Index> verdict =
+          judge(reach, label[p], adversarial[p], best_class[p], best[p] != best[p]);
+      plus[p] = verdict.plus;
+      minus[p] = verdict.minus;
+      sum += verdict.plus >= 0;
+      bad |= (label[p] == kOutOfRange) | ((label[p] >= 0) & (adversarial[p] == kOutOfRange));
     }
-    tally->active = static_cast<uint32_t>(sum);
+    Index plus_low = kMany, plus_high = kUncounted, minus_low = kMany, minus_high = kUncounted;
+    for (int p = 0; p < padded; ++p) {
+      const Index low = plus[p] >= 0 ? plus[p] : kMany, other = plus[p] >= 0 ? minus[p] : kMany;
+      plus_low = low < plus_low ? low : plus_low;
+      minus_low = other < minus_low ? other : minus_low;
+      plus_high = plus[p] > plus_high ? plus[p] : plus_high;
+      minus_high = minus[p] > minus_high ? minus[p] : minus_high;
+    }
+    tally->active = sum;
     tally->bad = bad != 0;
     tally->uniform = plus_low == plus_high && minus_low == minus_high;
     tally->plus = plus_high;

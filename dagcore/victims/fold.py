@@ -130,26 +130,26 @@ def _merge(convolution: Any, norm: Any) -> None:
     """Move a batch norm into the convolution before it; both are changed in place."""
     weight, bias = convolution.weight, convolution.bias
     merged = fuse_conv_bn_weights(
-        weight.double(),
-        _double(bias),
-        norm.running_mean.double(),
-        norm.running_var.double(),
+        _exact(weight),
+        None if bias is None else _exact(bias),
+        _exact(norm.running_mean),
+        _exact(norm.running_var),
         norm.eps,
-        _double(norm.weight),
-        _double(norm.bias),
+        None if norm.weight is None else _exact(norm.weight),
+        None if norm.bias is None else _exact(norm.bias),
         transpose=isinstance(convolution, nn.modules.conv._ConvTransposeNd),
     )
     for name, value in zip(("weight", "bias"), merged, strict=True):
-        exact = value.detach()
-        setattr(convolution, name, nn.Parameter(exact.to(weight.dtype), weight.requires_grad))
+        rounded = value.detach().to(weight)
+        setattr(convolution, name, nn.Parameter(rounded, weight.requires_grad))
     # The module itself becomes the identity, since more than one module or list may hold it.
     norm._parameters.clear()
     norm._buffers.clear()
     norm.__class__ = NormActivation if _normalises_and_activates(norm) else nn.Identity
 
 
-def _double(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.double()
+def _exact(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float64)  # not every device has float64
 
 
 class NormActivation(nn.Module):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..engine import read_scores
 from . import fold
 from .low_resolution import find
@@ -97,12 +99,13 @@ def prepare(
             `victims.low_resolution` does, so that the result's scores have another size than the
             network's; None: where the network is understood, True: or raise, False: never.
         fold_batch_norm: fold each batch norm into the convolution before it, where a run on
-            `example` shows that this changes nothing; the network is run twice for it.
+            `example` shows that this changes nothing; the network is run three times for it.
         channels_last: lay out weights and images with the channels last in memory; None: where
             convolutions hold at least half of the weights, since it slows SegFormer and its like.
         bf16: run under autocast to bfloat16, convolution and linear weights kept in it. The
             scores come back in the images' dtype, so that they are interpolated and compared in
-            that, but carry bfloat16's 8 bits: near-ties may fall the other way.
+            that, but carry bfloat16's 8 bits: near-ties may fall the other way. Slower than float32
+            on a processor without AVX512-BF16 or AMX.
         compile: through torch.compile, once for each image size; the first run takes its time.
         example: images (N, 3, H, W) that the network takes, for `fold_batch_norm`; one square
             image of noise by default, at the size in the network's transformers config, else 224.
@@ -112,12 +115,15 @@ def prepare(
         how scores below the labels' resolution are to be enlarged.
 
     Raises:
-        TypeError: `model` is no nn.Module, or low_resolution=True and it is not understood.
+        TypeError: `model` is no nn.Module, `example` no floating tensor, or low_resolution=True
+            and the network is not understood.
         ValueError: the network does not run on the example, or ends in an activation.
         RuntimeError: folding changed the scores (a convolution that is not what it seems).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if example is not None:
+        checks.tensor("example", example, checks.FLOAT_DTYPES)
     network = copy.deepcopy(model).eval().requires_grad_(False)
     shallow = None
     if low_resolution is not False:
@@ -173,7 +179,7 @@ def _example(network: nn.Module) -> Tensor:
     ]
     side = next((size for size in sizes if size is not None), EXAMPLE_SIDE)
     height, width = (side, side) if isinstance(side, int) else side
-    like = next(network.parameters())
+    like = next(itertools.chain(network.parameters(), network.buffers()))
     noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     return noise.to(like)
 
