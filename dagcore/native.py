@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +12,8 @@ import torch
 
 
 def _load() -> ModuleType | None:
-    if importlib.util.find_spec("dagcore._native") is None:
+    # Only beside this file: an editable install elsewhere would answer for a copy of the package.
+    if PathFinder.find_spec("dagcore._native", [str(Path(__file__).parent)]) is None:
         return None
     try:
         return importlib.import_module("dagcore._native")

@@ -370,7 +370,7 @@ std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     argmax_cells(const __grid_constant__ Map map, int64_t* labels) {
   const int64_t warp = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   if (warp >= map.warps()) return;
