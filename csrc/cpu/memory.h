@@ -9,13 +9,13 @@
 
 namespace dagcore {
 
-// The allocator maps a large tensor anew each time, and touching it page by page costs more than
-// filling it. Asks for huge pages where that happens; does nothing where the system has none.
+// The allocator may map a large tensor anew each time, and touching it page by page then costs more
+// than filling it. Asks for huge pages; does nothing where the system has none.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kMapped = int64_t{32} << 20;  // glibc's malloc maps whatever is larger
+  constexpr int64_t kLarge = int64_t{8} << 20;
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  if (bytes <= kMapped) return;
+  if (bytes < kLarge) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
