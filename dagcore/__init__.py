@@ -1,8 +1,18 @@
 """dagcore: Dense Adversary Generation (Xie et al., ICCV 2017) on fused C++/CUDA kernels."""
 
-from . import labels, ops, perturbation, reference
+from . import labels, ops, perturbation, reference, victims
 from .attack import DAG, Result, Status
 from .stream import Sample
 
-__all__ = ["DAG", "Result", "Sample", "Status", "labels", "ops", "perturbation", "reference"]
+__all__ = [
+    "DAG",
+    "Result",
+    "Sample",
+    "Status",
+    "labels",
+    "ops",
+    "perturbation",
+    "reference",
+    "victims",
+]
 __version__ = "0.1.0"
