@@ -20,8 +20,8 @@ UNDERSTOOD = (
 class LowResolution(nn.Module):
     """A network whose scores come out before they are enlarged to the size of the image.
 
-    `align_corners` says how the network itself would enlarge them, bilinearly: read the scores
-    that way.
+    Each kind of network has its own `forward`, (N, 3, H, W) -> (N, C, h, w). `align_corners` says
+    how the network itself would enlarge the scores, bilinearly: read them that way.
     """
 
     network: Any
@@ -31,10 +31,6 @@ class LowResolution(nn.Module):
         super().__init__()
         self.network = network
         self.training = network.training
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, h, w) of images (N, 3, H, W)."""
-        raise NotImplementedError
 
 
 def low_resolution(model: nn.Module) -> nn.Module:
