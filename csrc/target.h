@@ -83,6 +83,12 @@ DAGCORE_INLINE int64_t read_adversarial(int64_t label, LabelRule rule) {
   return label == rule.ignore_index ? kUncounted : kOutOfRange;
 }
 
+// Whether the labels of a target, as read above, are an error of the caller's.
+template <typename Index>
+DAGCORE_INLINE bool is_out_of_range(Index label, Index adversarial) {
+  return (label == kOutOfRange) | ((label >= 0) & (adversarial == kOutOfRange));
+}
+
 // What an active target adds to the seed: +1 at `plus`, -1 at `minus`; both negative if it is not
 // active. A target with a NaN among its scores (`top_is_nan`) is never taken for a success.
 template <typename Index>

@@ -89,7 +89,7 @@ struct Judge {
       plus[i] = verdict.plus;
       minus[i] = verdict.minus;
       sum += verdict.plus >= 0;
-      bad |= (labels[i] == kOutOfRange) | ((labels[i] >= 0) & (adversarial[i] == kOutOfRange));
+      bad |= is_out_of_range(labels[i], adversarial[i]);
     }
     *active = sum | (bad ? kOutOfRangeFlag : 0);
   }

@@ -14,8 +14,10 @@ namespace {
 constexpr int kSide = 32;               // pixels of a tile's side, at most
 constexpr int kPixels = kSide * kSide;  // of a tile: the part of a cell that is worked on at once
 constexpr int kRoom = kPixels + 16;     // a tile's arrays do not all begin in one cache set
-constexpr int kLanes = 16;      // of every sum, whatever the vector width: same bits anywhere
-constexpr int64_t kBands = 16;  // parts of an image that are worked on in parallel
+constexpr int kLanes = 16;          // of every sum, whatever the vector width: same bits anywhere
+constexpr int64_t kBands = 16;      // parts of an image that are worked on in parallel
+constexpr int kVerdicts = 16;       // of a tile that are summed one by one
+constexpr uint32_t kFewPixels = 2;  // of one verdict: summing pixel by pixel is as fast
 
 // Neighbouring pixels of one axis that read the same two low-resolution neighbours.
 struct Segment {
@@ -61,20 +63,41 @@ struct Arithmetic<double> {
   using Index = int64_t;
 };
 
-// Row y of every class, as reals: (C, w).
+// One low-resolution row of every class, (C, padded): its scores, and of each score and its right
+// neighbour the smaller and the larger; infinite where one of the two is not finite, so that the
+// class is never ruled out and rules none out.
+template <typename Real>
+struct Row {
+  std::vector<Real> scores, least, most;
+  Row(int64_t classes, int64_t padded)
+      : scores(classes * padded + kLanes), least(classes * padded), most(classes * padded) {}
+};
+
+// `step` columns lie between neighbours; padded is a multiple of kLanes and above the width.
 template <typename T>
 struct ReadRow {
   using Real = typename Arithmetic<T>::Real;
   DAGCORE_INLINE static void run(const T* scores, int64_t class_stride, int64_t column_stride,
-                                 int64_t classes, int64_t width, Real* row) {
+                                 int64_t classes, int64_t width, int64_t padded, int64_t step,
+                                 Row<Real>* row) {
     for (int64_t c = 0; c < classes; ++c) {
       const T* from = scores + c * class_stride;
-      Real* to = row + c * width;
+      Real* to = row->scores.data() + c * padded;
       if (column_stride == 1) {
         for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::load(from[x]);
       } else {
         for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::load(from[x * column_stride]);
       }
+      to[width] = to[width - 1];  // the last column is its own neighbour
+    }
+    const Real* from = row->scores.data();
+    Real *least = row->least.data(), *most = row->most.data();
+    constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+    for (int64_t i = 0; i < classes * padded; ++i) {
+      const Real a = from[i], b = from[i + step];
+      const bool finite = (a + b) - (a + b) == 0;
+      least[i] = finite ? (a < b ? a : b) : -kInfinity;
+      most[i] = finite ? (a > b ? a : b) : kInfinity;
     }
   }
 };
@@ -82,164 +105,190 @@ struct ReadRow {
 // For each cell of a row: which classes can win (or come second, with kRunnerUp) in it.
 template <typename Real, bool kRunnerUp>
 struct Prune {
-  // above, below (C, w): the rows of the cells' corners, `step` columns apart; floors (2, w):
-  // scratch; keep (C, w): result, bytes
-  DAGCORE_INLINE static void run(const Real* above, const Real* below, int64_t classes,
-                                 int64_t width, int64_t step, Real* floors, uint8_t* keep) {
-    constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
+  // above, below: the rows of the cells' corners; floors (2, padded): scratch; keep (C, padded):
+  // result, bytes
+  DAGCORE_INLINE static void run(const Row<Real>& above, const Row<Real>& below, int64_t classes,
+                                 int64_t padded, Real* floors, uint8_t* keep) {
+    constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
     Real* best = floors;
-    Real* second = floors + width;
-    for (int64_t x = 0; x < width; ++x) best[x] = second[x] = kLowest;
+    Real* second = floors + padded;
+    for (int64_t x = 0; x < padded; ++x) best[x] = second[x] = -kInfinity;
     for (int64_t c = 0; c < classes; ++c) {
-      const Real* a = above + c * width;
-      const Real* b = below + c * width;
-      for (int64_t x = 0; x + step < width; ++x) floor_at(a, b, x, x + step, best, second);
-      if (step) floor_at(a, b, width - 1, width - 1, best, second);
-    }
-    const Real* bar = kRunnerUp ? second : best;
-    for (int64_t c = 0; c < classes; ++c) {
-      const Real* a = above + c * width;
-      const Real* b = below + c * width;
-      uint8_t* k = keep + c * width;
-      for (int64_t x = 0; x + step < width; ++x) k[x] = kept(a, b, x, x + step, bar[x]);
-      if (step) k[width - 1] = kept(a, b, width - 1, width - 1, bar[width - 1]);
-    }
-  }
-  DAGCORE_INLINE static Real least(Real a, Real b) { return a < b ? a : b; }
-  DAGCORE_INLINE static Real most(Real a, Real b) { return a > b ? a : b; }
-  DAGCORE_INLINE static void floor_at(const Real* a, const Real* b, int64_t x, int64_t right,
-                                      Real* best, Real* second) {
-    const Real floor = least(least(a[x], a[right]), least(b[x], b[right]));
-    const Real sum = (a[x] + a[right]) + (b[x] + b[right]);
-    const Real usable = sum - sum == 0 ? floor : -std::numeric_limits<Real>::infinity();
-    if (kRunnerUp) second[x] = most(second[x], least(best[x], usable));
-    best[x] = most(best[x], usable);
-  }
-  DAGCORE_INLINE static uint8_t kept(const Real* a, const Real* b, int64_t x, int64_t right,
-                                     Real bar) {
-    const Real ceiling = most(most(a[x], a[right]), most(b[x], b[right]));
-    const Real sum = (a[x] + a[right]) + (b[x] + b[right]);
-    return !((sum - sum == 0) & dominated(ceiling, bar));
-  }
-};
-
-// The classes that can win in a cell, rising, and the rows (C, w) that its corners are in.
-template <typename Real>
-struct Candidates {
-  const int32_t* classes;
-  int count;
-  const Real *above, *below;
-  int64_t width, left, right;
-};
-
-// Pixels of a tile are lanes of these arrays, row after row, padded to whole vectors with weight 0.
-template <typename Real, typename Index>
-struct alignas(64) Tile {
-  Real w00[kRoom], w01[kRoom], w10[kRoom], w11[kRoom];
-  Real weight[kRoom][4];  // the same, pixel by pixel
-  Real total[4];          // over all pixels
-  Real best[kRoom], second[kRoom];
-  Index best_class[kRoom], second_class[kRoom];
-  Index label[kRoom], adversarial[kRoom], plus[kRoom], minus[kRoom];
-  int count = 0, padded = 0;
-  int y_weights = -1, x_weights = -1;  // whose weights are filled in
-};
-
-// The corners' weights summed over a tile's active pixels, or over all of them.
-template <typename Real, typename Index>
-struct SumWeights {
-  DAGCORE_INLINE static void run(const Tile<Real, Index>& tile, bool all, Real (&sum)[4]) {
-    const Real* weights[4] = {tile.w00, tile.w01, tile.w10, tile.w11};
-    Real lanes[4][kLanes] = {};
-    for (int k = 0; k < 4; ++k) {
-      for (int p = 0; p < tile.padded; p += kLanes) {
-        const Real* weight = weights[k] + p;
-        const Index* plus = tile.plus + p;
-        for (int j = 0; j < kLanes; ++j) {
-          lanes[k][j] += all | (plus[j] >= 0) ? weight[j] : Real{0};
+      const Real *a = above.least.data() + c * padded, *b = below.least.data() + c * padded;
+      for (int64_t block = 0; block < padded; block += kLanes) {
+        for (int64_t x = block; x < block + kLanes; ++x) {
+          const Real floor = a[x] < b[x] ? a[x] : b[x];
+          if (kRunnerUp) {
+            const Real lower = best[x] < floor ? best[x] : floor;
+            second[x] = second[x] > lower ? second[x] : lower;
+          }
+          best[x] = best[x] > floor ? best[x] : floor;
         }
       }
     }
-    for (int k = 0; k < 4; ++k) {
-      sum[k] = 0;
-      for (int j = 0; j < kLanes; ++j) sum[k] += lanes[k][j];
+    const Real* bar = kRunnerUp ? second : best;
+    for (int64_t c = 0; c < classes; ++c) {
+      const Real *a = above.most.data() + c * padded, *b = below.most.data() + c * padded;
+      uint8_t* k = keep + c * padded;
+      for (int64_t block = 0; block < padded; block += kLanes) {
+        for (int64_t x = block; x < block + kLanes; ++x) {
+          k[x] = !dominated(a[x] > b[x] ? a[x] : b[x], bar[x]);
+        }
+      }
     }
   }
 };
 
+// The weights of a tile's pixels at the four corners: pixels are lanes of these arrays, row after
+// row, padded to whole vectors with weight 0.
+template <typename Real>
+struct alignas(64) Weights {
+  Real w00[kRoom], w01[kRoom], w10[kRoom], w11[kRoom];
+  Real of_pixel[kRoom][4];  // the same, pixel by pixel
+  Real total[4];            // over all pixels
+  int count = 0, padded = 0;
+  int y_weights = -1, x_weights = -1;  // whose they are
+};
+
 template <typename Real, typename Index>
-void fill_weights(Simd simd, const Segment& y, const Segment& x, Tile<Real, Index>* tile) {
-  if (tile->y_weights == y.weights && tile->x_weights == x.weights) return;
-  tile->y_weights = y.weights;
-  tile->x_weights = x.weights;
-  tile->count = y.count * x.count;
-  tile->padded = (tile->count + kLanes - 1) / kLanes * kLanes;
-  int p = 0;
-  for (int i = 0; i < y.count; ++i) {
-    const double v = y.weight[i];
-    for (int j = 0; j < x.count; ++j, ++p) {
-      const double u = x.weight[j];
-      Real* weight = tile->weight[p];
-      tile->w00[p] = weight[0] = static_cast<Real>((1 - v) * (1 - u));
-      tile->w01[p] = weight[1] = static_cast<Real>((1 - v) * u);
-      tile->w10[p] = weight[2] = static_cast<Real>(v * (1 - u));
-      tile->w11[p] = weight[3] = static_cast<Real>(v * u);
+struct alignas(64) Tile {
+  const Weights<Real>* weights;
+  Real best[kRoom];
+  Index best_class[kRoom], second_class[kRoom];
+  Index label[kRoom], adversarial[kRoom], plus[kRoom], minus[kRoom];
+};
+
+// A sum in lanes, added up in an order that does not depend on the vector width.
+template <typename Value>
+struct Lanes {
+  Value lane[kLanes] = {};
+
+  template <int kHalf = kLanes / 2>
+  DAGCORE_INLINE Value total() {
+    for (int j = 0; j < kHalf; ++j) lane[j] += lane[j + kHalf];
+    if constexpr (kHalf > 1) return total<kHalf / 2>();
+    return lane[0];
+  }
+};
+
+// The weights summed over the pixels of one verdict, which are struck off the tile.
+template <typename Real, typename Index>
+struct TakeVerdict {
+  DAGCORE_INLINE static void run(Verdict<Index> verdict, Tile<Real, Index>* tile, Real (&sum)[4],
+                                 uint32_t* taken) {
+    const Weights<Real>& weights = *tile->weights;
+    Lanes<Real> s00, s01, s10, s11;
+    Lanes<Index> found;
+    for (int p = 0; p < weights.padded; p += kLanes) {
+      Real w00[kLanes], w01[kLanes], w10[kLanes], w11[kLanes];
+      Index plus[kLanes], minus[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        w00[j] = weights.w00[p + j];
+        w01[j] = weights.w01[p + j];
+        w10[j] = weights.w10[p + j];
+        w11[j] = weights.w11[p + j];
+        plus[j] = tile->plus[p + j];
+        minus[j] = tile->minus[p + j];
+      }
+      for (int j = 0; j < kLanes; ++j) {
+        const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
+        s00.lane[j] += same ? w00[j] : Real{0};
+        s01.lane[j] += same ? w01[j] : Real{0};
+        s10.lane[j] += same ? w10[j] : Real{0};
+        s11.lane[j] += same ? w11[j] : Real{0};
+        found.lane[j] += same ? Index{1} : Index{0};
+        plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
+      }
+      for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
+    }
+    sum[0] = s00.total();
+    sum[1] = s01.total();
+    sum[2] = s10.total();
+    sum[3] = s11.total();
+    *taken = static_cast<uint32_t>(found.total());
+  }
+};
+
+template <typename Real>
+struct FillWeights {
+  DAGCORE_INLINE static void run(const Segment& y, const Segment& x, Weights<Real>* weights) {
+    int p = 0;
+    for (int i = 0; i < y.count; ++i) {
+      const double v = y.weight[i];
+      for (int j = 0; j < x.count; ++j, ++p) {
+        const double u = x.weight[j];
+        Real* of_pixel = weights->of_pixel[p];
+        weights->w00[p] = of_pixel[0] = static_cast<Real>((1 - v) * (1 - u));
+        weights->w01[p] = of_pixel[1] = static_cast<Real>((1 - v) * u);
+        weights->w10[p] = of_pixel[2] = static_cast<Real>(v * (1 - u));
+        weights->w11[p] = of_pixel[3] = static_cast<Real>(v * u);
+      }
+    }
+    weights->count = p;
+    for (; p % kLanes; ++p) {
+      weights->w00[p] = weights->w01[p] = weights->w10[p] = weights->w11[p] = 0;
+    }
+    weights->padded = p;
+    weights->y_weights = y.weights;
+    weights->x_weights = x.weights;
+    const Real* corners[4] = {weights->w00, weights->w01, weights->w10, weights->w11};
+    for (int k = 0; k < 4; ++k) {
+      Lanes<Real> sum;
+      for (int q = 0; q < p; q += kLanes) {
+        for (int j = 0; j < kLanes; ++j) sum.lane[j] += corners[k][q + j];
+      }
+      weights->total[k] = sum.total();
     }
   }
-  for (; p < tile->padded; ++p) {
-    tile->w00[p] = tile->w01[p] = tile->w10[p] = tile->w11[p] = 0;
-    tile->label[p] = tile->adversarial[p] = kUncounted;
-  }
-  run_simd<SumWeights<Real, Index>>(simd, *tile, true, tile->total);
-}
+};
+
+// A class that may win in a cell, and its scores at the four corners.
+template <typename Real, typename Index>
+struct Candidate {
+  Real s00, s01, s10, s11;
+  Index c;
+};
 
 // The winner at every pixel of a tile among a cell's candidates, in rising class order.
 template <typename Real, typename Index, bool kRunnerUp>
 struct FindWinners {
-  using Winners = Tile<Real, Index>;
-
-  struct Corners {
-    Real s00, s01, s10, s11;
-  };
-  DAGCORE_INLINE static Corners corners(const Candidates<Real>& of, int64_t c) {
-    const Real *above = of.above + c * of.width, *below = of.below + c * of.width;
-    return {above[of.left], above[of.right], below[of.left], below[of.right]};
-  }
-  DAGCORE_INLINE static Real value_at(const Winners& tile, int p, const Corners& q) {
-    return blend(tile.w00[p], tile.w01[p], tile.w10[p], tile.w11[p], q.s00, q.s01, q.s10, q.s11);
-  }
-  DAGCORE_INLINE static void meet(const Candidates<Real>& of, int32_t c, int padded,
-                                  Winners* tile) {
-    const Corners next = corners(of, c);
-    for (int p = 0; p < padded; ++p) {
-      Top<Real, Index, kRunnerUp> top{};
-      top.best = tile->best[p];
-      top.best_class = tile->best_class[p];
-      if (kRunnerUp) {
-        top.second = tile->second[p];
-        top.second_class = tile->second_class[p];
+  // A vector of pixels at a time, so that their weights and winners stay in registers.
+  DAGCORE_INLINE static void run(const Candidate<Real, Index>* candidates, int count,
+                                 Tile<Real, Index>* tile) {
+    const Weights<Real>& weights = *tile->weights;
+    for (int p = 0; p < weights.padded; p += kLanes) {
+      Real w00[kLanes], w01[kLanes], w10[kLanes], w11[kLanes], best[kLanes], second[kLanes];
+      Index best_class[kLanes], second_class[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        w00[j] = weights.w00[p + j];
+        w01[j] = weights.w01[p + j];
+        w10[j] = weights.w10[p + j];
+        w11[j] = weights.w11[p + j];
+        const Candidate<Real, Index>& q = candidates[0];
+        best[j] = blend(w00[j], w01[j], w10[j], w11[j], q.s00, q.s01, q.s10, q.s11);
+        best_class[j] = q.c;
+        second[j] = best[j];
+        second_class[j] = kUncounted;
       }
-      top.next(value_at(*tile, p, next), static_cast<Index>(c));
-      tile->best[p] = top.best;
-      tile->best_class[p] = top.best_class;
-      if (kRunnerUp) {
-        tile->second[p] = top.second;
-        tile->second_class[p] = top.second_class;
+      for (int k = 1; k < count; ++k) {
+        const Candidate<Real, Index> q = candidates[k];
+        for (int j = 0; j < kLanes; ++j) {
+          Top<Real, Index, kRunnerUp> top{best[j], second[j], best_class[j], second_class[j]};
+          top.next(blend(w00[j], w01[j], w10[j], w11[j], q.s00, q.s01, q.s10, q.s11), q.c);
+          best[j] = top.best;
+          best_class[j] = top.best_class;
+          if (kRunnerUp) {
+            second[j] = top.second;
+            second_class[j] = top.second_class;
+          }
+        }
       }
-    }
-  }
-  DAGCORE_INLINE static void run(const Candidates<Real>& of, Winners* tile) {
-    const int padded = tile->padded;
-    const Corners first = corners(of, of.classes[0]);
-    for (int p = 0; p < padded; ++p) {
-      tile->best[p] = value_at(*tile, p, first);
-      tile->best_class[p] = static_cast<Index>(of.classes[0]);
-      if (kRunnerUp) {
-        tile->second[p] = tile->best[p];
-        tile->second_class[p] = kUncounted;
+      for (int j = 0; j < kLanes; ++j) {
+        tile->best[p + j] = best[j];
+        tile->best_class[p + j] = best_class[j];
+        if (kRunnerUp) tile->second_class[p + j] = second_class[j];
       }
     }
-    for (int k = 1; k < of.count; ++k) meet(of, of.classes[k], padded, tile);
   }
 };
 
@@ -247,31 +296,24 @@ struct FindWinners {
 template <typename Real, typename Index>
 struct OneWinner {
   DAGCORE_INLINE static void run(Index c, Tile<Real, Index>* tile) {
-    for (int p = 0; p < tile->padded; ++p) {
+    for (int p = 0; p < tile->weights->padded; ++p) {
       tile->best[p] = 0;
       tile->best_class[p] = c;
     }
   }
 };
 
-template <typename Index>
-struct Tally {
-  uint32_t active = 0;
-  bool bad = false;
-  bool uniform = false;  // all active pixels have one plus and one minus
-  Index plus = kUncounted, minus = kUncounted;
-};
-
+// Verdicts of a tile's pixels; the count of active ones, flagged if a label is out of range.
 template <typename Real, typename Index, bool kRunnerUp>
 struct Judge {
-  DAGCORE_INLINE static void run(bool reach, Tile<Real, Index>* tile, Tally<Index>* tally) {
-    constexpr Index kMany = std::numeric_limits<Index>::max();
-    const int padded = tile->padded;
+  DAGCORE_INLINE static void run(bool reach, Tile<Real, Index>* tile, uint32_t* active) {
+    const int count = tile->weights->count, padded = tile->weights->padded;
     const Real* best = tile->best;
     const Index *best_class = tile->best_class, *second_class = tile->second_class;
-    const Index* label = tile->label;
-    Index *adversarial = tile->adversarial, *plus = tile->plus, *minus = tile->minus;
-    uint32_t sum = 0, bad = 0;
+    Index *label = tile->label, *adversarial = tile->adversarial;
+    Index *plus = tile->plus, *minus = tile->minus;
+    for (int p = count; p < padded; ++p) label[p] = adversarial[p] = kUncounted;
+    Index sum = 0, bad = 0;
     for (int p = 0; p < padded; ++p) {
       if (kRunnerUp) {
         adversarial[p] = best_class[p] == label[p] ? second_class[p] : best_class[p];
@@ -281,21 +323,9 @@ struct Judge {
       plus[p] = verdict.plus;
       minus[p] = verdict.minus;
       sum += verdict.plus >= 0;
-      bad |= (label[p] == kOutOfRange) | ((label[p] >= 0) & (adversarial[p] == kOutOfRange));
+      bad |= is_out_of_range(label[p], adversarial[p]);
     }
-    Index plus_low = kMany, plus_high = kUncounted, minus_low = kMany, minus_high = kUncounted;
-    for (int p = 0; p < padded; ++p) {
-      const Index low = plus[p] >= 0 ? plus[p] : kMany, other = plus[p] >= 0 ? minus[p] : kMany;
-      plus_low = low < plus_low ? low : plus_low;
-      minus_low = other < minus_low ? other : minus_low;
-      plus_high = plus[p] > plus_high ? plus[p] : plus_high;
-      minus_high = minus[p] > minus_high ? minus[p] : minus_high;
-    }
-    tally->active = sum;
-    tally->bad = bad != 0;
-    tally->uniform = plus_low == plus_high && minus_low == minus_high;
-    tally->plus = plus_high;
-    tally->minus = minus_high;
+    *active = static_cast<uint32_t>(sum) | (bad ? kOutOfRangeFlag : 0);
   }
 };
 
@@ -304,25 +334,38 @@ template <typename T>
 struct Band {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  std::vector<Real> rows[2];     // scores of the cells' upper and lower corners, (C, w)
-  std::vector<Real> floors;      // (2, w)
-  std::vector<uint8_t> keep;     // (C, w)
-  std::vector<int32_t> lists;    // (w, C + 1): the classes that can win in each cell, rising
-  std::vector<int> counts;       // (w): how many they are
-  std::vector<Real> corner;      // (C, 4): sums of a tile whose pixels differ
-  std::vector<int32_t> touched;  // classes whose sums are not zero
+  Row<Real> above, below;      // of the cells' upper and lower corners
+  std::vector<Real> floors;    // (2, padded)
+  std::vector<uint8_t> keep;   // (C, padded)
+  std::vector<int32_t> lists;  // (w, C + 1): the classes that can win in each cell, rising
+  std::vector<int> counts;     // (w): how many they are
+  std::vector<Candidate<Real, Index>> candidates;  // (C): those of the cell in hand
+  std::vector<Real> corner;                        // (C, 4): sums of a tile of many verdicts
+  std::vector<int32_t> touched;                    // classes whose sums are not zero
   std::vector<uint8_t> is_touched;
+  Weights<Real> weights[4];  // whole factors need three, at the left, in the middle, at the right
+  int next_weights = 0;
   Tile<Real, Index> tile;
 
-  Band(int64_t classes, int64_t width)
-      : floors(2 * width),
-        keep(classes * width),
+  Band(int64_t classes, int64_t width, int64_t padded)
+      : above(classes, padded),
+        below(classes, padded),
+        floors(2 * padded),
+        keep(classes * padded),
         lists(width * (classes + 1)),
         counts(width),
+        candidates(classes),
         corner(classes * 4),
-        is_touched(classes) {
-    rows[0].resize(classes * width);
-    rows[1].resize(classes * width);
+        is_touched(classes) {}
+
+  const Weights<Real>& weights_of(Simd simd, const Segment& y, const Segment& x) {
+    for (const Weights<Real>& known : weights) {
+      if (known.y_weights == y.weights && known.x_weights == x.weights) return known;
+    }
+    Weights<Real>& oldest = weights[next_weights];
+    next_weights = (next_weights + 1) % 4;
+    run_simd<FillWeights<Real>>(simd, y, x, &oldest);
+    return oldest;
   }
 };
 
@@ -354,12 +397,49 @@ struct TakeLabels {
   }
 };
 
+// Where a column of labels (rows, width) is not the same all the way down, or not the same as the
+// column before it: what is nowhere so, but for its first column's latter, is all of one label.
+template <typename Index>
+struct FindChanges {
+  DAGCORE_INLINE static void run(const Index* rows, int64_t width, int count, bool first,
+                                 Index* down, Index* across) {
+    if (first) {
+      for (int64_t x = 0; x < width; ++x) down[x] = across[x] = 0;
+    }
+    for (int i = 1; i < count; ++i) {
+      for (int64_t x = 0; x < width; ++x) down[x] |= rows[i * width + x] ^ rows[x];
+    }
+    for (int64_t x = 1; x < width; ++x) across[x] |= rows[x] ^ rows[x - 1];
+  }
+};
+
+// The labels of the rows of pixels that one row of cells holds, and of which tiles are uniform.
+template <typename Index, bool kRunnerUp>
+struct LabelRows {
+  int64_t width;
+  std::vector<Index> labels, adversarial, down, across;
+
+  explicit LabelRows(int64_t width)
+      : width(width),
+        labels(kSide * width),
+        adversarial(kRunnerUp ? 0 : kSide * width),
+        down(width),
+        across(width) {}
+
+  bool uniform(const Segment& x) const {
+    Index changes = down[x.begin];
+    for (int j = 1; j < x.count; ++j) changes |= down[x.begin + j] | across[x.begin + j];
+    return changes == 0;
+  }
+};
+
 // The low-resolution scores of one call, and the pixels that read them.
 template <typename T>
 struct Map {
   const T* data;
   int64_t batch, class_stride, row_stride, column_stride;
   int64_t images, classes, height, width;
+  int64_t padded;       // length of a `Row`
   int64_t column_step;  // from a cell's left to its right corner: none at the size as it is
   std::vector<Segment> ys, xs;
   std::vector<size_t> band_begin;  // into ys; bands begin where `low` changes
@@ -375,6 +455,7 @@ struct Map {
         classes(scores.size(1)),
         height(scores.size(2)),
         width(scores.size(3)),
+        padded((width + kLanes) / kLanes * kLanes),
         column_step(width == out_width ? 0 : 1),
         ys(segments(height, out_height, align_corners)),
         xs(segments(width, out_width, align_corners)),
@@ -389,38 +470,35 @@ struct Map {
   int64_t bands() const { return static_cast<int64_t>(band_begin.size()) - 1; }
 
   using Real = typename Arithmetic<T>::Real;
-  void read_row(int64_t n, int64_t y, Real* row) const {
+  void read_row(int64_t n, int64_t y, Row<Real>* row) const {
     run_simd<ReadRow<T>>(simd, data + n * batch + y * row_stride, class_stride, column_stride,
-                         classes, width, row);
+                         classes, width, padded, column_step, row);
   }
 };
 
-// Fills band.rows, band.lists and band.counts for the cells between two low-resolution rows.
+// Fills the band's rows, lists and counts for the cells between two low-resolution rows.
 template <typename T, bool kRunnerUp>
 void open_row(const Map<T>& map, int64_t n, const Segment& y, int64_t previous_high,
               Band<T>* band) {
   using Real = typename Arithmetic<T>::Real;
   if (y.low == previous_high) {
-    band->rows[0].swap(band->rows[1]);
+    std::swap(band->above, band->below);
   } else {
-    map.read_row(n, y.low, band->rows[0].data());
+    map.read_row(n, y.low, &band->above);
   }
-  map.read_row(n, y.high, band->rows[1].data());
-  const Real* above = band->rows[0].data();
-  const Real* below = band->rows[1].data();
-  const int64_t width = map.width;
-  run_simd<Prune<Real, kRunnerUp>>(map.simd, above, below, map.classes, width, map.column_step,
+  map.read_row(n, y.high, &band->below);
+  run_simd<Prune<Real, kRunnerUp>>(map.simd, band->above, band->below, map.classes, map.padded,
                                    band->floors.data(), band->keep.data());
   std::fill(band->counts.begin(), band->counts.end(), 0);
   for (int64_t c = 0; c < map.classes; ++c) {
-    const uint8_t* keep = band->keep.data() + c * width;
-    for (int64_t x = 0; x < width;) {
+    const uint8_t* keep = band->keep.data() + c * map.padded;
+    for (int64_t x = 0; x < map.width;) {
       uint64_t eight = 0;
-      if (x + 8 <= width && (__builtin_memcpy(&eight, keep + x, 8), eight == 0)) {
+      if ((__builtin_memcpy(&eight, keep + x, 8), eight == 0)) {
         x += 8;
         continue;
       }
-      for (const int64_t end = std::min(x + 8, width); x < end; ++x) {
+      for (const int64_t end = std::min(x + 8, map.width); x < end; ++x) {
         band->lists[x * (map.classes + 1) + band->counts[x]] = static_cast<int32_t>(c);
         band->counts[x] += keep[x];
       }
@@ -428,60 +506,81 @@ void open_row(const Map<T>& map, int64_t n, const Segment& y, int64_t previous_h
   }
 }
 
+// The class that wins everywhere in a cell without evaluating it, or kUncounted.
+template <typename T>
+int32_t only_winner(const Map<T>& map, int64_t x, const Band<T>& band) {
+  if (band.counts[x] != 1) return kUncounted;
+  const int32_t c = band.lists[x * (map.classes + 1)];
+  const int64_t at = c * map.padded + x;
+  const bool finite = band.above.most[at] < std::numeric_limits<double>::infinity() &&
+                      band.below.most[at] < std::numeric_limits<double>::infinity();
+  return finite ? c : kUncounted;
+}
+
 template <typename T, bool kRunnerUp>
 void find_winners(const Map<T>& map, int64_t x, Band<T>* band) {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  const Candidates<Real> of{&band->lists[x * (map.classes + 1)],
-                            band->counts[x],
-                            band->rows[0].data(),
-                            band->rows[1].data(),
-                            map.width,
-                            x,
-                            x + (x + 1 < map.width ? map.column_step : 0)};
-  if (!kRunnerUp && of.count == 1) {
-    const Real *above = of.above + of.classes[0] * of.width,
-               *below = of.below + of.classes[0] * of.width;
-    const Real sum = (above[of.left] + above[of.right]) + (below[of.left] + below[of.right]);
-    if (sum - sum == 0) {
-      const Index only = static_cast<Index>(of.classes[0]);
-      return run_simd<OneWinner<Real, Index>>(map.simd, only, &band->tile);
-    }
+  const int32_t only = kRunnerUp ? kUncounted : only_winner(map, x, *band);
+  if (only >= 0) {
+    return run_simd<OneWinner<Real, Index>>(map.simd, static_cast<Index>(only), &band->tile);
   }
-  run_simd<FindWinners<Real, Index, kRunnerUp>>(map.simd, of, &band->tile);
+  const int32_t* classes = &band->lists[x * (map.classes + 1)];
+  const int64_t right = x + (x + 1 < map.width ? map.column_step : 0);
+  const int count = band->counts[x];
+  for (int k = 0; k < count; ++k) {
+    const Real* above = &band->above.scores[classes[k] * map.padded];
+    const Real* below = &band->below.scores[classes[k] * map.padded];
+    band->candidates[k] = {above[x], above[right], below[x], below[right],
+                           static_cast<Index>(classes[k])};
+  }
+  run_simd<FindWinners<Real, Index, kRunnerUp>>(map.simd, band->candidates.data(), count,
+                                                &band->tile);
 }
 
-// Adds a tile's seed to the two low-resolution rows of its corners, (C, w) each.
+// The two low-resolution rows of a cell's corners, (C, w) each, and what is added to them.
+template <typename Real>
+struct CornerSums {
+  Real *above, *below;
+  int64_t width;
+
+  void add(const Segment& x, int64_t c, Real sign, const Real* sum) const {
+    above[c * width + x.low] += sign * sum[0];
+    above[c * width + x.high] += sign * sum[1];
+    below[c * width + x.low] += sign * sum[2];
+    below[c * width + x.high] += sign * sum[3];
+  }
+};
+
+// Adds the seed of a tile with `left` active pixels: verdict by verdict, which most tiles have few
+// of, and the rest pixel by pixel.
 template <typename T>
-void add_seed(const Map<T>& map, const Segment& y, const Segment& x,
-              const Tally<typename Arithmetic<T>::Index>& tally, Band<T>* band,
-              typename Arithmetic<T>::Real* above, typename Arithmetic<T>::Real* below) {
+void add_seed(const Map<T>& map, const Segment& x, uint32_t left, Band<T>* band,
+              const CornerSums<typename Arithmetic<T>::Real>& sums) {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  const auto add = [&](int64_t c, Real sign, const Real* sum) {
-    above[c * map.width + x.low] += sign * sum[0];
-    above[c * map.width + x.high] += sign * sum[1];
-    below[c * map.width + x.low] += sign * sum[2];
-    below[c * map.width + x.high] += sign * sum[3];
-  };
-  const Tile<Real, Index>& tile = band->tile;
-  if (tally.uniform) {
-    Real sum[4] = {tile.total[0], tile.total[1], tile.total[2], tile.total[3]};
-    if (tally.active != static_cast<uint32_t>(tile.count)) {
-      run_simd<SumWeights<Real, Index>>(map.simd, tile, false, sum);
-    }
-    add(tally.plus, 1, sum);
-    add(tally.minus, -1, sum);
-    return;
+  Tile<Real, Index>& tile = band->tile;
+  int p = 0;
+  for (int k = 0; k < kVerdicts && left; ++k) {
+    while (tile.plus[p] < 0) ++p;
+    const Verdict<Index> verdict{tile.plus[p], tile.minus[p]};
+    Real sum[4];
+    uint32_t taken = 0;
+    run_simd<TakeVerdict<Real, Index>>(map.simd, verdict, &tile, sum, &taken);
+    sums.add(x, verdict.plus, 1, sum);
+    sums.add(x, verdict.minus, -1, sum);
+    left -= taken;
+    if (taken < kFewPixels) break;
   }
+  if (!left) return;
   const auto touch = [&](Index c) {
     if (band->is_touched[c]) return;
     band->is_touched[c] = 1;
     band->touched.push_back(static_cast<int32_t>(c));
   };
-  for (int p = 0; p < tile.count; ++p) {
+  for (; p < tile.weights->count; ++p) {
     if (tile.plus[p] < 0) continue;
-    const Real* weight = tile.weight[p];
+    const Real* weight = tile.weights->of_pixel[p];
     touch(tile.plus[p]);
     touch(tile.minus[p]);
     Real* plus = &band->corner[4 * tile.plus[p]];
@@ -491,7 +590,7 @@ void add_seed(const Map<T>& map, const Segment& y, const Segment& x,
   }
   for (int32_t c : band->touched) {
     Real* sum = &band->corner[4 * c];
-    add(c, 1, sum);
+    sums.add(x, c, 1, sum);
     for (int k = 0; k < 4; ++k) sum[k] = 0;
     band->is_touched[c] = 0;
   }
@@ -499,15 +598,27 @@ void add_seed(const Map<T>& map, const Segment& y, const Segment& x,
 }
 
 template <typename T>
-void store_row(const Tensor& seed, int64_t n, int64_t y, const Map<T>& map,
-               const typename Arithmetic<T>::Real* row) {
-  T* data = static_cast<T*>(seed.data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
-  const int64_t class_stride = seed.stride(1), column_stride = seed.stride(3);
-  for (int64_t c = 0; c < map.classes; ++c) {
-    for (int64_t x = 0; x < map.width; ++x) {
-      data[c * class_stride + x * column_stride] = Pixel<T>::store(row[c * map.width + x]);
+struct StoreRow {
+  using Real = typename Arithmetic<T>::Real;
+  DAGCORE_INLINE static void run(const Real* row, int64_t classes, int64_t width,
+                                 int64_t class_stride, int64_t column_stride, T* out) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const Real* from = row + c * width;
+      T* to = out + c * class_stride;
+      if (column_stride == 1) {
+        for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::store(from[x]);
+      } else {
+        for (int64_t x = 0; x < width; ++x) to[x * column_stride] = Pixel<T>::store(from[x]);
+      }
     }
   }
+};
+
+template <typename T>
+void store_row(const Tensor& seed, int64_t n, int64_t y, const Map<T>& map,
+               const typename Arithmetic<T>::Real* row) {
+  T* out = static_cast<T*>(seed.data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
+  run_simd<StoreRow<T>>(map.simd, row, map.classes, map.width, seed.stride(1), seed.stride(3), out);
 }
 
 // The seed's rows that two bands share: each band keeps its first and its last row for itself, and
@@ -515,14 +626,56 @@ void store_row(const Tensor& seed, int64_t n, int64_t y, const Map<T>& map,
 template <typename T>
 struct SharedRows {
   using Real = typename Arithmetic<T>::Real;
-  int64_t bands, row;  // row: C * w
-  std::vector<Real> data;
+  int64_t bands, row;            // row: C * w
+  std::unique_ptr<Real[]> data;  // not zeroed: every row is written before it is read
 
   SharedRows(const Map<T>& map)
-      : bands(map.bands()), row(map.classes * map.width), data(2 * map.images * bands * row) {}
+      : bands(map.bands()),
+        row(map.classes * map.width),
+        data(new Real[2 * map.images * bands * row]) {}
   Real* first(int64_t n, int64_t band) { return &data[((n * bands + band) * 2) * row]; }
   Real* last(int64_t n, int64_t band) { return first(n, band) + row; }
 };
+
+// Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
+template <typename T, bool kRunnerUp>
+uint32_t seed_segment(const BilinearCall& call, const Map<T>& map,
+                      const LabelRows<typename Arithmetic<T>::Index, kRunnerUp>& rows,
+                      const Segment& y, Band<T>* band,
+                      const CornerSums<typename Arithmetic<T>::Real>& sums) {
+  using Real = typename Arithmetic<T>::Real;
+  using Index = typename Arithmetic<T>::Index;
+  Tile<Real, Index>& tile = band->tile;
+  uint32_t active = 0;
+  for (const Segment& x : map.xs) {
+    tile.weights = &band->weights_of(map.simd, y, x);
+    const int32_t only = kRunnerUp ? kUncounted : only_winner(map, x.low, *band);
+    if (only >= 0 && rows.uniform(x)) {  // one verdict for all pixels
+      const Index label = rows.labels[x.begin], adversarial = rows.adversarial[x.begin];
+      const Verdict<Index> verdict =
+          judge(call.reach, label, adversarial, static_cast<Index>(only), false);
+      if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
+      if (verdict.plus < 0) continue;
+      active += static_cast<uint32_t>(tile.weights->count);
+      sums.add(x, verdict.plus, 1, tile.weights->total);
+      sums.add(x, verdict.minus, -1, tile.weights->total);
+      continue;
+    }
+    run_simd<TakeLabels<Index>>(map.simd, rows.labels.data(), rows.width, y, x, tile.label);
+    if (!kRunnerUp) {
+      run_simd<TakeLabels<Index>>(map.simd, rows.adversarial.data(), rows.width, y, x,
+                                  tile.adversarial);
+    }
+    find_winners<T, kRunnerUp>(map, x.low, band);
+    uint32_t here = 0;
+    run_simd<Judge<Real, Index, kRunnerUp>>(map.simd, call.reach, &tile, &here);
+    active |= here & kOutOfRangeFlag;
+    here &= ~kOutOfRangeFlag;
+    active += here;
+    if (here) add_seed(map, x, here, band, sums);
+  }
+  return active;
+}
 
 // One band of one image: counts its active pixels and seeds its low-resolution rows.
 template <typename T, bool kRunnerUp>
@@ -531,19 +684,19 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
                    SharedRows<T>* shared) {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  const auto band = std::make_unique<Band<T>>(map.classes, map.width);
-  Tile<Real, Index>& tile = band->tile;
+  const auto band = std::make_unique<Band<T>>(map.classes, map.width, map.padded);
   const size_t begin = map.band_begin[index], end = map.band_begin[index + 1];
   std::vector<Real> sums[2] = {std::vector<Real>(shared->row), std::vector<Real>(shared->row)};
-  const int64_t width = call.labels.size(2);
-  std::vector<Index> label_rows(kSide * width), adversarial_rows(kRunnerUp ? 0 : kSide * width);
+  LabelRows<Index, kRunnerUp> rows(call.labels.size(2));
   const auto read = [&](auto reader, const LabelSource& source, const Tensor& maps,
-                        const Segment& y, Index* rows) {
+                        const Segment& y, bool first, Index* into) {
     for (int i = 0; i < y.count; ++i) {
       run_simd<decltype(reader)>(map.simd, source.at(n, (y.begin + i) * maps.stride(1)),
-                                 source.type, maps.stride(2), static_cast<int>(width), call.rule,
-                                 rows + i * width);
+                                 source.type, maps.stride(2), static_cast<int>(rows.width),
+                                 call.rule, into + i * rows.width);
     }
+    run_simd<FindChanges<Index>>(map.simd, into, rows.width, y.count, first, rows.down.data(),
+                                 rows.across.data());
   };
 
   uint32_t active = 0;
@@ -552,25 +705,14 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
     if (s == begin || y.low != map.ys[s - 1].low) {
       open_row<T, kRunnerUp>(map, n, y, s == begin ? -1 : map.ys[s - 1].high, band.get());
     }
-    read(ReadLabels<Index, false>{}, labels, call.labels, y, label_rows.data());
+    read(ReadLabels<Index, false>{}, labels, call.labels, y, true, rows.labels.data());
     if (!kRunnerUp) {
-      read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, adversarial_rows.data());
+      read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, false,
+           rows.adversarial.data());
     }
-    for (const Segment& x : map.xs) {
-      fill_weights(map.simd, y, x, &tile);
-      run_simd<TakeLabels<Index>>(map.simd, label_rows.data(), width, y, x, tile.label);
-      if (!kRunnerUp) {
-        run_simd<TakeLabels<Index>>(map.simd, adversarial_rows.data(), width, y, x,
-                                    tile.adversarial);
-      }
-      find_winners<T, kRunnerUp>(map, x.low, band.get());
-      Tally<Index> tally;
-      run_simd<Judge<Real, Index, kRunnerUp>>(map.simd, call.reach, &tile, &tally);
-      active = (active + tally.active) | (tally.bad ? kOutOfRangeFlag : 0);
-      if (tally.active) {
-        add_seed(map, y, x, tally, band.get(), sums[0].data(), sums[y.high != y.low].data());
-      }
-    }
+    const uint32_t here = seed_segment(call, map, rows, y, band.get(),
+                                       {sums[0].data(), sums[y.high != y.low].data(), map.width});
+    active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
     if (s + 1 < end && map.ys[s + 1].low == y.low) continue;
     if (y.low == map.ys[begin].low) {
       std::copy(sums[0].begin(), sums[0].end(), shared->first(n, index));
@@ -664,7 +806,7 @@ void argmax_all(const Tensor& scores, bool align_corners, const Tensor& labels) 
   int64_t* out = static_cast<int64_t*>(labels.data_ptr());
   const int64_t bands = map.bands();
   torch::stable::parallel_for(0, map.images * bands, 1, [&](int64_t begin, int64_t end) {
-    const auto band = std::make_unique<Band<T>>(map.classes, map.width);
+    const auto band = std::make_unique<Band<T>>(map.classes, map.width, map.padded);
     Tile<Real, Index>& tile = band->tile;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / bands, index = item % bands;
@@ -675,7 +817,7 @@ void argmax_all(const Tensor& scores, bool align_corners, const Tensor& labels) 
           open_row<T, false>(map, n, y, s == first ? -1 : map.ys[s - 1].high, band.get());
         }
         for (const Segment& x : map.xs) {
-          fill_weights(map.simd, y, x, &tile);
+          tile.weights = &band->weights_of(map.simd, y, x);
           find_winners<T, false>(map, x.low, band.get());
           for (int i = 0; i < y.count; ++i) {
             std::copy_n(tile.best_class + i * x.count, x.count,

@@ -63,7 +63,7 @@ __device__ Verdict<int32_t> judge_target(const Args& args, int64_t n, int64_t la
   const Verdict<int32_t> verdict =
       judge<int32_t>(args.reach, label, adversarial, top.best_class, Score<T>::is_nan(top.best));
   *sum += verdict.plus >= 0;
-  *bad |= (label == kOutOfRange) | ((label >= 0) & (adversarial == kOutOfRange));
+  *bad |= is_out_of_range(label, adversarial);
   return verdict;
 }
 

@@ -32,9 +32,7 @@ struct Labels {
 struct TargetLabels {
   int32_t label, adversarial;  // adversarial: kUncounted where the runner-up is asked for
 
-  __device__ bool bad() const {
-    return (label == kOutOfRange) | ((label >= 0) & (adversarial == kOutOfRange));
-  }
+  __device__ bool bad() const { return is_out_of_range(label, adversarial); }
 };
 
 __device__ inline TargetLabels read_labels(const Labels& labels, const Labels& adversarial,
