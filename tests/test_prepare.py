@@ -79,6 +79,7 @@ def test_scores_are_the_networks_own(name, channels_last, images):
     prepared = victims.prepare(network, channels_last=channels_last)
     assert prepared.preparation.low_resolution is (name != "demo")
     assert prepared.preparation.folded == folded
+    assert prepared.preparation.merged == (name == "Segformer")
     assert all(why == "it does not run" for why in prepared.preparation.left.values())
     with torch.no_grad():
         expected = read_scores(network(images), images)
@@ -329,10 +330,24 @@ def test_names_for_figures_are_kept():
 
 
 def test_channels_last_where_convolutions_dominate():
-    transformers = pytest.importorskip("transformers")
     convolutions = victims.prepare(tiny())
     weight = next(convolutions.parameters())
     assert convolutions.preparation.channels_last is True
     assert weight.is_contiguous(memory_format=torch.channels_last)
+    transformers = pytest.importorskip("transformers")
     segformer = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig())
-    assert victims.prepare(segformer).preparation.channels_last is False
+    whole = victims.prepare(segformer, merge_linear=False)
+    assert whole.preparation.channels_last is False
+    assert victims.prepare(segformer).preparation.channels_last is True
+
+
+def test_merging_segformers_linear_layers_is_an_option(images):
+    network = transformers_network("Segformer")
+    merged = victims.prepare(network)
+    whole = victims.prepare(network, merge_linear=False)
+    assert merged.preparation.merged == 1
+    assert whole.preparation.merged == 0
+    torch.testing.assert_close(merged(images), whole(images), rtol=1e-4, atol=1e-5)
+    unfolded = victims.prepare(network, fold_batch_norm=False)
+    assert unfolded.preparation.folded == 0
+    torch.testing.assert_close(unfolded(images), whole(images), rtol=1e-4, atol=1e-5)

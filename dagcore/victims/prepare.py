@@ -16,6 +16,7 @@ from ..engine import read_scores
 from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
+from .merge import is_mergeable, merge
 
 CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 EXAMPLE_SIDE = 224
@@ -31,6 +32,8 @@ class Preparation:
     """Batch norms folded into the convolutions before them."""
     left: dict[str, str]
     """Batch norms that stay, by name, and why."""
+    merged: int
+    """Decode heads of SegFormer whose linear layers were multiplied out."""
     channels_last: bool
     bf16: bool
     compiled: bool
@@ -82,6 +85,7 @@ def prepare(
     *,
     low_resolution: bool | None = None,
     fold_batch_norm: bool = True,
+    merge_linear: bool = True,
     channels_last: bool | None = None,
     bf16: bool = False,
     compile: bool = False,
@@ -100,14 +104,17 @@ def prepare(
             network's; None: where the network is understood, True: or raise, False: never.
         fold_batch_norm: fold each batch norm into the convolution before it, where a run on
             `example` shows that this changes nothing; the network is run three times for it.
+        merge_linear: multiply out the linear layers of SegFormer's decode head, so that they work
+            at the size of each level; no other network has them.
         channels_last: lay out weights and images with the channels last in memory; None: where
-            convolutions hold at least half of the weights, since it slows SegFormer and its like.
+            convolutions hold at least half of the weights (it slows other networks), and for a
+            merged SegFormer.
         bf16: run under autocast to bfloat16, convolution and linear weights kept in it. The
             scores come back in the images' dtype, so that they are interpolated and compared in
             that, but carry bfloat16's 8 bits: near-ties may fall the other way. Slower than float32
             on a processor without AVX512-BF16 or AMX.
         compile: through torch.compile, once for each image size; the first run takes its time.
-        example: images (N, 3, H, W) that the network takes, for `fold_batch_norm`; one square
+        example: images (N, 3, H, W) that the network takes, to fold and merge by; one square
             image of noise by default, at the size in the network's transformers config, else 224.
 
     Returns:
@@ -118,7 +125,7 @@ def prepare(
         TypeError: `model` is no nn.Module, `example` no floating tensor, or low_resolution=True
             and the network is not understood.
         ValueError: the network does not run on the example, or ends in an activation.
-        RuntimeError: folding changed the scores (a convolution that is not what it seems).
+        RuntimeError: folding or merging changed the scores (a layer that is not what it seems).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -129,42 +136,51 @@ def prepare(
     if low_resolution is not False:
         shallow = stop_early(network) if low_resolution else find(network)
     like = network = network if shallow is None else shallow
-    folded, left = _fold(network, example) if fold_batch_norm else (0, {})
+    folded, left, merged = _rewrite(network, example, fold_batch_norm, merge_linear)
     if channels_last is None:
-        channels_last = _mostly_convolutions(network)
+        channels_last = merged > 0 or _mostly_convolutions(network)
     if channels_last:
         network = ChannelsLast(network)
     if bf16:
         _hold_weights(network, torch.bfloat16)
     if compile:
         network.compile()
-    done = Preparation(shallow is not None, folded, left, channels_last, bf16, compile)
+    done = Preparation(shallow is not None, folded, left, merged, channels_last, bf16, compile)
     return Prepared(network, done, like=like)
 
 
-def _fold(network: nn.Module, example: Tensor | None) -> tuple[int, dict[str, str]]:
-    """`fold.fold`, checked by the scores before and after."""
-    fold.thaw(network)
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
-        return 0, {}
+def _rewrite(
+    network: nn.Module, example: Tensor | None, fold_batch_norm: bool, merge_linear: bool
+) -> tuple[int, dict[str, str], int]:
+    """`fold.fold` and `merge`, checked by the scores before and after."""
+    if fold_batch_norm:
+        fold.thaw(network)
+        fold_batch_norm = any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()
+        )
+    merge_linear = merge_linear and any(is_mergeable(m) for m in network.modules())
+    if not (fold_batch_norm or merge_linear):
+        return 0, {}, 0
     images = _example(network) if example is None else example
     try:
         before = _scores(network, images)
     except Exception as error:
         raise ValueError(
             f"example must be images that the network takes, {tuple(images.shape)} fails: "
-            f"{type(error).__name__}: {error} (give example=images, or fold_batch_norm=False)"
+            f"{type(error).__name__}: {error} (give example=images, or fold_batch_norm=False and "
+            "merge_linear=False)"
         ) from error
-    result = fold.fold(network, images)
+    folded, left = fold.fold(network, images) if fold_batch_norm else (0, {})
+    merged = merge(network) if merge_linear else 0
     after = _scores(network, images)
     difference = float((after - before).norm() / before.norm().clamp_min(1e-30))
     allowed = 1e4 * torch.finfo(before.dtype).eps
     if difference > allowed:
         raise RuntimeError(
-            f"folding batch norm must not change the scores, they differ by {difference:.1e} of "
-            f"their norm (allowed: {allowed:.1e}): use fold_batch_norm=False"
+            f"folding and merging must not change the scores, they differ by {difference:.1e} of "
+            f"their norm (allowed: {allowed:.1e}): use fold_batch_norm=False, merge_linear=False"
         )
-    return result
+    return folded, left, merged
 
 
 def _scores(network: nn.Module, images: Tensor) -> Tensor:
