@@ -94,6 +94,7 @@ class DAG(engine.Settings):
         adversarial_labels: Tensor | str | None = None,  # (N, *T)
         generator: torch.Generator | None = None,
         *,
+        start: Tensor | None = None,  # (N, 3, H, W)
         callback: engine.Callback | None = None,
     ) -> Result:
         """Attack a batch of images, each on its own.
@@ -109,6 +110,9 @@ class DAG(engine.Settings):
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
                 default), "random" or "runner-up"; see `dagcore.labels.assign`.
             generator: source of the random choices.
+            start: where to begin, (N, 3, H, W) like `images`, if not at the images themselves: say,
+                what an attack on a faster victim ended with. The perturbation and `epsilon` count
+                from `images` all the same.
             callback: called with (update, active targets (N,)) as they become known, on a GPU a
                 few iterations late; backend "native" only.
 
@@ -116,12 +120,20 @@ class DAG(engine.Settings):
             TypeError, ValueError: the argument, what was required and what came.
         """
         self._check(images, labels, adversarial_labels, generator)
+        if start is not None:
+            self._check_start(start, images)
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
         reader = engine.Reader(model)
         with engine.frozen(model), torch.inference_mode(False):
             if self.backend == "native":
                 outcomes = engine.run(
-                    reader, self, images, labels, self._assign(wanted, generator), callback
+                    reader,
+                    self,
+                    images,
+                    labels,
+                    self._assign(wanted, generator),
+                    start=start,
+                    callback=callback,
                 )
                 return self._gather(images, outcomes)
             if callback is not None:
@@ -135,6 +147,7 @@ class DAG(engine.Settings):
                 wanted,
                 align_corners=reader.align_corners,
                 generator=generator,
+                start=start,
                 **settings,
             )
             return self._result(images, trace)
@@ -188,6 +201,8 @@ class DAG(engine.Settings):
             )
             try:
                 self._check(image, labels, adversarial, None)
+                if sample.start is not None:
+                    self._check_start(sample.start, sample.image)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"sample {sample.key!r}: {error}") from error
 
@@ -292,15 +307,24 @@ class DAG(engine.Settings):
                 )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        self._check_pixels("images", images)
+
+    def _check_start(self, start: Any, images: Tensor) -> None:
+        checks.tensor("start", start, (images.dtype,))
+        checks.shape("start", start, tuple(images.shape), "images")
+        checks.device("start", start, "images", images)
+        self._check_pixels("start", start)
+
+    def _check_pixels(self, name: str, images: Tensor) -> None:
         if not images.numel():
             return
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError("images must be finite, got a NaN or an infinity")
+            raise ValueError(f"{name} must be finite, got a NaN or an infinity")
         limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
         if low < limits[0] or high > limits[1]:
             raise ValueError(
-                f"images must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
+                f"{name} must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
             )
         spacing = torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high))
         if self.gamma < spacing:

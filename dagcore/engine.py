@@ -199,6 +199,7 @@ class Slots:
         images: Tensor,  # (K, *)
         labels: Tensor,  # (K, *T)
         assign: Callable[[Tensor, int], Tensor | str],
+        start: Tensor | None = None,  # (K, *)
     ) -> None:
         """Take images into fresh slots, or a single one into a released slot.
 
@@ -211,7 +212,7 @@ class Slots:
         at = slice(first, last)
         self.tags[at] = tags
         self.since[at] = [self.iteration] * len(tags)
-        self.x[at] = images
+        self.x[at] = images if start is None else start
         self.origin[at] = images
         self.labels[at] = labels
         self.running[at] = True
@@ -436,6 +437,8 @@ def run(
     images: Tensor,  # (N, *)
     labels: Tensor,  # (N, *T)
     assign: Callable[[Tensor, int], Tensor | str],
+    *,
+    start: Tensor | None = None,  # (N, *)
     callback: Callback | None = None,
 ) -> list[Outcome]:
     """Algorithm 1 for each image of a batch; outcomes in the order of the images."""
@@ -450,7 +453,8 @@ def run(
             callback(update, of_all)
 
     slots = Slots(reader, settings, total, images[0], labels[0], report)
-    slots.admit(list(range(total)), images.detach(), labels, assign)
+    begin = None if start is None else start.detach()
+    slots.admit(list(range(total)), images.detach(), labels, assign, begin)
     outcomes: dict[int, Outcome] = {}
     while len(outcomes) < total:
         slots.iterate()

@@ -42,6 +42,7 @@ def dag(
     ignore_index: int = 255,
     align_corners: bool = False,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,  # (N, *)
 ) -> Trace:
     """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
 
@@ -49,7 +50,8 @@ def dag(
     enlarged to the labels.
     """
     lower, upper = bounds or (None, None)
-    x = images.detach().clone(memory_format=torch.contiguous_format)
+    begin = images if start is None else start
+    x = begin.detach().clone(memory_format=torch.contiguous_format)
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     status = torch.full((len(x),), BUDGET, dtype=torch.int8, device=x.device)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)

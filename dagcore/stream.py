@@ -26,6 +26,8 @@ class Sample:
     """(*T) uint8, int32 or int64."""
     adversarial_labels: Tensor | str | None = None
     """(*T), or how to choose them; None for "permutation"."""
+    start: Tensor | None = None
+    """(3, H, W), where to begin, if not at the image itself."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
 
@@ -150,16 +152,17 @@ class Stream:
         if not isinstance(sample, Sample):
             raise TypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         self.check(sample)
-        image, labels, adversarial = (
+        image, labels, adversarial, start = (
             value.to(self.device, non_blocking=True)
             if isinstance(value, Tensor) and self.device is not None
             else value
-            for value in (sample.image, sample.labels, sample.adversarial_labels)
+            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.start)
         )
         assert isinstance(image, Tensor)
         assert isinstance(labels, Tensor)
+        assert start is None or isinstance(start, Tensor)
         moved = dataclasses.replace(
-            sample, image=image, labels=labels, adversarial_labels=adversarial
+            sample, image=image, labels=labels, adversarial_labels=adversarial, start=start
         )
         kind = adversarial.dtype if isinstance(adversarial, Tensor) else adversarial == "runner-up"
         key = (image.shape, image.dtype, image.device, labels.shape, labels.dtype, kind)
@@ -169,7 +172,13 @@ class Stream:
             with torch.inference_mode(False):
                 self.groups[key] = Slots(self.reader, self.settings, self.slots, image, labels)
         with torch.inference_mode(False):
-            self.groups[key].admit([sample], image[None], labels[None], self.assign(moved))
+            self.groups[key].admit(
+                [sample],
+                image[None],
+                labels[None],
+                self.assign(moved),
+                start=None if start is None else start[None],
+            )
 
     def iterate(self) -> Iterator[Outcome]:
         """One iteration of every group."""

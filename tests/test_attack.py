@@ -349,6 +349,21 @@ def test_budget_spent(backend: str) -> None:
 
 
 @BACKENDS
+def test_start_goes_on_where_another_attack_ended(backend: str) -> None:
+    model, images = ConvNet(), some_images(dtype=torch.float32)
+    labels = predictions(model, images)
+    settings: dict[str, Any] = {"gamma": 1e-3, "epsilon": 4e-3, "backend": backend}
+    whole = DAG(max_iter=7, **settings)(model, images, labels, "runner-up")
+    first = DAG(max_iter=3, **settings)(model, images, labels, "runner-up")
+    attack = DAG(max_iter=4, **settings)
+    rest = attack(model, images, labels, "runner-up", start=first.adversarial)
+    assert not torch.equal(first.adversarial, whole.adversarial)
+    assert torch.equal(rest.adversarial, whole.adversarial)
+    assert torch.equal(rest.perturbation, whole.perturbation)  # from the images, not the start
+    assert torch.equal(rest.active, whole.active[3:])
+
+
+@BACKENDS
 def test_max_iter_0(backend: str) -> None:
     model, images = ConvNet(), some_images(dtype=torch.float32)
     labels = predictions(model, images)
@@ -816,6 +831,14 @@ WRONG_CALLS = {
         TypeError,
         "generator must be a torch.Generator, got int",
     ),
+    "start type": ({"start": 0}, TypeError, "start must be a torch.Tensor, got int"),
+    "start dtype": ({"start": X.double()}, TypeError, "start must be float32, got float64"),
+    "start shape": (
+        {"start": X[1:]},
+        ValueError,
+        r"start must have shape \(3, 3, 17, 19\) to match images, got \(2, 3, 17, 19\)",
+    ),
+    "start outside": ({"start": X + 0.6}, ValueError, r"start must lie within bounds"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator
@@ -79,6 +80,21 @@ def test_results_are_those_of_each_image_alone(slots: int, kind: str | None, str
     got = list(attack.stream(model, given, slots))
     assert_as_alone(attack, model, given, got)
     assert len({int(result.iterations) for result in got}) > 1
+
+
+def test_samples_may_start_where_another_attack_ended() -> None:
+    model = Net()
+    given = samples(model, [(8, 12), (8, 12), (6, 10)])
+    short, long = DAG(gamma=GAMMA, max_iter=4), DAG(gamma=GAMMA, max_iter=9)
+    begun = {result.key: result.adversarial[0] for result in short.stream(model, given, 2)}
+    rest = [dataclasses.replace(sample, start=begun[sample.key]) for sample in given]
+    for result in DAG(gamma=GAMMA, max_iter=5).stream(model, rest, 2):
+        whole = alone(long, model, given[result.key], result)
+        torch.testing.assert_close(result.adversarial, whole.adversarial)
+        torch.testing.assert_close(result.perturbation, whole.perturbation)
+    outside = dataclasses.replace(given[0], start=given[0].image + 1)
+    with pytest.raises(ValueError, match="sample 0: start must lie within bounds"):
+        list(short.stream(model, [outside]))
 
 
 def test_images_leave_as_they_finish() -> None:
