@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dagcore import victims, zoo
-from dagcore.zoo import registry
+from dagcore.zoo import detection, registry
 
 SEGMENTATION = {"FCN-Alex": 32, "FCN-VGG": 8, "DL-VGG": 8, "DL-RN101": 8}  # and their strides
 DETECTION = ("FR-ZF-07", "FR-VGG-07", "R-FCN-RN50", "R-FCN-RN101")
@@ -211,28 +211,42 @@ def test_scenes_are_not_resized_and_the_papers_images_are():
     assert own.rpn.head.cls_logits.out_channels == 6
 
 
-def test_r_fcn_votes_are_means_over_the_parts_of_a_box():
+@pytest.mark.parametrize(
+    ("box", "cells"),
+    [((20, 10, 110, 90), (1, 1, 7, 6)), ((60, 60, 160, 128), (4, 4, 10, 8))],
+    ids=["inside", "at the border"],
+)
+def test_r_fcn_votes_are_means_over_the_parts_of_a_box(box, cells):
     network = warmed("R-FCN-RN50")
     heads, x = network.roi_heads, torch.rand(1, 3, 128, 160)
-    x1, y1, x2, y2 = 1, 1, 7, 6  # cells of the score maps, for the box below
-    box = torch.tensor([[20.0, 10.0, 110.0, 90.0]])
     with torch.no_grad():
         conv4 = network.backbone(x)
-        pooled = heads.box_roi_pool({"0": conv4}, [box], [(128, 160)])
+        pooled = heads.box_roi_pool({"0": conv4}, [torch.tensor([box]).float()], [(128, 160)])
         scores, offsets = heads.box_predictor(heads.box_head(pooled))
         maps = heads.box_roi_pool.score_maps(conv4)[0]
     assert conv4.shape[2:] == maps.shape[1:] == (8, 10)
     assert pooled.shape == (1, 9, 7, 7)
+    x1, y1, x2, y2 = cells
     expected = torch.zeros(9, 7, 7)
     for i in range(7):
         for j in range(7):
-            top, bottom = y1 + math.floor(i * (y2 - y1) / 7), y1 + math.ceil((i + 1) * 5 / 7)
-            left, right = x1 + math.floor(j * (x2 - x1) / 7), x1 + math.ceil((j + 1) * 6 / 7)
+            top, left = y1 + i * (y2 - y1) // 7, x1 + j * (x2 - x1) // 7
+            bottom = y1 + math.ceil((i + 1) * (y2 - y1) / 7)
+            right = x1 + math.ceil((j + 1) * (x2 - x1) / 7)
             part = maps.view(9, 7, 7, 8, 10)[:, i, j, top:bottom, left:right]
             expected[:, i, j] = part.mean((1, 2))
     votes = expected.mean((1, 2))
     torch.testing.assert_close(scores[0], votes[:5])
     torch.testing.assert_close(offsets[0], votes[5:].repeat(5))
+
+
+def test_position_sensitive_pooling_has_its_own_gradient():
+    corner = 96 * torch.rand(8, 2, dtype=torch.float64)
+    boxes = torch.cat([corner, corner + 16 + 96 * torch.rand(8, 2)], 1).clamp(max=96)
+    maps = torch.rand(2, 2 * 9, 6, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda maps: detection.position_sensitive_pool(maps, [boxes[:5], boxes[5:]], 3), (maps,)
+    )
 
 
 @pytest.mark.parametrize("name", ["FCN-Alex*", "R-FCN-RN50"])

@@ -84,7 +84,26 @@ class OnOneMap(nn.Module):
         return pooled
 
 
-class PositionSensitive(OnOneMap):
+def position_sensitive_pool(maps: Tensor, proposals: list[Tensor], bins: int) -> Tensor:
+    """Each part of each box from maps of its own, averaged over the cells that it touches.
+
+    Args:
+        maps: (N, channels * bins^2, h, w), part by part for each channel.
+        proposals: for each image (R_n, 4), in pixels of the images.
+        bins: boxes have bins x bins parts.
+
+    Returns:
+        (R, channels, bins, bins) of all boxes; 0 where a part lies outside the maps.
+    """
+    ps_roi_pool = need("torchvision.ops", "vision").ps_roi_pool
+    # torchvision's forward leaves out the last row and column, which its backward sends gradients
+    # to: let these be zeros that nobody reads.
+    padded = nn.functional.pad(maps, (0, 1, 0, 1))
+    pooled: Tensor = ps_roi_pool(padded, proposals, bins, 1 / STRIDE)
+    return pooled
+
+
+class PositionSensitive(nn.Module):
     """R-FCN after conv4: conv5, a 1x1 reduction, and position-sensitive pooling of score maps.
 
     conv4 is the one feature map of the detector, so that the region network reads that; all
@@ -98,7 +117,8 @@ class PositionSensitive(OnOneMap):
     """
 
     def __init__(self, layer4: nn.Module, num_classes: int, *, width: float, bins: int = 7) -> None:
-        super().__init__(need("torchvision.ops", "vision").PSRoIPool(bins, 1 / STRIDE))
+        super().__init__()
+        self.bins = bins
         channels = scaled(1024, width)
         self.layer4 = layer4
         self.conv_new_1 = nn.Conv2d(EXPANSION * scaled(512, width), channels, 1)
@@ -119,7 +139,7 @@ class PositionSensitive(OnOneMap):
         image_shapes: list[tuple[int, int]],
     ) -> Tensor:
         """(R, C + 4, bins, bins): class scores and box offsets in each part of each proposal."""
-        return super().forward({"0": self.score_maps(features["0"])}, proposals, image_shapes)
+        return position_sensitive_pool(self.score_maps(features["0"]), proposals, self.bins)
 
 
 class Vote(nn.Module):
