@@ -1,6 +1,6 @@
 """dagcore: Dense Adversary Generation (Xie et al., ICCV 2017) on fused C++/CUDA kernels."""
 
-from . import labels, ops, perturbation, reference, victims
+from . import labels, ops, perturbation, reference, victims, zoo
 from .attack import DAG, Result, Status
 from .stream import Sample
 
@@ -14,5 +14,6 @@ __all__ = [
     "perturbation",
     "reference",
     "victims",
+    "zoo",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,28 @@
+"""What a data set yields: an image with its mask, its boxes, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """An image and its ground truth. Class 0 is the background.
+
+    Attributes:
+        key: what the data set calls it.
+        image: (3, H, W) float32 in [0, 1].
+        mask: (H, W) uint8 class indices, 255 where void; None where there is none.
+        boxes: (K, 4) float32 in pixels: left, top, right, bottom, the last two exclusive.
+        labels: (K,) int64, class indices in 1..C-1.
+        difficult: (K,) bool, objects that an evaluation neither rewards nor punishes.
+    """
+
+    key: str
+    image: Tensor
+    mask: Tensor | None
+    boxes: Tensor
+    labels: Tensor
+    difficult: Tensor

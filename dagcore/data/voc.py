@@ -1,0 +1,272 @@
+"""PASCAL VOC from a VOCdevkit folder, with the extra masks of SBD where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import checks
+from ..victims.segmentation import need
+from .example import Example
+
+VOC_CLASSES = (
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+VOID = 255
+TASKS = ("segmentation", "detection")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    key: str
+    image: Path
+    truth: Path
+
+
+class VOC(Dataset[Example]):
+    """Images of PASCAL VOC with their masks or their boxes.
+
+    Reads root/VOC2007/{JPEGImages,Annotations,ImageSets,SegmentationClass}, and VOC2012 and the
+    other years likewise. The key of an example is its image id; an image that several sets name
+    comes once.
+
+    Segmentation examples have a mask and no boxes; detection examples have boxes, and None for a
+    mask. A box's coordinates, 1-based and inclusive in the files, become 0-based and exclusive at
+    the right and the bottom.
+
+    SBD's extra masks are looked for in root/benchmark_RELEASE/dataset (img and cls/*.mat, which
+    need scipy) or else, as PNG files, in SegmentationClassAug in the folder of a year. Images
+    that a Segmentation/val.txt under root names are never taken from there, so that a network
+    trained with them can be judged on VOC's val.
+
+    Args:
+        root: the VOCdevkit folder.
+        task: "segmentation" or "detection".
+        sets: pairs (year, name of a list): ("2012", "train").
+        sbd: None, or "auto" for SBD's masks as well where they are (see `extra`).
+
+    Attributes:
+        extra: number of examples that come from SBD.
+
+    Raises:
+        FileNotFoundError: a folder or list that is missing; an example's file, once it is read.
+        ValueError: an unknown task, an id that is not a plain name, or, once an example is read,
+            a file that cannot be read or does not fit its image.
+        ImportError: an optional package that is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        task: str = "segmentation",
+        *,
+        sets: Iterable[tuple[str, str]] = (("2007", "trainval"),),
+        sbd: str | None = None,
+    ) -> None:
+        checks.choice("task", task, TASKS)
+        if sbd not in (None, "auto"):
+            raise ValueError(f"sbd must be None or 'auto', got {sbd!r}")
+        if sbd and task != "segmentation":
+            raise ValueError(f"sbd must be None for task {task!r}: it has masks only")
+        need("PIL.Image", "data")
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"root must be a VOCdevkit folder, {root} does not exist")
+        self.task = task
+        items: dict[str, _Item] = {}
+        for year, name in map(_pair, sets):
+            folder = _member(root, f"VOC{year}", "the folder of a set")
+            for key in _read_list(folder, task, name):
+                items.setdefault(key, _item(folder, task, key))
+        if not items:
+            raise ValueError("sets must name at least one image, their lists are empty")
+        own = len(items)
+        if sbd:
+            held_out = _held_out(root)
+            for item in _sbd_items(root):
+                if item.key not in held_out:
+                    items.setdefault(item.key, item)
+        self.extra = len(items) - own
+        self._items = tuple(items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Example:
+        """One example, read from its files."""
+        from ..files import read_image
+
+        item = self._items[index]
+        image = read_image(item.image)
+        height, width = image.shape[1:]
+        if self.task == "detection":
+            return Example(item.key, image, None, *_read_boxes(item.truth, height, width))
+        mask = _read_mask(item.truth)
+        if mask.shape != (height, width):
+            raise ValueError(
+                f"mask {item.truth} must have the size of {item.image}, {(height, width)}, "
+                f"got {tuple(mask.shape)}"
+            )
+        return Example(item.key, image, mask, *_boxes([], [], []))
+
+
+def _pair(entry: object) -> tuple[str, str]:
+    match entry:
+        case [str(year), str(name)]:
+            return year, name
+    raise ValueError(f"sets must hold pairs such as ('2007', 'trainval'), got {entry!r}")
+
+
+def _member(folder: Path, name: str, what: str) -> Path:
+    """A plain name inside a folder; raise if it would lead elsewhere."""
+    if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+        raise ValueError(f"{what} must be a plain name, got {name!r}")
+    return folder / name
+
+
+def _read_list(folder: Path, task: str, name: str) -> list[str]:
+    """The image ids of a list."""
+    lists = folder / "ImageSets" / ("Main" if task == "detection" else "Segmentation")
+    path = _member(lists, name, "the name of a set").with_name(f"{name}.txt")
+    if not path.is_file():
+        raise FileNotFoundError(f"image list {path} does not exist")
+    return _ids(path)
+
+
+def _ids(path: Path) -> list[str]:
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    for key in filter(None, keys):
+        if len(key.split()) > 1:
+            raise ValueError(f"image list {path} must have one image id in a line, got {key!r}")
+        _member(path, key, f"an image id in {path}")
+    return [key for key in keys if key]
+
+
+def _item(folder: Path, task: str, key: str) -> _Item:
+    truth = (
+        folder / "Annotations" / f"{key}.xml"
+        if task == "detection"
+        else folder / "SegmentationClass" / f"{key}.png"
+    )
+    return _Item(key, folder / "JPEGImages" / f"{key}.jpg", truth)
+
+
+def _held_out(root: Path) -> set[str]:
+    lists = root.glob("VOC*/ImageSets/Segmentation/val.txt")
+    return {key for path in lists for key in _ids(path)}
+
+
+def _sbd_items(root: Path) -> Iterator[_Item]:
+    """What there is of SBD, as its authors released it or as PNG files."""
+    release = root / "benchmark_RELEASE" / "dataset"
+    if release.is_dir():
+        need("scipy.io", "data")
+        for name in ("train.txt", "val.txt"):
+            if not (release / name).is_file():
+                raise FileNotFoundError(f"image list {release / name} does not exist")
+            for key in _ids(release / name):
+                yield _Item(key, release / "img" / f"{key}.jpg", release / "cls" / f"{key}.mat")
+        return
+    for path in sorted(root.glob("VOC*/SegmentationClassAug/*.png")):
+        yield _Item(path.stem, path.parents[1] / "JPEGImages" / f"{path.stem}.jpg", path)
+
+
+def _read_mask(path: Path) -> Tensor:
+    """Class indices (H, W) as uint8, from a palette PNG or one of SBD's .mat files."""
+    from ..files import IGNORE, read_label_map
+
+    if path.suffix == ".mat":
+        mask = _read_mat(path)
+    else:
+        mask = read_label_map(path)
+        mask[mask == IGNORE] = VOID
+    wrong = mask[(mask >= len(VOC_CLASSES)) & (mask != VOID)]
+    if len(wrong):
+        raise ValueError(
+            f"mask {path} must have classes below {len(VOC_CLASSES)} or {VOID}, got {int(wrong[0])}"
+        )
+    return mask.byte()
+
+
+def _read_mat(path: Path) -> Tensor:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    loadmat = need("scipy.io", "data").loadmat
+    try:
+        content = loadmat(path, squeeze_me=True, struct_as_record=False)
+        mask = np.asarray(content["GTcls"].Segmentation)
+    except Exception as error:  # bytes that are no .mat file fail in any way at all
+        raise ValueError(f"{path} cannot be read as a mask of SBD: {error!r}") from error
+    if mask.ndim != 2 or mask.dtype.kind not in "ui":
+        raise ValueError(f"{path} must hold integers (H, W), got {mask.dtype} {mask.shape}")
+    return torch.from_numpy(mask.astype(np.int32))
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Refuses the declarations with which entities could be defined."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("a DOCTYPE is not allowed")
+
+
+def _read_boxes(path: Path, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (K, 4), labels (K,) and difficult flags (K,) of an annotation."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    boxes, labels, difficult = [], [], []
+    try:
+        tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
+        for thing in tree.getroot().iterfind("object"):
+            name = thing.findtext("name", "").strip()
+            if name not in VOC_CLASSES[1:]:
+                raise ValueError(f"an object's name must be one of VOC's classes, got {name!r}")
+            corners = [thing.findtext(f"bndbox/{c}", "") for c in ("xmin", "ymin", "xmax", "ymax")]
+            left, top, right, bottom = map(float, corners)
+            if not (1 <= left <= right <= width and 1 <= top <= bottom <= height):
+                raise ValueError(f"a box must lie in the image ({width} x {height}), got {corners}")
+            boxes.append([left - 1, top - 1, right, bottom])
+            labels.append(VOC_CLASSES.index(name))
+            difficult.append(bool(int(thing.findtext("difficult", "0"))))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"annotation {path} cannot be read: {error}") from error
+    return _boxes(boxes, labels, difficult)
+
+
+def _boxes(
+    boxes: list[list[float]], labels: list[int], difficult: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(difficult, dtype=torch.bool),
+    )

@@ -1,0 +1,224 @@
+"""How good a network is: mean intersection over union, and average precision at IoU 0.5.
+
+Both gather a whole data set through `update` and give percentages from `compute`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .victims.segmentation import need
+
+VOID = 255
+PROTOCOLS = ("voc2007", "voc2010", "coco")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score per class and their mean, in percent.
+
+    Attributes:
+        per_class: (C,), NaN for a class that has no score.
+        mean: over the classes that have one; NaN where none has.
+    """
+
+    per_class: tuple[float, ...]
+    mean: float
+
+
+def _score(per_class: Iterable[float]) -> Score:
+    values = tuple(100 * value for value in per_class)
+    known = [value for value in values if not math.isnan(value)]
+    return Score(values, sum(known) / len(known) if known else math.nan)
+
+
+class MeanIoU:
+    """Intersection over union of each class, and their mean: the measure of VOC's segmentation.
+
+    As in VOC's development kit one confusion matrix counts the pixels of the whole data set, void
+    ones left out, and the background is a class like any other. A class that occurs neither in the
+    truth nor in a prediction has no score and does not count in the mean. (The kit divides 0 by 0
+    there; in VOC's own sets every class occurs.)
+
+    Args:
+        num_classes: number of classes C, the background included.
+        void: the value in masks that counts for nothing.
+    """
+
+    def __init__(self, num_classes: int, *, void: int = VOID) -> None:
+        checks.integer("num_classes", num_classes, at_least=2)
+        checks.integer("void", void)
+        self._confusion = need("torchmetrics.classification", "data").MulticlassConfusionMatrix(
+            num_classes, ignore_index=void, validate_args=False
+        )
+        self.num_classes, self.void = num_classes, void
+
+    def update(self, predictions: Tensor, masks: Tensor) -> None:
+        """Count predicted classes against true ones, integers (*shape) both."""
+        for name, value in (("predictions", predictions), ("masks", masks)):
+            checks.tensor(name, value, checks.LABEL_DTYPES)
+        checks.shape("predictions", predictions, tuple(masks.shape), "masks")
+        checks.label_range("masks", masks, self.num_classes, self.void)
+        predictions, masks = predictions.long().cpu(), masks.long().cpu()
+        if bool(((predictions < 0) | (predictions >= self.num_classes)).any()):
+            raise ValueError(
+                f"predictions must lie in [0, {self.num_classes}), got {int(predictions.min())} "
+                f"to {int(predictions.max())}"
+            )
+        self._confusion.update(predictions, masks)
+
+    def compute(self) -> Score:
+        """The score of everything counted so far."""
+        confusion = self._confusion.confmat.double()
+        hits = confusion.diag()
+        return _score((hits / (confusion.sum(0) + confusion.sum(1) - hits)).tolist())
+
+
+def mean_iou(
+    predictions: Iterable[Tensor], masks: Iterable[Tensor], num_classes: int, *, void: int = VOID
+) -> Score:
+    """`MeanIoU` of predicted maps against masks, (H, W) each, of any sizes."""
+    measure = MeanIoU(num_classes, void=void)
+    for prediction, mask in zip(predictions, masks, strict=True):
+        measure.update(prediction, mask)
+    return measure.compute()
+
+
+class AveragePrecision:
+    """Average precision of each class at an IoU of at least 0.5, and their mean (mAP).
+
+    Protocols:
+        "voc2007": the mean of the best precision at recalls of 0, 0.1, ..., 1 and above.
+        "voc2010": the area under that curve, every recall counted (VOC 2010 and later).
+        "coco": at recalls of 0, 0.01, ..., 1, by pycocotools through torchmetrics; the 100
+            detections of highest score in each image.
+
+    VOC: detections come in the order of their scores, those of equal score in the order in which
+    they were given; each belongs to the true box of its class that it overlaps most, and is
+    right if it is the first one there. One that belongs to a difficult box counts neither way. COCO
+    lets a detection look for a box that is still free; difficult boxes are its "crowds". A class
+    without a true box that is not difficult has no score and does not count in the mean.
+
+    Args:
+        num_classes: number of classes C, the background (0, which has no score) included.
+        protocol: "voc2007", "voc2010" or "coco".
+    """
+
+    def __init__(self, num_classes: int, *, protocol: str = "voc2007") -> None:
+        checks.integer("num_classes", num_classes, at_least=2)
+        checks.choice("protocol", protocol, PROTOCOLS)
+        self.num_classes, self.protocol = num_classes, protocol
+        self._box_iou = need("torchvision.ops", "data").box_iou
+        self._coco = _coco() if protocol == "coco" else None
+        self._truths = [0] * num_classes
+        # Per class: score of a detection, and whether it was right.
+        self._found: list[list[tuple[float, bool]]] = [[] for _ in range(num_classes)]
+
+    def update(
+        self,
+        prediction: Mapping[str, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        difficult: Tensor | None = None,
+    ) -> None:
+        """Count the detections in one image.
+
+        Args:
+            prediction: as torchvision's detectors return it: "boxes" (D, 4), left, top, right,
+                bottom in pixels; "labels" (D,) integers; "scores" (D,).
+            boxes: the true ones (K, 4).
+            labels: (K,) integers.
+            difficult: (K,) bool; None where there is no difficult one.
+        """
+        for key in ("boxes", "labels", "scores"):
+            if key not in prediction:
+                raise ValueError(f"prediction must have {key!r}, got {sorted(prediction)}")
+        found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
+        if difficult is None:
+            difficult = torch.zeros(len(labels), dtype=torch.bool)
+        self._check("prediction['boxes']", found, "prediction['labels']", classes)
+        self._check("boxes", boxes, "labels", labels)
+        checks.tensor("prediction['scores']", scores, checks.FLOAT_DTYPES)
+        checks.shape("prediction['scores']", scores, (len(found),), "prediction['boxes']")
+        checks.tensor("difficult", difficult, (torch.bool,))
+        checks.shape("difficult", difficult, (len(boxes),), "boxes")
+        if bool(scores.isnan().any()):
+            raise ValueError("prediction['scores'] must be numbers, got NaN")
+        found, boxes = found.detach().cpu().double(), boxes.detach().cpu().double()
+        classes, labels, scores, difficult = (
+            values.detach().cpu() for values in (classes.long(), labels.long(), scores, difficult)
+        )
+        for label in labels[~difficult].tolist():
+            self._truths[label] += 1
+        if self._coco is not None:
+            self._coco.update(
+                [{"boxes": found, "labels": classes, "scores": scores}],
+                [{"boxes": boxes, "labels": labels, "iscrowd": difficult.long()}],
+            )
+            return
+        for label in set(classes.tolist()):
+            own, true = classes == label, labels == label
+            self._match(label, found[own], scores[own], boxes[true], difficult[true])
+
+    def compute(self) -> Score:
+        """The score of everything counted so far."""
+        known = {c: self._area(c) for c, count in enumerate(self._truths) if count}
+        if self._coco is not None and known:
+            result = self._coco.compute()
+            classes, values = result["classes"].reshape(-1), result["map_per_class"].reshape(-1)
+            known = dict(zip(classes.tolist(), values.tolist(), strict=True))
+        return _score(known[c] if count else math.nan for c, count in enumerate(self._truths))
+
+    def _check(self, boxes_name: str, boxes: Tensor, labels_name: str, labels: Tensor) -> None:
+        checks.tensor(boxes_name, boxes, checks.FLOAT_DTYPES)
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"{boxes_name} must have shape (K, 4), got {tuple(boxes.shape)}")
+        checks.tensor(labels_name, labels, checks.LABEL_DTYPES)
+        checks.shape(labels_name, labels, (len(boxes),), boxes_name)
+        if len(labels) and not 0 < int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"{labels_name} must lie in [1, {self.num_classes}), got {labels.tolist()}"
+            )
+
+    def _match(
+        self, label: int, found: Tensor, scores: Tensor, boxes: Tensor, difficult: Tensor
+    ) -> None:
+        """Judge the detections of one class in one image."""
+        overlap = self._box_iou(found, boxes)
+        taken = set()
+        for d in scores.argsort(descending=True, stable=True).tolist():
+            best = int(overlap[d].argmax()) if len(boxes) else -1
+            hit = best >= 0 and bool(overlap[d, best] >= 0.5)
+            if hit and bool(difficult[best]):
+                continue
+            self._found[label].append((float(scores[d]), hit and best not in taken))
+            if hit:
+                taken.add(best)
+
+    def _area(self, label: int) -> float:
+        """Average precision of a class by VOC's protocol."""
+        truths, found = self._truths[label], sorted(self._found[label], key=lambda f: -f[0])
+        # Precision where the k-th true box is found, then the best at that recall or above.
+        ranks = [rank for rank, (_, right) in enumerate(found, start=1) if right]
+        precision = [hits / rank for hits, rank in enumerate(ranks, start=1)]
+        precision += [0.0] * (truths - len(ranks))
+        for k in reversed(range(truths - 1)):
+            precision[k] = max(precision[k], precision[k + 1])
+        if self.protocol == "voc2010":
+            return sum(precision) / truths
+        # Recall k / truths is at least t / 10, in integers.
+        first = (max(-(-t * truths // 10), 1) for t in range(11))
+        return sum(precision[k - 1] for k in first) / 11
+
+
+def _coco() -> Any:
+    detection = need("torchmetrics.detection", "data")
+    need("pycocotools", "data")
+    return detection.MeanAveragePrecision(iou_thresholds=[0.5], class_metrics=True)

@@ -1,0 +1,16 @@
+"""The paper's twelve networks by name, at any width: built, loaded, saved."""
+
+from .backbones import fold
+from .checkpoint import read_metadata, save_weights
+from .registry import ENTRIES, Entry, build, find, load
+
+__all__ = [
+    "ENTRIES",
+    "Entry",
+    "build",
+    "find",
+    "fold",
+    "load",
+    "read_metadata",
+    "save_weights",
+]

@@ -1,0 +1,225 @@
+"""The paper's detectors, as torchvision.models.detection.FasterRCNN with other parts inside.
+
+They take a list of images (3, H, W) in [0, 1]; training, proposals, losses and detections are
+torchvision's own. All read one feature map of stride 16, "0".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..victims.segmentation import need
+from .backbones import EXPANSION, resnet, scaled, vgg16, zf
+
+STRIDE = 16
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# Image sides and anchors: for scenes of 128x160 with objects of 25 to 110 pixels, and the papers'.
+SCENE_SCALE: dict[str, Any] = {
+    "min_size": 128,
+    "max_size": 213,
+    "anchor_sizes": (16, 32, 64, 96),
+}
+PAPER_SCALE: dict[str, Any] = {
+    "min_size": 600,
+    "max_size": 1000,
+    "anchor_sizes": (128, 256, 512),
+}
+# The papers' mini-batches and numbers of proposals, where torchvision's differ.
+PAPER_OPTIONS = {
+    "rpn_pre_nms_top_n_train": 12000,
+    "rpn_pre_nms_top_n_test": 6000,
+    "rpn_post_nms_top_n_test": 300,
+    "box_batch_size_per_image": 128,
+}
+
+
+def faster_rcnn_zf(
+    num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, **options: Any
+) -> nn.Module:
+    """Faster R-CNN on ZF: 6x6 RoI pooling of conv5, two fully connected layers."""
+    features = zf(width=width, norm=norm)
+    return _faster_rcnn(features, 6, 256, num_classes, width, dropout, options)
+
+
+def faster_rcnn_vgg(
+    num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, **options: Any
+) -> nn.Module:
+    """Faster R-CNN on VGG-16: 7x7 RoI pooling of conv5_3, two fully connected layers."""
+    features = vgg16(width=width, norm=norm, strides=(2, 2, 2, 2))
+    return _faster_rcnn(features, 7, 512, num_classes, width, dropout, options)
+
+
+def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.Module:
+    """R-FCN on ResNet-50 or -101: proposals from conv4, position-sensitive maps on conv5.
+
+    The boxes are refined alike for all classes, as in the paper.
+    """
+    backbone: Any = resnet(depth, width=width, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
+    pool = PositionSensitive(backbone.layer4, num_classes, width=width)
+    del backbone.layer4
+    backbone.out_channels = EXPANSION * scaled(256, width)
+    vote = Vote(num_classes)
+    return _detector(backbone, scaled(512, width), pool, nn.Identity(), vote, options)
+
+
+class OnOneMap(nn.Module):
+    """A pooling of torchvision.ops, called as torchvision's RoIHeads call theirs."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> Tensor:
+        """(R, channels, k, k) of feature maps and proposals (R_n, 4), for each image a list."""
+        pooled: Tensor = self.pool(features["0"], proposals)
+        return pooled
+
+
+def position_sensitive_pool(maps: Tensor, proposals: list[Tensor], bins: int) -> Tensor:
+    """Each part of each box from maps of its own, averaged over the cells that it touches.
+
+    Args:
+        maps: (N, channels * bins^2, h, w), part by part for each channel.
+        proposals: for each image (R_n, 4), in pixels of the images.
+        bins: boxes have bins x bins parts.
+
+    Returns:
+        (R, channels, bins, bins) of all boxes; 0 where a part lies outside the maps.
+    """
+    ps_roi_pool = need("torchvision.ops", "vision").ps_roi_pool
+    # torchvision's forward leaves out the last row and column, which its backward sends gradients
+    # to: let these be zeros that nobody reads.
+    padded = nn.functional.pad(maps, (0, 1, 0, 1))
+    pooled: Tensor = ps_roi_pool(padded, proposals, bins, 1 / STRIDE)
+    return pooled
+
+
+class PositionSensitive(nn.Module):
+    """R-FCN after conv4: conv5, a 1x1 reduction, and position-sensitive pooling of score maps.
+
+    conv4 is the one feature map of the detector, so that the region network reads that; all
+    convolutions run on the whole map before any box is looked at.
+
+    Args:
+        layer4: conv5.
+        num_classes: with the background.
+        width: multiplies the channels.
+        bins: boxes are pooled over bins x bins parts, each from score maps of its own.
+    """
+
+    def __init__(self, layer4: nn.Module, num_classes: int, *, width: float, bins: int = 7) -> None:
+        super().__init__()
+        self.bins = bins
+        channels = scaled(1024, width)
+        self.layer4 = layer4
+        self.conv_new_1 = nn.Conv2d(EXPANSION * scaled(512, width), channels, 1)
+        self.rfcn_cls = nn.Conv2d(channels, num_classes * bins**2, 1)
+        self.rfcn_bbox = nn.Conv2d(channels, 4 * bins**2, 1)
+        for layer in (self.rfcn_cls, self.rfcn_bbox):
+            _small(layer)
+
+    def score_maps(self, conv4: Tensor) -> Tensor:
+        """((C + 4) * bins^2, h, w) per image: bin by bin for each class, then for the box."""
+        reduced = self.conv_new_1(self.layer4(conv4)).relu_()
+        return torch.cat([self.rfcn_cls(reduced), self.rfcn_bbox(reduced)], 1)
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> Tensor:
+        """(R, C + 4, bins, bins): class scores and box offsets in each part of each proposal."""
+        return position_sensitive_pool(self.score_maps(features["0"]), proposals, self.bins)
+
+
+class Vote(nn.Module):
+    """The mean over a box's parts: (R, C + 4, k, k) -> scores (R, C), offsets (R, 4 C)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores before softmax, and the class-agnostic offsets repeated for every class."""
+        votes = pooled.mean((2, 3))
+        scores, offsets = votes[:, : self.num_classes], votes[:, self.num_classes :]
+        return scores, offsets.repeat(1, self.num_classes)
+
+
+def _faster_rcnn(
+    features: Any,
+    bins: int,
+    rpn_channels: int,
+    num_classes: int,
+    width: float,
+    dropout: float,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    pool = OnOneMap(need("torchvision.ops", "vision").RoIPool(bins, 1 / STRIDE))
+    hidden = scaled(4096, width)
+    head = nn.Sequential()
+    head.add_module("flatten", nn.Flatten())
+    for name, inputs in (("fc6", features.out_channels * bins**2), ("fc7", hidden)):
+        layer = nn.Linear(inputs, hidden)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        head.add_module(name, layer)
+        head.add_module(f"{name}_relu", nn.ReLU(inplace=True))
+        head.add_module(f"{name}_drop", nn.Dropout(dropout))
+    models = need("torchvision.models.detection.faster_rcnn", "vision")
+    predictor = models.FastRCNNPredictor(hidden, num_classes)
+    rpn_channels = scaled(rpn_channels, width)
+    return _detector(features, rpn_channels, pool, head, predictor, options)
+
+
+def _detector(
+    backbone: Any,
+    rpn_channels: int,
+    pool: nn.Module,
+    head: nn.Module,
+    predictor: nn.Module,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    """torchvision's FasterRCNN; `options` are its own, `anchor_sizes` and `aspect_ratios`."""
+    detection = need("torchvision.models.detection", "vision")
+    settings = {"aspect_ratios": (0.5, 1.0, 2.0), **SCENE_SCALE, **PAPER_OPTIONS, **options}
+    anchors = detection.rpn.AnchorGenerator(
+        (tuple(settings.pop("anchor_sizes")),), (tuple(settings.pop("aspect_ratios")),)
+    )
+    network: Any = detection.FasterRCNN(
+        backbone,
+        image_mean=MEAN,
+        image_std=STD,
+        rpn_anchor_generator=anchors,
+        rpn_head=_region_head(backbone.out_channels, rpn_channels, anchors),
+        box_head=head,
+        box_predictor=predictor,
+        **settings,
+    )
+    network.roi_heads.box_roi_pool = pool  # its constructor takes a MultiScaleRoIAlign only
+    return network  # type: ignore[no-any-return]
+
+
+def _region_head(in_channels: int, channels: int, anchors: Any) -> nn.Module:
+    """torchvision's region head with a 3x3 convolution to any number of channels."""
+    rpn = need("torchvision.models.detection.rpn", "vision")
+    head: Any = rpn.RPNHead(channels, anchors.num_anchors_per_location()[0])
+    head.conv[0][0] = _small(nn.Conv2d(in_channels, channels, 3, padding=1))
+    return head  # type: ignore[no-any-return]
+
+
+def _small(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Weights as the papers and torchvision start layers that read features."""
+    nn.init.normal_(convolution.weight, std=0.01)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return convolution

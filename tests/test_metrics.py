@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dagcore.metrics import AveragePrecision, MeanIoU, Score, mean_iou
+
+VOID = 255
+
+
+def maps(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
+# --- mean IoU
+
+
+def test_mean_iou_by_hand() -> None:
+    # Truth   0 0 1 v    prediction 0 1 1 2    class 0: 1 right, 2 true, 1 predicted: 1/2
+    #         2 1 v 1               0 1 0 1    class 1: 3 right, 3 true, 4 predicted: 3/4
+    #                                          class 2: 0 right, 1 true (void hides one): 0
+    # The second row's first pixel is predicted 0: class 0 has 2 predicted, so 1/3.
+    # Class 3 never occurs. Mean (1/3 + 3/4 + 0) / 3 = 13/36.
+    truth = maps([0, 0, 1, VOID], [2, 1, VOID, 1])
+    predicted = maps([0, 1, 1, 2], [0, 1, 0, 1])
+    score = mean_iou([predicted], [truth], 4)
+    assert score.per_class[:3] == pytest.approx((100 / 3, 75, 0))
+    assert math.isnan(score.per_class[3])
+    assert score.mean == pytest.approx(1300 / 36)
+
+
+def test_mean_iou_counts_pixels_of_the_whole_set() -> None:
+    # Class 1: 1 of 1 in the first image, 0 of 4 in the second: 1/5 over the set, not their mean.
+    # Class 0: 1 right, 1 true, 5 predicted: 1/5.
+    measure = MeanIoU(2)
+    measure.update(maps([1, 0]), maps([1, 0]).byte())
+    measure.update(maps([0, 0, 0, 0]), maps([1, 1, 1, 1]).int())
+    assert measure.compute() == Score((pytest.approx(20), pytest.approx(20)), pytest.approx(20))
+
+
+def test_a_class_that_is_only_predicted_counts() -> None:
+    assert mean_iou([maps([0, 1])], [maps([0, 0])], 3).mean == pytest.approx(25)
+
+
+def test_mean_iou_of_nothing_is_no_number() -> None:
+    assert math.isnan(mean_iou([maps([0, 1])], [maps([VOID, VOID])], 2).mean)
+    assert math.isnan(MeanIoU(2).compute().mean)
+
+
+def test_mean_iou_refuses() -> None:
+    measure = MeanIoU(3)
+    with pytest.raises(ValueError, match=r"predictions must lie in \[0, 3\), got 0 to 3"):
+        measure.update(maps([0, 3]), maps([0, 0]))
+    with pytest.raises(ValueError, match=r"masks must lie in \[0, 3\) or equal ignore_index=255"):
+        measure.update(maps([0, 0]), maps([0, 3]))
+    with pytest.raises(ValueError, match=r"predictions must have shape \(1, 2\) to match masks"):
+        measure.update(maps([0, 0, 0]), maps([0, 0]))
+    with pytest.raises(TypeError, match="predictions must be uint8, int32 or int64, got float32"):
+        measure.update(torch.zeros(1, 2), maps([0, 0]))
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        MeanIoU(1)
+    with pytest.raises(ValueError, match="zip"):
+        mean_iou([maps([0])], [], 2)
+    assert math.isnan(measure.compute().mean)  # what was refused left nothing behind
+
+
+# --- average precision
+
+TRUTH = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+MISS = [60.0, 60, 70, 70]
+
+
+def found(*detections: tuple[list[float], float], label: int = 1) -> dict[str, Tensor]:
+    return {
+        "boxes": torch.tensor([box for box, _ in detections]).reshape(-1, 4),
+        "scores": torch.tensor([score for _, score in detections]),
+        "labels": torch.full((len(detections),), label),
+    }
+
+
+def box(k: int) -> list[float]:
+    return TRUTH[k].tolist()
+
+
+def ap(protocol: str, prediction: dict[str, Tensor], count: int, *difficult: int) -> float:
+    measure = AveragePrecision(2, protocol=protocol)
+    flags = torch.zeros(count, dtype=torch.bool)
+    flags[list(difficult)] = True
+    labels = torch.ones(count, dtype=torch.int64)
+    measure.update(prediction, TRUTH[:count], labels, flags)
+    score = measure.compute()
+    assert math.isnan(score.per_class[0])
+    return score.mean
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    # Three detections, two truths; in the order of scores right, wrong, right.
+    # Precision 1 at recall 1/2 and 2/3 at recall 1.
+    # 2007: recalls 0 to 0.5 (6 of them) have 1, 0.6 to 1 (5) have 2/3.
+    # 2010: 1/2 * 1 + 1/2 * 2/3. COCO: recalls 0 to 0.50 (51) have 1, the other 50 have 2/3.
+    [
+        ("voc2007", (6 + 5 * 2 / 3) / 11),
+        ("voc2010", 5 / 6),
+        ("coco", (51 + 50 * 2 / 3) / 101),
+    ],
+)
+def test_average_precision_by_hand(protocol: str, expected: float) -> None:
+    prediction = found((box(1), 0.3), (box(0), 0.9), (MISS, 0.5))
+    assert ap(protocol, prediction, 2) == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    # In the order of scores: right, again the same box (wrong), right, wrong, wrong; the third
+    # box is not found. Precision 1 at recall 1/3, 2/3 at recall 2/3, nothing above.
+    # 2007: recalls 0 to 0.3 (4) have 1, 0.4 to 0.6 (3) have 2/3.
+    # 2010: 1/3 * 1 + 1/3 * 2/3. COCO: 0 to 0.33 (34) have 1, 0.34 to 0.66 (33) have 2/3.
+    [
+        ("voc2007", (4 + 3 * 2 / 3) / 11),
+        ("voc2010", 5 / 9),
+        ("coco", (34 + 33 * 2 / 3) / 101),
+    ],
+)
+def test_a_second_detection_of_a_box_is_wrong(protocol: str, expected: float) -> None:
+    prediction = found((box(0), 0.9), (box(0), 0.8), (box(1), 0.7), (MISS, 0.6), (box(0), 0.5))
+    assert ap(protocol, prediction, 3) == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+def test_a_better_precision_later_counts_before(protocol: str) -> None:
+    # Wrong, right, right: precision 1/2 at recall 1/2, 2/3 at recall 1: 2/3 everywhere.
+    prediction = found((MISS, 0.9), (box(0), 0.8), (box(1), 0.7))
+    assert ap(protocol, prediction, 2) == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+def test_difficult_boxes_count_neither_way(protocol: str) -> None:
+    # Box 0 is difficult: both detections of it vanish, and one true box is left, found at once.
+    prediction = found((box(0), 0.9), (box(0), 0.8), (box(1), 0.7))
+    assert ap(protocol, prediction, 2, 0) == pytest.approx(100)
+    # Not found, it costs nothing either.
+    assert ap(protocol, found((box(1), 0.7)), 2, 0) == pytest.approx(100)
+    # With nothing but difficult boxes there is no score.
+    assert math.isnan(ap(protocol, prediction, 2, 0, 1))
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+@pytest.mark.parametrize(("width", "expected"), [(5.0, 100), (4.9, 0)])
+def test_an_overlap_of_one_half_is_enough(protocol: str, width: float, expected: float) -> None:
+    assert ap(protocol, found(([0, 0, width, 10], 0.9)), 1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+def test_classes_images_and_the_mean(protocol: str) -> None:
+    # Class 1: its only box found. Class 2: one of two, in an image of its own, and the detection
+    # there in a false class. Class 3: a detection and no box, no score. Class 4: a box, not found.
+    measure = AveragePrecision(6, protocol=protocol)
+    measure.update(found((box(0), 0.9)), TRUTH[:2], torch.tensor([1, 2]))
+    measure.update(found((box(0), 0.4), label=2), TRUTH[:2], torch.tensor([2, 4]).int())
+    measure.update(found((box(0), 0.8), label=3), TRUTH[:0], torch.tensor([], dtype=torch.int64))
+    measure.update(found(), TRUTH[:0], torch.tensor([], dtype=torch.int64))
+    half = {"voc2007": 600 / 11, "voc2010": 50, "coco": 5100 / 101}[protocol]
+    score = measure.compute()
+    assert score.per_class == pytest.approx(
+        (math.nan, 100, half, math.nan, 0, math.nan), nan_ok=True
+    )
+    assert score.mean == pytest.approx((100 + half) / 3)
+
+
+def test_voc_holds_a_detection_to_the_box_it_overlaps_most() -> None:
+    # Both detections overlap box 0 most, by 9/11 and 7/13; the second overlaps box 1 by
+    # 7/13 * 0.99 or so as well. VOC: wrong. COCO: it gets the box that is still free.
+    boxes = torch.tensor([[0.0, 0, 10, 10], [6.1, 0, 16.1, 10]])
+    prediction = found(([1.0, 0, 11, 10], 0.9), ([3.0, 0, 13, 10], 0.8))
+    for protocol, expected in (("voc2010", 50), ("coco", 100)):
+        measure = AveragePrecision(2, protocol=protocol)
+        measure.update(prediction, boxes, torch.tensor([1, 1]))
+        assert measure.compute().mean == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+def test_average_precision_of_nothing_is_no_number(protocol: str) -> None:
+    assert math.isnan(AveragePrecision(3, protocol=protocol).compute().mean)
+
+
+def test_average_precision_refuses() -> None:
+    with pytest.raises(ValueError, match="protocol must be 'voc2007', 'voc2010' or 'coco'"):
+        AveragePrecision(3, protocol="voc")
+    measure = AveragePrecision(3)
+    ones = torch.tensor([1])
+    good = found((box(0), 0.9))
+    with pytest.raises(ValueError, match=r"prediction must have 'scores', got \['boxes', 'labels'"):
+        measure.update({key: good[key] for key in ("boxes", "labels")}, TRUTH[:1], ones)
+    with pytest.raises(ValueError, match=r"labels must lie in \[1, 3\), got \[3\]"):
+        measure.update(good, TRUTH[:1], torch.tensor([3]))
+    with pytest.raises(ValueError, match=r"prediction\['labels'\] must lie in \[1, 3\), got \[0\]"):
+        measure.update({**good, "labels": torch.tensor([0])}, TRUTH[:1], ones)
+    with pytest.raises(ValueError, match=r"boxes must have shape \(K, 4\), got \(4,\)"):
+        measure.update(good, TRUTH[0], ones)
+    with pytest.raises(ValueError, match=r"difficult must have shape \(1,\) to match boxes"):
+        measure.update(good, TRUTH[:1], ones, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"prediction\['scores'\] must be numbers, got NaN"):
+        measure.update({**good, "scores": torch.tensor([math.nan])}, TRUTH[:1], ones)
+    assert math.isnan(measure.compute().mean)  # what was refused left nothing behind
