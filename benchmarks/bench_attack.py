@@ -8,7 +8,7 @@ convergence  photographs attacked until none of their targets is active, images 
 memory       peak memory beyond the process's before, engine against reference, each in a process
 scaling      time of the seed ops against classes, image side, batch and threads, as a plot
 
-Networks have real architectures; their weights are random, except for the demo's.
+Networks have real architectures; which have trained weights is said in networks.py.
 """
 
 from __future__ import annotations
@@ -178,9 +178,11 @@ def attackers(
         pairs = zip(images.split(options.slots), labels.split(options.slots), strict=True)
         return torch.cat([run(*pair) for pair in pairs])
 
-    def streamed(victim: nn.Module) -> Tensor:
+    def streamed(victim: nn.Module, begin: Tensor | None = None) -> Tensor:
         samples = (
-            dagcore.Sample(image, of, "runner-up", key=k)
+            dagcore.Sample(
+                image, of, "runner-up", start=None if begin is None else begin[k], key=k
+            )
             for k, (image, of) in enumerate(zip(images, labels, strict=True))
         )
         found = torch.empty_like(images)
@@ -205,7 +207,10 @@ def attackers(
         "stream, prepared": lambda: streamed(victims.prepare(model)),
     }
     if options.bf16:
-        sides["stream, bf16"] = lambda: streamed(victims.prepare(model, bf16=True))
+        # What bfloat16 takes for a success float32 may not: the few that are left go on in float32.
+        sides["stream, bf16, then float32"] = lambda: streamed(
+            victims.prepare(model), begin=streamed(victims.prepare(model, bf16=True))
+        )
     if options.reference:
         sides["reference"] = lambda: in_batches(
             lambda batch, of: (
