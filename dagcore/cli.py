@@ -217,7 +217,7 @@ def zoo_list(as_json: bool) -> None:
     metavar="NUMBER",
     help="Images that each network sees.  [default: as many as the shipped one has seen]",
 )
-@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cpu]")
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
 @click.option(
     "--install/--no-install",
     default=True,
@@ -252,7 +252,7 @@ def zoo_train(names: tuple[str, ...], **options: Any) -> None:
     show_default=True,
     help="Of detectors' average precision.",
 )
-@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cpu]")
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
 def zoo_evaluate(names: tuple[str, ...], images: int, protocol: str, device: str | None) -> None:
     """Measure shipped networks on unseen scenes, all twelve where none is named."""
     from .zoo import commands

@@ -266,7 +266,7 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
     [
         (["train", "AlexNet"], "name must be one of FCN-Alex, "),
         (["train", "--samples", "0"], "Invalid value for '--samples'"),
-        (["train", "DL-VGG", "--device", "nowhere", "--out", "{}"], "device"),
+        (["train", "DL-VGG", "--device", "nowhere", "--out", "{}"], "--device must be cpu"),
         (["evaluate", "fcn-vgg"], "did you mean FCN-VGG"),
         (["evaluate", "FCN-VGG"], "FCN-VGG has no weights in "),
         (["evaluate", "--protocol", "voc"], "Invalid value for '--protocol'"),

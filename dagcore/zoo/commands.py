@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..attack_files import find_device
 from ..data import SCENE_CLASSES
 from ..files import whole
 from ..metrics import Score
@@ -110,8 +111,9 @@ def console() -> Console:
 
 def show_scores(names: Sequence[str], images: int, protocol: str, device: str | None) -> None:
     """Measure networks and print their scores beside those in their files."""
-    chosen = entries(names)
-    loaded = [(entry, load(entry.name)) for entry in chosen]  # all, before the first is measured
+    where = find_device(device)
+    # All of them before the first is measured.
+    loaded = [(entry, load(entry.name, device=where)) for entry in entries(names)]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("name")
     table.add_column("measure")
@@ -119,7 +121,7 @@ def show_scores(names: Sequence[str], images: int, protocol: str, device: str | 
     table.add_column("when trained", justify="right")
     table.add_column("worst class")
     for entry, network in loaded:
-        score = evaluate(network, count=images, protocol=protocol, device=device)
+        score = evaluate(network, count=images, protocol=protocol)
         known = read_metadata(entry.path)
         before = {"voc2007": known.get("score"), "coco": known.get("coco")}.get(protocol)
         if entry.task == "segmentation":
@@ -151,10 +153,10 @@ def train(
     install: bool,
 ) -> None:
     """Train networks side by side, each in a process of its own, and install their weights."""
-    chosen = entries(names)
+    chosen, where = entries(names), str(find_device(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(jobs or cores or 1, len(chosen))
-    options = {"out": out, "seed": seed, "samples": samples, "device": device or "cpu"}
+    options = {"out": out, "seed": seed, "samples": samples, "device": where}
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     pool = ProcessPoolExecutor(
