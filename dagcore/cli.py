@@ -11,6 +11,7 @@ import click
 
 from . import __version__, info
 from .checks import GOALS
+from .metrics import PROTOCOLS
 
 EXAMPLES = """
 \b
@@ -51,14 +52,16 @@ def cli() -> None:
     "--model",
     required=True,
     metavar="SPEC",
-    help="The network: a torchvision segmentation network (fcn_resnet50, "
-    "deeplabv3_mobilenet_v3_large, ...), demo, or package.module:function for your own.",
+    help="The network: one of the zoo's (FCN-VGG, DL-RN101, ...: see dagcore zoo list), a "
+    "torchvision segmentation network (fcn_resnet50, deeplabv3_mobilenet_v3_large, ...), demo, or "
+    "package.module:function for your own.",
 )
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder for the output.")
 @click.option(
     "--weights",
     type=FILE,
-    help="State dict for a torchvision network (.pth or .safetensors).  [default: its download]",
+    help="State dict for a network of the zoo or of torchvision (.pth or .safetensors).  "
+    "[default: the zoo's own, torchvision's download]",
 )
 @click.option(
     "--labels",
@@ -170,6 +173,91 @@ def demo(out: Path) -> None:
 def show_info(require_cuda_kernels: bool) -> int:
     """Show versions, native kernels and devices."""
     return info.show(require_cuda_kernels)
+
+
+@cli.group()
+def zoo() -> None:
+    """The paper's twelve networks: list, train and measure them."""
+
+
+@zoo.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def zoo_list(as_json: bool) -> None:
+    """Show the networks, and what is known about their weights."""
+    from .zoo import commands
+
+    commands.show_list(as_json)
+
+
+@zoo.command("train")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default="zoo",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for checkpoints, losses and weights. A training that it has begun goes on.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="NUMBER",
+    help="Networks trained side by side, the cores shared among them.  [default: one per core]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Of all random choices.  [default: each network's own, made from its name]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    metavar="NUMBER",
+    help="Images that each network sees.  [default: as many as the shipped one has seen]",
+)
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
+@click.option(
+    "--install/--no-install",
+    default=True,
+    show_default=True,
+    help="Put the weights into the package, where their names find them.",
+)
+def zoo_train(names: tuple[str, ...], **options: Any) -> None:
+    """Train networks from scratch on scenes, all twelve where none is named.
+
+    For each NAME the folder gets checkpoint, losses (NAME.jsonl, NAME.png) and
+    NAME.safetensors.
+    """
+    from .zoo import commands
+
+    commands.train(names, **options)
+
+
+@zoo.command("evaluate")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    metavar="NUMBER",
+    help="Test scenes.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default=PROTOCOLS[0],
+    show_default=True,
+    help="Of detectors' average precision.",
+)
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
+def zoo_evaluate(names: tuple[str, ...], images: int, protocol: str, device: str | None) -> None:
+    """Measure shipped networks on unseen scenes, all twelve where none is named."""
+    from .zoo import commands
+
+    commands.show_scores(names, images, protocol, device)
 
 
 def run(argv: Sequence[str]) -> int:

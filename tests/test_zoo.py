@@ -14,7 +14,7 @@ from torch import nn
 from dagcore import victims, zoo
 from dagcore.zoo import detection, registry
 
-SEGMENTATION = {"FCN-Alex": 32, "FCN-VGG": 8, "DL-VGG": 8, "DL-RN101": 8}  # and their strides
+SEGMENTATION = {"FCN-Alex": 16, "FCN-VGG": 8, "DL-VGG": 8, "DL-RN101": 8}  # and their strides
 DETECTION = ("FR-ZF-07", "FR-VGG-07", "R-FCN-RN50", "R-FCN-RN101")
 PLAIN = ("FCN-Alex", "FCN-VGG", "DL-VGG", "FR-ZF-07", "FR-VGG-07")
 SMALL = {"num_classes": 5, "width": 1 / 16}
@@ -85,6 +85,12 @@ def test_scores_at_the_networks_stride(name, stride, size):
     scores.square().sum().backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_fcn_alex_has_stride_32_of_what_it_enlarges():
+    images = torch.rand(1, 3, 128, 160)
+    assert zoo.build("FCN-Alex", **SMALL, enlarge=1).eval()(images).shape == (1, 5, 4, 5)
+    assert not any(isinstance(m, nn.Upsample) for m in on_meta("FCN-Alex", width=1).modules())
 
 
 def test_victims_of_the_zoo_take_images_from_0_to_1():

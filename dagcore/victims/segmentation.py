@@ -1,4 +1,4 @@
-"""Segmentation networks by name: torchvision's, the demo network, or a function of the user's."""
+"""Segmentation networks by name: the zoo's, torchvision's, the demo network, the user's own."""
 
 from __future__ import annotations
 
@@ -88,11 +88,12 @@ def load(
     """The victim that a name stands for, in eval mode.
 
     Args:
-        spec: a torchvision segmentation network ("fcn_resnet50"); "demo", ImageNet
+        spec: one of the zoo's segmentation networks ("DL-VGG", see `dagcore.zoo`), trained on
+            scenes; a torchvision segmentation network ("fcn_resnet50"); "demo", ImageNet
             EfficientNet-Lite0 read at every cell of its feature map; or "package.module:function",
             called without arguments for a callable that takes images in [0, 1].
-        weights: a state dict for a torchvision network, .safetensors or made by torch.save;
-            torchvision's own download if None.
+        weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
+            torch.save; the zoo's shipped ones or torchvision's own download if None.
         device: where it shall run.
 
     Raises:
@@ -100,14 +101,19 @@ def load(
         OSError: a file that is missing, or a download that fails.
         ImportError: an optional package that is missing.
     """
+    from .. import zoo  # which is made of victims
+
+    own = [entry.name for entry in zoo.ENTRIES if entry.task == "segmentation"]
     if weights is not None and (spec == "demo" or ":" in spec):
         raise ValueError(f"weights must be None for model {spec!r}, which brings its own")
     if spec == "demo":
         victim = _demo()
     elif ":" in spec:
         victim = _custom(spec)
+    elif spec in own:
+        victim = zoo.load(spec, weights)  # type: ignore[assignment]
     else:
-        victim = _torchvision(spec, None if weights is None else Path(weights))
+        victim = _torchvision(spec, None if weights is None else Path(weights), own)
     return victim.eval().to(device)
 
 
@@ -122,13 +128,13 @@ def need(module: str, extra: str) -> Any:
         raise ImportError(f'{package} is missing: pip install "dagcore[{extra}]"') from error
 
 
-def _torchvision(name: str, path: Path | None) -> Victim:
+def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim:
     models = need("torchvision.models", "vision")
     known = models.list_models(module=models.segmentation)
     if name not in known:
         raise ValueError(
-            f"model must be 'demo', 'package.module:function' or one of {', '.join(known)}, "
-            f"got {name!r}"
+            "model must be 'demo', 'package.module:function' or one of "
+            f"{', '.join([*others, *known])}, got {name!r}"
         )
     weights = models.get_model_weights(name).DEFAULT
     if path is None:

@@ -99,12 +99,14 @@ def fold(network: nn.Module) -> nn.Module:
     return network
 
 
-def alexnet(*, width: float, norm: bool) -> Plain:
+def alexnet(*, width: float, norm: bool, enlarge: int = 1) -> Plain:
     """The five convolutions of AlexNet with their overlapping pools, stride 32.
 
-    Without the local response normalisation.
+    Without the local response normalisation. Images are first enlarged bilinearly.
     """
     net = Plain(width=width, norm=norm)
+    if enlarge > 1:
+        net.then("enlarge", nn.Upsample(scale_factor=enlarge, mode="bilinear"))
     net.convolve("conv1", 96, 11, stride=4).pool("pool1", 3, 2)
     net.convolve("conv2", 256, 5, groups=2).pool("pool2", 3, 2)
     net.convolve("conv3", 384, 3)

@@ -43,7 +43,7 @@ class Entry:
     """Either "segmentation" or "detection"."""
     architecture: str
     training_set: str
-    """As in the paper; "+" joins sets."""
+    """Scenes of family 07, or 07+12: this project's sets under the paper's names."""
     width: float
     """Of the shipped network; 1 is the paper's size."""
 
@@ -59,12 +59,12 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("FCN-Alex", "segmentation", "fcn-alex", "12", 1 / 8),
-    Entry("FCN-Alex*", "segmentation", "fcn-alex", "12+SBD", 1 / 8),
-    Entry("FCN-VGG", "segmentation", "fcn-vgg", "12", 3 / 32),
-    Entry("FCN-VGG*", "segmentation", "fcn-vgg", "12+SBD", 3 / 32),
-    Entry("DL-VGG", "segmentation", "dl-vgg", "12+SBD", 3 / 16),
-    Entry("DL-RN101", "segmentation", "dl-rn101", "12+SBD", 5 / 32),
+    Entry("FCN-Alex", "segmentation", "fcn-alex", "07", 1 / 8),
+    Entry("FCN-Alex*", "segmentation", "fcn-alex", "07+12", 1 / 8),
+    Entry("FCN-VGG", "segmentation", "fcn-vgg", "07", 3 / 32),
+    Entry("FCN-VGG*", "segmentation", "fcn-vgg", "07+12", 3 / 32),
+    Entry("DL-VGG", "segmentation", "dl-vgg", "07+12", 3 / 16),
+    Entry("DL-RN101", "segmentation", "dl-rn101", "07+12", 5 / 32),
     Entry("FR-ZF-07", "detection", "fr-zf", "07", 3 / 32),
     Entry("FR-ZF-0712", "detection", "fr-zf", "07+12", 3 / 32),
     Entry("FR-VGG-07", "detection", "fr-vgg", "07", 3 / 32),
@@ -117,11 +117,12 @@ def build(
         width: multiplies the channels: 1 is the paper's size; the shipped network's if None.
         norm: whether a batch norm follows each convolution of AlexNet, ZF and VGG-16, as training
             from scratch needs; see `fold`. ResNets always have theirs.
-        options: `dropout` for networks with fc6 and fc7; `rates`, of DL-RN101's pyramid; for
-            detectors `min_size` and `max_size` of the image's sides, `anchor_sizes` (of the
-            resized image's pixels), `aspect_ratios`, and torchvision's other FasterRCNN options.
-            Detectors take scenes of 128x160 pixels by default; at width 1 they have the papers'
-            short side of 600 and its anchors.
+        options: `dropout` for networks with fc6 and fc7; `rates`, of DL-RN101's pyramid; `enlarge`,
+            of FCN-Alex's images, a whole number (2, but 1 at width 1); for detectors `min_size`
+            and `max_size` of the image's sides, `anchor_sizes` (of the resized image's pixels),
+            `aspect_ratios`, and torchvision's other FasterRCNN options. Detectors take scenes of
+            128x160 pixels by default; at width 1 they have the papers' short side of 600 and its
+            anchors.
 
     Returns:
         For segmentation a `dagcore.victims.Victim`, images (N, 3, H, W) in [0, 1] -> scores
@@ -139,6 +140,8 @@ def build(
         options["norm"] = norm
     if entry.task == "detection" and width == 1:
         options = {**detection.PAPER_SCALE, **options}
+    if entry.architecture == "fcn-alex" and width != 1:
+        options = {"enlarge": segmentation.SCENE_ENLARGEMENT, **options}
     network = ARCHITECTURES[entry.architecture](num_classes, width=width, **options)
     if entry.task == "detection":
         return network

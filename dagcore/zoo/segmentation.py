@@ -13,10 +13,16 @@ from torch.nn import functional as F
 
 from .backbones import EXPANSION, Plain, alexnet, resnet, scaled, vgg16
 
+# At stride 32 a scene of 128x160 has 4x5 scores, of which no map is near its mask: the best of all
+# reaches a mean IoU of 73 %, with 8x10 scores 94 %.
+SCENE_ENLARGEMENT = 2
 
-def fcn_alex(num_classes: int, *, width: float, norm: bool, dropout: float = 0.5) -> Plain:
-    """FCN-32s on AlexNet: stride 32."""
-    net = alexnet(width=width, norm=norm)
+
+def fcn_alex(
+    num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, enlarge: int = 1
+) -> Plain:
+    """FCN-32s on AlexNet: stride 32, of images that are first enlarged `enlarge` times."""
+    net = alexnet(width=width, norm=norm, enlarge=enlarge)
     net.then("pad6", nn.ZeroPad2d((2, 3, 2, 3)))  # an even window has no centre
     _fully_connected(net, 4096, 6, padding=0, dropout=dropout)
     return net.then("score_fr", nn.Conv2d(net.out_channels, num_classes, 1))

@@ -1,0 +1,37 @@
+"""A picture of the losses of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..files import whole
+
+
+def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> None:
+    """Write curves of the losses over the samples seen, as a PNG.
+
+    Args:
+        path: of the picture.
+        name: of the network.
+        log: "samples" and losses by name, in order.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    samples = [line["samples"] for line in log]
+    keys = [key for key in log[-1] if key != "samples"]
+    for key in keys if len(keys) > 2 else ["loss"]:  # one alone is the sum
+        weight = 2.0 if key == "loss" else 1.0
+        label = "sum" if key == "loss" else key.removeprefix("loss_").replace("_", " ")
+        axes.plot(samples, [line[key] for line in log], label=label, linewidth=weight)
+    axes.set_yscale("log")
+    axes.set(title=name, xlabel="samples", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if len(keys) > 2:
+        axes.legend()
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
