@@ -180,9 +180,7 @@ def attackers(
 
     def streamed(victim: nn.Module, begin: Tensor | None = None) -> Tensor:
         samples = (
-            dagcore.Sample(
-                image, of, "runner-up", start=None if begin is None else begin[k], key=k
-            )
+            dagcore.Sample(image, of, "runner-up", start=None if begin is None else begin[k], key=k)
             for k, (image, of) in enumerate(zip(images, labels, strict=True))
         )
         found = torch.empty_like(images)

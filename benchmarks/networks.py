@@ -1,6 +1,6 @@
 """The networks of the benchmarks: real architectures, with weights as `NETWORKS` says.
 
-    python benchmarks/networks.py      trains `trained_deeplab`, once; it is kept in benchmarks/cache
+python benchmarks/networks.py      trains `trained_deeplab`, once; it is kept in benchmarks/cache
 """
 
 from __future__ import annotations
