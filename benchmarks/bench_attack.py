@@ -3,12 +3,14 @@
     python benchmarks/bench_attack.py iteration | convergence | memory | scaling [options]
 
 iteration    one update by the engine, against the bare network's forward pass and input gradient
-convergence  photographs attacked until none of their targets is active, images per second, against
-             the reference loop and the `dag` of adv-lib (pip install --no-deps adv-lib)
+convergence  photographs attacked until none of their targets is active (or at most a share of them,
+             --tolerance: on random weights the last of them push each other back and forth),
+             images per second, against the reference loop and the `dag` of adv-lib
+             (pip install --no-deps adv-lib)
 memory       peak memory beyond the process's before, engine against reference, each in a process
 scaling      time of the seed ops against classes, image side, batch and threads, as a plot
 
-Networks have real architectures; which have trained weights is said in networks.py.
+Networks have real architectures; their weights are random, except for the demo's.
 """
 
 from __future__ import annotations
@@ -133,12 +135,13 @@ def convergence(options: argparse.Namespace) -> None:
         fastest_peer = statistics.median(times["adv-lib"])
         for side, adversarial in results.items():
             left = active_targets(model, adversarial, labels)
-            done = int((left == 0).sum())
+            done = int((left <= options.tolerance * labels[0].numel()).sum())
             row = {
                 "network": name,
                 "attack": side,
                 "images": len(images),
-                "without active target": done,
+                "done": done,
+                "active targets": f"{int(left.sum())} of {labels.numel()}",
                 "images/s": f"{len(images) / statistics.median(times[side]):.3f}",
                 "seconds": spread(times[side]),
                 "adv-lib / this": f"{fastest_peer / statistics.median(times[side]):.2f}",
@@ -171,7 +174,12 @@ def attackers(
     model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Namespace
 ) -> dict[str, Callable[[], Tensor]]:
     """The same rule on all sides: the runner-up, until no target is active."""
-    attack = dagcore.DAG(gamma=GAMMA, max_iter=options.max_iter)
+    settings: dict[str, Any] = {
+        "gamma": GAMMA,
+        "max_iter": options.max_iter,
+        "tolerance": options.tolerance,
+    }
+    attack = dagcore.DAG(**settings)
     peer = adv_lib_dag()
 
     def in_batches(run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -193,12 +201,12 @@ def attackers(
             full_size(model, labels),
             batch,
             of,
-            adv_threshold=1.0,
+            adv_threshold=1 - options.tolerance,
             max_iter=options.max_iter + 1,
             γ=GAMMA,
         )
 
-    reference = dagcore.DAG(gamma=GAMMA, max_iter=options.max_iter, backend="reference")
+    reference = dagcore.DAG(**settings, backend="reference")
     sides: dict[str, Callable[[], Tensor]] = {
         "adv-lib": lambda: in_batches(of_adv_lib),
         "stream": lambda: streamed(model),
@@ -390,6 +398,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--max-iter", type=int, default=200)
+    parser.add_argument("--tolerance", type=float, default=0.0, help="share of active targets")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="also with bf16 autocast")
     parser.add_argument("--reference", action="store_true", help="also the reference loop")
