@@ -21,7 +21,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-deps adv-lib
 	$(BIN)/python benchmarks/bench_attack.py iteration --save iteration-cpu
 	$(BIN)/python benchmarks/bench_attack.py convergence --networks deeplabv3_mobilenet_v3_large \
-		--images 16 --tolerance 0.01 --bf16 --rounds 1 --save convergence-deeplab-cpu
+		--tolerance 0.01 --bf16 --rounds 1 --save convergence-deeplab-cpu
 	$(BIN)/python benchmarks/bench_attack.py convergence --networks demo --side 256 --bf16 \
 		--reference --rounds 1 --save convergence-demo-cpu
 	$(BIN)/python benchmarks/bench_attack.py memory --rounds 3 --save memory-cpu
