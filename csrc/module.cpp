@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 #ifndef DAGCORE_CUDA_ARCHS
@@ -60,4 +61,6 @@ PYBIND11_MODULE(_native, module) {
       "use_simd", [](const std::string& name) { use_simd(simd_named(name)); },
       pybind11::arg("name"),
       "Run the CPU kernels at this level, or at the highest that the processor has.");
+  module.def("keep_freed_memory", &keep_freed_memory, pybind11::arg("keep"),
+             "Keep freed memory for later allocations, or give it back to the system.");
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, engine, ops, reference
+from . import checks, engine, native, ops, reference
 from .labels import KINDS, assign
 from .perturbation import perceptibility
 from .stream import Assign, Feed, Sample, Stream, device_of, validate_slots
@@ -218,7 +218,11 @@ class DAG(engine.Settings):
 
         device = device_of(model)
         work = Stream(engine.Reader(model), self, slots, device, check, assign_to)
-        with engine.frozen(model), closing(Feed(samples, slots, device)) as feed:
+        with (
+            engine.frozen(model),
+            native.freed_memory_kept(),
+            closing(Feed(samples, slots, device)) as feed,
+        ):
             for outcome in work.run(feed):
                 sample = outcome.tag
                 image = sample.image[None].to(outcome.image.device)

@@ -16,7 +16,7 @@ from . import files
 from .adversary import Adversary, is_pattern
 from .attack import DAG
 from .info import versions
-from .outcome import Outcome, attack_images, output_files, predict, write
+from .outcome import Outcome, attack_images, output_files, predict, see, write
 from .victims import load
 
 # Called with (index of the image, update, active targets).
@@ -65,9 +65,10 @@ class Plan:
         self.device = find_device(request.device)
         self.jobs = [Job(path, find_labels(request, path)) for path in request.images]
         check_outputs(request.out, self.jobs)
-        sizes = {job: tuple(files.read_image(job.image).shape[1:]) for job in self.jobs}
+        shapes = {job: files.read_image(job.image).shape for job in self.jobs}
+        sizes = {job: (shape[1], shape[2]) for job, shape in shapes.items()}
         self.victim = load(request.model, request.weights, self.device)
-        self.maps: dict[tuple[int, ...], tuple[int, ...]] = {}  # image size -> (C, h, w)
+        self.maps: dict[tuple[int, int], tuple[int, int, int]] = {}  # (H, W) -> (C, h, w)
         for job, size in sizes.items():
             if size not in self.maps:
                 self.maps[size] = self._score_map(job)
@@ -79,11 +80,12 @@ class Plan:
             self.num_classes,
             self.victim.classes,
         )
-        for _, height, width in self.maps.values():
-            self.adversary.check(height, width)
         for job, size in sizes.items():
+            shape = self._targets(size)
             if job.labels is not None:
-                read_labels(job.labels, self.maps[size])
+                labels = read_labels(job.labels, self.num_classes, self._label_sizes(size))
+                shape = (labels.shape[0], labels.shape[1])
+            self.adversary.check(*shape)
         make_folder(request.out)
 
     def run(self, callback: Callback) -> Iterator[Outcome]:
@@ -93,12 +95,14 @@ class Plan:
 
     def _run(self, index: int, job: Job, callback: Callback) -> Outcome:
         image = files.read_image(job.image).to(self.device)
+        size = (image.shape[1], image.shape[2])
         generator_seed = seed_of(self.request.seed, index)
         generator = torch.Generator().manual_seed(generator_seed)
         if job.labels is None:
-            labels = predict(self.victim, image[None])[0].argmax(0).int()
+            labels = see(self.victim, image[None], self._targets(size))[0].int()
         else:
-            labels = read_labels(job.labels, self.maps[tuple(image.shape[1:])]).to(self.device)
+            found = read_labels(job.labels, self.num_classes, self._label_sizes(size))
+            labels = found.to(self.device)
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
         (outcome,) = attack_images(
             self.attack,
@@ -124,7 +128,7 @@ class Plan:
             "model": request.model,
             "weights": None if request.weights is None else str(request.weights),
             "num_classes": self.num_classes,
-            "score_map": list(targets),
+            "label_map": list(targets),
             "adversarial": request.adversarial,
             "settings": dataclasses.asdict(self.attack),
             "seed": request.seed,
@@ -134,7 +138,17 @@ class Plan:
             "versions": versions(),
         }
 
-    def _score_map(self, job: Job) -> tuple[int, ...]:
+    def _targets(self, size: tuple[int, int]) -> tuple[int, int]:
+        """How many rows and columns of targets an image of a size (H, W) has, without labels."""
+        _, height, width = self.maps[size]
+        return (height, width) if self.victim.cells else size
+
+    def _label_sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """The sizes that a label map for an image of a size (H, W) may have, and whose they are."""
+        _, height, width = self.maps[size]
+        return {"the image": size, "the model's score map": (height, width)}
+
+    def _score_map(self, job: Job) -> tuple[int, int, int]:
         image = files.read_image(job.image).to(self.device)
         try:
             shape = tuple(predict(self.victim, image[None]).shape[1:])
@@ -149,7 +163,8 @@ class Plan:
                 f"model {self.request.model!r} must return scores of shape (N, C, h, w), "
                 f"got {(1, *shape)}"
             )
-        return shape
+        num_classes, height, width = shape
+        return num_classes, height, width
 
 
 def _settings(request: Request) -> DAG:
@@ -203,14 +218,14 @@ def find_labels(request: Request, image: Path) -> Path | None:
     return path
 
 
-def read_labels(path: Path, score_map: tuple[int, ...]) -> Tensor:
-    """A label map (h, w) that fits scores (C, h, w)."""
-    num_classes, *size = score_map
+def read_labels(path: Path, num_classes: int, sizes: dict[str, tuple[int, int]]) -> Tensor:
+    """A label map (h, w) of one of some sizes, by whose they are."""
     labels = files.read_label_map(path)
-    if list(labels.shape) != size:
+    if tuple(labels.shape) not in sizes.values():
+        allowed = {f"{w} x {h} pixels, the size of {whose}": 0 for whose, (h, w) in sizes.items()}
         raise ValueError(
-            f"label map {path} must have {size[1]} x {size[0]} pixels, the size of the model's "
-            f"score map, got {labels.shape[1]} x {labels.shape[0]}"
+            f"label map {path} must have {' or '.join(allowed)}, "
+            f"got {labels.shape[1]} x {labels.shape[0]}"
         )
     counted = labels[labels != files.IGNORE]
     if counted.numel() and int(counted.max()) >= num_classes:

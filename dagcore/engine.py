@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops
+from . import checks, native, ops
 from .reference import (
     BUDGET,
     CONVERGED,
@@ -456,9 +456,10 @@ def run(
     begin = None if start is None else start.detach()
     slots.admit(list(range(total)), images.detach(), labels, assign, begin)
     outcomes: dict[int, Outcome] = {}
-    while len(outcomes) < total:
-        slots.iterate()
-        done = slots.finished()
-        outcomes.update({slots.tags[k]: slots.outcome(k) for k in done})
-        slots.release(done)
+    with native.freed_memory_kept():
+        while len(outcomes) < total:
+            slots.iterate()
+            done = slots.finished()
+            outcomes.update({slots.tags[k]: slots.outcome(k) for k in done})
+            slots.release(done)
     return [outcomes[n] for n in range(total)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -38,3 +41,31 @@ def built_for() -> dict[str, str | None]:
 
 
 module = _load()
+
+_lock = threading.Lock()
+_keeping = 0
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the process keep the memory that it frees, until the last of these blocks ends.
+
+    An iteration allocates and frees the same large tensors as the one before. The C library gets
+    each from the system and gives it back, and touching fresh pages can take longer than the
+    network itself.
+    """
+    global _keeping
+    if module is None:
+        yield
+        return
+    with _lock:
+        _keeping += 1
+        if _keeping == 1:
+            module.keep_freed_memory(True)
+    try:
+        yield
+    finally:
+        with _lock:
+            _keeping -= 1
+            if _keeping == 0:
+                module.keep_freed_memory(False)

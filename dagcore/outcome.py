@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import engine, figures, files, reference
 from .attack import DAG, Status
+from .ops import argmax_bilinear
 from .perturbation import perceptibility, round_to_8_bits
 from .victims import Victim
 
@@ -68,6 +69,11 @@ def predict(victim: Victim, images: Tensor) -> Tensor:
         return engine.read_scores(victim(images), images)
 
 
+def see(victim: Victim, images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the network sees in images (N, 3, H, W), at any size: (N, *size) int64."""
+    return argmax_bilinear(predict(victim, images), size, align_corners=victim.align_corners)
+
+
 def attack_images(
     attack: DAG,
     victim: Victim,
@@ -80,14 +86,15 @@ def attack_images(
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> list[Outcome]:
     """Attack a batch of images and measure what came of each."""
-    clean = predict(victim, images)
+    num_classes = predict(victim, images[:1]).shape[1]
+    size = (labels.shape[1], labels.shape[2])
     result = attack(victim, images, labels, adversarial_labels, generator, callback=callback)
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
     left = attack.count_active(victim, rounded, labels, drawn)
-    counted = reference.targets(clean.shape[1], labels, drawn, attack.goal, attack.ignore_index)
-    predicted = clean.argmax(1)
-    attacked = predict(victim, result.adversarial).argmax(1)
+    counted = reference.targets(num_classes, labels, drawn, attack.goal, attack.ignore_index)
+    predicted = see(victim, images, size)
+    attacked = see(victim, result.adversarial, size)
     rounded_perceptibility = perceptibility(rounded - images)
     return [
         Outcome(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import platform
+import resource
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from support import LABEL_DTYPES, generator, same_bits
 from torch import Tensor, nn
 
-from dagcore import DAG, Result, Status, reference
+from dagcore import DAG, Result, Status, native, reference
 
 NAN, INF = math.nan, math.inf
 BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
@@ -754,6 +756,38 @@ def test_any_number_of_target_dimensions(backend: str, targets: tuple[int, ...])
     assert_consistent(result, images, attack)
     assert bool(result.converged.all())
     assert not bool((model(result.adversarial).argmax(1) == labels).any())
+
+
+# --- memory of the process
+
+
+def page_faults(allocations: int) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(allocations):
+        torch.ones(16 << 20)  # 64 MiB: glibc maps that anew each time
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(
+    native.module is None or platform.libc_ver()[0] != "glibc", reason="needs glibc"
+)
+def test_freed_memory_is_kept_during_an_attack_and_given_back_after_it() -> None:
+    page_faults(1)
+    with native.freed_memory_kept():
+        page_faults(1)
+        with native.freed_memory_kept():
+            pass
+        kept = page_faults(8)  # still kept: the inner block was not the last
+    assert kept < page_faults(8) / 4
+    seen = []
+
+    def model(images: Tensor) -> Tensor:
+        seen.append(page_faults(4))
+        return images[:, :2] - 0.5
+
+    images = torch.full((1, 3, 2, 2), 0.5)
+    DAG(max_iter=4)(model, images, torch.zeros(1, 2, 2, dtype=torch.int64), "runner-up")
+    assert max(seen[1:]) < page_faults(4) / 4
 
 
 # --- wrong arguments of the call

@@ -23,13 +23,17 @@ HEIGHT, WIDTH = 64, 96
 VICTIM = """
 import torch
 from torch import nn
+from dagcore.victims import Victim
 
-def make():
+def coarse():
     net = nn.Conv2d(3, 5, 2, 2, bias=False)
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     net.weight.data = weight - weight.mean((1, 2, 3), keepdim=True)
     net.classes = ("sky", "fur", "eye", "nose", "ear")
     return net
+
+def make():
+    return Victim(coarse(), classes=coarse().classes, cells=True)
 
 def wrong():
     return 3
@@ -120,7 +124,7 @@ def test_attack_with_the_users_own_victim(folder):
     assert numbers["status"] == "converged"
     assert numbers["active"][-1] == 0
     assert numbers["targets"] == numbers["active"][0] == HEIGHT * WIDTH // 4
-    assert numbers["score_map"] == [HEIGHT // 2, WIDTH // 2]
+    assert numbers["label_map"] == [HEIGHT // 2, WIDTH // 2]
     assert numbers["settings"]["gamma"] == 0.5 / 255
     assert numbers["versions"]["torch"] == str(torch.__version__)
 
@@ -193,6 +197,20 @@ def test_label_maps_from_a_folder(folder):
     assert record("tac")["iterations"] == 0
 
 
+def test_targets_are_pixels_where_the_score_map_is_coarser(folder):
+    assert attack("--max-iter", 1, model="cli_victim:coarse") == 0
+    numbers = record()
+    assert numbers["targets"] == HEIGHT * WIDTH
+    assert numbers["label_map"] == [HEIGHT, WIDTH]
+    labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    labels[:5, :7] = 2
+    Image.fromarray(labels).save("labels.png")
+    for model in ("cli_victim:coarse", "cli_victim:make"):
+        assert attack("--max-iter", 1, "--labels", "labels.png", model=model) == 0
+        assert record()["targets"] == 5 * 7
+        assert record()["label_map"] == [HEIGHT, WIDTH]
+
+
 def test_an_image_gets_what_it_gets_alone_and_the_seed_decides(folder):
     Image.open("cat.png").save("second.png")
     for out, seed in (("one", 0), ("again", 0), ("other", 1)):
@@ -242,7 +260,11 @@ def test_gamma_and_epsilon_are_read_as_fractions(folder):
         (["--labels", "none.png"], "none.png"),
         (["--labels", "cat.png"], "palette or grey image"),
         (["--labels", "maps"], "maps/cat.png does not exist, but cat.png needs it"),
-        (["--labels", "large.png"], "must have 48 x 32 pixels"),
+        (
+            ["--labels", "large.png"],
+            "must have 96 x 64 pixels, the size of the image or 48 x 32 pixels, the size of the "
+            "model's score map, got 192 x 64",
+        ),
         (["--labels", "five.png"], "must hold classes below 5"),
         (["--out", "cat.png/out"], "cat.png/out"),
         (["--out", "."], "is an input and would be overwritten"),
@@ -250,7 +272,7 @@ def test_gamma_and_epsilon_are_read_as_fractions(folder):
     ],
 )
 def test_bad_options_end_in_one_line(folder, capsys, options, says):
-    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save("large.png")
+    Image.fromarray(np.zeros((HEIGHT, 2 * WIDTH), np.uint8)).save("large.png")
     Image.fromarray(np.full((HEIGHT // 2, WIDTH // 2), 5, np.uint8)).save("five.png")
     os.mkdir("maps")
     before = set(folder.rglob("*"))
@@ -263,7 +285,7 @@ def test_bad_options_end_in_one_line(folder, capsys, options, says):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("resnet50", "one of deeplabv3_mobilenet_v3_large"),
+        ("resnet50", "one of FCN-Alex, FCN-Alex*, FCN-VGG"),
         ("nowhere.at_all:make", "importing 'nowhere.at_all' failed"),
         ("cli_victim:none", "has no function 'none'"),
         ("cli_victim:wrong", "must return a callable"),

@@ -1,10 +1,14 @@
-// Fresh memory by the huge page.
+// Large allocations without their price: fresh pages.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 
 namespace dagcore {
@@ -21,6 +25,20 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
+
+// Freed memory stays with the process, to be allocated again, or goes back to the system. glibc
+// maps what is larger than 32 MiB anew each time. Does nothing with another C library.
+inline void keep_freed_memory(bool keep) {
+#if defined(__GLIBC__)
+  constexpr int kNever = std::numeric_limits<int>::max();
+  constexpr int kUsual = 32 << 20;  // where glibc's own threshold ends in a program with tensors
+  mallopt(M_MMAP_THRESHOLD, keep ? kNever : kUsual);
+  mallopt(M_TRIM_THRESHOLD, keep ? kNever : 2 * kUsual);
+  if (!keep) malloc_trim(0);
+#else
+  static_cast<void>(keep);
 #endif
 }
 

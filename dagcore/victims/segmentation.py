@@ -27,6 +27,7 @@ class Victim(nn.Module):
         std: likewise.
         classes: names of the classes, for figures and the command line.
         palette: colour (r, g, b) in 0..255 of each class, for figures.
+        cells: whether the commands take each cell of the scores as a target, not each pixel.
     """
 
     mean: Tensor
@@ -40,9 +41,11 @@ class Victim(nn.Module):
         std: Sequence[float] = (1.0, 1.0, 1.0),
         classes: Sequence[str] | None = None,
         palette: Sequence[tuple[int, int, int]] | None = None,
+        cells: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
+        self.cells = cells
         self.classes = None if classes is None else tuple(classes)
         self.palette = None if palette is None else tuple(palette)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -62,7 +65,7 @@ class Victim(nn.Module):
 
     def around(self, network: Callable[[Tensor], Any]) -> Victim:
         """The same victim with another network inside."""
-        victim = Victim(network, classes=self.classes, palette=self.palette)
+        victim = Victim(network, classes=self.classes, palette=self.palette, cells=self.cells)
         victim.mean, victim.std = self.mean, self.std
         victim.training = self.training
         return victim
@@ -228,6 +231,7 @@ def _demo() -> Victim:
         mean=[127 / 255] * 3,  # (255 x - 127) / 128, as it was trained
         std=[128 / 255] * 3,
         classes=models.EfficientNet_B0_Weights.DEFAULT.meta["categories"],
+        cells=True,
     )
 
 
