@@ -62,5 +62,6 @@ PYBIND11_MODULE(_native, module) {
       pybind11::arg("name"),
       "Run the CPU kernels at this level, or at the highest that the processor has.");
   module.def("keep_freed_memory", &keep_freed_memory, pybind11::arg("keep"),
+             pybind11::call_guard<pybind11::gil_scoped_release>(),
              "Keep freed memory for later allocations, or give it back to the system.");
 }

@@ -2,6 +2,7 @@
 
 from . import labels, ops, perturbation, reference, victims, zoo
 from .attack import DAG, Result, Status
+from .native import freed_memory_kept
 from .stream import Sample
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Result",
     "Sample",
     "Status",
+    "freed_memory_kept",
     "labels",
     "ops",
     "perturbation",

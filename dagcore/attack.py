@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, engine, native, ops, reference
+from . import checks, engine, ops, reference
 from .labels import KINDS, assign
+from .native import freed_memory_kept
 from .perturbation import perceptibility
 from .stream import Assign, Feed, Sample, Stream, device_of, validate_slots
 
@@ -110,9 +111,10 @@ class DAG(engine.Settings):
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
                 default), "random" or "runner-up"; see `dagcore.labels.assign`.
             generator: source of the random choices.
-            start: where to begin, (N, 3, H, W) like `images`, if not at the images themselves: say,
-                what an attack on a faster victim ended with. The perturbation and `epsilon` count
-                from `images` all the same.
+            start: where to begin, (N, 3, H, W) like `images` and within `epsilon` of them, if not
+                at the images themselves: say, what an attack on a faster victim ended with (then
+                pass its result's `adversarial_labels` too, or others are drawn). The perturbation
+                and `epsilon` count from `images` all the same.
             callback: called with (update, active targets (N,)) as they become known, on a GPU a
                 few iterations late; backend "native" only.
 
@@ -164,7 +166,8 @@ class DAG(engine.Settings):
         As soon as an image stops, the next takes its slot, so that no image waits for a slower
         one. Each result equals what the image would give alone, up to the network's own
         arithmetic. Samples are fetched by a thread of their own; images may differ in size. The
-        model is in eval mode until the iterator ends or is closed.
+        model is in eval mode, and on the CPU freed memory stays with the process (see
+        `dagcore.freed_memory_kept`), until the iterator ends or is closed.
 
         Args:
             model: as for a batch. Samples are moved to the device of its parameters.
@@ -220,7 +223,7 @@ class DAG(engine.Settings):
         work = Stream(engine.Reader(model), self, slots, device, check, assign_to)
         with (
             engine.frozen(model),
-            native.freed_memory_kept(),
+            nullcontext() if device is not None and device.type != "cpu" else freed_memory_kept(),
             closing(Feed(samples, slots, device)) as feed,
         ):
             for outcome in work.run(feed):
@@ -318,6 +321,14 @@ class DAG(engine.Settings):
         checks.shape("start", start, tuple(images.shape), "images")
         checks.device("start", start, "images", images)
         self._check_pixels("start", start)
+        if self.epsilon is None or not images.numel():
+            return
+        away = float((start.double() - images.double()).abs().max())
+        rounding = torch.finfo(images.dtype).eps * float(images.abs().max())
+        if away > self.epsilon + rounding:
+            raise ValueError(
+                f"start must lie within epsilon={self.epsilon:g} of images, got {away:g} away"
+            )
 
     def _check_pixels(self, name: str, images: Tensor) -> None:
         if not images.numel():

@@ -65,8 +65,7 @@ class Plan:
         self.device = find_device(request.device)
         self.jobs = [Job(path, find_labels(request, path)) for path in request.images]
         check_outputs(request.out, self.jobs)
-        shapes = {job: files.read_image(job.image).shape for job in self.jobs}
-        sizes = {job: (shape[1], shape[2]) for job, shape in shapes.items()}
+        sizes = {job: size_of(files.read_image(job.image)) for job in self.jobs}
         self.victim = load(request.model, request.weights, self.device)
         self.maps: dict[tuple[int, int], tuple[int, int, int]] = {}  # (H, W) -> (C, h, w)
         for job, size in sizes.items():
@@ -95,7 +94,7 @@ class Plan:
 
     def _run(self, index: int, job: Job, callback: Callback) -> Outcome:
         image = files.read_image(job.image).to(self.device)
-        size = (image.shape[1], image.shape[2])
+        size = size_of(image)
         generator_seed = seed_of(self.request.seed, index)
         generator = torch.Generator().manual_seed(generator_seed)
         if job.labels is None:
@@ -140,13 +139,14 @@ class Plan:
 
     def _targets(self, size: tuple[int, int]) -> tuple[int, int]:
         """How many rows and columns of targets an image of a size (H, W) has, without labels."""
-        _, height, width = self.maps[size]
-        return (height, width) if self.victim.cells else size
+        return list(self._label_sizes(size))[-1 if self.victim.cells else 0]
 
-    def _label_sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    def _label_sizes(self, size: tuple[int, int]) -> dict[tuple[int, int], str]:
         """The sizes that a label map for an image of a size (H, W) may have, and whose they are."""
         _, height, width = self.maps[size]
-        return {"the image": size, "the model's score map": (height, width)}
+        of_scores = {(height, width): "the model's score map"}
+        fits = height <= size[0] and width <= size[1]  # scores are enlarged only
+        return {size: "the image"} | of_scores if fits else of_scores
 
     def _score_map(self, job: Job) -> tuple[int, int, int]:
         image = files.read_image(job.image).to(self.device)
@@ -218,11 +218,16 @@ def find_labels(request: Request, image: Path) -> Path | None:
     return path
 
 
-def read_labels(path: Path, num_classes: int, sizes: dict[str, tuple[int, int]]) -> Tensor:
-    """A label map (h, w) of one of some sizes, by whose they are."""
+def size_of(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image (3, H, W)."""
+    return image.shape[1], image.shape[2]
+
+
+def read_labels(path: Path, num_classes: int, sizes: dict[tuple[int, int], str]) -> Tensor:
+    """A label map (h, w) of one of some sizes, each with whose it is."""
     labels = files.read_label_map(path)
-    if tuple(labels.shape) not in sizes.values():
-        allowed = {f"{w} x {h} pixels, the size of {whose}": 0 for whose, (h, w) in sizes.items()}
+    if tuple(labels.shape) not in sizes:
+        allowed = [f"{w} x {h} pixels, the size of {whose}" for (h, w), whose in sizes.items()]
         raise ValueError(
             f"label map {path} must have {' or '.join(allowed)}, "
             f"got {labels.shape[1]} x {labels.shape[0]}"

@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -212,8 +212,8 @@ class Slots:
         at = slice(first, last)
         self.tags[at] = tags
         self.since[at] = [self.iteration] * len(tags)
-        self.x[at] = images if start is None else start
-        self.origin[at] = images
+        self.x[at] = (images if start is None else start).detach()
+        self.origin[at] = images.detach()
         self.labels[at] = labels
         self.running[at] = True
         self.updates[at] = 0
@@ -453,10 +453,9 @@ def run(
             callback(update, of_all)
 
     slots = Slots(reader, settings, total, images[0], labels[0], report)
-    begin = None if start is None else start.detach()
-    slots.admit(list(range(total)), images.detach(), labels, assign, begin)
+    slots.admit(list(range(total)), images, labels, assign, start)
     outcomes: dict[int, Outcome] = {}
-    with native.freed_memory_kept():
+    with native.freed_memory_kept() if slots.synchronous else nullcontext():
         while len(outcomes) < total:
             slots.iterate()
             done = slots.finished()

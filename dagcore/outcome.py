@@ -86,14 +86,14 @@ def attack_images(
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> list[Outcome]:
     """Attack a batch of images and measure what came of each."""
-    num_classes = predict(victim, images[:1]).shape[1]
+    clean = predict(victim, images)
     size = (labels.shape[1], labels.shape[2])
     result = attack(victim, images, labels, adversarial_labels, generator, callback=callback)
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
     left = attack.count_active(victim, rounded, labels, drawn)
-    counted = reference.targets(num_classes, labels, drawn, attack.goal, attack.ignore_index)
-    predicted = see(victim, images, size)
+    counted = reference.targets(clean.shape[1], labels, drawn, attack.goal, attack.ignore_index)
+    predicted = argmax_bilinear(clean, size, align_corners=victim.align_corners)
     attacked = see(victim, result.adversarial, size)
     rounded_perceptibility = perceptibility(rounded - images)
     return [

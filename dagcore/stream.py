@@ -27,7 +27,7 @@ class Sample:
     adversarial_labels: Tensor | str | None = None
     """(*T), or how to choose them; None for "permutation"."""
     start: Tensor | None = None
-    """(3, H, W), where to begin, if not at the image itself."""
+    """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
 

@@ -366,6 +366,14 @@ def test_start_goes_on_where_another_attack_ended(backend: str) -> None:
 
 
 @BACKENDS
+def test_start_must_lie_in_the_ball(backend: str) -> None:
+    attack = DAG(epsilon=4 / 255, max_iter=0, backend=backend)
+    attack(ConvNet(), X, L, "runner-up", start=X + 4 / 255)
+    with pytest.raises(ValueError, match=r"start must lie within epsilon=0.0156863 of images"):
+        attack(ConvNet(), X, L, "runner-up", start=X + 5 / 255)
+
+
+@BACKENDS
 def test_max_iter_0(backend: str) -> None:
     model, images = ConvNet(), some_images(dtype=torch.float32)
     labels = predictions(model, images)

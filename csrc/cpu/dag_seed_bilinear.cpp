@@ -64,8 +64,8 @@ struct Arithmetic<double> {
 };
 
 // One low-resolution row of every class, (C, padded): its scores, and of each score and its right
-// neighbour the smaller and the larger; infinite where one of the two is not finite, so that the
-// class is never ruled out and rules none out.
+// neighbour the smaller and the larger; infinite where their sum is not finite, so that the class
+// is never ruled out and rules none out.
 template <typename Real>
 struct Row {
   std::vector<Real> scores, least, most;
@@ -517,11 +517,11 @@ int32_t only_winner(const Map<T>& map, int64_t x, const Band<T>& band) {
   return finite ? c : kUncounted;
 }
 
+// `only` is the cell's only winner, or kUncounted.
 template <typename T, bool kRunnerUp>
-void find_winners(const Map<T>& map, int64_t x, Band<T>* band) {
+void find_winners(const Map<T>& map, int64_t x, int32_t only, Band<T>* band) {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  const int32_t only = kRunnerUp ? kUncounted : only_winner(map, x, *band);
   if (only >= 0) {
     return run_simd<OneWinner<Real, Index>>(map.simd, static_cast<Index>(only), &band->tile);
   }
@@ -666,7 +666,7 @@ uint32_t seed_segment(const BilinearCall& call, const Map<T>& map,
       run_simd<TakeLabels<Index>>(map.simd, rows.adversarial.data(), rows.width, y, x,
                                   tile.adversarial);
     }
-    find_winners<T, kRunnerUp>(map, x.low, band);
+    find_winners<T, kRunnerUp>(map, x.low, only, band);
     uint32_t here = 0;
     run_simd<Judge<Real, Index, kRunnerUp>>(map.simd, call.reach, &tile, &here);
     active |= here & kOutOfRangeFlag;
@@ -695,6 +695,7 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
                                  source.type, maps.stride(2), static_cast<int>(rows.width),
                                  call.rule, into + i * rows.width);
     }
+    if (kRunnerUp) return;  // every pixel has its own
     run_simd<FindChanges<Index>>(map.simd, into, rows.width, y.count, first, rows.down.data(),
                                  rows.across.data());
   };
@@ -818,7 +819,7 @@ void argmax_all(const Tensor& scores, bool align_corners, const Tensor& labels) 
         }
         for (const Segment& x : map.xs) {
           tile.weights = &band->weights_of(map.simd, y, x);
-          find_winners<T, false>(map, x.low, band.get());
+          find_winners<T, false>(map, x.low, only_winner(map, x.low, *band), band.get());
           for (int i = 0; i < y.count; ++i) {
             std::copy_n(tile.best_class + i * x.count, x.count,
                         out + (n * height + y.begin + i) * width + x.begin);

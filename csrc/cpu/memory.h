@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -29,13 +28,13 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 // Freed memory stays with the process, to be allocated again, or goes back to the system. glibc
-// maps what is larger than 32 MiB anew each time. Does nothing with another C library.
+// maps what is larger than a threshold anew each time. Does nothing with another C library.
 inline void keep_freed_memory(bool keep) {
 #if defined(__GLIBC__)
-  constexpr int kNever = std::numeric_limits<int>::max();
-  constexpr int kUsual = 32 << 20;  // where glibc's own threshold ends in a program with tensors
-  mallopt(M_MMAP_THRESHOLD, keep ? kNever : kUsual);
-  mallopt(M_TRIM_THRESHOLD, keep ? kNever : 2 * kUsual);
+  constexpr int kUsual = 32 << 20;  // where glibc's moving threshold ends in a program with tensors
+  mallopt(M_MMAP_THRESHOLD, kUsual);
+  mallopt(M_MMAP_MAX, keep ? 0 : 65536);  // glibc's default
+  mallopt(M_TRIM_THRESHOLD, keep ? -1 : 2 * kUsual);
   if (!keep) malloc_trim(0);
 #else
   static_cast<void>(keep);

@@ -52,7 +52,7 @@ def _projections(head: Any) -> Any:
 
 
 def _convolution(weight: Tensor, like: Tensor) -> nn.Conv2d:
-    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
+    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
     convolution.weight = nn.Parameter(weight[:, :, None, None].to(like), requires_grad=False)
     return convolution
 
@@ -75,7 +75,8 @@ def is_mergeable(head: Any) -> bool:
     return (
         kind.__name__ == "SegformerDecodeHead"
         and kind.__module__.startswith("transformers.")
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())
+        and "forward" not in vars(head)
         # Otherwise its last level comes as a sequence.
         and head.config.reshape_last_stage is not False
     )

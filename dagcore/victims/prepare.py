@@ -49,6 +49,7 @@ class Prepared(nn.Module):
         self.align_corners = bool(getattr(like, "align_corners", False))
         self.classes: tuple[str, ...] | None = getattr(like, "classes", None)
         self.palette: tuple[tuple[int, int, int], ...] | None = getattr(like, "palette", None)
+        self.cells = bool(getattr(like, "cells", False))
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def prepare(
         fold_batch_norm: fold each batch norm into the convolution before it, where a run on
             `example` shows that this changes nothing; the network is run three times for it.
         merge_linear: multiply out the linear layers of SegFormer's decode head, so that they work
-            at the size of each level; no other network has them.
+            at the size of each level; other networks are left as they are.
         channels_last: lay out weights and images with the channels last in memory; None: where
             convolutions hold at least half of the weights (it slows other networks), and for a
             merged SegFormer.

@@ -260,4 +260,5 @@ def _custom(spec: str) -> Victim:
         network,
         classes=getattr(network, "classes", None),
         palette=getattr(network, "palette", None),
+        cells=bool(getattr(network, "cells", False)),
     )
