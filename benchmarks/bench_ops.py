@@ -82,6 +82,7 @@ def test_dag_seed(
     )
 
 
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8], ids=name_of)
 @pytest.mark.parametrize("kind", ["random", "smooth"])
 @pytest.mark.parametrize(
     ("shape", "size"),
@@ -89,7 +90,12 @@ def test_dag_seed(
     ids=str,
 )
 def test_bilinear(
-    benchmark: BenchmarkFixture, rows: Rows, shape: tuple[int, ...], size: int, kind: str
+    benchmark: BenchmarkFixture,
+    rows: Rows,
+    shape: tuple[int, ...],
+    size: int,
+    kind: str,
+    label_dtype: torch.dtype,
 ) -> None:
     """Low-resolution scores, all targets still right; the floor is `clone` of scores and labels."""
     generator = torch.Generator().manual_seed(0)
@@ -98,9 +104,9 @@ def test_bilinear(
         coarse = torch.randn(*shape[:2], 8, 8, generator=generator)
         scores = torch.nn.functional.interpolate(coarse, shape[2:], mode="bicubic")
     scores = scores.to(rows.device)
-    labels = dagcore.ops.argmax_bilinear(scores, (size, size))
+    labels = dagcore.ops.argmax_bilinear(scores, (size, size)).to(label_dtype)
     adversarial = (labels + 1) % shape[1]
-    case = f"{'x'.join(map(str, shape))} -> {size} {kind}"
+    case = f"{'x'.join(map(str, shape))} -> {size} {kind}, labels {name_of(label_dtype)}"
     compare(
         benchmark,
         rows,
@@ -112,7 +118,8 @@ def test_bilinear(
             "floor": lambda: (scores.clone(), labels.clone(), adversarial.clone()),
         },
     )
-    compare_argmax(rows, case, scores, (size, size))
+    if label_dtype == torch.int64:
+        compare_argmax(rows, f"{'x'.join(map(str, shape))} -> {size} {kind}", scores, (size, size))
 
 
 def compare_argmax(rows: Rows, case: str, scores: torch.Tensor, size: tuple[int, int]) -> None:

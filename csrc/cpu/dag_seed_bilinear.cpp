@@ -677,17 +677,33 @@ uint32_t seed_segment(const BilinearCall& call, const Map<T>& map,
   return active;
 }
 
+// What a thread needs to seed bands, one after the other.
+template <typename T, bool kRunnerUp>
+struct Workshop {
+  using Real = typename Arithmetic<T>::Real;
+  using Index = typename Arithmetic<T>::Index;
+  Band<T> band;
+  LabelRows<Index, kRunnerUp> rows;
+  std::vector<Real> sums[2];  // of the rows of the cells' upper and lower corners, (C, w)
+
+  Workshop(const Map<T>& map, int64_t width)
+      : band(map.classes, map.width, map.padded),
+        rows(width),
+        sums{std::vector<Real>(map.classes * map.width),
+             std::vector<Real>(map.classes * map.width)} {}
+};
+
 // One band of one image: counts its active pixels and seeds its low-resolution rows.
 template <typename T, bool kRunnerUp>
 uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSource& labels,
                    const LabelSource& adversarial, int64_t n, int64_t index,
-                   SharedRows<T>* shared) {
+                   Workshop<T, kRunnerUp>* workshop, SharedRows<T>* shared) {
   using Real = typename Arithmetic<T>::Real;
   using Index = typename Arithmetic<T>::Index;
-  const auto band = std::make_unique<Band<T>>(map.classes, map.width, map.padded);
   const size_t begin = map.band_begin[index], end = map.band_begin[index + 1];
-  std::vector<Real> sums[2] = {std::vector<Real>(shared->row), std::vector<Real>(shared->row)};
-  LabelRows<Index, kRunnerUp> rows(call.labels.size(2));
+  LabelRows<Index, kRunnerUp>& rows = workshop->rows;
+  std::vector<Real>(&sums)[2] = workshop->sums;
+  for (std::vector<Real>& sum : sums) std::fill(sum.begin(), sum.end(), Real{0});
   const auto read = [&](auto reader, const LabelSource& source, const Tensor& maps,
                         const Segment& y, bool first, Index* into) {
     for (int i = 0; i < y.count; ++i) {
@@ -704,14 +720,14 @@ uint32_t seed_band(const BilinearCall& call, const Map<T>& map, const LabelSourc
   for (size_t s = begin; s < end; ++s) {
     const Segment& y = map.ys[s];
     if (s == begin || y.low != map.ys[s - 1].low) {
-      open_row<T, kRunnerUp>(map, n, y, s == begin ? -1 : map.ys[s - 1].high, band.get());
+      open_row<T, kRunnerUp>(map, n, y, s == begin ? -1 : map.ys[s - 1].high, &workshop->band);
     }
     read(ReadLabels<Index, false>{}, labels, call.labels, y, true, rows.labels.data());
     if (!kRunnerUp) {
       read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, false,
            rows.adversarial.data());
     }
-    const uint32_t here = seed_segment(call, map, rows, y, band.get(),
+    const uint32_t here = seed_segment(call, map, rows, y, &workshop->band,
                                        {sums[0].data(), sums[y.high != y.low].data(), map.width});
     active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
     if (s + 1 < end && map.ys[s + 1].low == y.low) continue;
@@ -767,10 +783,11 @@ void seed_all(const BilinearCall& call) {
   SharedRows<T> shared(map);
   const int64_t bands = map.bands();
   torch::stable::parallel_for(0, map.images * bands, 1, [&](int64_t begin, int64_t end) {
+    const auto workshop = std::make_unique<Workshop<T, kRunnerUp>>(map, call.labels.size(2));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / bands;
-      const uint32_t sum =
-          seed_band<T, kRunnerUp>(call, map, labels, adversarial, n, item % bands, &shared);
+      const uint32_t sum = seed_band<T, kRunnerUp>(call, map, labels, adversarial, n, item % bands,
+                                                   workshop.get(), &shared);
       if (sum & kOutOfRangeFlag) __atomic_fetch_or(&active[n], kOutOfRangeFlag, __ATOMIC_RELAXED);
       __atomic_fetch_add(&active[n], sum & ~kOutOfRangeFlag, __ATOMIC_RELAXED);
     }
