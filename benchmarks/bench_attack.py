@@ -387,6 +387,8 @@ def plot(record: list[dict[str, Any]], path: Path) -> None:
             values = [1e3 * statistics.median(row["seconds"][side]) for row in points]
             panel.plot([row["value"] for row in points], values, marker="o", label=side[:-3])
         panel.set(xlabel=name, ylabel="ms", xscale="log", yscale="log")
+        panel.set_xticks([row["value"] for row in points], [str(row["value"]) for row in points])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
