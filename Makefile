@@ -20,6 +20,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet transformers
 	$(BIN)/python -m pip install --quiet --no-deps adv-lib
 	$(BIN)/python benchmarks/bench_attack.py iteration --rounds 3 --save iteration-cpu
+	$(BIN)/python benchmarks/bench_attack.py preparation --save preparation-cpu
 	$(BIN)/python benchmarks/bench_attack.py convergence --networks deeplabv3_mobilenet_v3_large \
 		--tolerance 0.01 --bf16 --rounds 1 --save convergence-deeplab-cpu
 	$(BIN)/python benchmarks/bench_attack.py convergence --networks demo --side 256 --bf16 \

@@ -1,9 +1,10 @@
 """Whole iterations and whole attacks: the engine beside the bare network and beside its peers.
 
-    python benchmarks/bench_attack.py iteration | convergence | memory | scaling [options]
+    python benchmarks/bench_attack.py iteration | preparation | convergence | memory | scaling
 
 iteration    one update by the engine, against the bare network's forward pass and input gradient:
              as users run it, and with freed memory kept, as attacks keep it
+preparation  forward pass and input gradient with each of `victims.prepare`'s options
 convergence  photographs attacked until none of their targets is active (or at most a share of them,
              --tolerance: on random weights the last of them push each other back and forth),
              images per second, against the reference loop and the `dag` of adv-lib
@@ -97,6 +98,40 @@ def iteration(options: argparse.Namespace) -> None:
             rows.append(row)
             record.append({**row, "seconds": times})
             print(row, flush=True)
+    save(options.save, options.device, rows, record, options.command)
+
+
+def preparation(options: argparse.Namespace) -> None:
+    """Each option alone, then all of the default's together, then what may be added to it."""
+    alone = {"low_resolution": False, "fold_batch_norm": False, "merge_linear": False}
+    variants: dict[str, dict[str, Any]] = {
+        "low resolution": alone | {"low_resolution": None, "channels_last": False},
+        "folded": alone | {"fold_batch_norm": True, "channels_last": False},
+        "merged": alone | {"merge_linear": True, "channels_last": False},
+        "channels last": alone | {"channels_last": True},
+        "default": {},
+        "default, bf16": {"bf16": True},
+        "default, compiled": {"compile": True},
+    }
+    rows, record = [], []
+    for name in chosen(NETWORKS, options.networks):
+        model = NETWORKS[name]().to(options.device)
+        images = photographs(1, options.side, options.side).to(options.device)
+        sides = {"bare": bare_iteration(model, images)}
+        sides |= {
+            variant: bare_iteration(victims.prepare(model, **settings), images)
+            for variant, settings in variants.items()
+        }
+        with native.freed_memory_kept():
+            times = alternate(sides, options.rounds, warmup=2, device=options.device)
+        own = statistics.median(times["bare"])
+        rows.append({"network": name, "bare ms": spread(times["bare"], 1e3)})
+        rows[-1] |= {
+            f"bare / {variant}": f"{own / statistics.median(times[variant]):.2f}"
+            for variant in variants
+        }
+        record.append({"network": name, "seconds": times})
+        print(rows[-1], flush=True)
     save(options.save, options.device, rows, record, options.command)
 
 
@@ -396,6 +431,7 @@ def plot(record: list[dict[str, Any]], path: Path) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "iteration": iteration,
+    "preparation": preparation,
     "convergence": convergence,
     "memory": memory,
     "scaling": scaling,

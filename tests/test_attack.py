@@ -780,9 +780,8 @@ def page_faults(allocations: int) -> int:
     native.module is None or platform.libc_ver()[0] != "glibc", reason="needs glibc"
 )
 def test_freed_memory_is_kept_during_an_attack_and_given_back_after_it() -> None:
-    page_faults(1)
     with native.freed_memory_kept():
-        page_faults(1)
+        page_faults(4)  # the heap grows to what is needed
         with native.freed_memory_kept():
             pass
         kept = page_faults(8)  # still kept: the inner block was not the last
@@ -791,11 +790,12 @@ def test_freed_memory_is_kept_during_an_attack_and_given_back_after_it() -> None
 
     def model(images: Tensor) -> Tensor:
         seen.append(page_faults(4))
-        return images[:, :2] - 0.5
+        return images[:, :2] + torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
 
     images = torch.full((1, 3, 2, 2), 0.5)
     DAG(max_iter=4)(model, images, torch.zeros(1, 2, 2, dtype=torch.int64), "runner-up")
-    assert max(seen[1:]) < page_faults(4) / 4
+    assert len(seen) == 5
+    assert min(seen) < page_faults(4) / 4
 
 
 # --- wrong arguments of the call
