@@ -130,6 +130,7 @@ def iteration_arguments(device: torch.device) -> tuple[Tensor, ...]:
     return images, origin, *(t.to(device) for t in (scores, labels, adversarial))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) -> None:
     arguments = iteration_arguments(device)
@@ -161,6 +162,7 @@ def bilinear_arguments(
     return [t.to(device) for t in (scores, labels.clamp(max=most), adversarial.clamp(max=most))]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_bilinear_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) -> None:
     arguments = bilinear_arguments(device)
