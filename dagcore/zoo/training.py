@@ -48,7 +48,7 @@ class Recipe:
     """How an architecture is trained."""
 
     samples: int
-    """Images to see, repeats counted: eight to twenty minutes of one core."""
+    """Images to see, repeats counted."""
     batch: int
     learning_rate: float
     """At its peak: it rises linearly for a short while and falls as a cosine to 0."""
