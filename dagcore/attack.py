@@ -54,6 +54,10 @@ class Result:
     """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 once an image stopped."""
     perceptibility: Tensor
     """(N,) sqrt(mean over pixels of ||r_k||_2^2), in units of the [0, 1] range."""
+    targets: Tensor
+    """(N,) int32, targets that count: neither ignored nor, for "leave", meant for their label.
+
+    An image that has none is left alone: it is converged from the start."""
     adversarial_labels: Tensor | None
     """The adversarial labels, given or drawn; None for "runner-up"."""
     key: Any = None
@@ -95,6 +99,7 @@ class DAG(engine.Settings):
         adversarial_labels: Tensor | str | None = None,  # (N, *T)
         generator: torch.Generator | None = None,
         *,
+        at: Tensor | None = None,  # (N, *)
         start: Tensor | None = None,  # (N, 3, H, W)
         callback: engine.Callback | None = None,
     ) -> Result:
@@ -111,6 +116,9 @@ class DAG(engine.Settings):
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
                 default), "random" or "runner-up"; see `dagcore.labels.assign`.
             generator: source of the random choices.
+            at: what else the model takes for each image, (N, *) floating point, if anything: it is
+                then called as model(images, at). Detectors take the boxes that their scores are
+                read at; see `dagcore.victims.Detector`.
             start: where to begin, (N, 3, H, W) like `images` and within `epsilon` of them, if not
                 at the images themselves: say, what an attack on a faster victim ended with (then
                 pass its result's `adversarial_labels` too, or others are drawn). The perturbation
@@ -122,6 +130,7 @@ class DAG(engine.Settings):
             TypeError, ValueError: the argument, what was required and what came.
         """
         self._check(images, labels, adversarial_labels, generator)
+        _check_at(model, at, images)
         if start is not None:
             self._check_start(start, images)
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
@@ -134,6 +143,7 @@ class DAG(engine.Settings):
                     images,
                     labels,
                     self._assign(wanted, generator),
+                    at=at,
                     start=start,
                     callback=callback,
                 )
@@ -143,12 +153,13 @@ class DAG(engine.Settings):
             settings = dataclasses.asdict(self)
             del settings["backend"]
             trace = reference.dag(
-                lambda x: reader(x, labels),
+                lambda x, at=None: reader(x, labels, at),
                 images,
                 labels,
                 wanted,
                 align_corners=reader.align_corners,
                 generator=generator,
+                at=at,
                 start=start,
                 **settings,
             )
@@ -198,12 +209,13 @@ class DAG(engine.Settings):
         generator: torch.Generator | None,
     ) -> Iterator[Result]:
         def check(sample: Sample) -> None:
-            image, labels, adversarial = (
+            image, labels, adversarial, at = (
                 value[None] if isinstance(value, Tensor) else value
-                for value in (sample.image, sample.labels, sample.adversarial_labels)
+                for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
             )
             try:
                 self._check(image, labels, adversarial, None)
+                _check_at(model, at, sample.image[None])
                 if sample.start is not None:
                     self._check_start(sample.start, sample.image)
             except (TypeError, ValueError) as error:
@@ -238,15 +250,17 @@ class DAG(engine.Settings):
         images: Tensor,  # (N, 3, H, W)
         labels: Tensor,  # (N, *T)
         adversarial_labels: Tensor | str,  # (N, *T)
+        at: Tensor | None = None,  # (N, *)
     ) -> Tensor:
         """Active targets of given images, (N,) int32: say, after rounding them to 8 bits.
 
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
         self._check(images, labels, adversarial_labels, None)
+        _check_at(model, at, images)
         reader = engine.Reader(model)
         with engine.frozen(model), torch.no_grad():
-            scores = reader(images, labels)
+            scores = reader(images, labels, at)
             adversarial = assign(adversarial_labels, labels, scores.shape[1], self.ignore_index)
             module = ops if self.backend == "native" else reference
             _, active = reference.seed_op(module, scores, labels, reader.align_corners)(
@@ -271,6 +285,7 @@ class DAG(engine.Settings):
             torch.stack([o.active for o in outcomes], dim=1)
             if outcomes
             else torch.empty((self.max_iter + 1, 0), dtype=torch.int32, device=device),
+            torch.tensor([o.targets for o in outcomes], dtype=torch.int32, device=device),
             torch.stack(given) if given else None,
         )
         return self._result(images, trace)
@@ -284,6 +299,7 @@ class DAG(engine.Settings):
             converged=trace.status == reference.CONVERGED,
             status=tuple(_STATUS[code] for code in trace.status.tolist()),
             active=trace.active,
+            targets=trace.targets,
             perceptibility=perceptibility(perturbation, self._range()),
             adversarial_labels=trace.adversarial_labels,
         )
@@ -347,3 +363,18 @@ class DAG(engine.Settings):
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
                 f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images"
             )
+
+
+def _check_at(model: object, at: Any, images: Tensor) -> None:
+    """Raise unless `at` is what the model takes, as far as that can be told."""
+    if at is not None:
+        checks.tensor("at", at, checks.FLOAT_DTYPES)
+        if at.dim() < 1 or len(at) != len(images):
+            raise ValueError(
+                f"at must have one entry for each of {len(images)} images, "
+                f"got shape {tuple(at.shape)}"
+            )
+        checks.device("at", at, "images", images)
+    own = getattr(model, "check_at", None)
+    if own is not None:
+        own(at, images)

@@ -43,7 +43,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dagcore")
 def cli() -> None:
-    """Dense Adversary Generation: adversarial examples against segmentation networks."""
+    """Dense Adversary Generation: adversarial examples for segmentation and detection."""
 
 
 @cli.command(epilog=EXAMPLES)
@@ -52,9 +52,9 @@ def cli() -> None:
     "--model",
     required=True,
     metavar="SPEC",
-    help="The network: one of the zoo's (FCN-VGG, DL-RN101, ...: see dagcore zoo list), a "
-    "torchvision segmentation network (fcn_resnet50, deeplabv3_mobilenet_v3_large, ...), demo, or "
-    "package.module:function for your own.",
+    help="The network: one of the zoo's (DL-VGG, R-FCN-RN50, ...: see dagcore zoo list), a "
+    "segmentation network or detector of torchvision (fcn_resnet50, fasterrcnn_resnet50_fpn, "
+    "...), demo, or package.module:function for your own.",
 )
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder for the output.")
 @click.option(
@@ -67,8 +67,9 @@ def cli() -> None:
     "--labels",
     type=click.Path(exists=True, path_type=Path),
     metavar="FILE|DIR",
-    help="True labels, as an image whose values are classes (255: ignored), or a folder with "
-    "NAME.png for each image.  [default: what the network sees in the clean image]",
+    help="True labels: an image whose values are classes (255: ignored), or a folder with "
+    "NAME.png for each image; for detectors NAME.xml as in VOC, or one .json as in COCO.  "
+    "[default: what the network sees in the clean image]",
 )
 @click.option(
     "--adversarial",
@@ -76,8 +77,8 @@ def cli() -> None:
     show_default=True,
     metavar="HOW",
     help="Adversarial labels: permutation (of the classes, at random), random (each target), "
-    "runner-up, a class (its number or name), or a pattern: circle, square, stripes, text:WORDS, "
-    "mask:FILE. A pattern implies --goal reach.",
+    "runner-up, a class (its number or name), vanish (for detectors: the background), or a "
+    "pattern: circle, square, stripes, text:WORDS, mask:FILE. A pattern implies --goal reach.",
 )
 @click.option(
     "--foreground",
@@ -139,18 +140,18 @@ def attack(**options: Any) -> None:
     For each IMAGE the folder gets NAME.png (the attacked image), NAME.perturbation.safetensors,
     NAME.json (the numbers and all settings) and NAME.figure.png.
     """
-    from .attack_files import Plan, Request
+    from .attack_files import Request, plan
     from .report import Reporter, show_table
 
-    plan = Plan(Request(**options))
+    work = plan(Request(**options))
     outcomes = []
-    with Reporter(len(plan.jobs)) as reporter:
-        names = [job.image.name for job in plan.jobs]
-        for outcome in plan.run(lambda k, m, active: reporter.update(names[k], m, active)):
+    with Reporter(len(work.jobs)) as reporter:
+        names = [job.image.name for job in work.jobs]
+        for outcome in work.run(lambda k, m, active: reporter.update(names[k], m, active)):
             outcomes.append(outcome)
             reporter.finished([outcome])
     show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
-    click.echo(f"written to {plan.request.out}")
+    click.echo(f"written to {work.request.out}")
 
 
 @cli.command()

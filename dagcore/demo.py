@@ -1,9 +1,10 @@
-"""`dagcore demo`: photographs of scikit-image, attacked in three ways."""
+"""`dagcore demo`: photographs of scikit-image and a scene, attacked."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 from . import files
 from .adversary import Adversary, find_class
 from .attack import DAG
-from .attack_files import make_folder
+from .attack_files import Request, make_folder, plan
+from .data import Scenes
 from .info import versions
 from .outcome import Outcome, attack_images, output_files, predict, write
 from .report import Reporter, show_table
@@ -25,6 +27,8 @@ PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket")
 SIZE = (384, 256)  # width, height: 96 targets
 TARGET = "strawberry"
 PATTERN = "circle"
+SCENE = 3  # of the test scenes
+SCENE_NETWORKS = ("DL-VGG", "R-FCN-RN101")
 
 LOOK_AT = """\
 What to look at:
@@ -37,6 +41,8 @@ What to look at:
   {pattern}
     Here each cell counts until it is where it is wanted: {target} in a circle, {background}
     around it.
+  {scenes}
+    A scene as the zoo's networks are trained on, its segmentation and the objects found in it.
 "active after rounding" counts the targets that are active again once the attacked image is
 rounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the attack does."""
 
@@ -55,7 +61,9 @@ class Demo:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.victim: Victim = load("demo")
+        victim = load("demo")
+        assert isinstance(victim, Victim)
+        self.victim = victim
         self.images = photographs()
         self.labels = predict(self.victim, self.images).argmax(1).int()
         assert self.victim.classes is not None
@@ -98,6 +106,23 @@ class Demo:
         return outcomes
 
 
+def _tell(reporter: Reporter, what: str, _: int, update: int, active: int) -> None:
+    reporter.update(what, update, active)
+
+
+def attack_scene(out: Path, reporter: Reporter) -> list[tuple[str, Outcome]]:
+    """Attack a scene with networks of the zoo, as `dagcore attack` does."""
+    path = out / "scene.png"
+    files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
+    rows = []
+    for name in SCENE_NETWORKS:
+        work = plan(Request(images=[path], out=out / name.lower(), model=name))
+        for outcome in work.run(partial(_tell, reporter, name)):
+            reporter.finished([outcome])
+            rows.append((name, outcome))
+    return rows
+
+
 def run(out: Path) -> None:
     """Attack, write, print."""
     demo = Demo(out)
@@ -108,11 +133,13 @@ def run(out: Path) -> None:
         "pattern": (Adversary(PATTERN, demo.target, background), PHOTOGRAPHS[:1]),
     }
     rows = []
-    with Reporter(sum(len(photos) for _, photos in attacks.values())) as reporter:
+    total = sum(len(photos) for _, photos in attacks.values()) + len(SCENE_NETWORKS)
+    with Reporter(total) as reporter:
         for what, (adversary, photos) in attacks.items():
             outcomes = demo.attack(what, adversary, photos, reporter)
             rows += [((p, what), outcome) for p, outcome in zip(photos, outcomes, strict=True)]
-    show_table(("photograph", "attack"), rows)
+        rows += [((f"scene, {name}", "permutation"), o) for name, o in attack_scene(out, reporter)]
+    show_table(("image", "attack"), rows)
     assert demo.victim.classes is not None
     first = PHOTOGRAPHS[0]
     print(
@@ -123,5 +150,8 @@ def run(out: Path) -> None:
             pattern=output_files(out, f"{first}-pattern")["figure"],
             target=TARGET,
             background=demo.victim.classes[background],
+            scenes=" and ".join(
+                str(output_files(out / name.lower(), "scene")["figure"]) for name in SCENE_NETWORKS
+            ),
         )
     )

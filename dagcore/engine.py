@@ -118,13 +118,17 @@ class Reader:
     whose own enlargement aligns corners says so by an attribute `align_corners`.
     """
 
-    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+    def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
         self.align_corners = bool(getattr(model, "align_corners", False))
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size."""
-        scores = read_scores(self.model(images), images)
+    def __call__(self, images: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
+
+        `at` (N, *) is what else the model takes for each image, None where it takes images alone.
+        """
+        output = self.model(images) if at is None else self.model(images, at)
+        scores = read_scores(output, images)
         checks.device("scores of model", scores, "labels", labels)
         score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])
         enlarged = len(score_map) == len(label_map) == 2 and all(
@@ -146,6 +150,7 @@ class Outcome(NamedTuple):
     iterations: int
     status: int
     active: Tensor  # (M + 1,)
+    targets: int
     adversarial_labels: Tensor | None  # (*T), None for the runner-up
 
 
@@ -159,6 +164,7 @@ class Slots:
         capacity: int,
         image: Tensor,  # (*): of the size, dtype and device of all
         labels: Tensor,  # (*T)
+        at: Tensor | None = None,  # (*): likewise
         callback: Callable[[int, list[Any], Tensor], None] | None = None,
     ) -> None:
         self.reader = reader
@@ -170,6 +176,7 @@ class Slots:
         self.x = image.new_zeros((capacity, *image.shape))
         self.origin = torch.zeros_like(self.x)
         self.labels = labels.new_zeros((capacity, *labels.shape))
+        self.at = None if at is None else at.new_zeros((capacity, *at.shape))
         self.adversarial: Tensor | None = None
         self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.updates = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -199,6 +206,7 @@ class Slots:
         images: Tensor,  # (K, *)
         labels: Tensor,  # (K, *T)
         assign: Callable[[Tensor, int], Tensor | str],
+        at: Tensor | None = None,  # (K, *)
         start: Tensor | None = None,  # (K, *)
     ) -> None:
         """Take images into fresh slots, or a single one into a released slot.
@@ -209,15 +217,18 @@ class Slots:
         first = self.free.pop() if self.free and len(tags) == 1 else self.count
         last = first + len(tags)
         self.count = max(self.count, last)
-        at = slice(first, last)
-        self.tags[at] = tags
-        self.since[at] = [self.iteration] * len(tags)
-        self.x[at] = (images if start is None else start).detach()
-        self.origin[at] = images.detach()
-        self.labels[at] = labels
-        self.running[at] = True
-        self.updates[at] = 0
-        self.history[:, at] = -1
+        taken = slice(first, last)
+        self.tags[taken] = tags
+        self.since[taken] = [self.iteration] * len(tags)
+        self.x[taken] = (images if start is None else start).detach()
+        self.origin[taken] = images.detach()
+        self.labels[taken] = labels
+        if at is not None:
+            assert self.at is not None
+            self.at[taken] = at.detach()
+        self.running[taken] = True
+        self.updates[taken] = 0
+        self.history[:, taken] = -1
         self.undrawn.append((first, last, assign))
         if self.num_classes is not None:
             self._draw()
@@ -252,28 +263,28 @@ class Slots:
 
     def evaluate_and_update(self) -> None:
         """The device's part of an iteration; no decision of the host's depends on its outcome."""
-        settings, at = self.settings, slice(0, self.count)
+        settings, taken = self.settings, slice(0, self.count)
         x, labels, running, updates = (
-            self.x[at],
-            self.labels[at],
-            self.running[at],
-            self.updates[at],
+            self.x[taken],
+            self.labels[taken],
+            self.running[taken],
+            self.updates[taken],
         )
         lower, upper = settings.bounds or (None, None)
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            scores = self.reader(leaf, labels)
+            scores = self.reader(leaf, labels, None if self.at is None else self.at[taken])
         if self.num_classes is None:
             self.num_classes = scores.shape[1]
             self._draw()
-        adversarial = "runner-up" if self.adversarial is None else self.adversarial[at]
+        adversarial = "runner-up" if self.adversarial is None else self.adversarial[taken]
         seed, active = seed_op(ops, scores, labels, self.reader.align_corners)(
             scores, labels, adversarial, goal=settings.goal, ignore_index=settings.ignore_index
         )
         self.evaluated, self.active = running.clone(), active
-        history, row = self.history[:, at], updates[None]
+        history, row = self.history[:, taken], updates[None]
         history.scatter_(0, row, torch.where(running, active, history.gather(0, row)[0])[None])
-        done = active <= self.allowed[at]
+        done = active <= self.allowed[taken]
         going = running & ~done & (updates < settings.max_iter)
         moved = going
         if not self.synchronous or bool(going.any()):
@@ -281,7 +292,7 @@ class Slots:
             del scores, seed, leaf  # not to be held through the next forward pass
             norms = ops.linf_step_(
                 x,
-                self.origin[at],
+                self.origin[taken],
                 gradient,
                 torch.where(going, active, 0),
                 gamma=settings.gamma,
@@ -290,7 +301,7 @@ class Slots:
                 epsilon=settings.epsilon,
             )
             moved = going & (step_scale(norms, settings.gamma) > 0)
-        status = self.status[at]
+        status = self.status[taken]
         status.masked_fill_(running & done, CONVERGED)
         status.masked_fill_(running & ~done & ~going, BUDGET)
         status.masked_fill_(going & ~moved, STALLED)
@@ -327,12 +338,19 @@ class Slots:
 
     def outcome(self, slot: int) -> Outcome:
         """What became of a finished slot's image, copied out."""
+        assert self.num_classes is not None
+        one, settings = slice(slot, slot + 1), self.settings
+        adversarial = "runner-up" if self.adversarial is None else self.adversarial[one]
+        counted = targets(
+            self.num_classes, self.labels[one], adversarial, settings.goal, settings.ignore_index
+        )
         return Outcome(
             self.tags[slot],
             self.x[slot].clone(),
             int(self.updates[slot]),
             int(self.status[slot]),
             self.history[:, slot].clone(),
+            int(counted),
             None if self.adversarial is None else self.adversarial[slot].clone(),
         )
 
@@ -350,9 +368,10 @@ class Slots:
         kept = [k for k in range(self.count) if k not in slots]
         index = torch.tensor(kept, dtype=torch.int64)
         per_slot = [self.x, self.origin, self.labels, self.running, self.updates, self.status]
-        per_slot += [self.allowed, *([] if self.adversarial is None else [self.adversarial])]
-        for tensor in per_slot:
-            tensor[: len(kept)] = tensor[index]
+        per_slot += [self.allowed]
+        for tensor in (*per_slot, self.adversarial, self.at):
+            if tensor is not None:
+                tensor[: len(kept)] = tensor[index]
         self.history[:, : len(kept)] = self.history[:, index]
         self.tags[: len(kept)] = [self.tags[k] for k in kept]
         self.since[: len(kept)] = [self.since[k] for k in kept]
@@ -438,6 +457,7 @@ def run(
     labels: Tensor,  # (N, *T)
     assign: Callable[[Tensor, int], Tensor | str],
     *,
+    at: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
     callback: Callback | None = None,
 ) -> list[Outcome]:
@@ -452,8 +472,9 @@ def run(
             of_all[torch.tensor(tags[: len(counts)])] = counts
             callback(update, of_all)
 
-    slots = Slots(reader, settings, total, images[0], labels[0], report)
-    slots.admit(list(range(total)), images, labels, assign, start)
+    first = None if at is None else at[0]
+    slots = Slots(reader, settings, total, images[0], labels[0], first, report)
+    slots.admit(list(range(total)), images, labels, assign, at, start)
     outcomes: dict[int, Outcome] = {}
     with native.freed_memory_kept() if slots.synchronous else nullcontext():
         while len(outcomes) < total:

@@ -1,15 +1,16 @@
-"""The paper's figure of an attack: image, segmentation, perturbation, attacked segmentation."""
+"""The paper's figures of an attack: image, what is seen, perturbation, what is seen after it."""
 
 from __future__ import annotations
 
 import colorsys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -22,6 +23,7 @@ Colours = npt.NDArray[np.uint8]
 Colour = tuple[float, float, float]
 
 SHOWN_CLASSES = 12  # in the legend
+SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
 VOC_CLASSES = 64  # beyond, VOC's colours are too much alike
 PANEL_WIDTH, GAP, LEGEND_ROW = 3.4, 0.1, 0.24  # inches
 DOTS_PER_INCH = 150
@@ -112,25 +114,93 @@ def attack_figure(
     """
     table = shares(predicted, attacked)
     colours = class_colours(table, palette)
-    height, width = image.shape[1:]
-    perturbation = (0.5 + magnify * (adversarial - image)).clamp(0, 1)
     panels = {
         "image": _pixels(image),
         "its segmentation": _painted(predicted, colours),
-        f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}": _pixels(perturbation),
+        _times(magnify): _magnified(adversarial - image, magnify),
         "segmentation after the attack": _painted(attacked, colours),
     }
-    entries = _legend(table, colours, classes)
+    size = (image.shape[1], image.shape[2])
+    figure, _ = _four_panels(panels, size, _legend(table, colours, classes), note)
+    _save(figure, path)
+
+
+def detection_figure(
+    path: Path,
+    *,
+    image: Tensor,
+    adversarial: Tensor,
+    predicted: Mapping[str, Tensor],
+    attacked: Mapping[str, Tensor],
+    classes: Sequence[str] | None = None,
+    note: str = "",
+    magnify: float = 10,
+    least: float = SHOWN_SCORE,
+) -> None:
+    """Write the figure of an attack on a detector as one PNG.
+
+    Args:
+        path: the file.
+        image: (3, H, W) clean image in [0, 1].
+        adversarial: (3, H, W) attacked image.
+        predicted: what the detector finds in `image`: "boxes" (D, 4), "labels" and "scores" (D,).
+        attacked: what it finds in `adversarial`.
+        classes: names for the boxes.
+        note: a line below the panels.
+        magnify: factor by which the perturbation is shown, around grey.
+        least: score from which a detection is drawn.
+    """
+    panels = {
+        "image": _pixels(image),
+        "detections": _pixels(image),
+        _times(magnify): _magnified(adversarial - image, magnify),
+        "detections after the attack": _pixels(adversarial),
+    }
+    figure, axes = _four_panels(panels, (image.shape[1], image.shape[2]), [], note)
+    seen = [
+        {key: value.detach().cpu() for key, value in one.items()} for one in (predicted, attacked)
+    ]
+    highest = max((int(one["labels"].max()) for one in seen if len(one["labels"])), default=0)
+    colours = voc_palette(max(highest + 1, VOC_CLASSES))
+    for axis, one in zip((axes[1], axes[3]), seen, strict=True):
+        order = one["scores"].argsort(stable=True).tolist()  # the best on top
+        for d in order:
+            score = float(one["scores"][d])
+            if score >= least:
+                label = int(one["labels"][d])
+                text = f"{class_name(label, classes)} {score:.2f}"
+                _box(axis, one["boxes"][d].tolist(), text, _colour(colours[label]))
+    _save(figure, path)
+
+
+def _times(magnify: float) -> str:
+    return f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}"
+
+
+def _magnified(perturbation: Tensor, magnify: float) -> npt.NDArray[np.float32]:
+    return _pixels((0.5 + magnify * perturbation).clamp(0, 1))
+
+
+def _four_panels(
+    panels: Mapping[str, npt.NDArray[np.float32]],
+    size: tuple[int, int],
+    entries: Sequence[tuple[Colour | None, str]],
+    note: str,
+) -> tuple[Figure, list[Axes]]:
+    """Panels of images of (height, width) side by side, a legend and a note below."""
+    height, width = size
     rows = -(-len(entries) // len(panels))
     panel_height = PANEL_WIDTH * height / width
     below = 0.2 + LEGEND_ROW * rows + (LEGEND_ROW if note else 0)
     columns = [GAP + k * (PANEL_WIDTH + GAP) for k in range(len(panels))]
-    size = (columns[-1] + PANEL_WIDTH + GAP, below + panel_height + 0.4)
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white")
+    inches = (columns[-1] + PANEL_WIDTH + GAP, below + panel_height + 0.4)
+    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
+    shown = []
     for left, (title, pixels) in zip(columns, panels.items(), strict=True):
-        box = (left / size[0], below / size[1], PANEL_WIDTH / size[0], panel_height / size[1])
-        axes = figure.add_axes(box)
+        box = (left / inches[0], below / inches[1])
+        axes = figure.add_axes((*box, PANEL_WIDTH / inches[0], panel_height / inches[1]))
+        shown.append(axes)
         axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
         axes.set_title(title, fontsize=12, pad=6)
         axes.set_xticks([])
@@ -140,8 +210,31 @@ def attack_figure(
         _entry(figure, columns[column], below - 0.1 - LEGEND_ROW * (row + 0.5), colour, text)
     if note:
         _text(figure, GAP, 0.06 + LEGEND_ROW / 2, note, "0.35")
+    return figure, shown
+
+
+def _save(figure: Figure, path: Path) -> None:
     with whole(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _box(axes: Axes, corners: Sequence[float], text: str, colour: Colour) -> None:
+    """A box with its label, in the pixels of the image."""
+    left, top, right, bottom = corners
+    axes.add_patch(
+        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.8)
+    )
+    light = sum(colour) > 1.6
+    axes.text(
+        left,
+        top,
+        text.replace("$", r"\$"),
+        fontsize=8,
+        color="black" if light else "white",
+        verticalalignment="top",
+        clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+    )
 
 
 def _pixels(image: Tensor) -> npt.NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import engine, figures, files, reference
+from . import engine, figures, files
 from .attack import DAG, Status
 from .ops import argmax_bilinear
 from .perturbation import perceptibility, round_to_8_bits
-from .victims import Victim
+from .victims import Detector, Victim
+
+Seen = Tensor | Mapping[str, Tensor]  # a label map, or detections
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """One attacked image; images (3, H, W) in [0, 1], label maps (h, w)."""
+    """One attacked image, (3, H, W) in [0, 1]."""
 
     name: str
     image: Tensor
     adversarial: Tensor
-    predicted: Tensor
-    """What the network sees in the clean image."""
-    attacked: Tensor
+    predicted: Seen
+    """What the network sees in the clean image: a label map (h, w), or detections."""
+    attacked: Seen
     """What it sees in the attacked image."""
     status: Status
     iterations: int
@@ -50,10 +52,16 @@ class Outcome:
         """The numbers, ready for JSON."""
         maps = ("image", "adversarial", "predicted", "attacked")
         fields = [field.name for field in dataclasses.fields(self) if field.name not in maps]
-        return {name: getattr(self, name) for name in fields}
+        record = {name: getattr(self, name) for name in fields}
+        if isinstance(self.predicted, Mapping) and isinstance(self.attacked, Mapping):
+            for name, seen in (("detections", self.predicted), ("attacked", self.attacked)):
+                record[name] = {key: value.tolist() for key, value in seen.items()}
+        return record
 
     def note(self, goal: str) -> str:
         """The numbers in one line."""
+        if not self.targets:
+            return "no targets: the image is left as it is"
         state = "still right" if goal == "leave" else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
@@ -69,6 +77,15 @@ def predict(victim: Victim, images: Tensor) -> Tensor:
         return engine.read_scores(victim(images), images)
 
 
+def look(victim: Victim | Detector, images: Tensor, size: tuple[int, ...]) -> Sequence[Seen]:
+    """What a network sees in each image: detections, or a label map of a size."""
+    if isinstance(victim, Detector):
+        with engine.frozen(victim), torch.no_grad():
+            found = victim.detect(images)
+        return [{key: value.cpu() for key, value in one.items()} for one in found]
+    return list(see(victim, images, (size[0], size[1])).cpu())
+
+
 def see(victim: Victim, images: Tensor, size: tuple[int, int]) -> Tensor:
     """What the network sees in images (N, 3, H, W), at any size: (N, *size) int64."""
     return argmax_bilinear(predict(victim, images), size, align_corners=victim.align_corners)
@@ -76,37 +93,35 @@ def see(victim: Victim, images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def attack_images(
     attack: DAG,
-    victim: Victim,
+    victim: Victim | Detector,
     images: Tensor,  # (N, 3, H, W)
-    labels: Tensor,  # (N, h, w)
-    adversarial_labels: Tensor | str,  # (N, h, w)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str,  # (N, *T)
     *,
+    at: Tensor | None = None,  # (N, *)
     names: Sequence[str],
     generator: torch.Generator,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> list[Outcome]:
     """Attack a batch of images and measure what came of each."""
-    clean = predict(victim, images)
-    size = (labels.shape[1], labels.shape[2])
-    result = attack(victim, images, labels, adversarial_labels, generator, callback=callback)
+    result = attack(victim, images, labels, adversarial_labels, generator, at=at, callback=callback)
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
-    left = attack.count_active(victim, rounded, labels, drawn)
-    counted = reference.targets(clean.shape[1], labels, drawn, attack.goal, attack.ignore_index)
-    predicted = argmax_bilinear(clean, size, align_corners=victim.align_corners)
-    attacked = see(victim, result.adversarial, size)
+    left = attack.count_active(victim, rounded, labels, drawn, at=at)
+    size = tuple(labels.shape[1:])
+    predicted, attacked = (look(victim, x, size) for x in (images, result.adversarial))
     rounded_perceptibility = perceptibility(rounded - images)
     return [
         Outcome(
             name=name,
             image=images[n].cpu(),
             adversarial=result.adversarial[n].cpu(),
-            predicted=predicted[n].cpu(),
-            attacked=attacked[n].cpu(),
+            predicted=predicted[n],
+            attacked=attacked[n],
             status=result.status[n],
             iterations=int(result.iterations[n]),
             active=[count for count in result.active[:, n].tolist() if count >= 0],
-            targets=int(counted[n]),
+            targets=int(result.targets[n]),
             active_after_rounding=int(left[n]),
             perceptibility=float(result.perceptibility[n]),
             perceptibility_after_rounding=float(rounded_perceptibility[n]),
@@ -127,22 +142,39 @@ def output_files(folder: Path, name: str) -> dict[str, Path]:
 
 
 def write(
-    outcome: Outcome, folder: Path, victim: Victim, *, goal: str, record: dict[str, Any]
+    outcome: Outcome, folder: Path, victim: Victim | Detector, *, goal: str, record: dict[str, Any]
 ) -> None:
     """Write the attacked image, the perturbation, the figure and, last, the record."""
     paths = output_files(folder, outcome.name)
     files.write_image(paths["image"], outcome.adversarial)
     with files.whole(paths["perturbation"]) as temporary:
         save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
-    figures.attack_figure(
-        paths["figure"],
-        image=outcome.image,
-        adversarial=outcome.adversarial,
-        predicted=outcome.predicted,
-        attacked=outcome.attacked,
-        classes=victim.classes,
-        palette=victim.palette,
-        note=outcome.note(goal),
-    )
+    draw(outcome, paths["figure"], victim, note=outcome.note(goal))
     with files.whole(paths["record"]) as temporary:
         temporary.write_text(json.dumps({**outcome.record(), **record}, indent=2) + "\n")
+
+
+def draw(outcome: Outcome, path: Path, victim: Victim | Detector, *, note: str) -> None:
+    """Write the figure of an outcome."""
+    before, after = outcome.predicted, outcome.attacked
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        figures.detection_figure(
+            path,
+            image=outcome.image,
+            adversarial=outcome.adversarial,
+            predicted=before,
+            attacked=after,
+            classes=victim.classes,
+            note=note,
+        )
+    elif isinstance(before, Tensor) and isinstance(after, Tensor):
+        figures.attack_figure(
+            path,
+            image=outcome.image,
+            adversarial=outcome.adversarial,
+            predicted=before,
+            attacked=after,
+            classes=victim.classes,
+            palette=getattr(victim, "palette", None),
+            note=note,
+        )

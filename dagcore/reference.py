@@ -24,11 +24,12 @@ class Trace(NamedTuple):
     iterations: Tensor  # (N,) int32, updates applied
     status: Tensor  # (N,) int8: CONVERGED, BUDGET or STALLED
     active: Tensor  # (M + 1, N) int32, active targets at each evaluation, -1 once stopped
+    targets: Tensor  # (N,) int32, those that count
     adversarial_labels: Tensor | None  # (N, *T), None for the runner-up
 
 
 def dag(
-    scores_of: Callable[[Tensor], Tensor],
+    scores_of: Callable[..., Tensor],
     images: Tensor,  # (N, *)
     labels: Tensor,  # (N, *T)
     adversarial_labels: Tensor | str,  # (N, *T)
@@ -42,12 +43,13 @@ def dag(
     ignore_index: int = 255,
     align_corners: bool = False,
     generator: torch.Generator | None = None,
+    at: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
 ) -> Trace:
     """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
 
     `scores_of` maps images (N, *) to scores (N, C, *T), or to smaller maps (N, C, h, w) that are
-    enlarged to the labels.
+    enlarged to the labels. Where there is an `at`, it is called with that as well.
     """
     lower, upper = bounds or (None, None)
     begin = images if start is None else start
@@ -57,11 +59,13 @@ def dag(
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
     live = torch.arange(len(x), device=x.device)  # the images that still run
     allowed = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    counted = torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
     for m in range(max_iter + 1 if len(x) else 0):
         x_m = x[live]
         with torch.enable_grad():
-            scores = scores_of(x_m.requires_grad_())
+            x_m.requires_grad_()
+            scores = scores_of(x_m) if at is None else scores_of(x_m, at[live])
         if m == 0:
             adversarial_labels = assign(
                 adversarial_labels, labels, scores.shape[1], ignore_index, generator
@@ -105,7 +109,7 @@ def dag(
             break
 
     drawn = None if isinstance(adversarial_labels, str) else adversarial_labels
-    return Trace(x, iterations, status, history, drawn)
+    return Trace(x, iterations, status, history, counted.int(), drawn)
 
 
 def seed_op(

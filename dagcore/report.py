@@ -76,7 +76,7 @@ def figures_of(outcome: Outcome) -> list[str]:
     return [
         str(outcome.targets),
         str(outcome.iterations),
-        str(outcome.status),
+        str(outcome.status) if outcome.targets else "no targets",
         str(outcome.active[-1]),
         str(outcome.active_after_rounding),
         f"{outcome.perceptibility:.2e}",

@@ -26,6 +26,8 @@ class Sample:
     """(*T) uint8, int32 or int64."""
     adversarial_labels: Tensor | str | None = None
     """(*T), or how to choose them; None for "permutation"."""
+    at: Tensor | None = None
+    """What else the model takes for the image, such as boxes; see `DAG.__call__`."""
     start: Tensor | None = None
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
@@ -152,31 +154,40 @@ class Stream:
         if not isinstance(sample, Sample):
             raise TypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         self.check(sample)
-        image, labels, adversarial, start = (
+        image, labels, adversarial, at, start = (
             value.to(self.device, non_blocking=True)
             if isinstance(value, Tensor) and self.device is not None
             else value
-            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.start)
+            for value in (
+                sample.image,
+                sample.labels,
+                sample.adversarial_labels,
+                sample.at,
+                sample.start,
+            )
         )
         assert isinstance(image, Tensor)
         assert isinstance(labels, Tensor)
+        assert at is None or isinstance(at, Tensor)
         assert start is None or isinstance(start, Tensor)
         moved = dataclasses.replace(
             sample, image=image, labels=labels, adversarial_labels=adversarial, start=start
         )
         kind = adversarial.dtype if isinstance(adversarial, Tensor) else adversarial == "runner-up"
-        key = (image.shape, image.dtype, image.device, labels.shape, labels.dtype, kind)
+        more = None if at is None else (at.shape, at.dtype)
+        key = (image.shape, image.dtype, image.device, labels.shape, labels.dtype, kind, more)
         if key not in self.groups:
             # Sizes that nobody has any more make room, or memory would grow with their number.
             self.groups = {k: group for k, group in self.groups.items() if group.in_flight}
             with torch.inference_mode(False):
-                self.groups[key] = Slots(self.reader, self.settings, self.slots, image, labels)
+                self.groups[key] = Slots(self.reader, self.settings, self.slots, image, labels, at)
         with torch.inference_mode(False):
             self.groups[key].admit(
                 [sample],
                 image[None],
                 labels[None],
                 self.assign(moved),
+                at=None if at is None else at[None],
                 start=None if start is None else start[None],
             )
 

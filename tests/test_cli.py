@@ -374,9 +374,13 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dagcore.demo.SIZE", (192, 128))
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("converged") == 3
+    assert shown.count("converged") >= 3
     for attack in ("permutation", "one-class", "pattern"):
         numbers = json.loads((tmp_path / f"demo/chelsea-{attack}.json").read_text())
         assert numbers["active"][-1] == 0
         assert str(tmp_path / f"demo/chelsea-{attack}.figure.png") in shown
         assert (tmp_path / f"demo/chelsea-{attack}.figure.png").exists()
+    for network in ("dl-vgg", "r-fcn-rn101"):
+        assert str(tmp_path / f"demo/{network}/scene.figure.png") in shown
+        numbers = json.loads((tmp_path / f"demo/{network}/scene.json").read_text())
+        assert numbers["active"][0] > numbers["active"][-1]

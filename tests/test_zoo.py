@@ -229,7 +229,10 @@ def test_r_fcn_votes_are_means_over_the_parts_of_a_box(box, cells):
         conv4 = network.backbone(x)
         pooled = heads.box_roi_pool({"0": conv4}, [torch.tensor([box]).float()], [(128, 160)])
         scores, offsets = heads.box_predictor(heads.box_head(pooled))
-        maps = heads.box_roi_pool.score_maps(conv4)[0]
+        own = heads.box_roi_pool
+        reduced = own.conv_new_1(own.layer4(conv4)).relu()
+        maps = torch.cat([own.rfcn_cls(reduced), own.rfcn_bbox(reduced)], 1)[0]
+        assert torch.equal(own.score_maps(conv4)[0], maps[: 5 * 49])
     assert conv4.shape[2:] == maps.shape[1:] == (8, 10)
     assert pooled.shape == (1, 9, 7, 7)
     x1, y1, x2, y2 = cells

@@ -257,7 +257,7 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
     capfd.readouterr()
     assert main([*attack, "DL-VGG"]) == 2
     assert "DL-VGG has no weights in" in capfd.readouterr().err
-    assert main([*attack, "FR-ZF-07"]) == 2
+    assert main([*attack, "FR-XX-07"]) == 2
     assert "model must be 'demo'" in capfd.readouterr().err
 
 

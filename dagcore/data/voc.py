@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -130,7 +130,7 @@ class VOC(Dataset[Example]):
         image = read_image(item.image)
         height, width = image.shape[1:]
         if self.task == "detection":
-            return Example(item.key, image, None, *_read_boxes(item.truth, height, width))
+            return Example(item.key, image, None, *read_voc_boxes(item.truth, (height, width)))
         mask = _read_mask(item.truth)
         if mask.shape != (height, width):
             raise ValueError(
@@ -239,8 +239,24 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("a DOCTYPE is not allowed")
 
 
-def _read_boxes(path: Path, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (K, 4), labels (K,) and difficult flags (K,) of an annotation."""
+def read_voc_boxes(
+    path: Path, size: tuple[int, int], classes: Sequence[str] = VOC_CLASSES
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The objects of an annotation in VOC's XML.
+
+    Args:
+        path: the file.
+        size: (height, width) of its image.
+        classes: names of the classes, the background first.
+
+    Returns:
+        Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no annotation, or not one of such an image and such classes.
+    """
+    height, width = size
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     boxes, labels, difficult = [], [], []
@@ -248,14 +264,16 @@ def _read_boxes(path: Path, height: int, width: int) -> tuple[Tensor, Tensor, Te
         tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
         for thing in tree.getroot().iterfind("object"):
             name = thing.findtext("name", "").strip()
-            if name not in VOC_CLASSES[1:]:
-                raise ValueError(f"an object's name must be one of VOC's classes, got {name!r}")
+            if name not in classes[1:]:
+                raise ValueError(
+                    f"an object's name must be one of {', '.join(classes[1:])}, got {name!r}"
+                )
             corners = [thing.findtext(f"bndbox/{c}", "") for c in ("xmin", "ymin", "xmax", "ymax")]
             left, top, right, bottom = map(float, corners)
             if not (1 <= left <= right <= width and 1 <= top <= bottom <= height):
                 raise ValueError(f"a box must lie in the image ({width} x {height}), got {corners}")
             boxes.append([left - 1, top - 1, right, bottom])
-            labels.append(VOC_CLASSES.index(name))
+            labels.append(classes.index(name))
             difficult.append(bool(int(thing.findtext("difficult", "0"))))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"annotation {path} cannot be read: {error}") from error

@@ -1,7 +1,9 @@
 """Networks to attack: images in [0, 1] in, scores before softmax out."""
 
+from .detection import Detector, Targets, detector
 from .low_resolution import low_resolution
+from .named import load
 from .prepare import prepare
-from .segmentation import Victim, load
+from .segmentation import Victim
 
-__all__ = ["Victim", "load", "low_resolution", "prepare"]
+__all__ = ["Detector", "Targets", "Victim", "detector", "load", "low_resolution", "prepare"]

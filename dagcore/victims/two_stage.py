@@ -1,0 +1,220 @@
+"""Two-stage detectors: the classifier's scores at proposals that are fixed on the clean image."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .detection import Detector, check_boxes, put, rescale
+from .segmentation import need
+
+ROWS = 1024  # boxes that pass the head at a time
+
+
+def understands(network: nn.Module) -> bool:
+    """Whether a network is one of torchvision's two-stage detectors, or built on one."""
+    detection = sys.modules.get("torchvision.models.detection")  # not there: none of its networks
+    return detection is not None and isinstance(network, detection.faster_rcnn.GeneralizedRCNN)
+
+
+class TwoStage(Detector):
+    """torchvision's Faster R-CNN family, with and without FPN, and R-FCN.
+
+    `at` are the boxes, (N, P, 4) in pixels of the images; rows of NaN are padding, whose scores
+    are 0 and mean nothing.
+
+    Args:
+        network: a torchvision GeneralizedRCNN.
+        classes: names of the classes.
+        active_only: send only the active boxes back through the head. None: on the CPU. Elsewhere
+            that waits for the device in each iteration, and keeps it from being captured as a
+            CUDA graph.
+        rows: boxes that pass the head at a time; bounds its memory.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Sequence[str] | None = None,
+        *,
+        active_only: bool | None = None,
+        rows: int = ROWS,
+    ) -> None:
+        super().__init__(network, classes)
+        checks.integer("rows", rows, at_least=1)
+        self.active_only, self.rows = active_only, rows
+
+    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
+        if at is None:
+            raise ValueError("at must be boxes (N, P, 4) for a two-stage detector, got None")
+        transformed, _ = self.network.transform(list(images))
+        maps = self._maps(transformed.tensors)
+        sizes = transformed.image_sizes
+        boxes = rescale(at, [(images.shape[-2], images.shape[-1])] * len(images), sizes)
+        present = ~boxes[..., 0].isnan()
+        if images.device.type == "cpu":
+            lists = [own[there] for own, there in zip(boxes, present, strict=True)]
+        else:
+            lists = list(boxes.nan_to_num(0.0))
+        scores = self.read(maps, lists, sizes)
+        if len(scores) != present.numel():
+            index = present.flatten().nonzero()[:, 0]
+            scores = scores.new_zeros(present.numel(), scores.shape[1]).index_copy(0, index, scores)
+        return scores.view(*present.shape, scores.shape[1]).transpose(1, 2)
+
+    def read(
+        self,
+        maps: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        sizes: list[tuple[int, int]],
+    ) -> Tensor:
+        """Scores (R, C) at the boxes (R_n, 4) of each image, in pixels of the resized images."""
+        head = Head(self.network.roi_heads, list(maps), sizes, self.rows)
+        active_only = self.active_only
+        if active_only is None:
+            active_only = boxes[0].device.type == "cpu"
+        if active_only:
+            scores: Tensor = _ActiveRows.apply(head, boxes, *maps.values())
+            return scores
+        return head(boxes, list(maps.values()))
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """What the whole detector finds."""
+        found: list[dict[str, Tensor]] = self.network(list(images))
+        return [{key: one[key] for key in ("boxes", "labels", "scores")} for one in found]
+
+    def candidates(
+        self, images: Tensor, nms_threshold: float, max_proposals: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The region network's proposals at another NMS threshold, and their scores."""
+        network, rpn = self.network, self.network.rpn
+        transformed, _ = network.transform(list(images))
+        features = _named(network.backbone(transformed.tensors))
+        before = {**rpn._pre_nms_top_n}
+        before["testing"] = max(before["testing"], 2 * max_proposals)
+        after = {**rpn._post_nms_top_n, "testing": max_proposals}
+        with put(rpn, nms_thresh=nms_threshold, _pre_nms_top_n=before, _post_nms_top_n=after):
+            proposals, _ = rpn(transformed, features)
+        sizes = transformed.image_sizes
+        scores = self.read(self._pooled_from(features), proposals, sizes)
+        raw = (images.shape[-2], images.shape[-1])
+        return [
+            (_inside(rescale(own[None], [size], [raw])[0], raw), of_own)
+            for own, size, of_own in zip(
+                proposals, sizes, torch.split(scores, [len(own) for own in proposals]), strict=True
+            )
+        ]
+
+    def check_at(self, at: Tensor | None, images: Tensor) -> None:
+        """Raise unless `at` are boxes (N, P, 4) inside the images, or rows of NaN."""
+        if at is None:
+            raise ValueError(
+                "at must be boxes (N, P, 4), as dense_targets(...).at has them, got None"
+            )
+        if at.dim() != 3 or at.shape[2] != 4:
+            raise ValueError(f"at must be boxes of shape (N, P, 4), got {tuple(at.shape)}")
+        padding = at.isnan().all(-1)
+        whole = at.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
+        check_boxes("at", torch.where(padding[..., None], whole, at), images)
+
+    def _maps(self, images: Tensor) -> dict[str, Tensor]:
+        return self._pooled_from(_named(self.network.backbone(images)))
+
+    def _pooled_from(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The maps that boxes are pooled from: the features, or R-FCN's score maps."""
+        score_maps: Callable[[Tensor], Tensor] | None
+        score_maps = getattr(self.network.roi_heads.box_roi_pool, "score_maps", None)
+        return features if score_maps is None else {"0": score_maps(features["0"])}
+
+
+class Head:
+    """The part of a detector that works on each box by itself."""
+
+    def __init__(
+        self, roi_heads: Any, names: list[str], sizes: list[tuple[int, int]], rows: int
+    ) -> None:
+        pool = roi_heads.box_roi_pool
+        self.pool = getattr(pool, "pool_maps", pool)
+        self.box_head, self.predictor = roi_heads.box_head, roi_heads.box_predictor
+        self.names, self.sizes, self.rows = names, sizes, rows
+
+    def __call__(self, boxes: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+        """Scores (R, C) at the boxes (R_n, 4) of each image, `rows` boxes at a time."""
+        total = sum(len(own) for own in boxes)
+        chunks = [
+            self.at_once(self._slice(boxes, first, first + self.rows), maps)
+            for first in range(0, max(total, 1), self.rows)
+        ]
+        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+    def at_once(self, boxes: list[Tensor], maps: Sequence[Tensor]) -> Tensor:
+        """Scores of all boxes together."""
+        named = dict(zip(self.names, maps, strict=True))
+        pooled = self.pool(named, boxes, self.sizes)
+        features = self.box_head(pooled)
+        linear = getattr(self.predictor, "cls_score", None)
+        if linear is not None and type(self.predictor).__name__ == "FastRCNNPredictor":
+            scores: Tensor = linear(features.flatten(1))  # its box offsets are not needed
+            return scores
+        scores, _ = self.predictor(features)
+        return scores
+
+    @staticmethod
+    def _slice(boxes: Sequence[Tensor], first: int, last: int) -> list[Tensor]:
+        """Rows first..last of the boxes of all images in a row."""
+        parts, start = [], 0
+        for own in boxes:
+            parts.append(own[max(first - start, 0) : max(last - start, 0)])
+            start += len(own)
+        return parts
+
+
+class _ActiveRows(torch.autograd.Function):
+    """The head on all boxes; backward on those alone whose seed is not zero.
+
+    Their forward pass is run again for that, so that nothing is kept for the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, boxes: Sequence[Tensor], *maps: Tensor) -> Tensor:
+        ctx.head, ctx.boxes = head, boxes
+        ctx.save_for_backward(*maps)
+        return head(boxes, maps)
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: Tensor) -> tuple[Tensor | None, ...]:
+        maps: tuple[Tensor, ...] = ctx.saved_tensors
+        (seed,) = seeds
+        active = seed.ne(0).any(1)
+        masks = torch.split(active, [len(own) for own in ctx.boxes])
+        kept = [own[mask] for own, mask in zip(ctx.boxes, masks, strict=True)]
+        seed = seed[active]
+        gradients = [torch.zeros_like(values) for values in maps]
+        rows = ctx.head.rows
+        for first in range(0, len(seed), rows):
+            leaves = [values.detach().requires_grad_() for values in maps]
+            with torch.enable_grad():
+                scores = ctx.head.at_once(ctx.head._slice(kept, first, first + rows), leaves)
+            parts = torch.autograd.grad(
+                scores, leaves, seed[first : first + rows], allow_unused=True
+            )
+            for total, part in zip(gradients, parts, strict=True):
+                if part is not None:
+                    total += part
+        return None, None, *gradients
+
+
+def _named(features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"0": features} if isinstance(features, Tensor) else dict(features)
+
+
+def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes that rounding moved past the border of their image, moved back."""
+    clipped: Tensor = need("torchvision.ops", "vision").clip_boxes_to_image(boxes, size)
+    return clipped

@@ -1,0 +1,177 @@
+"""`dagcore attack` on detectors, with true boxes from files and without."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import attack, check_outputs, pixels, record, refused
+from torchvision.models import detection
+
+from dagcore import zoo
+from dagcore.data import SCENE_CLASSES, Scenes
+
+NAME = "FR-ZF-07"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two scenes as files, with their boxes as VOC and COCO write them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "xml").mkdir()
+    images, annotations = [], []
+    for k, scene in enumerate(Scenes("07", "test", count=2)):
+        levels = (scene.image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(levels).save(f"scene{k}.png")
+        things = ""
+        for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+            left, top, right, bottom = map(int, box)
+            things += (
+                f"<object><name>{SCENE_CLASSES[label]}</name><difficult>0</difficult><bndbox>"
+                f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax>"
+                f"<ymax>{bottom}</ymax></bndbox></object>"
+            )
+            annotations.append(
+                {
+                    "image_id": k,
+                    "category_id": 100 + label,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "iscrowd": 0,
+                }
+            )
+        (tmp_path / f"xml/scene{k}.xml").write_text(f"<annotation>{things}</annotation>")
+        images.append({"id": k, "file_name": f"scene{k}.png"})
+    categories = [{"id": 100 + k, "name": name} for k, name in enumerate(SCENE_CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("labels", ["xml", "coco.json"])
+def test_true_boxes_from_files(folder, labels):
+    images = ["scene0.png", "scene1.png"]
+    options = ("--labels", labels, "--max-iter", 2)
+    assert attack(*options, model=NAME, image=images) == 0
+    victim = zoo.load(NAME)
+    for k, scene in enumerate(Scenes("07", "test", count=2)):
+        numbers = record(f"scene{k}")
+        assert numbers["labels"].endswith(("xml", "json"))
+        assert numbers["proposals"] > 500
+        assert numbers["num_classes"] == 13
+        assert 10 < numbers["targets"] < numbers["proposals"]
+        assert numbers["active"][0] > numbers["active"][-1]
+        assert numbers["iterations"] == 2
+        with torch.no_grad():
+            before, after = (
+                victim([image])[0]["scores"].tolist()
+                for image in (
+                    scene.image,
+                    scene.image
+                    + load_file(f"out/scene{k}.perturbation.safetensors")["perturbation"],
+                )
+            )
+        assert numbers["detections"]["scores"] == pytest.approx(before, abs=1e-4)
+        assert numbers["attacked"]["scores"] == pytest.approx(after, abs=1e-4)
+
+
+def test_the_detectors_own_boxes(folder, capsys):
+    assert attack("--adversarial", "vanish", "--max-iter", 60, model=NAME, image="scene0.png") == 0
+    numbers = check_outputs(folder / "out", "scene0", pixels("scene0.png"))
+    assert numbers["labels"] == "prediction"
+    assert numbers["status"] == "converged"
+    assert numbers["targets"] > 10
+    sure = [
+        sum(score > 0.3 for score in numbers[when]["scores"]) for when in ("detections", "attacked")
+    ]
+    assert sure[0] > sure[1]
+
+
+@pytest.mark.parametrize(("adversarial", "number"), [("star", 5), ("5", 5), ("runner-up", None)])
+def test_one_class_or_the_runner_up(folder, adversarial, number):
+    options = ("--adversarial", adversarial, "--max-iter", 1)
+    assert attack(*options, model=NAME, image="scene1.png") == 0
+    found = record("scene1").get("class")
+    assert found == (
+        None if number is None else SCENE_CLASSES.index("star") if adversarial == "star" else number
+    )
+
+
+def test_an_image_without_objects_is_left_alone(folder, capsys):
+    Image.new("RGB", (160, 128), "grey").save("empty.png")
+    (folder / "xml/empty.xml").write_text("<annotation></annotation>")
+    assert attack("--labels", "xml", model=NAME, image="empty.png") == 0
+    assert "no targets" in capsys.readouterr().out
+    numbers = record("empty")
+    assert (numbers["targets"], numbers["iterations"]) == (0, 0)
+    assert torch.equal(pixels("out/empty.png"), pixels("empty.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", {}),
+        ("ssdlite320_mobilenet_v3_large", {}),
+        ("fcos_resnet50_fpn", {}),
+    ],
+)
+def test_torchvisions_detectors_with_weights_from_a_file(folder, name, options):
+    torch.manual_seed(0)
+    make = getattr(detection, name)
+    network = make(weights=None, weights_backbone=None, num_classes=7)
+    torch.save(network.state_dict(), "weights.pth")
+    done = attack("--weights", "weights.pth", "--max-iter", 1, model=name, image="scene0.png")
+    assert done == 0
+    assert record("scene0")["num_classes"] == 7
+
+
+def test_a_detector_of_the_users_own(folder, monkeypatch):
+    (folder / "own_detector.py").write_text(
+        "from dagcore import zoo\ndef make():\n    return zoo.load('FR-ZF-07')\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    assert attack("--max-iter", 1, model="own_detector:make", image="scene0.png") == 0
+    assert record("scene0")["targets"] > 0
+
+
+BAD = [
+    (("--labels", "nothing"), "--labels"),
+    (("--adversarial", "circle"), "--adversarial circle goes with segmentation only"),
+    (("--foreground", "5"), "--foreground goes with a pattern only"),
+    (("--adversarial", "unicorn"), "--adversarial must be permutation, random, vanish, runner-up"),
+    (("--labels", "empty"), "scene0.xml does not exist"),
+    (("--labels", "bad.json"), "cannot be read as COCO's"),
+    (("--labels", "unknown.json"), "has no image 'scene0.png'"),
+    (("--labels", "unicorn.json"), "must have categories of the model's classes"),
+    (("--labels", "box.json"), "a bbox of scene0.png must be four numbers, got [1]"),
+    (("--labels", "outside.xml"), "a box must lie in the image (160 x 128)"),
+    (("--labels", "unicorn.xml"), "an object's name must be one of"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_input(folder, capsys, options, message):
+    content = json.loads((folder / "coco.json").read_text())
+    (folder / "empty").mkdir()
+    (folder / "bad.json").write_text("{")
+    (folder / "unknown.json").write_text(json.dumps({**content, "images": []}))
+    broken = [{"image_id": 0, "category_id": 101, "bbox": [1]}]
+    (folder / "box.json").write_text(json.dumps({**content, "annotations": broken}))
+    names = [{**one, "name": "unicorn"} for one in content["categories"]]
+    (folder / "unicorn.json").write_text(json.dumps({**content, "categories": names}))
+    good = (folder / "xml/scene0.xml").read_text()
+    thing = "<object><name>{}</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>{}</xmax>"
+    thing += "<ymax>9</ymax></bndbox></object></annotation>"
+    for name, values in (("outside", (SCENE_CLASSES[1], 161)), ("unicorn", ("unicorn", 9))):
+        text = good.replace("</annotation>", thing.format(*values))
+        (folder / f"{name}.xml").write_text(text)
+    error = refused(capsys, *options, model=NAME, image="scene0.png")
+    assert message in error
+    assert not (folder / "out").exists()
+
+
+def test_a_file_for_one_image_and_two_images(folder, capsys):
+    error = refused(
+        capsys, "--labels", "xml/scene0.xml", model=NAME, image=["scene0.png", "scene1.png"]
+    )
+    assert "--labels must be a folder with NAME.xml for each of 2 images" in error
