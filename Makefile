@@ -27,6 +27,8 @@ bench: $(VENV)/built
 		--reference --rounds 1 --save convergence-demo-cpu
 	$(BIN)/python benchmarks/bench_attack.py memory --rounds 3 --save memory-cpu
 	$(BIN)/python benchmarks/bench_attack.py scaling --save scaling-cpu
+	$(BIN)/python benchmarks/bench_detection.py attack --save detection-cpu
+	$(BIN)/python benchmarks/bench_detection.py memory --save detection-memory-cpu
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

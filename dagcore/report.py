@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .outcome import Outcome
@@ -16,6 +25,7 @@ from .outcome import Outcome
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
+LINE_SECONDS = 15  # from one plain line to the next
 
 
 class Reporter:
@@ -97,3 +107,55 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
         table.add_row(*(cell.replace("[", r"\[") for cell in row), *figures_of(outcome))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(table)
+
+
+class Counter:
+    """How far several pieces of work are: a bar for each on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.total: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.told = 0.0
+        self.bars: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        if console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+
+    def __enter__(self) -> Counter:
+        if self.bars is not None:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def add(self, what: str, total: int, *, done: int = 0) -> None:
+        """Announce a piece of work, of which some may be done already."""
+        self.total[what], self.done[what] = total, done
+        if self.bars is not None:
+            self.tasks[what] = self.bars.add_task(what, total=total, completed=done)
+
+    def advance(self, what: str, count: int = 1) -> None:
+        """Count what has been done."""
+        self.done[what] += count
+        if self.bars is not None:
+            self.bars.update(self.tasks[what], completed=self.done[what])
+            return
+        now = time.monotonic()
+        if self.done[what] == self.total[what] or now - self.told >= LINE_SECONDS:
+            self.told = now
+            print(f"{what}: {self.done[what]}/{self.total[what]}", file=sys.stderr, flush=True)

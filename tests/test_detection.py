@@ -175,14 +175,14 @@ def test_backward_runs_the_head_on_active_boxes_only():
     seen = []
     network.roi_heads.box_head.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     x, boxes = some_images().requires_grad_(), some_boxes()
-    scores = victims.detector(network, active_only=True)(x, boxes)
+    scores = victims.detector(network, active_only=True, distinct=False)(x, boxes)
     assert seen == [10]  # 12 less the padding
     seed = torch.zeros_like(scores)
     seed[0, 1, 3] = 1
     torch.autograd.grad(scores, x, seed)
     assert seen == [10, 1]
     seen.clear()
-    scores = victims.detector(network, active_only=False)(x, boxes)
+    scores = victims.detector(network, active_only=False, distinct=False)(x, boxes)
     torch.autograd.grad(scores, x, seed)
     assert seen == [10]
 
@@ -608,3 +608,50 @@ def test_detr_queries():
     with torch.no_grad():
         found = victim.detect(images)
     assert all(bool((one["labels"] < 4).all()) for one in found)
+
+
+# --- faster
+
+
+@pytest.mark.parametrize("name", ["FR-ZF", "FR-VGG", "R-FCN"])
+def test_boxes_of_the_same_cells_are_read_once(name):
+    network = made(TWO_STAGE[name]).requires_grad_(False)
+    rng = generator(4)
+    # Multiples of half a cell, where rounding has to go the pooling's way.
+    corner = torch.randint(0, 6, (1, 300, 2), generator=rng) * 8.0
+    extent = torch.randint(1, 4, (1, 300, 2), generator=rng) * 8.0 + 0.1
+    boxes = torch.cat([corner, (corner + extent)], -1).clamp(max=64.0)
+    victim = victims.detector(network)
+    sizes, x = [(64, 64)], torch.rand(1, 3, 64, 64, generator=rng)
+    with torch.no_grad():
+        maps = victim._maps(x)
+        seen = []
+        network.roi_heads.box_head.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+        once = victim.read(maps, [boxes[0]], sizes)
+        victim.distinct = False
+        each = victim.read(maps, [boxes[0]], sizes)
+    assert seen[0] < seen[1] == 300
+    torch.testing.assert_close(once, each, rtol=1e-5, atol=1e-6)
+    kept, again = victims.two_stage.without_repeats([boxes[0], boxes[0]], 16)
+    assert [len(own) for own in kept] == [seen[0]] * 2
+    assert torch.equal(again[300:], again[:300] + seen[0])
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_a_prepared_detector_is_the_same(name):
+    network = made(TWO_STAGE[name])
+    victim = victims.detector(network)
+    images, boxes = some_images(), some_boxes()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    prepared = victims.prepare_detector(victim)
+    norms = [m for m in prepared.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not norms
+    with torch.no_grad():
+        torch.testing.assert_close(
+            prepared(images, boxes), victim(images, boxes), rtol=1e-3, atol=1e-4
+        )
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    labels, adversarial = aim(victim, images, boxes)
+    result = DAG(max_iter=2)(prepared, images, labels, adversarial, at=boxes)
+    assert int(result.iterations.min()) == 2

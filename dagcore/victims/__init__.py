@@ -1,9 +1,18 @@
 """Networks to attack: images in [0, 1] in, scores before softmax out."""
 
-from .detection import Detector, Targets, detector
+from .detection import Detector, Targets, detector, prepare_detector
 from .low_resolution import low_resolution
 from .named import load
 from .prepare import prepare
 from .segmentation import Victim
 
-__all__ = ["Detector", "Targets", "Victim", "detector", "load", "low_resolution", "prepare"]
+__all__ = [
+    "Detector",
+    "Targets",
+    "Victim",
+    "detector",
+    "load",
+    "low_resolution",
+    "prepare",
+    "prepare_detector",
+]

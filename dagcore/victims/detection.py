@@ -7,6 +7,7 @@ boxes, and only where many overlapping boxes were led astray do the new ones fal
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .. import checks
 from ..engine import frozen
 from ..labels import derangement
 from ..stream import Sample
+from . import fold
 from .segmentation import need
 
 KINDS = ("permutation", "random", "vanish")
@@ -372,6 +374,40 @@ def detector(network: nn.Module, classes: Sequence[str] | None = None, **options
         "network must be a detector of torchvision (two-stage or one-stage) or transformers' DETR, "
         f"got {type(network).__module__}.{type(network).__qualname__}"
     )
+
+
+def prepare_detector(
+    victim: Detector, *, fold_batch_norm: bool = True, channels_last: bool = True
+) -> Detector:
+    """A faster copy of a detector, to be attacked in its place; see `prepare`.
+
+    Scores, gradients and detections stay within float32 rounding of the detector's own, which is
+    never changed.
+
+    Args:
+        victim: as `detector` makes it.
+        fold_batch_norm: fold each batch norm into the convolution before it where a run of the
+            whole detector on an image of noise shows that this changes nothing.
+        channels_last: lay out the weights of convolutions with the channels last in memory.
+    """
+    copied = copy.deepcopy(victim).eval().requires_grad_(False)
+    if fold_batch_norm:
+        fold.thaw(copied)
+        first = next(copied.network.parameters())
+        noise = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        fold.fold(_Whole(copied), noise.to(first))
+    return copied.to(memory_format=torch.channels_last) if channels_last else copied
+
+
+class _Whole(nn.Module):
+    """A detector from images to detections."""
+
+    def __init__(self, victim: Detector) -> None:
+        super().__init__()
+        self.victim = victim
+
+    def forward(self, images: Tensor) -> Any:
+        return self.victim.detect(images)
 
 
 def is_detector(network: nn.Module) -> bool:

@@ -34,6 +34,8 @@ class TwoStage(Detector):
         active_only: send only the active boxes back through the head. None: on the CPU. Elsewhere
             that waits for the device in each iteration, and keeps it from being captured as a
             CUDA graph.
+        distinct: read boxes that a pooling rounds to the same cells once (RoI pooling and
+            position-sensitive pooling do, RoI align does not); on the CPU.
         rows: boxes that pass the head at a time; bounds its memory.
     """
 
@@ -43,11 +45,12 @@ class TwoStage(Detector):
         classes: Sequence[str] | None = None,
         *,
         active_only: bool | None = None,
+        distinct: bool = True,
         rows: int = ROWS,
     ) -> None:
         super().__init__(network, classes)
         checks.integer("rows", rows, at_least=1)
-        self.active_only, self.rows = active_only, rows
+        self.active_only, self.distinct, self.rows = active_only, distinct, rows
 
     def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
         """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
@@ -76,13 +79,16 @@ class TwoStage(Detector):
     ) -> Tensor:
         """Scores (R, C) at the boxes (R_n, 4) of each image, in pixels of the resized images."""
         head = Head(self.network.roi_heads, list(maps), sizes, self.rows)
-        active_only = self.active_only
-        if active_only is None:
-            active_only = boxes[0].device.type == "cpu"
-        if active_only:
+        on_cpu = boxes[0].device.type == "cpu"
+        cell = getattr(self.network.roi_heads.box_roi_pool, "cell", None)
+        again = None
+        if self.distinct and cell is not None and on_cpu:
+            boxes, again = without_repeats(boxes, cell)
+        if on_cpu if self.active_only is None else self.active_only:
             scores: Tensor = _ActiveRows.apply(head, boxes, *maps.values())
-            return scores
-        return head(boxes, list(maps.values()))
+        else:
+            scores = head(boxes, list(maps.values()))
+        return scores if again is None else scores[again]
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """What the whole detector finds."""
@@ -131,6 +137,29 @@ class TwoStage(Detector):
         score_maps: Callable[[Tensor], Tensor] | None
         score_maps = getattr(self.network.roi_heads.box_roi_pool, "score_maps", None)
         return features if score_maps is None else {"0": score_maps(features["0"])}
+
+
+def without_repeats(boxes: Sequence[Tensor], cell: float) -> tuple[list[Tensor], Tensor]:
+    """Boxes (R_n, 4) of each image that differ once rounded to cells.
+
+    Args:
+        boxes: of each image, left, top, right, bottom at 0 or above.
+        cell: side of a cell, in pixels.
+
+    Returns:
+        One box for each rounded box, and for every given one the number of its own, (R,).
+    """
+    kept, again, start = [], [], 0
+    for own in boxes:
+        # As torchvision's poolings: a product in the boxes' precision, halves away from zero.
+        rounded = ((own * (1 / cell)).double() + 0.5).floor()
+        found, inverse = torch.unique(rounded, dim=0, return_inverse=True)
+        first = torch.empty(len(found), dtype=torch.int64, device=own.device)
+        first[inverse] = torch.arange(len(own), device=own.device)
+        kept.append(own[first])
+        again.append(inverse + start)
+        start += len(found)
+    return kept, torch.cat(again)
 
 
 class Head:

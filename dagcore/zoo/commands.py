@@ -27,13 +27,12 @@ from ..attack_files import find_device
 from ..data import SCENE_CLASSES
 from ..files import whole
 from ..metrics import Score
-from ..report import PLAIN_WIDTH
+from ..report import LINE_SECONDS, PLAIN_WIDTH
 from . import training
 from .checkpoint import read_metadata
 from .evaluation import evaluate
 from .registry import ENTRIES, Entry, build, find, load
 
-LINE_SECONDS = 15  # from one plain line about a training to the next
 TELL_SECONDS = 0.5  # from one message of a process to the next
 
 

@@ -29,6 +29,8 @@ def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> No
         label = "sum" if key == "loss" else key.removeprefix("loss_").replace("_", " ")
         axes.plot(samples, [line[key] for line in log], label=label, linewidth=weight)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(title=name, xlabel="samples", ylabel="loss")
     axes.grid(alpha=0.3)
     if len(keys) > 2:

@@ -1,12 +1,14 @@
-"""The paper's detectors, as torchvision.models.detection.FasterRCNN with other parts inside.
+"""The paper's detectors, as torchvision's FasterRCNN with other parts inside, and an FCOS.
 
 They take a list of images (3, H, W) in [0, 1]; training, proposals, losses and detections are
-torchvision's own. All read one feature map of stride 16, "0".
+torchvision's own. All read one feature map, "0": of stride 16, FCOS of stride 8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,8 +68,39 @@ def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.M
     return _detector(backbone, scaled(512, width), pool, nn.Identity(), vote, options)
 
 
+def fcos_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
+    """FCOS on VGG-16 with a dilated conv5: one level of points, 8 pixels apart."""
+    detection = need("torchvision.models.detection", "vision")
+    backbone = vgg16(width=width, norm=norm, pool_size=3, strides=(2, 2, 2, 1))
+    sides = {key: SCENE_SCALE[key] for key in ("min_size", "max_size")}
+    channels = backbone.out_channels
+    head = detection.fcos.FCOSHead(32, 1, num_classes)  # hands on no norm: its parts are made here
+    # Groups for any number of channels; at width 1 there are FCOS's 32.
+    normed = partial(nn.GroupNorm, math.gcd(32, channels))
+    head.classification_head = detection.fcos.FCOSClassificationHead(
+        channels, 1, num_classes, norm_layer=normed
+    )
+    head.regression_head = detection.fcos.FCOSRegressionHead(channels, 1, norm_layer=normed)
+    network: nn.Module = detection.FCOS(
+        backbone,
+        num_classes,
+        image_mean=MEAN,
+        image_std=STD,
+        anchor_generator=detection.rpn.AnchorGenerator(((8,),), ((1.0,),)),
+        head=head,
+        **{**sides, **options},
+    )
+    return network
+
+
 class OnOneMap(nn.Module):
-    """A pooling of torchvision.ops, called as torchvision's RoIHeads call theirs."""
+    """A pooling of torchvision.ops, called as torchvision's RoIHeads call theirs.
+
+    Attributes:
+        cell: side of the feature map's cells in pixels, to which boxes are rounded.
+    """
+
+    cell = STRIDE
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
@@ -114,7 +147,12 @@ class PositionSensitive(nn.Module):
         num_classes: with the background.
         width: multiplies the channels.
         bins: boxes are pooled over bins x bins parts, each from score maps of its own.
+
+    Attributes:
+        cell: side of the maps' cells in pixels, to which boxes are rounded.
     """
+
+    cell = STRIDE
 
     def __init__(self, layer4: nn.Module, num_classes: int, *, width: float, bins: int = 7) -> None:
         super().__init__()

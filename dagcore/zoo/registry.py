@@ -1,4 +1,4 @@
-"""The paper's twelve networks by name.
+"""The paper's twelve networks by name, and a one-stage detector beside them.
 
 Parameters in millions at width 1 with VOC's 21 classes, without the batch norms that serve
 training, beside the numbers published (~: usually quoted for the authors' models):
@@ -12,6 +12,8 @@ training, beside the numbers published (~: usually quoted for the authors' model
     fr-vgg          137.1         ~137
     r-fcn-rn50       31.6          ~32
     r-fcn-rn101      50.6          ~51
+
+fcos-vgg, which is not in the paper, has 33.7.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ WEIGHTS = Path(__file__).with_name("weights")
 
 @dataclass(frozen=True)
 class Entry:
-    """One network of the paper's tables."""
+    """One network."""
 
     name: str
     task: str
@@ -46,6 +48,11 @@ class Entry:
     """Scenes of family 07, or 07+12: this project's sets under the paper's names."""
     width: float
     """Of the shipped network; 1 is the paper's size."""
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether it is a detector with a region network."""
+        return self.architecture.startswith(("fr-", "r-fcn-"))
 
     @property
     def slug(self) -> str:
@@ -71,6 +78,7 @@ ENTRIES = (
     Entry("FR-VGG-0712", "detection", "fr-vgg", "07+12", 3 / 32),
     Entry("R-FCN-RN50", "detection", "r-fcn-rn50", "07+12", 5 / 32),
     Entry("R-FCN-RN101", "detection", "r-fcn-rn101", "07+12", 5 / 32),
+    Entry("FCOS-VGG", "detection", "fcos-vgg", "07+12", 3 / 32),
 )
 
 
@@ -81,6 +89,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "dl-rn101": segmentation.DeepLabV2,
     "fr-zf": detection.faster_rcnn_zf,
     "fr-vgg": detection.faster_rcnn_vgg,
+    "fcos-vgg": detection.fcos_vgg,
     "r-fcn-rn50": lambda *args, **kwargs: detection.r_fcn(*args, depth=50, **kwargs),
     "r-fcn-rn101": lambda *args, **kwargs: detection.r_fcn(*args, depth=101, **kwargs),
 }
@@ -126,7 +135,8 @@ def build(
 
     Returns:
         For segmentation a `dagcore.victims.Victim`, images (N, 3, H, W) in [0, 1] -> scores
-        (N, C, h, w) at the network's own resolution; for detection torchvision's FasterRCNN.
+        (N, C, h, w) at the network's own resolution; for detection torchvision's FasterRCNN or
+        FCOS.
 
     Raises:
         ValueError: an unknown name, or arguments out of range.
@@ -139,7 +149,10 @@ def build(
     if entry.architecture not in RESIDUAL:
         options["norm"] = norm
     if entry.task == "detection" and width == 1:
-        options = {**detection.PAPER_SCALE, **options}
+        scale = dict(detection.PAPER_SCALE)
+        if not entry.two_stage:
+            del scale["anchor_sizes"]
+        options = {**scale, **options}
     if entry.architecture == "fcn-alex" and width != 1:
         options = {"enlarge": segmentation.SCENE_ENLARGEMENT, **options}
     network = ARCHITECTURES[entry.architecture](num_classes, width=width, **options)

@@ -67,6 +67,7 @@ RECIPES = {
     "fr-vgg": Recipe(36_000, 8, 2e-3),
     "r-fcn-rn50": Recipe(50_000, 8, 2e-3),
     "r-fcn-rn101": Recipe(45_000, 8, 2e-3),
+    "fcos-vgg": Recipe(50_000, 8, 2e-3),
 }
 
 
@@ -199,10 +200,12 @@ class Training:
         self.losses: dict[str, list[float]] = {}
         self.scenes = Pictures(TRAINING_SETS[entry.training_set])
         options: dict[str, Any] = {}
-        if entry.task == "detection":
+        if entry.two_stage:
             options |= DETECTION_OPTIONS
         if "rn" not in entry.architecture:
-            options |= {"dropout": recipe.dropout, "norm": True}
+            options |= {"norm": True}
+        if "rn" not in entry.architecture and entry.architecture != "fcos-vgg":
+            options |= {"dropout": recipe.dropout}
         self.draw(0)
         network = build(entry.name, num_classes=len(SCENE_CLASSES), width=width, **options)
         # A fifth to a half faster on CPUs.

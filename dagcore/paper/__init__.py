@@ -1,0 +1,5 @@
+"""The paper's experiments: perturbations made once and kept, and what is read off them."""
+
+from .work import Attack, Record, Setup
+
+__all__ = ["Attack", "Record", "Setup"]

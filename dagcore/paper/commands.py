@@ -1,0 +1,20 @@
+"""The bodies of `dagcore paper`."""
+
+from __future__ import annotations
+
+import click
+
+from ..report import Counter
+from .diagnoses import convergence, denseness
+from .work import Setup
+
+DIAGNOSES = {"denseness": denseness, "convergence": convergence}
+
+
+def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
+    """Make a figure and its table, and say where they are."""
+    with Counter() as counter:
+        made = DIAGNOSES[name](setup, counter, networks or None)
+    paths = made.write(setup)
+    click.echo(paths["md"].read_text())
+    click.echo(f"written to {', '.join(map(str, paths.values()))}")

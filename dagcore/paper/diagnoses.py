@@ -1,0 +1,202 @@
+"""What the attacks themselves show: how dense targets must be, and how fast they are led astray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .. import zoo
+from ..files import whole
+from ..info import versions
+from ..report import Counter
+from .work import Attack, Record, Setup, perturbations, score
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+DENSENESS = ("FR-VGG-0712",)  # attacked at every threshold
+SOURCES = (  # the networks whose perturbations the paper's tables are made of
+    "FR-ZF-07",
+    "FR-ZF-0712",
+    "FR-VGG-07",
+    "FR-VGG-0712",
+    "FCN-Alex",
+    "FCN-Alex*",
+    "FCN-VGG",
+    "FCN-VGG*",
+)
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Rows of numbers, and how they are drawn."""
+
+    name: str
+    rows: list[Row]
+    draw: Callable[[Figure, list[Row]], None]
+
+    def write(self, setup: Setup) -> dict[str, Path]:
+        """NAME.json, NAME.md and NAME.png in the folder, each whole or not at all."""
+        paths = {ending: setup.out / f"{self.name}.{ending}" for ending in ("json", "md", "png")}
+        setup.out.mkdir(parents=True, exist_ok=True)
+        known = {
+            "rows": self.rows,
+            "images": setup.images,
+            "seed": setup.seed,
+            "data": setup.data,
+            "versions": versions(),
+        }
+        with whole(paths["json"]) as temporary:
+            temporary.write_text(json.dumps(known, indent=2) + "\n")
+        with whole(paths["md"]) as temporary:
+            temporary.write_text(markdown(self.rows))
+        figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        self.draw(figure, self.rows)
+        with whole(paths["png"]) as temporary:
+            figure.savefig(temporary, format="png")
+        return paths
+
+
+def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
+    """Detectors attacked with targets from region networks of several NMS thresholds."""
+    networks = networks or DENSENESS
+    for name in networks:
+        if not zoo.find(name).two_stage:
+            raise ValueError(
+                f"denseness needs a two-stage detector, whose region network has an NMS threshold, "
+                f"got {name}"
+            )
+    attacks = {
+        (name, threshold): Attack.of(name, nms_threshold=threshold)
+        for name in networks
+        for threshold in THRESHOLDS
+    }
+    found = perturbations(setup, list(attacks.values()), counter)
+    rows = []
+    for name in networks:
+        victim = setup.victim(name)
+        clean = score(setup, name, victim=victim).mean
+        for threshold in THRESHOLDS:
+            records = found[attacks[name, threshold]]
+            attacked = score(setup, name, [r.perturbation for r in records], victim=victim).mean
+            rows.append(
+                {
+                    "network": name,
+                    "NMS threshold": threshold,
+                    "proposals": _mean(records, "proposals"),
+                    "targets": _mean(records, "targets"),
+                    "mAP": clean,
+                    "mAP after the attack": attacked,
+                    "updates": _mean(records, "iterations"),
+                    "perceptibility": _mean(records, "perceptibility"),
+                    "seconds an image": _mean(records, "seconds"),
+                }
+            )
+    return Diagnosis("denseness", rows, draw_denseness)
+
+
+def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
+    """How many images end within the budget, and how many targets are active on the way."""
+    networks = networks or SOURCES
+    attacks = {name: Attack.of(name) for name in networks}
+    found = perturbations(setup, list(attacks.values()), counter)
+    rows = []
+    for name in networks:
+        records = [record for record in found[attacks[name]] if record.targets]
+        victim = setup.victim(name)
+        clean = score(setup, name, victim=victim).mean
+        every = [record.perturbation for record in found[attacks[name]]]
+        rows.append(
+            {
+                "network": name,
+                "images with targets": len(records),
+                "not converged, %": 100
+                * sum(r.status != "converged" for r in records)
+                / max(1, len(records)),
+                "updates": _mean(records, "iterations"),
+                "perceptibility": _mean(records, "perceptibility"),
+                "score": clean,
+                "score after the attack": score(setup, name, every, victim=victim).mean,
+                "seconds an image": _mean(records, "seconds"),
+                "active": active_shares(records, attacks[name].max_iter),
+                "iterations": [record.iterations for record in records],
+            }
+        )
+    return Diagnosis("convergence", rows, draw_convergence)
+
+
+def active_shares(records: Sequence[Record], updates: int) -> list[float]:
+    """The share of the targets that are active after 0, 1, ... updates, mean over the images."""
+    shares = [0.0] * (updates + 1)
+    for record in records:
+        for m in range(updates + 1):
+            left = record.active[min(m, len(record.active) - 1)]
+            shares[m] += left / record.targets / len(records)
+    return shares
+
+
+def _mean(records: Sequence[Record], what: str) -> float:
+    values: list[float] = [getattr(record, what) for record in records]
+    return sum(values) / max(1, len(values))
+
+
+def draw_denseness(figure: Figure, rows: list[Row]) -> None:
+    """mAP after the attack and time, against the threshold."""
+    left, right = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == name]
+        at = [row["NMS threshold"] for row in own]
+        left.plot(at, [row["mAP after the attack"] for row in own], "o-", label=name)
+        left.axhline(own[0]["mAP"], linestyle=":", color="0.5")
+        right.plot(at, [row["targets"] for row in own], "o-", label=name)
+    left.set_xlabel("NMS threshold of the region network")
+    left.set_ylabel("mAP after the attack, %")
+    left.set_ylim(bottom=0)
+    left.set_title("dotted: before the attack", fontsize=9)
+    right.set_xlabel("NMS threshold of the region network")
+    right.set_ylabel("targets an image")
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=8)
+
+
+def draw_convergence(figure: Figure, rows: list[Row]) -> None:
+    """Active targets against updates, and a histogram of the updates."""
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        left.plot([100 * share for share in row["active"]], label=row["network"])
+        right.hist(row["iterations"], bins=20, histtype="step", label=row["network"], linewidth=1.3)
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
+    left.set_xlabel("updates")
+    left.set_ylabel("active targets, %")
+    right.set_xlabel("updates at the end")
+    right.set_ylabel("images")
+    right.legend(fontsize=7)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a table, without the values that are lists."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    lines = ["| " + " | ".join(names) + " |"]
+    lines.append(
+        "|" + "|".join("---" if isinstance(rows[0][n], str) else "---:" for n in names) + "|"
+    )
+    lines += ["| " + " | ".join(cell(name, row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(name: str, value: Any) -> str:
+    """A value for a table."""
+    if not isinstance(value, float):
+        return str(value)
+    if name == "perceptibility":
+        return f"{value:.2e}"
+    return f"{value:.2f}" if name in ("NMS threshold", "seconds an image") else f"{value:.1f}"

@@ -1,0 +1,318 @@
+"""Attacks on the images of an experiment, each made once and kept in a file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import zoo
+from ..attack import DAG, Result
+from ..attack_files import find_device
+from ..data import VOC, Example, Scenes
+from ..files import whole
+from ..info import versions
+from ..labels import assign
+from ..metrics import Score
+from ..report import Counter
+from ..stream import Sample
+from ..victims import Detector, Victim, load, prepare
+from ..zoo.evaluation import evaluate
+
+CHUNK = 5  # images that a process attacks before it hands in
+SLOTS = 5
+IGNORE = 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all experiments of a run share.
+
+    Attributes:
+        out: folder of everything that is made.
+        images: how many of the data's images.
+        seed: of adversarial labels and permutations.
+        device: where to run; a GPU where there is one if None.
+        data: "scenes" (the test scenes of family 07), or the path of a VOCdevkit (VOC2007 test).
+        weights: folder with NAME.safetensors (or .pth) of networks; the zoo's own if None.
+        jobs: processes side by side; one per core if None, one on a GPU.
+    """
+
+    out: Path
+    images: int = 100
+    seed: int = 0
+    device: str | None = None
+    data: str = "scenes"
+    weights: Path | None = None
+    jobs: int | None = None
+
+    def victim(self, network: str) -> Victim | Detector:
+        """A network of the zoo, as it is attacked."""
+        where = find_device(self.device)
+        path = None
+        if self.weights is not None:
+            stem = self.weights / zoo.find(network).slug
+            path = next((p for p in map(stem.with_suffix, ENDINGS) if p.is_file()), None)
+            if path is None:
+                raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
+        return load(network, path, where)
+
+    def examples(self, task: str) -> Sequence[Example]:
+        """The images, in order, with what `task` is measured by."""
+        return _examples(self.data, task, self.images)
+
+
+ENDINGS = (".safetensors", ".pth", ".pt")
+
+
+@lru_cache(maxsize=4)
+def _examples(data: str, task: str, count: int) -> Sequence[Example]:
+    if data == "scenes":
+        return list(Scenes("07", "test", count=count))
+    found = VOC(data, task, sets=[("2007", "test")])
+    if len(found) < count:
+        raise ValueError(
+            f"--images must be at most {len(found)}, as many as there are, got {count}"
+        )
+    return [found[k] for k in range(count)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One network attacked by one rule."""
+
+    network: str
+    gamma: float = 0.5 / 255
+    max_iter: int
+    nms_threshold: float = 0.9
+    """Of a detector's region network."""
+
+    @classmethod
+    def of(cls, network: str, **settings: Any) -> Attack:
+        """The paper's settings: at most 200 updates for segmentation, 150 for detection."""
+        updates = {"segmentation": 200, "detection": 150}[zoo.find(network).task]
+        return cls(**{"network": network, "max_iter": updates, **settings})
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with its perturbations."""
+        plain = Attack.of(self.network)
+        own = dataclasses.asdict(self)
+        other = [k for k, v in dataclasses.asdict(plain).items() if own[k] != v]
+        return "-".join([zoo.find(self.network).slug, *(f"{k}={own[k]:g}" for k in sorted(other))])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """What an attack made of one image."""
+
+    key: str
+    perturbation: Tensor
+    """(3, H, W)."""
+    iterations: int
+    status: str
+    active: list[int]
+    """Active targets after 0, 1, ... updates."""
+    targets: int
+    proposals: int
+    """A detector's, before the filter; the targets of a segmentation network."""
+    perceptibility: float
+    seconds: float
+    """Of the attack, per image, in company of others."""
+
+
+def path_of(setup: Setup, attack: Attack, index: int) -> Path:
+    """The file with the perturbation of image number `index`."""
+    return setup.out / "perturbations" / attack.folder / f"{index:06d}.safetensors"
+
+
+def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
+    """What a kept perturbation must have been made with to be used again."""
+    weights = setup.weights or zoo.find(attack.network).path.parent
+    return {
+        **dataclasses.asdict(attack),
+        "seed": setup.seed,
+        "data": setup.data,
+        "weights": "the zoo's" if setup.weights is None else str(weights),
+    }
+
+
+def read(setup: Setup, attack: Attack, index: int) -> Record | None:
+    """A kept perturbation; None where there is none yet.
+
+    Raises:
+        ValueError: one that was made with other settings.
+    """
+    path = path_of(setup, attack, index)
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        known = {key: json.loads(value) for key, value in file.metadata().items()}
+        perturbation = file.get_tensor("perturbation")
+    wanted, settings = settings_of(setup, attack), known.pop("settings")
+    differ = {k: (settings.get(k), v) for k, v in wanted.items() if settings.get(k) != v}
+    if differ:
+        told = ", ".join(f"{k}: {had!r} instead of {v!r}" for k, (had, v) in differ.items())
+        raise ValueError(f"--out has results of other settings: {path} ({told}): choose another")
+    del known["versions"]
+    return Record(perturbation=perturbation, **known)
+
+
+def perturbations(
+    setup: Setup, attacks: Sequence[Attack], counter: Counter
+) -> dict[Attack, list[Record]]:
+    """The perturbations of every image by every attack: those kept, and the rest made now."""
+    missing: dict[Attack, list[int]] = {}
+    for attack in attacks:
+        gaps = [k for k in range(setup.images) if read(setup, attack, k) is None]
+        counter.add(attack.folder, setup.images, done=setup.images - len(gaps))
+        if gaps:
+            missing[attack] = gaps
+    tasks = [
+        (attack, gaps[first : first + CHUNK])
+        for attack, gaps in missing.items()
+        for first in range(0, len(gaps), CHUNK)
+    ]
+    for attack, count in _run(setup, tasks):
+        counter.advance(attack.folder, count)
+    found = {}
+    for attack in attacks:
+        records = [read(setup, attack, k) for k in range(setup.images)]
+        found[attack] = [record for record in records if record is not None]
+    return found
+
+
+def _run(setup: Setup, tasks: list[tuple[Attack, list[int]]]) -> Iterator[tuple[Attack, int]]:
+    """Do the tasks, in processes side by side on the CPU; each as it is done."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_gpu = find_device(setup.device).type != "cpu"
+    jobs = min(setup.jobs or (1 if on_gpu else cores or 1), len(tasks))
+    if jobs <= 1:
+        for attack, indexes in tasks:
+            attack_images(setup, attack, indexes)
+            yield attack, len(indexes)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (cores or 1) // jobs)
+    with ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        try:
+            running = {pool.submit(attack_images, setup, *task): task for task in tasks}
+            for future in as_completed(running):
+                future.result()
+                attack, indexes = running[future]
+                yield attack, len(indexes)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@lru_cache(maxsize=1)
+def _victim(setup: Setup, network: str) -> Any:
+    """A victim, kept for the next images; scores of segmentation come as fast as they can."""
+    victim = setup.victim(network)
+    return victim if isinstance(victim, Detector) else prepare(victim)
+
+
+def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
+    """Attack some images, and keep what comes of each."""
+    victim = _victim(setup, attack.network)
+    entry = zoo.find(attack.network)
+    examples = setup.examples(entry.task)
+    looked_at: dict[int, int] = {}
+
+    def samples() -> Iterator[Sample]:
+        for index in indexes:
+            sample, looked_at[index] = aim(setup, attack, victim, examples[index], index)
+            yield sample
+
+    dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
+    start = time.perf_counter()
+    results: list[Result] = list(dag.stream(victim, samples(), slots=SLOTS))
+    seconds = (time.perf_counter() - start) / len(indexes)
+    for result in results:
+        index = result.key
+        known = {
+            "key": examples[index].key,
+            "iterations": int(result.iterations[0]),
+            "status": str(result.status[0]),
+            "active": [count for count in result.active[:, 0].tolist() if count >= 0],
+            "targets": int(result.targets[0]),
+            "proposals": looked_at[index],
+            "perceptibility": float(result.perceptibility[0]),
+            "seconds": seconds,
+            "settings": settings_of(setup, attack),
+            "versions": versions(),
+        }
+        path = path_of(setup, attack, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            save_file(
+                {"perturbation": result.perturbation[0].cpu().contiguous()},
+                temporary,
+                metadata={name: json.dumps(value) for name, value in known.items()},
+            )
+
+
+def aim(
+    setup: Setup, attack: Attack, victim: Any, example: Example, index: int
+) -> tuple[Sample, int]:
+    """What an attack on one image aims at, and how many proposals were looked at."""
+    generator = generator_of(setup, index)
+    device = find_device(setup.device)
+    image = example.image.to(device)
+    if isinstance(victim, Detector):
+        targets = victim.dense_targets(
+            image[None],
+            [example],
+            nms_threshold=attack.nms_threshold,
+            generator=generator,
+            ignore_index=IGNORE,
+        )
+        (sample,) = targets.samples(image[None], [index])
+        return sample, int(targets.proposals[0])
+    assert example.mask is not None
+    labels = example.mask[None].to(device)
+    num_classes = len(victim.classes or zoo.registry.VOC_CLASSES * " ")
+    adversarial = assign("permutation", labels, num_classes, IGNORE, generator)
+    assert isinstance(adversarial, Tensor)
+    sample = Sample(image, labels[0], adversarial[0], key=index)
+    return sample, int((labels != IGNORE).sum())
+
+
+def generator_of(setup: Setup, index: int, purpose: int = 0) -> torch.Generator:
+    """Random numbers of one image, the same whatever else is made."""
+    words = np.random.SeedSequence(setup.seed, spawn_key=(purpose, index))
+    (word,) = words.generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def score(
+    setup: Setup, network: str, added: Sequence[Tensor] | None = None, victim: Any = None
+) -> Score:
+    """A network's score on the images, with perturbations (3, H, W) added where there are any."""
+    victim = setup.victim(network) if victim is None else victim
+    examples = setup.examples(zoo.find(network).task)
+    if added is not None:
+        examples = [
+            dataclasses.replace(example, image=(example.image + r).clamp(0, 1))
+            for example, r in zip(examples, added, strict=True)
+        ]
+    inside = victim.network if isinstance(victim, Detector) else victim
+    return evaluate(inside, examples)

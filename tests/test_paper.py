@@ -1,0 +1,156 @@
+"""The paper's experiments: perturbations kept and used again, diagnoses."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dagcore.__main__ import main
+from dagcore.data import Scenes
+from dagcore.paper import Attack, Record, Setup, diagnoses, work
+from dagcore.report import Counter
+
+ZF = Attack.of("FR-ZF-07", max_iter=4)
+
+
+def made(setup, *attacks):
+    with Counter() as counter:
+        return work.perturbations(setup, attacks or [ZF], counter)
+
+
+def test_perturbations_are_made_once_and_kept(tmp_path, monkeypatch):
+    setup = Setup(out=tmp_path, images=3, jobs=1)
+    records = made(setup)[ZF]
+    assert [record.key for record in records] == [s.key for s in Scenes("07", "test", count=3)]
+    for record in records:
+        assert record.perturbation.shape == (3, 128, 160)
+        assert 0 < record.perceptibility < 0.1
+        assert record.iterations == len(record.active) - 1 <= 4
+        assert record.active[0] > record.active[-1]
+        assert record.targets >= record.active[0]
+        assert record.proposals > record.targets > 0
+
+    def refuse(*_):
+        raise AssertionError("attacked again")
+
+    monkeypatch.setattr(work, "attack_images", refuse)
+    again = made(setup)[ZF]
+    assert all(
+        torch.equal(a.perturbation, b.perturbation) for a, b in zip(records, again, strict=True)
+    )
+    path = work.path_of(setup, ZF, 1)
+    path.unlink()
+    with pytest.raises(AssertionError, match="attacked again"):
+        made(setup)
+
+
+def test_what_is_missing_is_made_the_same_again(tmp_path, capsys):
+    whole = made(Setup(out=tmp_path / "a", images=7, jobs=2))[ZF]  # two processes, two chunks
+    setup = Setup(out=tmp_path / "b", images=7, jobs=1)
+    made(Setup(out=tmp_path / "b", images=2, jobs=1))
+    parts = made(setup)[ZF]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.key == other.key
+        assert one.active == other.active
+        torch.testing.assert_close(one.perturbation, other.perturbation, rtol=0, atol=1e-5)
+    assert "7/7" in capsys.readouterr().err
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    made(Setup(out=tmp_path, images=1, jobs=1))
+    with pytest.raises(ValueError, match=r"--out has results of other settings: .*seed: 0 instead"):
+        made(Setup(out=tmp_path, images=1, jobs=1, seed=1))
+
+
+def test_attacks_of_other_rules_lie_apart():
+    assert Attack.of("FCN-VGG*").folder == "fcn-vgg-star"
+    assert Attack.of("FCN-VGG").max_iter == 200
+    assert Attack.of("FR-ZF-07").max_iter == 150
+    assert Attack.of("FR-ZF-07", nms_threshold=0.5).folder == "fr-zf-07-nms_threshold=0.5"
+    assert ZF.folder == "fr-zf-07-max_iter=4"
+
+
+def test_segmentation_aims_at_the_true_mask(tmp_path):
+    setup = Setup(out=tmp_path, images=1, jobs=1)
+    attack = Attack.of("FCN-Alex", max_iter=2)
+    (record,) = made(setup, attack)[attack]
+    mask = Scenes("07", "test", count=1)[0].mask
+    assert record.targets == record.proposals == int((mask != 255).sum())
+    clean = work.score(setup, "FCN-Alex").mean
+    attacked = work.score(setup, "FCN-Alex", [record.perturbation]).mean
+    assert attacked < clean
+
+
+def test_own_weights(tmp_path):
+    setup = Setup(out=tmp_path / "out", images=1, jobs=1, weights=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"fr-zf-07\.safetensors or \.pth does not exist"):
+        made(setup)
+
+
+def a_record(active, targets=10):
+    return Record(
+        key="k",
+        perturbation=torch.zeros(3, 2, 2),
+        iterations=len(active) - 1,
+        status="converged",
+        active=active,
+        targets=targets,
+        proposals=20,
+        perceptibility=0.0,
+        seconds=0.0,
+    )
+
+
+def test_active_shares():
+    records = [a_record([10, 5, 0]), a_record([8, 8, 4, 2], targets=20)]
+    assert diagnoses.active_shares(records, 4) == pytest.approx(
+        [(1.0 + 0.4) / 2, (0.5 + 0.4) / 2, 0.1, 0.05, 0.05]
+    )
+
+
+def test_denseness_by_command(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.5, 0.9))
+    arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(["paper", "figure", "denseness", "FR-ZF-07", *arguments]) == 0
+    shown = capfd.readouterr().out
+    known = json.loads((tmp_path / "denseness.json").read_text())
+    assert (known["images"], known["seed"], known["data"]) == (2, 0, "scenes")
+    sparse, dense = known["rows"]
+    assert (sparse["NMS threshold"], dense["NMS threshold"]) == (0.5, 0.9)
+    assert 0 < sparse["targets"] < dense["targets"] < dense["proposals"]
+    assert sparse["proposals"] < dense["proposals"]
+    assert 0 <= dense["mAP after the attack"] <= dense["mAP"] == sparse["mAP"]
+    assert (tmp_path / "denseness.md").read_text() in shown
+    with Image.open(tmp_path / "denseness.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_convergence_by_command(tmp_path, capfd):
+    arguments = ["--images", "1", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(["paper", "figure", "convergence", "FR-ZF-07", *arguments]) == 0
+    (row,) = json.loads((tmp_path / "convergence.json").read_text())["rows"]
+    assert row["active"][0] > row["active"][-1]
+    assert row["not converged, %"] in (0.0, 100.0)
+    assert row["iterations"] == [row["updates"]]
+    assert "| FR-ZF-07 | 1 |" in capfd.readouterr().out
+    with Image.open(tmp_path / "convergence.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("denseness", "FCOS-VGG"), "denseness needs a two-stage detector"),
+        (("denseness", "FCN-VGG"), "denseness needs a two-stage detector"),
+        (("convergence", "FCN-VG"), "did you mean FCN-VGG?"),
+        (("convergence", "--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input(tmp_path, capfd, arguments, message):
+    assert main(["paper", "figure", *arguments, "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("dagcore paper: error: ")
+    assert error.count("\n") == 1
+    assert message in error
