@@ -266,53 +266,79 @@ def paper() -> None:
     """The paper's experiments, on the zoo's networks."""
 
 
+def experiment(command: Any) -> Any:
+    """The options that all of the paper's experiments have."""
+    options = [
+        click.option(
+            "--out",
+            type=FOLDER,
+            default="paper",
+            show_default=True,
+            metavar="DIR",
+            help="Folder for the results. Perturbations that it has are used again.",
+        ),
+        click.option(
+            "--images",
+            type=click.IntRange(min=1),
+            default=100,
+            show_default=True,
+            metavar="NUMBER",
+            help="Images to attack.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            metavar="NUMBER",
+            default=0,
+            show_default="0",
+            help="Of all random choices.",
+        ),
+        click.option(
+            "--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]"
+        ),
+        click.option(
+            "--data",
+            default="scenes",
+            show_default=True,
+            metavar="scenes|DIR",
+            help="The test scenes, or the test images of VOC2007 in a VOCdevkit folder.",
+        ),
+        click.option(
+            "--weights",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="Folder with NETWORK.safetensors or NETWORK.pth.  [default: the zoo's own]",
+        ),
+        click.option(
+            "--jobs",
+            type=click.IntRange(min=1),
+            metavar="NUMBER",
+            help="Processes side by side.  [default: one per core, one on a GPU]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@paper.command("table")
+@click.argument("name", type=click.Choice(("segmentation", "detection", "cross-task")))
+@experiment
+def paper_table(name: str, **options: Any) -> None:
+    """Make one of the paper's tables.
+
+    Networks attacked by their own perturbations and by others', alone, added up and permuted. It
+    is shown beside the paper's own numbers.
+    """
+    from .paper import Setup, commands
+
+    commands.table(name, Setup(**options))
+
+
 @paper.command("figure")
 @click.argument("name", type=click.Choice(("denseness", "convergence")))
 @click.argument("networks", nargs=-1, metavar="[NETWORK]...")
-@click.option(
-    "--out",
-    type=FOLDER,
-    default="paper",
-    show_default=True,
-    metavar="DIR",
-    help="Folder for the results. Perturbations that it has are used again.",
-)
-@click.option(
-    "--images",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    metavar="NUMBER",
-    help="Images to attack.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="NUMBER",
-    default=0,
-    show_default="0",
-    help="Of all random choices.",
-)
-@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
-@click.option(
-    "--data",
-    default="scenes",
-    show_default=True,
-    metavar="scenes|DIR",
-    help="The test scenes, or the test images of VOC2007 in a VOCdevkit folder.",
-)
-@click.option(
-    "--weights",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Folder with NETWORK.safetensors or NETWORK.pth.  [default: the zoo's own]",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="NUMBER",
-    help="Processes side by side.  [default: one per core, one on a GPU]",
-)
+@experiment
 def paper_figure(name: str, networks: tuple[str, ...], **options: Any) -> None:
     """Make a figure with its table, of NETWORKs or of the paper's.
 

@@ -1,5 +1,6 @@
 """The paper's experiments: perturbations kept and used again, diagnoses."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from dagcore.__main__ import main
 from dagcore.data import Scenes
-from dagcore.paper import Attack, Record, Setup, diagnoses, work
+from dagcore.paper import Attack, Record, Setup, diagnoses, tables, work
 from dagcore.report import Counter
 
 ZF = Attack.of("FR-ZF-07", max_iter=4)
@@ -137,6 +138,65 @@ def test_convergence_by_command(tmp_path, capfd):
     assert "| FR-ZF-07 | 1 |" in capfd.readouterr().out
     with Image.open(tmp_path / "convergence.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_the_papers_tables_are_whole():
+    for table in tables.TABLES.values():
+        assert set(map(len, table.published.values())) == {len(table.networks)}
+        for row in table.published:
+            assert set(tables.members(row)) <= set(tables.SOURCES)
+    assert tables.members("r5 + r7 (permuted)") == ["r5", "r7"]
+    assert tables.members("none") == []
+    assert len(tables.sources(list(tables.TABLES.values()))) == 8
+
+
+def test_what_a_row_adds():
+    def records(value):
+        values = torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4)
+        return [dataclasses.replace(a_record([1, 0]), perturbation=value * values)]
+
+    found = {Attack.of("FCN-Alex"): records(1.0), Attack.of("FCN-VGG"): records(0.1)}
+    setup = Setup(out="unused")
+    (total,) = tables.added(setup, "r5 + r7", found)
+    torch.testing.assert_close(total, 1.1 * torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4))
+    (permuted,) = tables.added(setup, "r5 + r7 (permuted)", found)
+    assert not torch.equal(permuted, total)
+    assert torch.equal(permuted.flatten().sort().values, total.flatten().sort().values)
+    assert torch.equal(tables.added(setup, "r5 + r7 (permuted)", found)[0], permuted)
+    assert tables.added(setup, "none", found) is None
+
+
+def test_a_table_by_command(tmp_path, monkeypatch, capfd):
+    small = tables.Table(
+        "detection",
+        ("FR-ZF-07", "FCN-Alex"),
+        {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 (permuted)": (58.3, 48.03)},
+    )
+    monkeypatch.setitem(tables.TABLES, "detection", small)
+    arguments = ["paper", "table", "detection", "--images", "2", "--jobs", "1"]
+    arguments += ["--out", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capfd.readouterr().out
+    known = json.loads((tmp_path / "table-detection.json").read_text())
+    assert known["settings"] == {"images": 2, "seed": 0, "data": "scenes"}
+    rows = {row["perturbation"]: row["scores"] for row in known["rows"]}
+    assert list(rows) == list(small.published)
+    setup = Setup(out=tmp_path, images=2)
+    attack = Attack.of("FR-ZF-07")
+    records = work.kept(setup, attack)
+    for network in small.networks:
+        assert rows["none"][network] == work.score(setup, network).mean
+        added = [record.perturbation for record in records]
+        assert rows["r1"][network] == work.score(setup, network, added).mean
+    assert f"{rows['r1']['FCN-Alex']:.1f} (31.7)" in shown
+    assert (tmp_path / "table-detection.md").read_text() in shown
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(tables, "measure_cell", refuse)
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "table-detection.json").read_text()) == known
 
 
 @pytest.mark.parametrize(

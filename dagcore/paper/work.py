@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
@@ -186,24 +186,31 @@ def perturbations(
         for attack, gaps in missing.items()
         for first in range(0, len(gaps), CHUNK)
     ]
-    for attack, count in _run(setup, tasks):
-        counter.advance(attack.folder, count)
-    found = {}
-    for attack in attacks:
-        records = [read(setup, attack, k) for k in range(setup.images)]
-        found[attack] = [record for record in records if record is not None]
-    return found
+    for (attack, indexes), _ in run(setup, attack_images, tasks):
+        counter.advance(attack.folder, len(indexes))
+    return {attack: kept(setup, attack) for attack in attacks}
 
 
-def _run(setup: Setup, tasks: list[tuple[Attack, list[int]]]) -> Iterator[tuple[Attack, int]]:
-    """Do the tasks, in processes side by side on the CPU; each as it is done."""
+def kept(setup: Setup, attack: Attack) -> list[Record]:
+    """The perturbations of all images, which must be there."""
+    records = [read(setup, attack, k) for k in range(setup.images)]
+    return [record for record in records if record is not None]
+
+
+def run(
+    setup: Setup, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[Any, Any]]:
+    """function(setup, *task) for each task, in processes side by side on the CPU.
+
+    Yields:
+        Each task with its result, as it is done.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = find_device(setup.device).type != "cpu"
     jobs = min(setup.jobs or (1 if on_gpu else cores or 1), len(tasks))
     if jobs <= 1:
-        for attack, indexes in tasks:
-            attack_images(setup, attack, indexes)
-            yield attack, len(indexes)
+        for task in tasks:
+            yield task, function(setup, *task)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, (cores or 1) // jobs)
@@ -211,11 +218,9 @@ def _run(setup: Setup, tasks: list[tuple[Attack, list[int]]]) -> Iterator[tuple[
         jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
         try:
-            running = {pool.submit(attack_images, setup, *task): task for task in tasks}
+            running = {pool.submit(function, setup, *task): task for task in tasks}
             for future in as_completed(running):
-                future.result()
-                attack, indexes = running[future]
-                yield attack, len(indexes)
+                yield running[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

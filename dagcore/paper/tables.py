@@ -1,0 +1,164 @@
+"""The paper's three tables: networks attacked by their own and by others' perturbations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import whole
+from ..info import versions
+from ..perturbation import combine, permute
+from ..report import Counter
+from ..zoo import find
+from . import published
+from .work import Attack, Record, Setup, generator_of, kept, perturbations, run, score
+
+SOURCES = {
+    "r1": "FR-ZF-07",
+    "r2": "FR-ZF-0712",
+    "r3": "FR-VGG-07",
+    "r4": "FR-VGG-0712",
+    "r5": "FCN-Alex",
+    "r6": "FCN-Alex*",
+    "r7": "FCN-VGG",
+    "r8": "FCN-VGG*",
+}
+PERMUTED = " (permuted)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the paper: its columns, and its own numbers row by row."""
+
+    name: str
+    networks: tuple[str, ...]
+    published: Mapping[str, Sequence[float]]
+
+
+TABLES = {
+    "segmentation": Table(
+        "segmentation",
+        ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
+        published.SEGMENTATION,
+    ),
+    "detection": Table(
+        "detection",
+        ("FR-ZF-07", "FR-ZF-0712", "FR-VGG-07", "FR-VGG-0712", "R-FCN-RN50", "R-FCN-RN101"),
+        published.DETECTION,
+    ),
+    "cross-task": Table(
+        "cross-task",
+        ("FR-ZF-07", "FR-VGG-07", "FCN-Alex", "FCN-VGG", "R-FCN-RN101"),
+        published.CROSS_TASK,
+    ),
+}
+
+
+def members(row: str) -> list[str]:
+    """The perturbations that a row adds up: "r5 + r7 (permuted)" -> ["r5", "r7"]."""
+    return [] if row == "none" else row.removesuffix(PERMUTED).split(" + ")
+
+
+def sources(tables: Sequence[Table]) -> list[Attack]:
+    """The attacks that some tables need, each once."""
+    wanted = {r: None for table in tables for row in table.published for r in members(row)}
+    return [Attack.of(SOURCES[r]) for r in wanted]
+
+
+def added(setup: Setup, row: str, found: Mapping[Attack, Sequence[Record]]) -> list[Tensor] | None:
+    """What a row adds to each image, (3, H, W); None for the clean images."""
+    if row == "none":
+        return None
+    summed = [
+        combine(*(record.perturbation for record in records))
+        for records in zip(*(found[Attack.of(SOURCES[r])] for r in members(row)), strict=True)
+    ]
+    if not row.endswith(PERMUTED):
+        return summed
+    return [permute(r[None], generator_of(setup, k, 1))[0] for k, r in enumerate(summed)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """A table as it was measured."""
+
+    table: Table
+    rows: dict[str, dict[str, float]]
+    """For each row the score of each network, in percent."""
+
+    def record(self, setup: Setup) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "table": self.table.name,
+            "rows": [{"perturbation": row, "scores": own} for row, own in self.rows.items()],
+            "settings": {"images": setup.images, "seed": setup.seed, "data": setup.data},
+            "versions": versions(),
+        }
+
+    def markdown(self) -> str:
+        """The table, the paper's own numbers in brackets."""
+        networks = self.table.networks
+        lines = [
+            "| perturbation | " + " | ".join(networks) + " |",
+            "|---|" + "---:|" * len(networks),
+        ]
+        for row, own in self.rows.items():
+            paper = self.table.published.get(row)
+            cells = [f"{own[name]:.1f}" for name in networks]
+            if paper is not None:
+                cells = [f"{c} ({p:.1f})" for c, p in zip(cells, paper, strict=True)]
+            lines.append(f"| {named(row)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def write(self, setup: Setup) -> list[Path]:
+        """TABLE.json and TABLE.md, each whole or not at all."""
+        setup.out.mkdir(parents=True, exist_ok=True)
+        paths = [setup.out / f"table-{self.table.name}.{ending}" for ending in ("json", "md")]
+        with whole(paths[0]) as temporary:
+            temporary.write_text(json.dumps(self.record(setup), indent=2) + "\n")
+        with whole(paths[1]) as temporary:
+            temporary.write_text(self.markdown())
+        return paths
+
+
+def named(row: str) -> str:
+    """A row with the network that a single perturbation is of."""
+    return f"{row}, {SOURCES[row]}" if row in SOURCES else row
+
+
+def measure(setup: Setup, name: str, counter: Counter) -> Scores:
+    """Make what a table needs and is not there yet, and measure every cell."""
+    table = TABLES[name]
+    perturbations(setup, sources([table]), counter)
+    cells = [(network, row) for network in table.networks for row in table.published]
+    missing = [cell for cell in cells if not cell_path(setup, *cell).is_file()]
+    counter.add(f"{name} table", len(cells), done=len(cells) - len(missing))
+    for _ in run(setup, measure_cell, missing):
+        counter.advance(f"{name} table")
+    scores: dict[str, dict[str, float]] = {row: {} for row in table.published}
+    for network, row in cells:
+        scores[row][network] = json.loads(cell_path(setup, network, row).read_text())["score"]
+    return Scores(table, scores)
+
+
+def cell_path(setup: Setup, network: str, row: str) -> Path:
+    """The file that keeps the score of a network under a row's perturbation."""
+    name = row.replace(" + ", "+").replace(PERMUTED, "-permuted")
+    return setup.out / "scores" / str(setup.images) / find(network).slug / f"{name}.json"
+
+
+def measure_cell(setup: Setup, network: str, row: str) -> None:
+    """Measure a network under a row's perturbation, and keep the score."""
+    found = {
+        attack: kept(setup, attack) for attack in (Attack.of(SOURCES[r]) for r in members(row))
+    }
+    known = score(setup, network, added(setup, row, found))
+    path = cell_path(setup, network, row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps({"score": known.mean, "per_class": known.per_class}) + "\n")
