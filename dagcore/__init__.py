@@ -2,15 +2,19 @@
 
 from . import labels, ops, perturbation, reference, victims, zoo
 from .attack import DAG, Result, Status
+from .joint import JointResult, Part, joint_attack
 from .native import freed_memory_kept
 from .stream import Sample
 
 __all__ = [
     "DAG",
+    "JointResult",
+    "Part",
     "Result",
     "Sample",
     "Status",
     "freed_memory_kept",
+    "joint_attack",
     "labels",
     "ops",
     "perturbation",
