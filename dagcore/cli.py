@@ -321,6 +321,18 @@ def experiment(command: Any) -> Any:
     return command
 
 
+@paper.command("all")
+@experiment
+def paper_all(**options: Any) -> None:
+    """Make every table, figure and example, and one page with all of them, index.html.
+
+    What is already there is used again; a run that was interrupted goes on where it stopped.
+    """
+    from .paper import Setup, commands
+
+    commands.everything(Setup(**options))
+
+
 @paper.command("table")
 @click.argument("name", type=click.Choice(("segmentation", "detection", "cross-task")))
 @experiment

@@ -1,5 +1,6 @@
 """The paper's experiments: perturbations kept and used again, diagnoses."""
 
+import base64
 import dataclasses
 import json
 
@@ -9,7 +10,17 @@ from PIL import Image
 
 from dagcore.__main__ import main
 from dagcore.data import Scenes
-from dagcore.paper import Attack, Record, Setup, diagnoses, tables, work
+from dagcore.paper import (
+    Attack,
+    Record,
+    Setup,
+    commands,
+    diagnoses,
+    fancy,
+    reading,
+    tables,
+    work,
+)
 from dagcore.report import Counter
 
 ZF = Attack.of("FR-ZF-07", max_iter=4)
@@ -214,3 +225,93 @@ def test_bad_input(tmp_path, capfd, arguments, message):
     assert error.startswith("dagcore paper: error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def rows_with(**left):
+    """The segmentation table with 80 % clean scores; `left` says what own perturbations leave."""
+    networks = tables.TABLES["segmentation"].networks
+    rows = {row: dict.fromkeys(networks, 80.0) for row in tables.TABLES["segmentation"].published}
+    for row, source in tables.SOURCES.items():
+        if row in rows:
+            rows[row][source] = left.get(row, 8.0)
+    return rows
+
+
+def test_findings_are_means_of_shares():
+    found = {one.what: one for one in reading.findings({"segmentation": rows_with(r5=16.0)})}
+    assert found["White box"].count == 4
+    assert found["White box"].measured == pytest.approx((20 + 10 + 10 + 10) / 4)
+    own = [3.98 / 48.04, 3.98 / 48.92, 4.09 / 65.49, 4.18 / 67.09]
+    assert found["White box"].paper == pytest.approx(100 * sum(own) / 4)
+    across = [7.94 / 48.92, 5.10 / 48.04, 16.36 / 67.09, 12.72 / 65.49]
+    assert found["Across training sets"].paper == pytest.approx(100 * sum(across) / 4)
+    assert found["Across training sets"].measured == 100
+    assert found["Across architectures"].count == 16
+    assert "Across tasks" not in found
+    assert found["Ensembles, members"].count == 4
+    assert found["Permuted"].count == 12
+    told = "\n".join(reading.text(list(found.values())))
+    assert "White box (each network under its own perturbation): 12 % of the clean score" in told
+    cross = {"cross-task": reading.published_rows(tables.TABLES["cross-task"])}
+    by = {one.what: one for one in reading.findings(cross)}
+    assert by["Across tasks"].count == 10  # 2 x 2 + 2 x 3
+    assert by["Ensembles, others"].measured == by["Ensembles, others"].paper
+
+
+def test_everything_by_command(tmp_path, monkeypatch, capfd):
+    """One table, the diagnoses and three examples, in small; the page holds all of them."""
+    small = {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
+    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), small)
+    monkeypatch.setattr(commands, "TABLES", {"cross-task": table})
+    monkeypatch.setitem(tables.TABLES, "cross-task", table)
+    monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.9,))
+    monkeypatch.setattr(diagnoses, "DENSENESS", ("FR-ZF-07",))
+    monkeypatch.setattr(diagnoses, "SOURCES", ("FR-ZF-07", "FCN-Alex"))
+    monkeypatch.setattr(fancy, "UPDATES", 3)
+    names = ("circle-fcn-vgg", "two-masks", "two-tasks", "noise")
+    chosen = tuple(one for one in fancy.SCENARIOS if one.name in names)
+    monkeypatch.setattr(fancy, "SCENARIOS", chosen)
+    arguments = ["paper", "all", "--images", "1", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "White box" in capfd.readouterr().out
+    content = (tmp_path / "index.html").read_text()
+    pictures = [
+        "convergence.png",
+        "denseness.png",
+        *(f"fancy/{p.name}" for p in (tmp_path / "fancy").glob("*.png")),
+    ]
+    assert len(pictures) == 2 + 6
+    for name in pictures:
+        assert base64.b64encode((tmp_path / name).read_bytes()).decode() in content
+    assert "http" not in content.replace("http-equiv", "")
+    assert "<script" not in content
+    for heading in (
+        "Cross-task",
+        "Reading the tables",
+        "Denseness",
+        "Convergence",
+        "Fancy examples",
+    ):
+        assert f"<h2>{heading}</h2>" in content
+    known = json.loads((tmp_path / "table-cross-task.json").read_text())
+    for row in known["rows"]:
+        for value in row["scores"].values():
+            assert f">{value:.1f} <small>" in content
+    assert content.count('class="own"') == 1 + 2
+
+    def refuse(*_):
+        raise AssertionError("made again")
+
+    for module, name in ((work, "attack_images"), (tables, "measure_cell"), (fancy, "make")):
+        monkeypatch.setattr(module, name, refuse)
+    assert main(arguments) == 0
+    assert (tmp_path / "index.html").read_text() == content
+
+
+def test_a_prescribed_segmentation(tmp_path):
+    setup = Setup(out=tmp_path, images=2, jobs=1)
+    fancy.make(setup, "square-fcn-vgg")
+    (row,) = json.loads((tmp_path / "fancy/square-fcn-vgg.json").read_text())["rows"]
+    assert row["as wanted, %"] > 95
+    assert 0 < row["updates"] < fancy.UPDATES
+    assert (tmp_path / "fancy" / row["picture"]).is_file()

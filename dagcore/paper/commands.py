@@ -5,8 +5,11 @@ from __future__ import annotations
 import click
 
 from ..report import Counter
+from . import page
 from .diagnoses import convergence, denseness
-from .tables import measure
+from .fancy import fancy
+from .reading import findings, text
+from .tables import TABLES, measure
 from .work import Setup
 
 DIAGNOSES = {"denseness": denseness, "convergence": convergence}
@@ -20,6 +23,23 @@ def table(name: str, setup: Setup) -> None:
     click.echo(made.markdown())
     click.echo("In brackets the paper's, on PASCAL VOC.")
     click.echo(f"written to {', '.join(map(str, paths))}")
+
+
+def everything(setup: Setup) -> None:
+    """Make all tables, figures and examples, and the page."""
+    with Counter() as counter:
+        scores = {name: measure(setup, name, counter) for name in TABLES}
+        made = [make(setup, counter) for make in DIAGNOSES.values()]
+        examples = fancy(setup, counter)
+    for known in scores.values():
+        known.write(setup)
+    for diagnosis in made:
+        diagnosis.write(setup)
+    path = setup.out / "index.html"
+    page.write(path, page.page(setup, scores, made, examples))
+    for line in text(findings({name: known.rows for name, known in scores.items()})):
+        click.echo(line)
+    click.echo(f"written to {path}")
 
 
 def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:

@@ -91,6 +91,10 @@ class Scores:
     rows: dict[str, dict[str, float]]
     """For each row the score of each network, in percent."""
 
+    def members(self, row: str) -> list[str]:
+        """The networks that a row's perturbation was made for, and not permuted since."""
+        return [] if row.endswith(PERMUTED) else [SOURCES[r] for r in members(row)]
+
     def record(self, setup: Setup) -> dict[str, Any]:
         """Ready for JSON."""
         return {
