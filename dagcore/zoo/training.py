@@ -62,7 +62,7 @@ RECIPES = {
     "fcn-alex": Recipe(75_000, 8, 2e-3),
     "fcn-vgg": Recipe(50_000, 8, 2e-3),
     "dl-vgg": Recipe(50_000, 8, 2e-3),
-    "dl-rn101": Recipe(42_000, 8, 2e-3),
+    "dl-rn101": Recipe(90_000, 8, 2e-3),
     "fr-zf": Recipe(60_000, 8, 2e-3),
     "fr-vgg": Recipe(36_000, 8, 2e-3),
     "r-fcn-rn50": Recipe(50_000, 8, 2e-3),
