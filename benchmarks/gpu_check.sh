@@ -45,6 +45,8 @@ for tool in memcheck racecheck synccheck initcheck; do sanitize "$tool"; done
 step bench-ops 60 "$PYTHON" -m pytest -q benchmarks/bench_ops.py --device cuda --save ops-cuda
 step bench-iteration 60 "$PYTHON" benchmarks/bench_attack.py iteration --device cuda \
     --networks deeplabv3_mobilenet_v3_large fcn_resnet50 --save iteration-cuda
+step bench-detection 90 "$PYTHON" benchmarks/bench_detection.py attack --device cuda --rounds 3 \
+    --save detection-cuda
 [ "$OUT" = benchmarks/results ] || cp benchmarks/results/*-cuda.* "$OUT"/ 2>/dev/null
 printf '%s\n' "${summary[@]}" | tee "$OUT/summary.log"
 exit $failed

@@ -158,7 +158,11 @@ def test_the_papers_tables_are_whole():
             assert set(tables.members(row)) <= set(tables.SOURCES)
     assert tables.members("r5 + r7 (permuted)") == ["r5", "r7"]
     assert tables.members("none") == []
-    assert len(tables.sources(list(tables.TABLES.values()))) == 8
+    needed = tables.sources(list(tables.TABLES.values()))
+    assert sorted(len(attack.networks) for attack in needed) == [1] * 8 + [2] * 4 + [3] * 4 + [4]
+    assert tables.members("joint r1 + r3") == ["r1", "r3"]
+    assert [a.networks for a in tables.attacks("joint r1 + r3")] == [("FR-ZF-07", "FR-VGG-07")]
+    assert [a.networks for a in tables.attacks("r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
 
 
 def test_what_a_row_adds():
@@ -258,10 +262,22 @@ def test_findings_are_means_of_shares():
     assert by["Ensembles, others"].measured == by["Ensembles, others"].paper
 
 
+def test_where_joint_ensembles_are_weaker():
+    rows = {
+        "r5 + r7": {"FCN-Alex": 4.0, "FCN-VGG": 5.0, "DL-VGG": 50.0, "DL-RN101": 60.0},
+        "joint r5 + r7": {"FCN-Alex": 3.0, "FCN-VGG": 6.0, "DL-VGG": 51.0, "DL-RN101": 60.0},
+    }
+    assert reading.weaker({"segmentation": rows}) == [
+        "joint r5 + r7 leaves 6.0 on FCN-VGG, the sum 5.0.",
+        "joint r5 + r7 leaves 55.5 on the other networks in the mean, the sum 55.0.",
+    ]
+
+
 def test_everything_by_command(tmp_path, monkeypatch, capfd):
     """One table, the diagnoses and three examples, in small; the page holds all of them."""
     small = {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
-    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), small)
+    further = ("joint r1 + r5",)
+    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), small, further)
     monkeypatch.setattr(commands, "TABLES", {"cross-task": table})
     monkeypatch.setitem(tables.TABLES, "cross-task", table)
     monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.9,))
@@ -296,8 +312,12 @@ def test_everything_by_command(tmp_path, monkeypatch, capfd):
     known = json.loads((tmp_path / "table-cross-task.json").read_text())
     for row in known["rows"]:
         for value in row["scores"].values():
-            assert f">{value:.1f} <small>" in content
-    assert content.count('class="own"') == 1 + 2
+            assert f">{value:.1f}" in content
+    assert content.count('class="own"') == 1 + 2 + 2
+    assert content.count("<small>") == 3 * 2
+    (joint,) = work.kept(Setup(out=tmp_path, images=1), tables.attacks("joint r1 + r5")[0])
+    assert joint.active[0] > joint.active[-1]
+    assert joint.targets > 5000  # pixels and boxes
 
     def refuse(*_):
         raise AssertionError("made again")

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import whole
 from ..info import versions
 from .diagnoses import Diagnosis, Row, cell
-from .reading import Rows, findings, text
+from .reading import Rows, findings, text, weaker
 from .tables import TABLES, Scores, named
 from .work import Setup
 
@@ -49,6 +49,9 @@ def page(
     measured: dict[str, Rows] = {name: known.rows for name, known in scores.items()}
     lines = text(findings(measured))
     if lines:
+        worse = weaker(measured)
+        if worse:
+            lines.append("Where joint ensembles are weaker than sums: " + " ".join(worse))
         items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         parts += ["<h2>Reading the tables</h2>", f"<ul>{items}</ul>"]
     for diagnosis in diagnoses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
-from .tables import PERMUTED, SOURCES, TABLES, Table, members
+from .tables import JOINT, PERMUTED, SOURCES, TABLES, Table, members
 
 Rows = Mapping[str, Mapping[str, float]]
 
@@ -18,7 +18,8 @@ class Finding:
     cells: str
     """Which cells it is the mean of."""
     measured: float
-    paper: float
+    paper: float | None
+    """None for what the paper does not have."""
     count: int
 
 
@@ -44,15 +45,10 @@ def shares(tables: Mapping[str, Rows], wanted: Callable[[str, str], bool]) -> It
     """score / clean score in percent, of the cells (row, network) that are wanted."""
     for rows in tables.values():
         for row, scores in rows.items():
-            if row not in TABLES_ROWS:
-                continue
             for network, score in scores.items():
                 clean = rows["none"][network]
                 if row != "none" and clean and wanted(row, network):
                     yield 100 * score / clean
-
-
-TABLES_ROWS = {row for table in TABLES.values() for row in table.published}
 
 
 def _single(row: str) -> str | None:
@@ -60,9 +56,15 @@ def _single(row: str) -> str | None:
 
 
 def _sum(row: str) -> list[str]:
-    """The members of an ensemble that is not permuted."""
+    """The members of a sum that is not permuted."""
     found = members(row)
-    return [SOURCES[r] for r in found] if len(found) > 1 and PERMUTED not in row else []
+    plain = PERMUTED not in row and not row.startswith(JOINT)
+    return [SOURCES[r] for r in found] if len(found) > 1 and plain else []
+
+
+def _joint(row: str) -> list[str]:
+    """The networks of a joint ensemble."""
+    return [SOURCES[r] for r in members(row)] if row.startswith(JOINT) else []
 
 
 def _across_sets(row: str, network: str) -> bool:
@@ -84,8 +86,9 @@ def _across_tasks(row: str, network: str) -> bool:
     return source is not None and is_detector(source) != is_detector(network)
 
 
-def _near(row: str, network: str) -> bool:
-    return any(family(member) == family(network) for member in _sum(row))
+def _far(networks: list[str], network: str) -> bool:
+    """Whether an ensemble has no network of the same architecture."""
+    return bool(networks) and family(network) not in map(family, networks)
 
 
 KINDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
@@ -101,7 +104,17 @@ KINDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
     (
         "Ensembles, others",
         "sums, on networks of which no member shares the architecture",
-        lambda r, n: bool(_sum(r)) and not _near(r, n),
+        lambda r, n: _far(_sum(r), n),
+    ),
+    (
+        "Joint ensembles, members",
+        "one perturbation for several networks, on these",
+        lambda r, n: n in _joint(r),
+    ),
+    (
+        "Joint ensembles, others",
+        "on networks of which no member shares the architecture",
+        lambda r, n: _far(_joint(r), n),
     ),
     ("Permuted", "sums with rows and columns permuted", lambda r, n: r.endswith(PERMUTED)),
 )
@@ -113,11 +126,34 @@ def findings(tables: Mapping[str, Rows]) -> list[Finding]:
     found = []
     for what, cells, wanted in KINDS:
         here, there = list(shares(tables, wanted)), list(shares(paper, wanted))
-        if here and there:
-            found.append(
-                Finding(what, cells, sum(here) / len(here), sum(there) / len(there), len(here))
-            )
+        if here:
+            known = sum(there) / len(there) if there else None
+            found.append(Finding(what, cells, sum(here) / len(here), known, len(here)))
     return found
+
+
+def weaker(tables: Mapping[str, Rows]) -> list[str]:
+    """Where a joint ensemble leaves more than the sum of its members' own perturbations."""
+    lines = []
+    for rows in tables.values():
+        for row, scores in rows.items():
+            networks, summed = _joint(row), rows.get(row.removeprefix(JOINT))
+            if not networks or summed is None:
+                continue
+            for network in networks:
+                if scores[network] > summed[network]:
+                    lines.append(
+                        f"{row} leaves {scores[network]:.1f} on {network}, the sum "
+                        f"{summed[network]:.1f}."
+                    )
+            others = [network for network in scores if network not in networks]
+            means = [sum(own[n] for n in others) / max(1, len(others)) for own in (scores, summed)]
+            if means[0] > means[1]:
+                lines.append(
+                    f"{row} leaves {means[0]:.1f} on the other networks in the mean, the sum "
+                    f"{means[1]:.1f}."
+                )
+    return lines
 
 
 def text(found: list[Finding]) -> list[str]:
@@ -125,7 +161,7 @@ def text(found: list[Finding]) -> list[str]:
     by = {one.what: one for one in found}
     lines = [
         f"{one.what} ({one.cells}): {one.measured:.0f} % of the clean score is left, mean of "
-        f"{one.count} cells; in the paper {one.paper:.0f} %."
+        f"{one.count} cells" + ("." if one.paper is None else f"; in the paper {one.paper:.0f} %.")
         for one in found
     ]
     order = ["White box", "Across training sets", "Across architectures", "Across tasks"]

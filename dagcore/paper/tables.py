@@ -29,6 +29,7 @@ SOURCES = {
     "r8": "FCN-VGG*",
 }
 PERMUTED = " (permuted)"
+JOINT = "joint "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Table:
     name: str
     networks: tuple[str, ...]
     published: Mapping[str, Sequence[float]]
+    further: tuple[str, ...] = ()
+    """Rows that the paper does not have."""
+
+    @property
+    def rows(self) -> list[str]:
+        """All rows: the paper's, then the others."""
+        return [*self.published, *self.further]
 
 
 TABLES = {
@@ -45,29 +53,46 @@ TABLES = {
         "segmentation",
         ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
         published.SEGMENTATION,
+        ("joint r5 + r7", "joint r6 + r8"),
     ),
     "detection": Table(
         "detection",
         ("FR-ZF-07", "FR-ZF-0712", "FR-VGG-07", "FR-VGG-0712", "R-FCN-RN50", "R-FCN-RN101"),
         published.DETECTION,
+        ("joint r1 + r3", "joint r2 + r4"),
     ),
     "cross-task": Table(
         "cross-task",
         ("FR-ZF-07", "FR-VGG-07", "FCN-Alex", "FCN-VGG", "R-FCN-RN101"),
         published.CROSS_TASK,
+        (
+            "joint r1 + r3 + r5",
+            "joint r1 + r3 + r7",
+            "joint r1 + r5 + r7",
+            "joint r3 + r5 + r7",
+            "joint r1 + r3 + r5 + r7",
+        ),
     ),
 }
 
 
 def members(row: str) -> list[str]:
-    """The perturbations that a row adds up: "r5 + r7 (permuted)" -> ["r5", "r7"]."""
-    return [] if row == "none" else row.removesuffix(PERMUTED).split(" + ")
+    """The perturbations that a row adds up: "r5 + r7 (permuted)" -> ["r5", "r7"].
+
+    A joint row has one perturbation, made for the networks of all of them at once.
+    """
+    return [] if row == "none" else row.removesuffix(PERMUTED).removeprefix(JOINT).split(" + ")
+
+
+def attacks(row: str) -> list[Attack]:
+    """The attacks whose perturbations a row adds up."""
+    networks = [SOURCES[r] for r in members(row)]
+    return [Attack.of(*networks)] if row.startswith(JOINT) else [Attack.of(n) for n in networks]
 
 
 def sources(tables: Sequence[Table]) -> list[Attack]:
     """The attacks that some tables need, each once."""
-    wanted = {r: None for table in tables for row in table.published for r in members(row)}
-    return [Attack.of(SOURCES[r]) for r in wanted]
+    return list({one: None for table in tables for row in table.rows for one in attacks(row)})
 
 
 def added(setup: Setup, row: str, found: Mapping[Attack, Sequence[Record]]) -> list[Tensor] | None:
@@ -76,7 +101,7 @@ def added(setup: Setup, row: str, found: Mapping[Attack, Sequence[Record]]) -> l
         return None
     summed = [
         combine(*(record.perturbation for record in records))
-        for records in zip(*(found[Attack.of(SOURCES[r])] for r in members(row)), strict=True)
+        for records in zip(*(found[attack] for attack in attacks(row)), strict=True)
     ]
     if not row.endswith(PERMUTED):
         return summed
@@ -139,12 +164,12 @@ def measure(setup: Setup, name: str, counter: Counter) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
     table = TABLES[name]
     perturbations(setup, sources([table]), counter)
-    cells = [(network, row) for network in table.networks for row in table.published]
+    cells = [(network, row) for network in table.networks for row in table.rows]
     missing = [cell for cell in cells if not cell_path(setup, *cell).is_file()]
     counter.add(f"{name} table", len(cells), done=len(cells) - len(missing))
     for _ in run(setup, measure_cell, missing):
         counter.advance(f"{name} table")
-    scores: dict[str, dict[str, float]] = {row: {} for row in table.published}
+    scores: dict[str, dict[str, float]] = {row: {} for row in table.rows}
     for network, row in cells:
         scores[row][network] = json.loads(cell_path(setup, network, row).read_text())["score"]
     return Scores(table, scores)
@@ -158,9 +183,7 @@ def cell_path(setup: Setup, network: str, row: str) -> Path:
 
 def measure_cell(setup: Setup, network: str, row: str) -> None:
     """Measure a network under a row's perturbation, and keep the score."""
-    found = {
-        attack: kept(setup, attack) for attack in (Attack.of(SOURCES[r]) for r in members(row))
-    }
+    found = {attack: kept(setup, attack) for attack in attacks(row)}
     known = score(setup, network, added(setup, row, found))
     path = cell_path(setup, network, row)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from ..attack_files import find_device
 from ..data import VOC, Example, Scenes
 from ..files import whole
 from ..info import versions
+from ..joint import JointResult, Part, joint_attack
 from ..labels import assign
 from ..metrics import Score
 from ..report import Counter
@@ -92,27 +93,29 @@ def _examples(data: str, task: str, count: int) -> Sequence[Example]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
-    """One network attacked by one rule."""
+    """Networks attacked by one rule: one of them, or several by one perturbation."""
 
-    network: str
+    networks: tuple[str, ...]
     gamma: float = 0.5 / 255
     max_iter: int
     nms_threshold: float = 0.9
     """Of a detector's region network."""
 
     @classmethod
-    def of(cls, network: str, **settings: Any) -> Attack:
+    def of(cls, *networks: str, **settings: Any) -> Attack:
         """The paper's settings: at most 200 updates for segmentation, 150 for detection."""
-        updates = {"segmentation": 200, "detection": 150}[zoo.find(network).task]
-        return cls(**{"network": network, "max_iter": updates, **settings})
+        tasks = {zoo.find(network).task for network in networks}
+        updates = 200 if "segmentation" in tasks else 150
+        return cls(**{"networks": networks, "max_iter": updates, **settings})
 
     @property
     def folder(self) -> str:
         """Name of the folder with its perturbations."""
-        plain = Attack.of(self.network)
+        plain = Attack.of(*self.networks)
         own = dataclasses.asdict(self)
         other = [k for k, v in dataclasses.asdict(plain).items() if own[k] != v]
-        return "-".join([zoo.find(self.network).slug, *(f"{k}={own[k]:g}" for k in sorted(other))])
+        slugs = "+".join(zoo.find(network).slug for network in self.networks)
+        return "-".join([slugs, *(f"{k}={own[k]:g}" for k in sorted(other))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,12 +144,12 @@ def path_of(setup: Setup, attack: Attack, index: int) -> Path:
 
 def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
     """What a kept perturbation must have been made with to be used again."""
-    weights = setup.weights or zoo.find(attack.network).path.parent
     return {
         **dataclasses.asdict(attack),
+        "networks": list(attack.networks),  # as JSON gives it back
         "seed": setup.seed,
         "data": setup.data,
-        "weights": "the zoo's" if setup.weights is None else str(weights),
+        "weights": "the zoo's" if setup.weights is None else str(setup.weights),
     }
 
 
@@ -228,7 +231,7 @@ def run(
             raise
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _victim(setup: Setup, network: str) -> Any:
     """A victim, kept for the next images; scores of segmentation come as fast as they can."""
     victim = setup.victim(network)
@@ -237,9 +240,14 @@ def _victim(setup: Setup, network: str) -> Any:
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
     """Attack some images, and keep what comes of each."""
-    victim = _victim(setup, attack.network)
-    entry = zoo.find(attack.network)
-    examples = setup.examples(entry.task)
+    dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
+    if len(attack.networks) > 1:
+        for index in indexes:
+            _attack_jointly(setup, attack, dag, index)
+        return
+    (network,) = attack.networks
+    victim = _victim(setup, network)
+    examples = setup.examples(zoo.find(network).task)
     looked_at: dict[int, int] = {}
 
     def samples() -> Iterator[Sample]:
@@ -247,32 +255,67 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
             sample, looked_at[index] = aim(setup, attack, victim, examples[index], index)
             yield sample
 
-    dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
     start = time.perf_counter()
     results: list[Result] = list(dag.stream(victim, samples(), slots=SLOTS))
     seconds = (time.perf_counter() - start) / len(indexes)
     for result in results:
         index = result.key
-        known = {
-            "key": examples[index].key,
-            "iterations": int(result.iterations[0]),
-            "status": str(result.status[0]),
-            "active": [count for count in result.active[:, 0].tolist() if count >= 0],
-            "targets": int(result.targets[0]),
-            "proposals": looked_at[index],
-            "perceptibility": float(result.perceptibility[0]),
-            "seconds": seconds,
-            "settings": settings_of(setup, attack),
-            "versions": versions(),
-        }
-        path = path_of(setup, attack, index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            save_file(
-                {"perturbation": result.perturbation[0].cpu().contiguous()},
-                temporary,
-                metadata={name: json.dumps(value) for name, value in known.items()},
-            )
+        active = result.active[:, 0]
+        proposals = looked_at[index]
+        _keep(setup, attack, index, examples[index], result, active, proposals, seconds)
+
+
+def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
+    """Attack several networks by one perturbation of an image."""
+    start = time.perf_counter()
+    parts, proposals = [], 0
+    for network in attack.networks:
+        victim = _victim(setup, network)
+        example = setup.examples(zoo.find(network).task)[index]
+        sample, count = aim(setup, attack, victim, example, index)
+        proposals += count
+        aims = sample.adversarial_labels
+        assert isinstance(aims, Tensor)
+        at = None if sample.at is None else sample.at[None]
+        parts.append(Part(victim, sample.labels[None], aims[None], at=at))
+    result = joint_attack(dag, parts, sample.image[None])
+    # -1 where the image has stopped, for every network alike.
+    active = torch.where(result.active[:, 0] >= 0, result.active.sum(1), -1)[:, 0]
+    seconds = time.perf_counter() - start
+    _keep(setup, attack, index, example, result, active, proposals, seconds)
+
+
+def _keep(
+    setup: Setup,
+    attack: Attack,
+    index: int,
+    example: Example,
+    result: Result | JointResult,
+    active: Tensor,
+    proposals: int,
+    seconds: float,
+) -> None:
+    """Write the file of one image."""
+    known = {
+        "key": example.key,
+        "iterations": int(result.iterations[0]),
+        "status": str(result.status[0]),
+        "active": [count for count in active.tolist() if count >= 0],
+        "targets": int(result.targets.sum()),
+        "proposals": proposals,
+        "perceptibility": float(result.perceptibility[0]),
+        "seconds": seconds,
+        "settings": settings_of(setup, attack),
+        "versions": versions(),
+    }
+    path = path_of(setup, attack, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        save_file(
+            {"perturbation": result.perturbation[0].cpu().contiguous()},
+            temporary,
+            metadata={name: json.dumps(value) for name, value in known.items()},
+        )
 
 
 def aim(
