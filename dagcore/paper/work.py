@@ -30,7 +30,7 @@ from ..labels import assign
 from ..metrics import Score
 from ..report import Counter
 from ..stream import Sample
-from ..victims import Detector, Victim, load, prepare
+from ..victims import Detector, Victim, load, prepare, prepare_detector
 from ..zoo.evaluation import evaluate
 
 CHUNK = 5  # images that a process attacks before it hands in
@@ -233,9 +233,9 @@ def run(
 
 @lru_cache(maxsize=4)
 def _victim(setup: Setup, network: str) -> Any:
-    """A victim, kept for the next images; scores of segmentation come as fast as they can."""
+    """A victim, prepared, and kept for the next images."""
     victim = setup.victim(network)
-    return victim if isinstance(victim, Detector) else prepare(victim)
+    return prepare_detector(victim) if isinstance(victim, Detector) else prepare(victim)
 
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
