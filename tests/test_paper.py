@@ -282,7 +282,7 @@ def test_everything_by_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(tables.TABLES, "cross-task", table)
     monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.9,))
     monkeypatch.setattr(diagnoses, "DENSENESS", ("FR-ZF-07",))
-    monkeypatch.setattr(diagnoses, "SOURCES", ("FR-ZF-07", "FCN-Alex"))
+    monkeypatch.setattr(diagnoses, "CONVERGENCE", ("FR-ZF-07", "FCN-Alex"))
     monkeypatch.setattr(fancy, "UPDATES", 3)
     names = ("circle-fcn-vgg", "two-masks", "two-tasks", "noise")
     chosen = tuple(one for one in fancy.SCENARIOS if one.name in names)

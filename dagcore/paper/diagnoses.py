@@ -15,20 +15,12 @@ from .. import zoo
 from ..files import whole
 from ..info import versions
 from ..report import Counter
+from .tables import SOURCES
 from .work import Attack, Record, Setup, perturbations, score
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 DENSENESS = ("FR-VGG-0712",)  # attacked at every threshold
-SOURCES = (  # the networks whose perturbations the paper's tables are made of
-    "FR-ZF-07",
-    "FR-ZF-0712",
-    "FR-VGG-07",
-    "FR-VGG-0712",
-    "FCN-Alex",
-    "FCN-Alex*",
-    "FCN-VGG",
-    "FCN-VGG*",
-)
+CONVERGENCE = (*SOURCES.values(), "R-FCN-RN50", "R-FCN-RN101", "FCOS-VGG")
 
 Row = dict[str, Any]
 
@@ -104,7 +96,7 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
 
 def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
     """How many images end within the budget, and how many targets are active on the way."""
-    networks = networks or SOURCES
+    networks = networks or CONVERGENCE
     attacks = {name: Attack.of(name) for name in networks}
     found = perturbations(setup, list(attacks.values()), counter)
     rows = []
