@@ -130,7 +130,7 @@ class DAG(engine.Settings):
             TypeError, ValueError: the argument, what was required and what came.
         """
         self._check(images, labels, adversarial_labels, generator)
-        _check_at(model, at, images)
+        check_at(model, at, images)
         if start is not None:
             self._check_start(start, images)
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
@@ -215,7 +215,7 @@ class DAG(engine.Settings):
             )
             try:
                 self._check(image, labels, adversarial, None)
-                _check_at(model, at, sample.image[None])
+                check_at(model, at, sample.image[None])
                 if sample.start is not None:
                     self._check_start(sample.start, sample.image)
             except (TypeError, ValueError) as error:
@@ -257,7 +257,7 @@ class DAG(engine.Settings):
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
         self._check(images, labels, adversarial_labels, None)
-        _check_at(model, at, images)
+        check_at(model, at, images)
         reader = engine.Reader(model)
         with engine.frozen(model), torch.no_grad():
             scores = reader(images, labels, at)
@@ -365,7 +365,7 @@ class DAG(engine.Settings):
             )
 
 
-def _check_at(model: object, at: Any, images: Tensor) -> None:
+def check_at(model: object, at: Any, images: Tensor) -> None:
     """Raise unless `at` is what the model takes, as far as that can be told."""
     if at is not None:
         checks.tensor("at", at, checks.FLOAT_DTYPES)

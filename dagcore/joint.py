@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import engine, ops
-from .attack import DAG, Status
+from .attack import DAG, Status, check_at
 from .labels import assign
 from .native import freed_memory_kept
 from .perturbation import perceptibility
@@ -81,9 +81,7 @@ def joint_attack(
         rule = attack if part.goal is None else dataclasses.replace(attack, goal=part.goal)
         try:
             rule._check(images, part.labels, part.adversarial_labels, generator)
-            check_at = getattr(part.model, "check_at", None)
-            if check_at is not None:
-                check_at(part.at, images)
+            check_at(part.model, part.at, images)
         except (TypeError, ValueError) as error:
             raise type(error)(f"parts[{k}]: {error}") from error
         rules.append(rule)

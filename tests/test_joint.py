@@ -130,6 +130,8 @@ def test_bad_input():
         joint_attack(DAG(), [], images)
     with pytest.raises(ValueError, match=r"parts\[1\]: labels must have one map"):
         joint_attack(DAG(), [Part(net, labels), Part(net, labels[:2])], images)
+    with pytest.raises(ValueError, match=r"parts\[0\]: at must have one entry for each of 3"):
+        joint_attack(DAG(), [Part(net, labels, at=torch.zeros(4, 2))], images)
     with pytest.raises(ValueError, match=r"parts\[0\]: adversarial_labels must be given or drawn"):
         joint_attack(DAG(), [Part(net, labels, "runner-up", goal="reach")], images)
     assert dagcore.joint_attack is joint_attack

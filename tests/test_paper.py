@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import hashlib
 import json
 
 import pytest
 import torch
 from PIL import Image
 
+from dagcore import zoo
 from dagcore.__main__ import main
 from dagcore.data import Scenes
 from dagcore.paper import (
@@ -27,8 +29,10 @@ ZF = Attack.of("FR-ZF-07", max_iter=4)
 
 
 def made(setup, *attacks):
+    attacks = attacks or [ZF]
     with Counter() as counter:
-        return work.perturbations(setup, attacks or [ZF], counter)
+        work.make_perturbations(setup, attacks, counter)
+    return {attack: work.kept(setup, attack) for attack in attacks}
 
 
 def test_perturbations_are_made_once_and_kept(tmp_path, monkeypatch):
@@ -91,7 +95,7 @@ def test_segmentation_aims_at_the_true_mask(tmp_path):
     mask = Scenes("07", "test", count=1)[0].mask
     assert record.targets == record.proposals == int((mask != 255).sum())
     clean = work.score(setup, "FCN-Alex").mean
-    attacked = work.score(setup, "FCN-Alex", [record.perturbation]).mean
+    attacked = work.score(setup, "FCN-Alex", [(record.key, record.perturbation)]).mean
     assert attacked < clean
 
 
@@ -111,7 +115,6 @@ def a_record(active, targets=10):
         targets=targets,
         proposals=20,
         perceptibility=0.0,
-        seconds=0.0,
     )
 
 
@@ -165,20 +168,25 @@ def test_the_papers_tables_are_whole():
     assert [a.networks for a in tables.attacks("r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
 
 
-def test_what_a_row_adds():
-    def records(value):
-        values = torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4)
-        return [dataclasses.replace(a_record([1, 0]), perturbation=value * values)]
+def test_what_a_row_adds(monkeypatch):
+    values = torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4)
+    weights = {"FCN-Alex": 1.0, "FCN-VGG": 0.1}
 
-    found = {Attack.of("FCN-Alex"): records(1.0), Attack.of("FCN-VGG"): records(0.1)}
-    setup = Setup(out="unused")
-    (total,) = tables.added(setup, "r5 + r7", found)
-    torch.testing.assert_close(total, 1.1 * torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4))
-    (permuted,) = tables.added(setup, "r5 + r7 (permuted)", found)
+    def read(_, attack, index):
+        assert index == 0
+        scale = sum(weights[network] for network in attack.networks)
+        return dataclasses.replace(a_record([1, 0]), perturbation=scale * values)
+
+    monkeypatch.setattr(tables, "read", read)
+    setup = Setup(out="unused", images=1)
+    ((key, total),) = tables.added(setup, "r5 + r7")
+    assert key == "k"
+    torch.testing.assert_close(total, 1.1 * values)
+    ((_, permuted),) = tables.added(setup, "r5 + r7 (permuted)")
     assert not torch.equal(permuted, total)
     assert torch.equal(permuted.flatten().sort().values, total.flatten().sort().values)
-    assert torch.equal(tables.added(setup, "r5 + r7 (permuted)", found)[0], permuted)
-    assert tables.added(setup, "none", found) is None
+    ((_, again),) = tables.added(setup, "r5 + r7 (permuted)")
+    assert torch.equal(again, permuted)
 
 
 def test_a_table_by_command(tmp_path, monkeypatch, capfd):
@@ -193,6 +201,9 @@ def test_a_table_by_command(tmp_path, monkeypatch, capfd):
     assert main(arguments) == 0
     shown = capfd.readouterr().out
     known = json.loads((tmp_path / "table-detection.json").read_text())
+    digests = known["settings"].pop("weights")
+    content = zoo.find("FR-ZF-07").path.read_bytes()
+    assert digests["FR-ZF-07"] == hashlib.sha256(content).hexdigest()
     assert known["settings"] == {"images": 2, "seed": 0, "data": "scenes"}
     rows = {row["perturbation"]: row["scores"] for row in known["rows"]}
     assert list(rows) == list(small.published)
@@ -201,7 +212,7 @@ def test_a_table_by_command(tmp_path, monkeypatch, capfd):
     records = work.kept(setup, attack)
     for network in small.networks:
         assert rows["none"][network] == work.score(setup, network).mean
-        added = [record.perturbation for record in records]
+        added = [(record.key, record.perturbation) for record in records]
         assert rows["r1"][network] == work.score(setup, network, added).mean
     assert f"{rows['r1']['FCN-Alex']:.1f} (31.7)" in shown
     assert (tmp_path / "table-detection.md").read_text() in shown
@@ -209,9 +220,41 @@ def test_a_table_by_command(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise AssertionError("measured again")
 
+    measure = tables.measure_cell
     monkeypatch.setattr(tables, "measure_cell", refuse)
     assert main(arguments) == 0
-    assert json.loads((tmp_path / "table-detection.json").read_text()) == known
+    made = json.loads((tmp_path / "table-detection.json").read_text())
+    assert made["rows"] == known["rows"]
+    # A score that was measured with other weights is measured again.
+    path = tables.cell_path(setup, "FCN-Alex", "none")
+    cell = json.loads(path.read_text())
+    cell["score"], cell["of"]["weights"]["FCN-Alex"] = 1.0, "others"
+    path.write_text(json.dumps(cell))
+    monkeypatch.setattr(tables, "measure_cell", measure)
+    assert main(arguments) == 0
+    made = json.loads((tmp_path / "table-detection.json").read_text())
+    assert made["rows"] == known["rows"]
+
+
+def test_a_perturbation_of_another_image_is_refused(tmp_path):
+    setup = Setup(out=tmp_path, images=1)
+    with pytest.raises(ValueError, match=r"same images, got 07-test-0-000000 for other"):
+        work.score(setup, "FR-ZF-07", [("other", torch.zeros(3, 128, 160))])
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    setup = Setup(out=tmp_path, images=1, jobs=1)
+    path = work.path_of(setup, ZF, 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"000000\.safetensors cannot be read, remove it"):
+        made(setup)
+
+
+def test_classes_must_be_those_of_the_data(tmp_path):
+    setup = Setup(out=tmp_path, images=1, jobs=1, data=str(tmp_path))
+    with pytest.raises(ValueError, match=r"FR-ZF-07 must have the classes of --data .*aeroplane"):
+        made(setup)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +263,7 @@ def test_a_table_by_command(tmp_path, monkeypatch, capfd):
         (("denseness", "FCOS-VGG"), "denseness needs a two-stage detector"),
         (("denseness", "FCN-VGG"), "denseness needs a two-stage detector"),
         (("convergence", "FCN-VG"), "did you mean FCN-VGG?"),
-        (("convergence", "--data", "nowhere"), "nowhere"),
+        (("convergence", "--data", "nowhere"), "must have the classes of --data nowhere"),
     ],
 )
 def test_bad_input(tmp_path, capfd, arguments, message):
@@ -284,6 +327,7 @@ def test_everything_by_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(diagnoses, "DENSENESS", ("FR-ZF-07",))
     monkeypatch.setattr(diagnoses, "CONVERGENCE", ("FR-ZF-07", "FCN-Alex"))
     monkeypatch.setattr(fancy, "UPDATES", 3)
+    monkeypatch.setattr(diagnoses, "seconds_of", lambda _, attacks, __: dict.fromkeys(attacks, 0.5))
     names = ("circle-fcn-vgg", "two-masks", "two-tasks", "noise")
     chosen = tuple(one for one in fancy.SCENARIOS if one.name in names)
     monkeypatch.setattr(fancy, "SCENARIOS", chosen)

@@ -74,6 +74,7 @@ class VOC(Dataset[Example]):
 
     Attributes:
         extra: number of examples that come from SBD.
+        keys: the image ids, in order.
 
     Raises:
         FileNotFoundError: a folder or list that is missing; an example's file, once it is read.
@@ -115,6 +116,7 @@ class VOC(Dataset[Example]):
                     items.setdefault(item.key, item)
         self.extra = len(items) - own
         self._items = tuple(items.values())
+        self.keys = tuple(items)
 
     def __len__(self) -> int:
         return len(self._items)

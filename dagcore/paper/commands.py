@@ -28,13 +28,14 @@ def table(name: str, setup: Setup) -> None:
 def everything(setup: Setup) -> None:
     """Make all tables, figures and examples, and the page."""
     with Counter() as counter:
-        scores = {name: measure(setup, name, counter) for name in TABLES}
-        made = [make(setup, counter) for make in DIAGNOSES.values()]
+        scores, made = {}, []
+        for name in TABLES:
+            scores[name] = measure(setup, name, counter)
+            scores[name].write(setup)
+        for diagnose in DIAGNOSES.values():
+            made.append(diagnose(setup, counter))
+            made[-1].write(setup)
         examples = fancy(setup, counter)
-    for known in scores.values():
-        known.write(setup)
-    for diagnosis in made:
-        diagnosis.write(setup)
     path = setup.out / "index.html"
     page.write(path, page.page(setup, scores, made, examples))
     for line in text(findings({name: known.rows for name, known in scores.items()})):

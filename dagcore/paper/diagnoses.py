@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from .. import zoo
 from ..files import whole
 from ..info import versions
 from ..report import Counter
 from .tables import SOURCES
-from .work import Attack, Record, Setup, perturbations, score
+from .work import Attack, Record, Setup, kept, make_perturbations, score, seconds_of
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TIMED = 8  # images of which the time is taken
 DENSENESS = ("FR-VGG-0712",)  # attacked at every threshold
 CONVERGENCE = (*SOURCES.values(), "R-FCN-RN50", "R-FCN-RN101", "FCOS-VGG")
 
@@ -40,15 +42,14 @@ class Diagnosis:
         known = {
             "rows": self.rows,
             "images": setup.images,
-            "seed": setup.seed,
-            "data": setup.data,
+            **setup.made_with(list(dict.fromkeys(row["network"] for row in self.rows))),
             "versions": versions(),
         }
         with whole(paths["json"]) as temporary:
             temporary.write_text(json.dumps(known, indent=2) + "\n")
         with whole(paths["md"]) as temporary:
             temporary.write_text(markdown(self.rows))
-        figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         self.draw(figure, self.rows)
         with whole(paths["png"]) as temporary:
@@ -70,14 +71,15 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
         for name in networks
         for threshold in THRESHOLDS
     }
-    found = perturbations(setup, list(attacks.values()), counter)
+    make_perturbations(setup, list(attacks.values()), counter)
+    spent = seconds_of(setup, list(attacks.values()), min(TIMED, setup.images))
     rows = []
     for name in networks:
         victim = setup.victim(name)
         clean = score(setup, name, victim=victim).mean
         for threshold in THRESHOLDS:
-            records = found[attacks[name, threshold]]
-            attacked = score(setup, name, [r.perturbation for r in records], victim=victim).mean
+            records = kept(setup, attacks[name, threshold])
+            attacked = score(setup, name, _added(records), victim=victim).mean
             rows.append(
                 {
                     "network": name,
@@ -88,7 +90,7 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
                     "mAP after the attack": attacked,
                     "updates": _mean(records, "iterations"),
                     "perceptibility": _mean(records, "perceptibility"),
-                    "seconds an image": _mean(records, "seconds"),
+                    "seconds an image": spent[attacks[name, threshold]],
                 }
             )
     return Diagnosis("denseness", rows, draw_denseness)
@@ -98,13 +100,13 @@ def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None =
     """How many images end within the budget, and how many targets are active on the way."""
     networks = networks or CONVERGENCE
     attacks = {name: Attack.of(name) for name in networks}
-    found = perturbations(setup, list(attacks.values()), counter)
+    make_perturbations(setup, list(attacks.values()), counter)
     rows = []
     for name in networks:
-        records = [record for record in found[attacks[name]] if record.targets]
+        every = kept(setup, attacks[name])
+        records = [record for record in every if record.targets]
         victim = setup.victim(name)
         clean = score(setup, name, victim=victim).mean
-        every = [record.perturbation for record in found[attacks[name]]]
         rows.append(
             {
                 "network": name,
@@ -115,8 +117,7 @@ def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None =
                 "updates": _mean(records, "iterations"),
                 "perceptibility": _mean(records, "perceptibility"),
                 "score": clean,
-                "score after the attack": score(setup, name, every, victim=victim).mean,
-                "seconds an image": _mean(records, "seconds"),
+                "score after the attack": score(setup, name, _added(every), victim=victim).mean,
                 "active": active_shares(records, attacks[name].max_iter),
                 "iterations": [record.iterations for record in records],
             }
@@ -134,28 +135,35 @@ def active_shares(records: Sequence[Record], updates: int) -> list[float]:
     return shares
 
 
+def _added(records: Sequence[Record]) -> Iterator[tuple[str, Tensor]]:
+    return ((record.key, record.perturbation) for record in records)
+
+
 def _mean(records: Sequence[Record], what: str) -> float:
     values: list[float] = [getattr(record, what) for record in records]
     return sum(values) / max(1, len(values))
 
 
 def draw_denseness(figure: Figure, rows: list[Row]) -> None:
-    """mAP after the attack and time, against the threshold."""
-    left, right = figure.subplots(1, 2)
+    """mAP after the attack, targets and time, against the threshold."""
+    left, right, time = figure.subplots(1, 3)
     for name in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == name]
         at = [row["NMS threshold"] for row in own]
         left.plot(at, [row["mAP after the attack"] for row in own], "o-", label=name)
         left.axhline(own[0]["mAP"], linestyle=":", color="0.5")
         right.plot(at, [row["targets"] for row in own], "o-", label=name)
-    left.set_xlabel("NMS threshold of the region network")
+        time.plot(at, [row["seconds an image"] for row in own], "o-", label=name)
+    for axes in (left, right, time):
+        axes.set_xlabel("NMS threshold of the region network")
     left.set_ylabel("mAP after the attack, %")
     left.set_ylim(bottom=0)
     left.set_title("dotted: before the attack", fontsize=9)
-    right.set_xlabel("NMS threshold of the region network")
     right.set_ylabel("targets an image")
     right.set_ylim(bottom=0)
     right.legend(fontsize=8)
+    time.set_ylabel("seconds an image")
+    time.set_ylim(bottom=0)
 
 
 def draw_convergence(figure: Figure, rows: list[Row]) -> None:

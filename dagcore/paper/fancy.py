@@ -49,7 +49,7 @@ def painted(setup: Setup, scenario: Scenario) -> list[Row]:
     """A network sees a pattern of a class that is not in the image, and background around it."""
     index = PATTERNS.index(scenario.what)
     example, image = _image(setup, index)
-    victim, aim = prepare(_segmenter(setup, scenario.network)), None
+    victim = prepare(setup.victim(scenario.network))
     mask = pattern(scenario.what, *image.shape[1:])
     aim = paint(mask, _absent(setup, victim, example, index), BACKGROUND).to(image.device)
     return _reach(setup, scenario, victim, image, aim)
@@ -60,7 +60,7 @@ def noise(setup: Setup, scenario: Scenario) -> list[Row]:
     _, image = _image(setup, 0)
     generator = generator_of(setup, 0, 2)
     image = torch.rand(image.shape, generator=generator).to(image.device)
-    victim = prepare(_segmenter(setup, scenario.network))
+    victim = prepare(setup.victim(scenario.network))
     chosen = 1 + int(torch.randint(len(victim.classes or ()) - 1, (), generator=generator))
     mask = pattern("circle", *image.shape[1:])
     return _reach(setup, scenario, victim, image, paint(mask, chosen, BACKGROUND).to(image.device))
@@ -69,7 +69,7 @@ def noise(setup: Setup, scenario: Scenario) -> list[Row]:
 def two_masks(setup: Setup, scenario: Scenario) -> list[Row]:
     """One perturbation that gives two networks different pre-specified segmentations."""
     example, image = _image(setup, 4)
-    victims = [prepare(_segmenter(setup, name)) for name in NETWORKS]
+    victims = [prepare(setup.victim(name)) for name in NETWORKS]
     aims = []
     for k, (victim, what) in enumerate(zip(victims, ("circle", "stripes"), strict=True)):
         inside = _absent(setup, victim, example, 10 + k)
@@ -89,7 +89,7 @@ def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
     """One perturbed image that fools a detector and a segmentation network."""
     example, image = _image(setup, 3)
     generator = generator_of(setup, 3, 2)
-    segmenter, detector = _segmenter(setup, "FCN-VGG"), setup.victim(DETECTOR)
+    segmenter, detector = setup.victim("FCN-VGG"), setup.victim(DETECTOR)
     assert isinstance(detector, Detector)
     assert example.mask is not None
     labels = example.mask.to(image.device)
@@ -116,7 +116,9 @@ def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
         else:
             figures.detection_figure(path, predicted=before, attacked=after, **common)  # type: ignore
         left, total = int(result.active[result.iterations[0], k, 0]), int(result.targets[k, 0])
-        rows.append(_row(scenario, name, result, 1 - left / max(1, total), path))
+        if not total:
+            raise ValueError(f"{scenario.title}: {name} finds no targets in {example.key}")
+        rows.append(_row(scenario, name, result, 1 - left / total, path))
     return rows
 
 
@@ -141,11 +143,31 @@ SCENARIOS = (
 def fancy(setup: Setup, counter: Counter) -> list[Row]:
     """Make the examples that are not there yet; their rows, with the paths of the pictures."""
     names = [scenario.name for scenario in SCENARIOS]
-    missing = [name for name in names if not _kept(setup, name).is_file()]
+    missing = [name for name in names if _known(setup, name) is None]
     counter.add("fancy examples", len(names), done=len(names) - len(missing))
     for _ in run(setup, make, [(name,) for name in missing]):
         counter.advance("fancy examples")
-    return [row for name in names for row in json.loads(_kept(setup, name).read_text())["rows"]]
+    return [row for name in names for row in _known(setup, name) or []]
+
+
+def _made_of(setup: Setup) -> dict[str, Any]:
+    """What the examples follow from."""
+    return {
+        **setup.made_with([*NETWORKS, DETECTOR]),
+        "images": setup.images,
+        "updates": UPDATES,
+        "tolerance": ENOUGH,
+    }
+
+
+def _known(setup: Setup, name: str) -> list[Row] | None:
+    """The rows of an example that is kept, if they still follow from what there is."""
+    path = _kept(setup, name)
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text())
+    rows: list[Row] = known["rows"]
+    return rows if known["of"] == _made_of(setup) else None
 
 
 def make(setup: Setup, name: str) -> None:
@@ -155,7 +177,7 @@ def make(setup: Setup, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = scenario.make(setup, scenario)
     with whole(path) as temporary:
-        temporary.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        temporary.write_text(json.dumps({"rows": rows, "of": _made_of(setup)}, indent=2) + "\n")
 
 
 def _kept(setup: Setup, name: str) -> Path:
@@ -167,14 +189,9 @@ def _picture(setup: Setup, scenario: Scenario, network: str) -> Path:
     return setup.out / "fancy" / f"{scenario.name}{suffix}.png"
 
 
-def _segmenter(setup: Setup, name: str) -> Any:
-    return setup.victim(name)
-
-
 def _image(setup: Setup, index: int) -> tuple[Example, Tensor]:
     """One of the first images."""
-    examples = setup.examples("segmentation")
-    example = examples[index % len(examples)]
+    example = setup.example(index % setup.images)
     return example, example.image.to(find_device(setup.device))
 
 

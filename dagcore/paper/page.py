@@ -12,7 +12,7 @@ from ..files import whole
 from ..info import versions
 from .diagnoses import Diagnosis, Row, cell
 from .reading import Rows, findings, text, weaker
-from .tables import TABLES, Scores, named
+from .tables import Scores, named
 from .work import Setup
 
 STYLE = """
@@ -88,7 +88,9 @@ def write(path: Path, content: str) -> None:
 
 
 def _data(setup: Setup) -> str:
-    return "Test scenes of family 07" if setup.data == "scenes" else html.escape(setup.data)
+    data = "Test scenes of family 07" if setup.data == "scenes" else setup.data
+    weights = "the zoo's weights" if setup.weights is None else f"weights from {setup.weights}"
+    return html.escape(f"{data}, {weights}")
 
 
 def score_table(known: Scores) -> str:
@@ -97,7 +99,7 @@ def score_table(known: Scores) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("perturbation", *networks))
     lines = []
     for row, own in known.rows.items():
-        published = TABLES[known.table.name].published.get(row, [None] * len(networks))
+        published = known.table.published.get(row, [None] * len(networks))
         cells = ""
         for network, paper in zip(networks, published, strict=True):
             mark = ' class="own"' if network in known.members(row) else ""

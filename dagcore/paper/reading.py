@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from .tables import JOINT, PERMUTED, SOURCES, TABLES, Table, members
@@ -43,11 +44,14 @@ def published_rows(table: Table) -> Rows:
 
 def shares(tables: Mapping[str, Rows], wanted: Callable[[str, str], bool]) -> Iterator[float]:
     """score / clean score in percent, of the cells (row, network) that are wanted."""
+    seen = set()
     for rows in tables.values():
         for row, scores in rows.items():
             for network, score in scores.items():
                 clean = rows["none"][network]
-                if row != "none" and clean and wanted(row, network):
+                cell = (row, network, score, clean)  # one that two tables share counts once
+                if row != "none" and clean > 0 and cell not in seen and wanted(row, network):
+                    seen.add(cell)
                     yield 100 * score / clean
 
 
@@ -168,7 +172,8 @@ def text(found: list[Finding]) -> list[str]:
     known = [by[what] for what in order if what in by]
     for source, words in (("measured", "here"), ("paper", "in the paper")):
         values = [getattr(one, source) for one in known]
-        rising = values == sorted(values)
+        shown = [round(value) for value in values]
+        rising = all(a < b for a, b in itertools.pairwise(shown))
         chain = ", ".join(f"{one.what.lower()} {getattr(one, source):.0f} %" for one in known)
         verdict = (
             "each step away from the attacked network leaves more"

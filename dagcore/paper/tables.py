@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from ..perturbation import combine, permute
 from ..report import Counter
 from ..zoo import find
 from . import published
-from .work import Attack, Record, Setup, generator_of, kept, perturbations, run, score
+from .work import (
+    Attack,
+    Setup,
+    generator_of,
+    make_perturbations,
+    read,
+    run,
+    score,
+    settings_of,
+)
 
 SOURCES = {
     "r1": "FR-ZF-07",
@@ -95,17 +104,14 @@ def sources(tables: Sequence[Table]) -> list[Attack]:
     return list({one: None for table in tables for row in table.rows for one in attacks(row)})
 
 
-def added(setup: Setup, row: str, found: Mapping[Attack, Sequence[Record]]) -> list[Tensor] | None:
-    """What a row adds to each image, (3, H, W); None for the clean images."""
-    if row == "none":
-        return None
-    summed = [
-        combine(*(record.perturbation for record in records))
-        for records in zip(*(found[attack] for attack in attacks(row)), strict=True)
-    ]
-    if not row.endswith(PERMUTED):
-        return summed
-    return [permute(r[None], generator_of(setup, k, 1))[0] for k, r in enumerate(summed)]
+def added(setup: Setup, row: str) -> Iterator[tuple[str, Tensor]]:
+    """For each image its key, and what a row adds to it, (3, H, W)."""
+    for k in range(setup.images):
+        records = [read(setup, attack, k) for attack in attacks(row)]
+        total = combine(*(record.perturbation for record in records))
+        if row.endswith(PERMUTED):
+            total = permute(total[None], generator_of(setup, k, 1))[0]
+        yield records[0].key, total
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +131,7 @@ class Scores:
         return {
             "table": self.table.name,
             "rows": [{"perturbation": row, "scores": own} for row, own in self.rows.items()],
-            "settings": {"images": setup.images, "seed": setup.seed, "data": setup.data},
+            "settings": {"images": setup.images, **setup.made_with(self.table.networks)},
             "versions": versions(),
         }
 
@@ -163,16 +169,36 @@ def named(row: str) -> str:
 def measure(setup: Setup, name: str, counter: Counter) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
     table = TABLES[name]
-    perturbations(setup, sources([table]), counter)
+    make_perturbations(setup, sources([table]), counter)
     cells = [(network, row) for network in table.networks for row in table.rows]
-    missing = [cell for cell in cells if not cell_path(setup, *cell).is_file()]
+    missing = [cell for cell in cells if known_cell(setup, *cell) is None]
     counter.add(f"{name} table", len(cells), done=len(cells) - len(missing))
     for _ in run(setup, measure_cell, missing):
         counter.advance(f"{name} table")
     scores: dict[str, dict[str, float]] = {row: {} for row in table.rows}
     for network, row in cells:
-        scores[row][network] = json.loads(cell_path(setup, network, row).read_text())["score"]
+        score_there = known_cell(setup, network, row)
+        assert score_there is not None
+        scores[row][network] = score_there
     return Scores(table, scores)
+
+
+def made_of(setup: Setup, network: str, row: str) -> dict[str, Any]:
+    """What a cell's score follows from."""
+    return {
+        **setup.made_with([network]),
+        "images": setup.images,
+        "perturbations": [settings_of(setup, attack) for attack in attacks(row)],
+    }
+
+
+def known_cell(setup: Setup, network: str, row: str) -> float | None:
+    """A score that is kept, if it still follows from what there is."""
+    path = cell_path(setup, network, row)
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text())
+    return float(known["score"]) if known["of"] == made_of(setup, network, row) else None
 
 
 def cell_path(setup: Setup, network: str, row: str) -> Path:
@@ -183,9 +209,9 @@ def cell_path(setup: Setup, network: str, row: str) -> Path:
 
 def measure_cell(setup: Setup, network: str, row: str) -> None:
     """Measure a network under a row's perturbation, and keep the score."""
-    found = {attack: kept(setup, attack) for attack in attacks(row)}
-    known = score(setup, network, added(setup, row, found))
+    known = score(setup, network, None if row == "none" else added(setup, row))
     path = cell_path(setup, network, row)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        temporary.write_text(json.dumps({"score": known.mean, "per_class": known.per_class}) + "\n")
+        kept = {"score": known.mean, "per_class": known.per_class}
+        temporary.write_text(json.dumps({**kept, "of": made_of(setup, network, row)}) + "\n")

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Subset
 
 from .. import zoo
 from ..attack import DAG, Result
 from ..attack_files import find_device
-from ..data import VOC, Example, Scenes
+from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..files import whole
 from ..info import versions
 from ..joint import JointResult, Part, joint_attack
@@ -62,33 +64,71 @@ class Setup:
 
     def victim(self, network: str) -> Victim | Detector:
         """A network of the zoo, as it is attacked."""
-        where = find_device(self.device)
-        path = None
-        if self.weights is not None:
-            stem = self.weights / zoo.find(network).slug
-            path = next((p for p in map(stem.with_suffix, ENDINGS) if p.is_file()), None)
-            if path is None:
-                raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
-        return load(network, path, where)
+        path = None if self.weights is None else self.path(network)
+        victim = load(network, path, find_device(self.device))
+        if victim.classes is None:
+            victim.classes = VOC_CLASSES  # weights of the user's own
+        wanted = SCENE_CLASSES if self.data == "scenes" else VOC_CLASSES
+        if victim.classes != wanted:
+            raise ValueError(
+                f"{network} must have the classes of --data {self.data} ({', '.join(wanted[1:4])}, "
+                f"...), it has {', '.join(victim.classes[1:4])}, ...: --weights gives others"
+            )
+        return victim
+
+    def path(self, network: str) -> Path:
+        """The file with a network's weights."""
+        entry = zoo.find(network)
+        if self.weights is None:
+            return entry.path
+        stem = self.weights / entry.slug
+        path = next((p for p in map(stem.with_suffix, ENDINGS) if p.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
+        return path
+
+    def made_with(self, networks: Sequence[str]) -> dict[str, Any]:
+        """What results depend on: the data, the seed, and the content of the weights."""
+        weights = {network: _digest(self.path(network)) for network in networks}
+        return {"data": self.data, "seed": self.seed, "weights": weights}
 
     def examples(self, task: str) -> Sequence[Example]:
         """The images, in order, with what `task` is measured by."""
         return _examples(self.data, task, self.images)
 
+    def example(self, index: int) -> Example:
+        """One of the images, with its mask and its boxes."""
+        masked, boxed = (self.examples(task)[index] for task in ("segmentation", "detection"))
+        return dataclasses.replace(boxed, mask=masked.mask)
+
 
 ENDINGS = (".safetensors", ".pth", ".pt")
+
+
+@cache
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+VOC_SET = (("2007", "test"),)
 
 
 @lru_cache(maxsize=4)
 def _examples(data: str, task: str, count: int) -> Sequence[Example]:
     if data == "scenes":
-        return list(Scenes("07", "test", count=count))
-    found = VOC(data, task, sets=[("2007", "test")])
-    if len(found) < count:
+        return Scenes("07", "test", count=count)  # type: ignore[return-value]
+    # Images that have masks as well as boxes, so that all tables are of the same ones.
+    names = set(VOC(data, "segmentation", sets=VOC_SET).keys)
+    found = VOC(data, task, sets=VOC_SET)
+    order = sorted(range(len(found)), key=found.keys.__getitem__)
+    chosen = [k for k in order if found.keys[k] in names][:count]
+    if len(chosen) < count:
         raise ValueError(
-            f"--images must be at most {len(found)}, as many as there are, got {count}"
+            f"--images must be at most {len(chosen)}, as many as there are, got {count}"
         )
-    return [found[k] for k in range(count)]
+    return Subset(found, chosen)  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +173,6 @@ class Record:
     proposals: int
     """A detector's, before the filter; the targets of a segmentation network."""
     perceptibility: float
-    seconds: float
-    """Of the attack, per image, in company of others."""
 
 
 def path_of(setup: Setup, attack: Attack, index: int) -> Path:
@@ -147,40 +185,50 @@ def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
     return {
         **dataclasses.asdict(attack),
         "networks": list(attack.networks),  # as JSON gives it back
-        "seed": setup.seed,
-        "data": setup.data,
-        "weights": "the zoo's" if setup.weights is None else str(setup.weights),
+        **setup.made_with(attack.networks),
     }
 
 
-def read(setup: Setup, attack: Attack, index: int) -> Record | None:
-    """A kept perturbation; None where there is none yet.
+def is_kept(setup: Setup, attack: Attack, index: int) -> bool:
+    """Whether a perturbation is there already.
 
     Raises:
-        ValueError: one that was made with other settings.
+        ValueError: one that was made with other settings, or a file that cannot be read.
     """
     path = path_of(setup, attack, index)
     if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        known = {key: json.loads(value) for key, value in file.metadata().items()}
-        perturbation = file.get_tensor("perturbation")
-    wanted, settings = settings_of(setup, attack), known.pop("settings")
+        return False
+    settings, wanted = _metadata(path)["settings"], settings_of(setup, attack)
     differ = {k: (settings.get(k), v) for k, v in wanted.items() if settings.get(k) != v}
     if differ:
         told = ", ".join(f"{k}: {had!r} instead of {v!r}" for k, (had, v) in differ.items())
         raise ValueError(f"--out has results of other settings: {path} ({told}): choose another")
-    del known["versions"]
-    return Record(perturbation=perturbation, **known)
+    return True
 
 
-def perturbations(
-    setup: Setup, attacks: Sequence[Attack], counter: Counter
-) -> dict[Attack, list[Record]]:
-    """The perturbations of every image by every attack: those kept, and the rest made now."""
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: json.loads(value) for key, value in file.metadata().items()}
+    except Exception as error:  # bytes that are none of our files fail in any way at all
+        raise ValueError(f"--out: {path} cannot be read, remove it: {error}") from error
+
+
+def read(setup: Setup, attack: Attack, index: int) -> Record:
+    """A kept perturbation."""
+    path = path_of(setup, attack, index)
+    known = _metadata(path)
+    del known["settings"], known["versions"]
+    return Record(perturbation=load_file(path)["perturbation"], **known)
+
+
+def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Counter) -> None:
+    """Make the perturbations of every image by every attack that are not kept yet."""
+    for network in {network for attack in attacks for network in attack.networks}:
+        setup.victim(network)  # what is wrong with it is told before any work
     missing: dict[Attack, list[int]] = {}
     for attack in attacks:
-        gaps = [k for k in range(setup.images) if read(setup, attack, k) is None]
+        gaps = [k for k in range(setup.images) if not is_kept(setup, attack, k)]
         counter.add(attack.folder, setup.images, done=setup.images - len(gaps))
         if gaps:
             missing[attack] = gaps
@@ -191,13 +239,11 @@ def perturbations(
     ]
     for (attack, indexes), _ in run(setup, attack_images, tasks):
         counter.advance(attack.folder, len(indexes))
-    return {attack: kept(setup, attack) for attack in attacks}
 
 
 def kept(setup: Setup, attack: Attack) -> list[Record]:
     """The perturbations of all images, which must be there."""
-    records = [read(setup, attack, k) for k in range(setup.images)]
-    return [record for record in records if record is not None]
+    return [read(setup, attack, k) for k in range(setup.images)]
 
 
 def run(
@@ -255,23 +301,23 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
             sample, looked_at[index] = aim(setup, attack, victim, examples[index], index)
             yield sample
 
-    start = time.perf_counter()
-    results: list[Result] = list(dag.stream(victim, samples(), slots=SLOTS))
-    seconds = (time.perf_counter() - start) / len(indexes)
-    for result in results:
+    for result in dag.stream(victim, samples(), slots=SLOTS):
         index = result.key
-        active = result.active[:, 0]
-        proposals = looked_at[index]
-        _keep(setup, attack, index, examples[index], result, active, proposals, seconds)
+        _keep(setup, attack, index, examples[index], result, result.active[:, 0], looked_at[index])
 
 
 def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
     """Attack several networks by one perturbation of an image."""
-    start = time.perf_counter()
     parts, proposals = [], 0
+    example: Example | None = None
     for network in attack.networks:
         victim = _victim(setup, network)
-        example = setup.examples(zoo.find(network).task)[index]
+        before, example = example, setup.examples(zoo.find(network).task)[index]
+        if before is not None and before.key != example.key:
+            raise ValueError(
+                f"--data must have masks and boxes of the same images, number {index} is "
+                f"{before.key} and {example.key}"
+            )
         sample, count = aim(setup, attack, victim, example, index)
         proposals += count
         aims = sample.adversarial_labels
@@ -281,8 +327,8 @@ def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
     result = joint_attack(dag, parts, sample.image[None])
     # -1 where the image has stopped, for every network alike.
     active = torch.where(result.active[:, 0] >= 0, result.active.sum(1), -1)[:, 0]
-    seconds = time.perf_counter() - start
-    _keep(setup, attack, index, example, result, active, proposals, seconds)
+    assert example is not None
+    _keep(setup, attack, index, example, result, active, proposals)
 
 
 def _keep(
@@ -293,7 +339,6 @@ def _keep(
     result: Result | JointResult,
     active: Tensor,
     proposals: int,
-    seconds: float,
 ) -> None:
     """Write the file of one image."""
     known = {
@@ -304,7 +349,6 @@ def _keep(
         "targets": int(result.targets.sum()),
         "proposals": proposals,
         "perceptibility": float(result.perceptibility[0]),
-        "seconds": seconds,
         "settings": settings_of(setup, attack),
         "versions": versions(),
     }
@@ -337,11 +381,27 @@ def aim(
         return sample, int(targets.proposals[0])
     assert example.mask is not None
     labels = example.mask[None].to(device)
-    num_classes = len(victim.classes or zoo.registry.VOC_CLASSES * " ")
+    num_classes = len(victim.classes)
     adversarial = assign("permutation", labels, num_classes, IGNORE, generator)
     assert isinstance(adversarial, Tensor)
     sample = Sample(image, labels[0], adversarial[0], key=index)
     return sample, int((labels != IGNORE).sum())
+
+
+def seconds_of(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
+    """Seconds that an attack takes an image, one image at a time, the attacks in alternation."""
+    spent = dict.fromkeys(attacks, 0.0)
+    for index in range(count):
+        for attack in attacks:
+            (network,) = attack.networks
+            victim = _victim(setup, network)
+            example = setup.examples(zoo.find(network).task)[index]
+            dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
+            start = time.perf_counter()
+            sample, _ = aim(setup, attack, victim, example, index)
+            list(dag.stream(victim, [sample], slots=1))
+            spent[attack] += (time.perf_counter() - start) / count
+    return spent
 
 
 def generator_of(setup: Setup, index: int, purpose: int = 0) -> torch.Generator:
@@ -352,15 +412,31 @@ def generator_of(setup: Setup, index: int, purpose: int = 0) -> torch.Generator:
 
 
 def score(
-    setup: Setup, network: str, added: Sequence[Tensor] | None = None, victim: Any = None
+    setup: Setup,
+    network: str,
+    added: Iterable[tuple[str, Tensor]] | None = None,
+    victim: Any = None,
 ) -> Score:
-    """A network's score on the images, with perturbations (3, H, W) added where there are any."""
+    """A network's score on the images.
+
+    Args:
+        setup: the run.
+        network: its name.
+        added: for each image its key, and the perturbation (3, H, W) that is added to it.
+        victim: the network itself, loaded if None.
+    """
     victim = setup.victim(network) if victim is None else victim
     examples = setup.examples(zoo.find(network).task)
-    if added is not None:
-        examples = [
-            dataclasses.replace(example, image=(example.image + r).clamp(0, 1))
-            for example, r in zip(examples, added, strict=True)
-        ]
     inside = victim.network if isinstance(victim, Detector) else victim
-    return evaluate(inside, examples)
+    if isinstance(victim, Detector):
+        inside.classes = victim.classes
+    return evaluate(inside, examples if added is None else _added(examples, added))
+
+
+def _added(examples: Sequence[Example], added: Iterable[tuple[str, Tensor]]) -> Iterator[Example]:
+    for example, (key, r) in zip(examples, added, strict=True):
+        if example.key != key:
+            raise ValueError(
+                f"--data must have masks and boxes of the same images, got {example.key} for {key}"
+            )
+        yield dataclasses.replace(example, image=(example.image + r).clamp(0, 1))
