@@ -236,14 +236,21 @@ class BoxPlan(Plan):
                 raise ValueError(f"{option} goes with a pattern only")
         self.coco: CocoBoxes | None = None
         if request.labels is not None and request.labels.suffix == ".json":
-            self.coco = CocoBoxes(request.labels, victim.classes)
+            self.coco = CocoBoxes(request.labels, victim.object_classes())
         first = self._targets(self.jobs[0], self._read(self.jobs[0]), "vanish", None)
         self.num_classes = first.num_classes
         self.goal = None
         if request.adversarial not in (*BOX_KINDS, "runner-up"):
             self.goal = self._class(request.adversarial)
-        for job in self.jobs[1:]:
-            self._truth(job, self._read(job))
+        sizes = {size_of(self._read(self.jobs[0]))}
+        for n, job in enumerate(self.jobs[1:], start=1):
+            image = self._read(job)
+            truth = self._truth(job, image)
+            if truth is not None:
+                victim.check_truth(n, truth, image[None], self.num_classes)
+            if size_of(image) not in sizes:
+                sizes.add(size_of(image))
+                self._targets(job, image, "vanish", None)
 
     def aim(self, job: Job, image: Tensor, generator: torch.Generator) -> Aim:
         """Proposals near true objects, or near those that the detector finds."""
@@ -287,11 +294,12 @@ class BoxPlan(Plan):
         if self.coco is not None:
             boxes, labels, crowd = self.coco(job.image.name, size)
             return {"boxes": boxes[~crowd], "labels": labels[~crowd]}
-        if self.victim.classes is None:
+        classes = self.victim.object_classes()
+        if classes is None:
             raise ValueError(
                 f"model {self.request.model!r} names no classes, which {job.labels} needs"
             )
-        boxes, labels, _ = read_voc_boxes(job.labels, size, self.victim.classes)
+        boxes, labels, _ = read_voc_boxes(job.labels, size, classes)
         return {"boxes": boxes, "labels": labels}
 
     def _class(self, name: str) -> int:

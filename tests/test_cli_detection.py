@@ -143,7 +143,9 @@ BAD = [
     (("--labels", "bad.json"), "cannot be read as COCO's"),
     (("--labels", "unknown.json"), "has no image 'scene0.png'"),
     (("--labels", "unicorn.json"), "must have categories of the model's classes"),
-    (("--labels", "box.json"), "a bbox of scene0.png must be four numbers, got [1]"),
+    (("--labels", "box.json"), "a bbox of scene0.png must be four numbers of a box, got [1]"),
+    (("--labels", "negative.json"), "four numbers of a box, got [5, 5, -3, 4]"),
+    (("--labels", "size.json"), "must be of the image scene0.png (160 x 128 pixels), it has 320"),
     (("--labels", "outside.xml"), "a box must lie in the image (160 x 128)"),
     (("--labels", "unicorn.xml"), "an object's name must be one of"),
 ]
@@ -157,6 +159,10 @@ def test_bad_input(folder, capsys, options, message):
     (folder / "unknown.json").write_text(json.dumps({**content, "images": []}))
     broken = [{"image_id": 0, "category_id": 101, "bbox": [1]}]
     (folder / "box.json").write_text(json.dumps({**content, "annotations": broken}))
+    broken = [{"image_id": 0, "category_id": 101, "bbox": [5, 5, -3, 4]}]
+    (folder / "negative.json").write_text(json.dumps({**content, "annotations": broken}))
+    larger = [{**one, "width": 320, "height": 256} for one in content["images"]]
+    (folder / "size.json").write_text(json.dumps({**content, "images": larger}))
     names = [{**one, "name": "unicorn"} for one in content["categories"]]
     (folder / "unicorn.json").write_text(json.dumps({**content, "categories": names}))
     good = (folder / "xml/scene0.xml").read_text()
@@ -175,3 +181,16 @@ def test_a_file_for_one_image_and_two_images(folder, capsys):
         capsys, "--labels", "xml/scene0.xml", model=NAME, image=["scene0.png", "scene1.png"]
     )
     assert "--labels must be a folder with NAME.xml for each of 2 images" in error
+
+
+def test_all_labels_are_checked_before_the_first_attack(folder, capsys):
+    content = json.loads((folder / "coco.json").read_text())
+    things = [
+        {**one, "bbox": [5, 5, -1, 4]} if one["image_id"] == 1 else one
+        for one in content["annotations"]
+    ]
+    (folder / "second.json").write_text(json.dumps({**content, "annotations": things}))
+    images = ["scene0.png", "scene1.png"]
+    error = refused(capsys, "--labels", "second.json", model=NAME, image=images)
+    assert "a bbox of scene1.png" in error
+    assert not (folder / "out").exists()

@@ -588,6 +588,7 @@ def test_detr_queries():
     assert scores.shape == (2, 5, 7)
     assert victim.background == 4
     assert len(victim.classes) == 4
+    assert victim.object_classes() == {name: k for k, name in enumerate(victim.classes)}
     with torch.no_grad():
         boxes = victim.candidates(images, 0.9, 9)[0][0]
     truth = [{"boxes": boxes[:1], "labels": torch.tensor([3])}] * 2
@@ -655,3 +656,22 @@ def test_a_prepared_detector_is_the_same(name):
     labels, adversarial = aim(victim, images, boxes)
     result = DAG(max_iter=2)(prepared, images, labels, adversarial, at=boxes)
     assert int(result.iterations.min()) == 2
+
+
+def test_detections_of_the_background_are_no_objects():
+    network = made(ONE_STAGE["RetinaNet"])
+    logits = network.head.classification_head.cls_logits
+    with torch.no_grad():
+        logits.bias.view(-1, CLASSES)[:, 0] = 9.0  # torchvision's own decoding would report class 0
+    victim = victims.detector(network)
+    with torch.no_grad():
+        assert 0 in victim.detect(some_images(1))[0]["labels"]
+    targets = victim.dense_targets(some_images(1), confidence=0.0, min_score=0.0)
+    assert 0 not in targets.labels
+
+
+def test_names_of_objects():
+    network = made(TWO_STAGE["FR-ZF"])
+    names = ["__background__", "cat", "N/A", "dog", "cow"]
+    assert victims.detector(network).object_classes() is None
+    assert victims.detector(network, names).object_classes() == {"cat": 1, "dog": 3, "cow": 4}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SIDES = ("height", "width")
 
 
 class CocoBoxes:
@@ -16,21 +19,22 @@ class CocoBoxes:
 
     Args:
         path: the file.
-        classes: names of the classes, in which categories are looked up; if None a category's id is
-            its class.
+        classes: the class of each kind of object, by name, where categories are looked up; if
+            None a category's id is its class.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is no COCO annotation, or a category that is no class.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, classes: Mapping[str, int] | None = None) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         self.path = path
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self.images = {str(one["file_name"]): one["id"] for one in content["images"]}
+            self.images = {str(one["file_name"]): one for one in content["images"]}
+            self.ids = {name: one["id"] for name, one in self.images.items()}
             self.objects: dict[Any, list[dict[str, Any]]] = {}
             for one in content["annotations"]:
                 self.objects.setdefault(one["image_id"], []).append(one)
@@ -52,7 +56,7 @@ class CocoBoxes:
                 f"annotation {path} must have categories of the model's classes "
                 f"({', '.join(classes)}), got {', '.join(absent)}"
             )
-        self.labels = {k: int(k) if classes is None else classes.index(names[k]) for k in used}
+        self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
     def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (K, 4), labels (K,) and crowd flags (K,) of an image of `size` (height, width).
@@ -65,13 +69,23 @@ class CocoBoxes:
         if file_name not in self.images:
             raise ValueError(f"annotation {self.path} has no image {file_name!r}")
         height, width = size
+        known = tuple(
+            self.images[file_name].get(key, at) for key, at in zip(SIDES, size, strict=True)
+        )
+        if known != (height, width):
+            raise ValueError(
+                f"annotation {self.path} must be of the image {file_name} ({width} x {height} "
+                f"pixels), it has {known[1]} x {known[0]}"
+            )
         boxes, labels, crowds = [], [], []
-        for one in self.objects.get(self.images[file_name], []):
+        for one in self.objects.get(self.ids[file_name], []):
             try:
                 left, top, across, down = (float(value) for value in one["bbox"])
+                if not (math.isfinite(left + top + across + down) and min(across, down) >= 0):
+                    raise ValueError
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"annotation {self.path}: a bbox of {file_name} must be four numbers, "
+                    f"annotation {self.path}: a bbox of {file_name} must be four numbers of a box, "
                     f"got {one.get('bbox')!r}"
                 ) from error
             right, bottom = min(left + across, width), min(top + down, height)

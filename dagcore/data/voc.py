@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,6 +39,7 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
+OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
 TASKS = ("segmentation", "detection")
 
@@ -242,14 +243,14 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def read_voc_boxes(
-    path: Path, size: tuple[int, int], classes: Sequence[str] = VOC_CLASSES
+    path: Path, size: tuple[int, int], classes: Mapping[str, int] = OBJECTS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objects of an annotation in VOC's XML.
 
     Args:
         path: the file.
         size: (height, width) of its image.
-        classes: names of the classes, the background first.
+        classes: the class of each kind of object, by name.
 
     Returns:
         Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them.
@@ -266,16 +267,16 @@ def read_voc_boxes(
         tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
         for thing in tree.getroot().iterfind("object"):
             name = thing.findtext("name", "").strip()
-            if name not in classes[1:]:
+            if name not in classes:
                 raise ValueError(
-                    f"an object's name must be one of {', '.join(classes[1:])}, got {name!r}"
+                    f"an object's name must be one of {', '.join(classes)}, got {name!r}"
                 )
             corners = [thing.findtext(f"bndbox/{c}", "") for c in ("xmin", "ymin", "xmax", "ymax")]
             left, top, right, bottom = map(float, corners)
             if not (1 <= left <= right <= width and 1 <= top <= bottom <= height):
                 raise ValueError(f"a box must lie in the image ({width} x {height}), got {corners}")
             boxes.append([left - 1, top - 1, right, bottom])
-            labels.append(classes.index(name))
+            labels.append(classes[name])
             difficult.append(bool(int(thing.findtext("difficult", "0"))))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"annotation {path} cannot be read: {error}") from error

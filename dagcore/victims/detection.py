@@ -143,7 +143,8 @@ class Detector(nn.Module):
                 detectors have 0.7). One-stage detectors take all anchors.
             min_iou: see above.
             min_score: see above.
-            max_proposals: of an image at the most, before the filter; the best ones.
+            max_proposals: of an image at the most, before the filter; the best ones. Two-stage
+                detectors only.
             adversarial: "permutation" (each image's object classes permuted at random, none to
                 itself), "random" (each target an object class of its own) or "vanish" (the
                 background). The first two never aim at the background.
@@ -182,7 +183,7 @@ class Detector(nn.Module):
             found = self.candidates(images, nms_threshold, max_proposals) if len(images) else []
             if ground_truth is None:
                 detections = self.detect(images) if len(images) else []
-                ground_truth = [_confident(one, confidence, images) for one in detections]
+                ground_truth = [self._confident(one, confidence, images) for one in detections]
         num_classes = found[0][1].shape[1] if found else 0
         if 0 <= ignore_index < num_classes:
             raise ValueError(
@@ -191,7 +192,7 @@ class Detector(nn.Module):
             )
         rows = []
         for n, ((boxes, scores), truth) in enumerate(zip(found, ground_truth, strict=True)):
-            true_boxes, true_labels = self._truth(n, truth, images, num_classes)
+            true_boxes, true_labels = self.check_truth(n, truth, images, num_classes)
             labels = match(
                 boxes.to(true_boxes.dtype),
                 self.probabilities(scores),
@@ -220,8 +221,27 @@ class Detector(nn.Module):
     has_own_targets = False
     """Whether the targets are the same for every image, and `at` is not needed."""
 
-    def _truth(self, n: int, truth: Any, images: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Boxes and labels of an image's ground truth, checked."""
+    def _confident(
+        self, found: Mapping[str, Tensor], least: float, images: Tensor
+    ) -> dict[str, Tensor]:
+        """The objects that were found in an image with at least a score, cut at its border."""
+        kept = (found["scores"] >= least) & (found["labels"] != self.background)
+        size = (images.shape[-2], images.shape[-1])
+        boxes = need("torchvision.ops", "vision").clip_boxes_to_image(found["boxes"][kept], size)
+        full = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return {"boxes": boxes[full], "labels": found["labels"][kept][full]}
+
+    def object_classes(self) -> dict[str, int] | None:
+        """The class of each kind of object, by name; None where the names are unknown."""
+        if self.classes is None:
+            return None
+        unused = {"N/A"} | ({self.classes[0]} if self.background == 0 else set())
+        return {name: k for k, name in enumerate(self.classes) if name not in unused}
+
+    def check_truth(
+        self, n: int, truth: Any, images: Tensor, num_classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes and labels of image n's ground truth; raise where anything is wrong with them."""
         name = f"ground_truth[{n}]"
         values = []
         for key in ("boxes", "labels"):
@@ -306,15 +326,6 @@ def match(
     fits = (overlap > min_iou) & (probabilities[:, true_labels] > min_score)
     best = torch.where(fits, overlap, -1).argmax(1)
     return torch.where(fits.any(1), true_labels[best], none)
-
-
-def _confident(found: Mapping[str, Tensor], least: float, images: Tensor) -> dict[str, Tensor]:
-    """The detections of an image with at least a score, cut at its border."""
-    kept = found["scores"] >= least
-    size = (images.shape[-2], images.shape[-1])
-    boxes = need("torchvision.ops", "vision").clip_boxes_to_image(found["boxes"][kept], size)
-    full = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {"boxes": boxes[full], "labels": found["labels"][kept][full]}
 
 
 def check_boxes(name: str, boxes: Tensor, images: Tensor) -> None:

@@ -40,7 +40,8 @@ class OneStage(Detector):
     RetinaNet and FCOS give every class a sigmoid of its own and the background none. Its column of
     the scores (class 0, which torchvision counts in num_classes but never trains) is the constant
     logit of the probability below which nothing is detected: so a target is active as long as
-    its class is the strongest and can still be detected.
+    its class is the strongest and can still be detected. Networks that use class 0 for objects are
+    not understood.
 
     Args:
         network: one of torchvision's.

@@ -88,9 +88,14 @@ class Queries(Detector):
     def _resized(self, images: Tensor) -> Tensor:
         """Images as the network wants them, differentiably."""
         height, width = images.shape[-2:]
-        factor = self.shortest / min(height, width)
-        factor = min(factor, self.longest / max(height, width))
-        size = (round(height * factor), round(width * factor))
+        short, long = min(height, width), max(height, width)
+        side = self.shortest
+        if long / short * side > self.longest:
+            side = round(self.longest * short / long)
+        size = (
+            side if height == short else side * height // width,
+            side if width == short else side * width // height,
+        )
         if size != (height, width):
             images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
         return (images - self.mean) / self.std

@@ -26,14 +26,13 @@ class TwoStage(Detector):
     """torchvision's Faster R-CNN family, with and without FPN, and R-FCN.
 
     `at` are the boxes, (N, P, 4) in pixels of the images; rows of NaN are padding, whose scores
-    are 0 and mean nothing.
+    mean nothing.
 
     Args:
         network: a torchvision GeneralizedRCNN.
         classes: names of the classes.
         active_only: send only the active boxes back through the head. None: on the CPU. Elsewhere
-            that waits for the device in each iteration, and keeps it from being captured as a
-            CUDA graph.
+            that waits for the device in each iteration.
         distinct: read boxes that a pooling rounds to the same cells once (RoI pooling and
             position-sensitive pooling do, RoI align does not); on the CPU.
         rows: boxes that pass the head at a time; bounds its memory.
