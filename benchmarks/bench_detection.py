@@ -3,7 +3,8 @@
     python benchmarks/bench_detection.py attack | memory
 
 attack  whole attacks on test scenes: all boxes sent back through the head, active ones only, boxes
-        of the same cells read once, both (the default), and with the detector prepared
+        of the same cells read once, both (the default, but R-FCN's: distinct only), and with the
+        detector prepared
 memory  peak memory of a process that makes one update of torchvision's fasterrcnn_resnet50_fpn
         (random weights) with 3000 active boxes in an image of 600x800 pixels
 """

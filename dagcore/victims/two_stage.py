@@ -31,8 +31,9 @@ class TwoStage(Detector):
     Args:
         network: a torchvision GeneralizedRCNN.
         classes: names of the classes.
-        active_only: send only the active boxes back through the head. None: on the CPU. Elsewhere
-            that waits for the device in each iteration.
+        active_only: send only the active boxes back through the head. None: on the CPU, where the
+            head has layers (R-FCN's is a mean). Elsewhere that waits for the device in each
+            iteration.
         distinct: read boxes that a pooling rounds to the same cells once (RoI pooling and
             position-sensitive pooling do, RoI align does not); on the CPU.
         rows: boxes that pass the head at a time; bounds its memory.
@@ -83,7 +84,10 @@ class TwoStage(Detector):
         again = None
         if self.distinct and cell is not None and on_cpu:
             boxes, again = without_repeats(boxes, cell)
-        if on_cpu if self.active_only is None else self.active_only:
+        active_only = self.active_only
+        if active_only is None:
+            active_only = on_cpu and any(True for _ in head.box_head.parameters())
+        if active_only:
             scores: Tensor = _ActiveRows.apply(head, boxes, *maps.values())
         else:
             scores = head(boxes, list(maps.values()))
