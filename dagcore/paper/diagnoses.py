@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -155,7 +157,7 @@ def draw_denseness(figure: Figure, rows: list[Row]) -> None:
         right.plot(at, [row["targets"] for row in own], "o-", label=name)
         time.plot(at, [row["seconds an image"] for row in own], "o-", label=name)
     for axes in (left, right, time):
-        axes.set_xlabel("NMS threshold of the region network")
+        axes.set_xlabel("NMS threshold")
     left.set_ylabel("mAP after the attack, %")
     left.set_ylim(bottom=0)
     left.set_title("dotted: before the attack", fontsize=9)
@@ -169,9 +171,16 @@ def draw_denseness(figure: Figure, rows: list[Row]) -> None:
 def draw_convergence(figure: Figure, rows: list[Row]) -> None:
     """Active targets against updates, and a histogram of the updates."""
     left, right = figure.subplots(1, 2)
-    for row in rows:
-        left.plot([100 * share for share in row["active"]], label=row["network"])
-        right.hist(row["iterations"], bins=20, histtype="step", label=row["network"], linewidth=1.3)
+    for row, colour in zip(rows, itertools.cycle(colormaps["tab20"].colors)):  # type: ignore
+        left.plot([100 * share for share in row["active"]], color=colour)
+        right.hist(
+            row["iterations"],
+            bins=20,
+            histtype="step",
+            label=row["network"],
+            linewidth=1.3,
+            color=colour,
+        )
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
