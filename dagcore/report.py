@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -22,34 +24,27 @@ from rich.table import Table
 
 from .outcome import Outcome
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in Python 3.10
+
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
 LINE_SECONDS = 15  # from one plain line to the next
 
 
-class Reporter:
-    """Images done, update and active targets: a bar on a terminal, a line per image elsewhere."""
+class Bars:
+    """Progress on stderr: bars where it is a terminal, shown while a `with` block runs."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, *columns: ProgressColumn, transient: bool = False) -> None:
         console = Console(stderr=True)
-        self.bar: Progress | None = None
+        self.bars: Progress | None = None
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("images"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
-            self.task = self.bar.add_task("", total=total)
+            self.bars = Progress(*columns, console=console, transient=transient)
 
-    def __enter__(self) -> Reporter:
-        if self.bar is not None:
-            self.bar.start()
+    def __enter__(self) -> Self:
+        if self.bars is not None:
+            self.bars.start()
         return self
 
     def __exit__(
@@ -58,27 +53,44 @@ class Reporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.bars is not None:
+            self.bars.stop()
+
+
+class Reporter(Bars):
+    """Images done, update and active targets: a bar on a terminal, a line per image elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(
+            TextColumn("images"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            transient=True,
+        )
+        self.total, self.done = total, 0
+        if self.bars is not None:
+            self.task = self.bars.add_task("", total=total)
 
     def update(self, what: str, update: int, active: int) -> None:
         """Show where an attack stands."""
-        if self.bar is not None:
+        if self.bars is not None:
             text = f"{what}: update {update}, {active} targets active"
-            self.bar.update(self.task, description=text.replace("[", r"\["))
+            self.bars.update(self.task, description=text.replace("[", r"\["))
 
     def finished(self, outcomes: Sequence[Outcome]) -> None:
         """Count finished images."""
         for outcome in outcomes:
             self.done += 1
-            if self.bar is None:
+            if self.bars is None:
                 line = (
                     f"[{self.done}/{self.total}] {outcome.name}: {outcome.status} after "
                     f"{outcome.iterations} updates, {outcome.active[-1]} targets active"
                 )
                 print(line, file=sys.stderr, flush=True)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
+        if self.bars is not None:
+            self.bars.update(self.task, completed=self.done)
 
 
 def figures_of(outcome: Outcome) -> list[str]:
@@ -109,39 +121,21 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
     console.print(table)
 
 
-class Counter:
+class Counter(Bars):
     """How far several pieces of work are: a bar for each on a terminal, lines elsewhere."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.total: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.told = 0.0
-        self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        if console.is_terminal:
-            self.bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-            )
-
-    def __enter__(self) -> Counter:
-        if self.bars is not None:
-            self.bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.bars is not None:
-            self.bars.stop()
 
     def add(self, what: str, total: int, *, done: int = 0) -> None:
         """Announce a piece of work, of which some may be done already."""

@@ -153,6 +153,7 @@ def test_families_look_different() -> None:
     assert grain[1] > 2 * grain[0]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 def test_workers_see_the_same_scenes() -> None:
     scenes = Scenes("12", "val", count=6, seed=3)
     assert same(pickle.loads(pickle.dumps(scenes))[4], scenes[4])

@@ -14,20 +14,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..attack_files import find_device
 from ..data import SCENE_CLASSES
 from ..files import whole
 from ..metrics import Score
-from ..report import LINE_SECONDS, PLAIN_WIDTH
+from ..report import LINE_SECONDS, PLAIN_WIDTH, Bars
 from . import training
 from .checkpoint import read_metadata
 from .evaluation import evaluate
@@ -221,37 +220,19 @@ def work(name: str, options: dict[str, Any]) -> Path:
     return training.train(name, callback=tell, **options)
 
 
-class Watch:
+class Watch(Bars):
     """Shows trainings on stderr: bars on a terminal, else a line for each now and then."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self.bars: Progress | None = None
-        if console.is_terminal:
-            self.bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
         self.tasks: dict[str, Any] = {}
         self.first: dict[str, tuple[float, int]] = {}
         self.line: dict[str, float] = {}
-
-    def __enter__(self) -> Watch:
-        if self.bars is not None:
-            self.bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.bars is not None:
-            self.bars.stop()
 
     def update(self, progress: training.Progress) -> None:
         """Show where a training stands."""
