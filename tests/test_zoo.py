@@ -1,6 +1,7 @@
 """The zoo: the paper's networks at any width, what they compute, and their weights files."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -377,3 +378,15 @@ for name in ("DL-RN101", "FR-ZF-07"):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count('pip install "dagcore[vision]"') == 2
+
+
+def test_equal_weights_are_equal_bytes(tmp_path):
+    network = zoo.build("FCN-VGG", **SMALL)
+    metadata = {f"key{k}": k for k in range(20)}
+    for name, given in (("a", metadata), ("b", dict(reversed(metadata.items())))):
+        zoo.save_weights(tmp_path / f"{name}.safetensors", network, {"width": 1 / 16, **given})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    for path in registry.WEIGHTS.glob("*.safetensors"):
+        content = path.read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode().rstrip(" ")
+        assert header == json.dumps(json.loads(header), sort_keys=True, separators=(",", ":"))

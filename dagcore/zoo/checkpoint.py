@@ -48,6 +48,16 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         save_file(state, temporary, metadata=text)
+        _put_in_order(temporary)
+
+
+def _put_in_order(path: Path) -> None:
+    """Sort the header of a safetensors file, whose order is random: equal weights, equal bytes."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def _stored(key: str, value: Tensor) -> Tensor:
