@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ class Job:
     labels: Path | None
 
 
-class Plan:
+class Plan(abc.ABC):
     """A request whose input has been checked; made by `plan`."""
 
     def __init__(self, request: Request, victim: Any, device: torch.device) -> None:
@@ -90,9 +91,9 @@ class Plan:
             write(outcome, self.request.out, self.victim, goal=self.attack.goal, record=record)
             yield outcome
 
+    @abc.abstractmethod
     def aim(self, job: Job, image: Tensor, generator: torch.Generator) -> Aim:
         """The targets of an image (3, H, W)."""
-        raise NotImplementedError
 
     def _read(self, job: Job) -> Tensor:
         return files.read_image(job.image).to(self.device)

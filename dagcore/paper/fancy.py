@@ -167,7 +167,7 @@ def _known(setup: Setup, name: str) -> list[Row] | None:
         return None
     known = json.loads(path.read_text())
     rows: list[Row] = known["rows"]
-    return rows if known["of"] == _made_of(setup) else None
+    return rows if known.get("of") == _made_of(setup) else None
 
 
 def make(setup: Setup, name: str) -> None:

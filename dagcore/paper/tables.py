@@ -198,7 +198,7 @@ def known_cell(setup: Setup, network: str, row: str) -> float | None:
     if not path.is_file():
         return None
     known = json.loads(path.read_text())
-    return float(known["score"]) if known["of"] == made_of(setup, network, row) else None
+    return float(known["score"]) if known.get("of") == made_of(setup, network, row) else None
 
 
 def cell_path(setup: Setup, network: str, row: str) -> Path:

@@ -7,6 +7,7 @@ boxes, and only where many overlapping boxes were led astray do the new ones fal
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class Targets:
             )
 
 
-class Detector(nn.Module):
+class Detector(nn.Module, abc.ABC):
     """A detector that takes images in [0, 1], its resizing and normalisation inside.
 
     Made by `detector` or `load`. To attack it:
@@ -83,10 +84,11 @@ class Detector(nn.Module):
         self.classes = None if classes is None else tuple(classes)
         self.training = network.training
 
+    @abc.abstractmethod
     def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
         """Scores (N, C, P) before softmax, of images (N, 3, H, W) at P targets each."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """What the whole detector finds in images (N, 3, H, W), new proposals and all.
 
@@ -94,13 +96,12 @@ class Detector(nn.Module):
             For each image "boxes" (D, 4) in pixels, "labels" (D,) and "scores" (D,), the best
             first.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image the boxes (P, 4) that can be targets, in its pixels, and scores (P, C)."""
-        raise NotImplementedError
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Probabilities (P, C) of scores (P, C)."""
@@ -235,8 +236,9 @@ class Detector(nn.Module):
         """The class of each kind of object, by name; None where the names are unknown."""
         if self.classes is None:
             return None
-        unused = {"N/A"} | ({self.classes[0]} if self.background == 0 else set())
-        return {name: k for k, name in enumerate(self.classes) if name not in unused}
+        return {
+            name: k for k, name in enumerate(self.classes) if k != self.background and name != "N/A"
+        }
 
     def check_truth(
         self, n: int, truth: Any, images: Tensor, num_classes: int
