@@ -5,6 +5,7 @@ from .attack import DAG, Result, Status
 from .joint import JointResult, Part, joint_attack
 from .native import freed_memory_kept
 from .stream import Sample
+from .universal import UniversalResult, universal_perturbation
 
 __all__ = [
     "DAG",
@@ -13,12 +14,14 @@ __all__ = [
     "Result",
     "Sample",
     "Status",
+    "UniversalResult",
     "freed_memory_kept",
     "joint_attack",
     "labels",
     "ops",
     "perturbation",
     "reference",
+    "universal_perturbation",
     "victims",
     "zoo",
 ]

@@ -209,17 +209,7 @@ class DAG(engine.Settings):
         generator: torch.Generator | None,
     ) -> Iterator[Result]:
         def check(sample: Sample) -> None:
-            image, labels, adversarial, at = (
-                value[None] if isinstance(value, Tensor) else value
-                for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
-            )
-            try:
-                self._check(image, labels, adversarial, None)
-                check_at(model, at, sample.image[None])
-                if sample.start is not None:
-                    self._check_start(sample.start, sample.image)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"sample {sample.key!r}: {error}") from error
+            self._check_sample(model, sample, f"sample {sample.key!r}")
 
         def assign_to(sample: Sample) -> Assign:
             wanted = sample.adversarial_labels
@@ -331,6 +321,19 @@ class DAG(engine.Settings):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         self._check_pixels("images", images)
+
+    def _check_sample(self, model: object, sample: Sample, name: str) -> None:
+        image, labels, adversarial, at = (
+            value[None] if isinstance(value, Tensor) else value
+            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
+        )
+        try:
+            self._check(image, labels, adversarial, None)
+            check_at(model, at, sample.image[None])
+            if sample.start is not None:
+                self._check_start(sample.start, sample.image)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _check_start(self, start: Any, images: Tensor) -> None:
         checks.tensor("start", start, (images.dtype,))

@@ -348,14 +348,16 @@ def paper_table(name: str, **options: Any) -> None:
 
 
 @paper.command("figure")
-@click.argument("name", type=click.Choice(("denseness", "convergence")))
+@click.argument("name", type=click.Choice(("denseness", "convergence", "perceptibility", "fancy")))
 @click.argument("networks", nargs=-1, metavar="[NETWORK]...")
 @experiment
 def paper_figure(name: str, networks: tuple[str, ...], **options: Any) -> None:
     """Make a figure with its table, of NETWORKs or of the paper's.
 
     denseness: two-stage detectors attacked with more and less dense proposals. convergence: active
-    targets against updates, and which images do not end within the budget.
+    targets against updates, and which images do not end within the budget. perceptibility: how
+    visible each network's perturbations are. fancy: prescribed segmentations, several networks
+    fooled at once, noise that is seen as an object.
     """
     from .paper import Setup, commands
 

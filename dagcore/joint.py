@@ -137,7 +137,7 @@ def _run(
             active.append(own)
             wanted = own > allowed[k, live]
             if m < attack.max_iter and bool(wanted.any()):
-                total += _normalised(input_gradient(scores, leaf, seed), wanted)
+                total += normalised(input_gradient(scores, leaf, seed), wanted)
         now = torch.stack(active)
         history[m, :, live] = now
         done = (now <= allowed[:, live]).all(0)
@@ -176,7 +176,7 @@ def _run(
     )
 
 
-def _normalised(gradient: Tensor, wanted: Tensor) -> Tensor:
+def normalised(gradient: Tensor, wanted: Tensor) -> Tensor:
     """Each image's gradient over its L-infinity norm; 0 where that cannot be, or is not wanted."""
     norms = gradient.abs().flatten(1).amax(1)
     scale = torch.where(wanted, step_scale(norms, 1.0), 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 
@@ -40,6 +42,20 @@ def permute(perturbation: Tensor, generator: torch.Generator | None = None) -> T
         columns = torch.randperm(width, generator=generator, device=device).to(r.device)
         shuffled[n] = r[:, rows[:, None], columns]
     return shuffled
+
+
+def fit(perturbation: Tensor, size: Sequence[int]) -> Tensor:
+    """The upper left part of a perturbation (N, C, H, W), zero beyond its edge: (N, C, *size).
+
+    A universal perturbation, for an image of another size.
+    """
+    height, width = checks.map_size(tuple(size))
+    if perturbation.dim() != 4:
+        raise ValueError(
+            f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
+        )
+    missing = (width - perturbation.shape[3], height - perturbation.shape[2])
+    return nn.functional.pad(perturbation, (0, missing[0], 0, missing[1]))
 
 
 def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,39 @@ class Sample:
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
+
+
+class Stack(NamedTuple):
+    """Samples of one form, one upon another."""
+
+    places: list[int]
+    """Where each was among all."""
+    images: Tensor
+    labels: Tensor
+    adversarial_labels: Tensor | str | None
+    at: Tensor | None
+
+
+def stacked(samples: Sequence[Sample]) -> Iterator[Stack]:
+    """Samples as batches for `DAG.__call__`, those of one form together; none has a start."""
+    groups: dict[Any, list[int]] = {}
+    for k, sample in enumerate(samples):
+        forms = (
+            (value.shape, value.dtype) if isinstance(value, Tensor) else value
+            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
+        )
+        groups.setdefault(tuple(forms), []).append(k)
+    for places in groups.values():
+        group = [samples[k] for k in places]
+        aims = [s.adversarial_labels for s in group if isinstance(s.adversarial_labels, Tensor)]
+        at = [s.at for s in group if s.at is not None]
+        yield Stack(
+            places,
+            torch.stack([sample.image for sample in group]),
+            torch.stack([sample.labels for sample in group]),
+            torch.stack(aims) if aims else group[0].adversarial_labels,
+            torch.stack(at) if at else None,
+        )
 
 
 Assign = Callable[[Tensor, int], "Tensor | str"]

@@ -4,10 +4,14 @@ import base64
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dagcore import zoo
 from dagcore.__main__ import main
@@ -154,6 +158,57 @@ def test_convergence_by_command(tmp_path, capfd):
         assert picture.format == "PNG"
 
 
+def test_perceptibility_by_command(tmp_path, capfd):
+    arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(["paper", "figure", "perceptibility", "FR-ZF-07", *arguments]) == 0
+    (row,) = json.loads((tmp_path / "perceptibility.json").read_text())["rows"]
+    records = work.kept(Setup(out=tmp_path, images=2), Attack.of("FR-ZF-07"))
+    for record, value in zip(records, row["values"], strict=True):
+        p = record.perturbation.double().square().sum(0).mean().sqrt()
+        assert value == pytest.approx(float(p), rel=1e-5)
+    assert row["lowest"] == min(row["values"]) <= row["median"] <= max(row["values"])
+    assert row["highest"] == max(row["values"])
+    assert f"{row['perceptibility']:.2e}" in capfd.readouterr().out
+    with Image.open(tmp_path / "perceptibility.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_fancy_by_command(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(fancy, "UPDATES", 2)
+    chosen = tuple(one for one in fancy.SCENARIOS if one.name == "noise")
+    monkeypatch.setattr(fancy, "SCENARIOS", chosen)
+    arguments = ["paper", "figure", "fancy", "--images", "1", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "| noise, prescribed to be an object | FCN-VGG |" in shown
+    with Image.open(tmp_path / "fancy" / "noise.png") as picture:
+        assert picture.format == "PNG"
+    assert main([*arguments[:3], "FCN-VGG", *arguments[3:]]) == 2
+    assert "fancy has networks of its own, got FCN-VGG" in capfd.readouterr().err
+
+
+def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path, monkeypatch):
+    attack = Attack.of("FCN-Alex", max_iter=3, universal=4, epsilon=20 / 255)
+    setup = Setup(out=tmp_path, images=2, jobs=1)
+    one, other = made(setup, attack)[attack]
+    assert one.key is None
+    assert one.iterations == 3
+    assert 0 < float(one.perturbation.abs().max()) <= 3 * 0.5 / 255 * 1.001
+    assert torch.equal(one.perturbation, other.perturbation)
+    assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["000000.safetensors"]
+    assert attack.folder == "fcn-alex-epsilon=0.07843-max_iter=3-universal=4"
+    # Made on images that are not among those of the tables.
+    keys = {example.key for example in setup.examples("segmentation")}
+    assert not keys & {example.key for example in setup.others("segmentation", 4)}
+    monkeypatch.setattr(tables, "attacks", lambda row: [attack])
+    score = work.score(setup, "FCN-Alex", tables.added(setup, "universal r5"))
+    added = [(None, one.perturbation)] * 2
+    assert score.mean == work.score(setup, "FCN-Alex", added).mean
+    # It takes the upper left part of itself to a smaller image.
+    larger = torch.nn.functional.pad(one.perturbation, (0, 4, 0, 2))
+    assert work.score(setup, "FCN-Alex", [(None, larger)] * 2).mean == score.mean
+
+
 def test_the_papers_tables_are_whole():
     for table in tables.TABLES.values():
         assert set(map(len, table.published.values())) == {len(table.networks)}
@@ -162,7 +217,8 @@ def test_the_papers_tables_are_whole():
     assert tables.members("r5 + r7 (permuted)") == ["r5", "r7"]
     assert tables.members("none") == []
     needed = tables.sources(list(tables.TABLES.values()))
-    assert sorted(len(attack.networks) for attack in needed) == [1] * 8 + [2] * 4 + [3] * 4 + [4]
+    assert sorted(len(attack.networks) for attack in needed) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
+    assert [attack.networks for attack in needed if attack.universal] == [("FCN-VGG",)]
     assert tables.members("joint r1 + r3") == ["r1", "r3"]
     assert [a.networks for a in tables.attacks("joint r1 + r3")] == [("FR-ZF-07", "FR-VGG-07")]
     assert [a.networks for a in tables.attacks("r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
@@ -379,3 +435,52 @@ def test_a_prescribed_segmentation(tmp_path):
     assert row["as wanted, %"] > 95
     assert 0 < row["updates"] < fancy.UPDATES
     assert (tmp_path / "fancy" / row["picture"]).is_file()
+
+
+def test_killed_at_any_moment_the_tables_are_the_same(tmp_path):
+    """A run that is killed, again and again, ends with the bytes of one that never was."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        """
+import sys
+from dagcore.__main__ import main
+from dagcore.paper import tables, work
+
+of = work.Attack.of.__func__
+work.Attack.of = classmethod(lambda cls, *networks: of(cls, *networks, max_iter=6))
+rows = {"none": (1, 1), "r1": (1, 1), "r5": (1, 1), "r1 + r5 (permuted)": (1, 1)}
+table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), rows, ("joint r1 + r5",))
+tables.TABLES["cross-task"] = table
+arguments = ["paper", "table", "cross-task", "--images", "6", "--jobs", "1"]
+sys.exit(main([*arguments, "--out", sys.argv[1]]))
+"""
+    )
+
+    def start(out):
+        return subprocess.Popen([sys.executable, script, out], stderr=subprocess.DEVNULL)
+
+    def results(out):
+        found = {}
+        for path in sorted(out.rglob("*")):
+            if path.suffix == ".safetensors":
+                found[path.relative_to(out)] = load_file(path)["perturbation"].numpy().tobytes()
+            elif path.suffix in (".md", ".json"):
+                found[path.relative_to(out)] = path.read_bytes()
+        return found
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    expected = results(whole)
+    total = len(expected)
+    assert total == 3 * 6 + 2 * 5 + 2
+    for wanted in (2, 8, 13, 17, 21):
+        process = start(killed)
+        while process.poll() is None and len(list(killed.rglob("*.*"))) < wanted:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        partial = results(killed)
+        assert 0 < len(partial) < total
+        assert partial.items() <= expected.items()  # whole files only, and the right ones
+    assert start(killed).wait() == 0
+    assert results(killed) == expected

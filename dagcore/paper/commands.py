@@ -6,13 +6,17 @@ import click
 
 from ..report import Counter
 from . import page
-from .diagnoses import convergence, denseness
+from .diagnoses import convergence, denseness, markdown, perceptibility
 from .fancy import fancy
 from .reading import findings, text
 from .tables import TABLES, measure
 from .work import Setup
 
-DIAGNOSES = {"denseness": denseness, "convergence": convergence}
+DIAGNOSES = {
+    "denseness": denseness,
+    "convergence": convergence,
+    "perceptibility": perceptibility,
+}
 
 
 def table(name: str, setup: Setup) -> None:
@@ -44,8 +48,15 @@ def everything(setup: Setup) -> None:
 
 
 def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
-    """Make a figure and its table, and say where they are."""
+    """Make a figure and its table, or the fancy examples, and say where they are."""
     with Counter() as counter:
+        if name == "fancy":
+            if networks:
+                raise ValueError(f"fancy has networks of its own, got {', '.join(networks)}")
+            rows = fancy(setup, counter)
+            click.echo(markdown([{k: v for k, v in row.items() if k != "picture"} for row in rows]))
+            click.echo(f"written to {setup.out / 'fancy'}")
+            return
         made = DIAGNOSES[name](setup, counter, networks or None)
     paths = made.write(setup)
     click.echo(paths["md"].read_text())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -127,6 +128,33 @@ def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None =
     return Diagnosis("convergence", rows, draw_convergence)
 
 
+def perceptibility(
+    setup: Setup, counter: Counter, networks: Sequence[str] | None = None
+) -> Diagnosis:
+    """How visible each network's perturbations are: the slides' p, over the images."""
+    networks = networks or CONVERGENCE
+    attacks = {name: Attack.of(name) for name in networks}
+    make_perturbations(setup, list(attacks.values()), counter)
+    rows = []
+    for name in networks:
+        records = [record for record in kept(setup, attacks[name]) if record.targets]
+        every = np.array([record.perceptibility for record in records] or [0.0])
+        largest = [float(record.perturbation.abs().max()) for record in records]
+        rows.append(
+            {
+                "network": name,
+                "images with targets": len(records),
+                "perceptibility": float(every.mean()),
+                "lowest": float(every.min()),
+                "median": float(np.median(every)),
+                "highest": float(every.max()),
+                "largest change of a pixel, of 255": 255 * sum(largest) / max(1, len(largest)),
+                "values": every.tolist(),
+            }
+        )
+    return Diagnosis("perceptibility", rows, draw_perceptibility)
+
+
 def active_shares(records: Sequence[Record], updates: int) -> list[float]:
     """The share of the targets that are active after 0, 1, ... updates, mean over the images."""
     shares = [0.0] * (updates + 1)
@@ -137,7 +165,7 @@ def active_shares(records: Sequence[Record], updates: int) -> list[float]:
     return shares
 
 
-def _added(records: Sequence[Record]) -> Iterator[tuple[str, Tensor]]:
+def _added(records: Sequence[Record]) -> Iterator[tuple[str | None, Tensor]]:
     return ((record.key, record.perturbation) for record in records)
 
 
@@ -191,6 +219,16 @@ def draw_convergence(figure: Figure, rows: list[Row]) -> None:
     right.legend(fontsize=7)
 
 
+def draw_perceptibility(figure: Figure, rows: list[Row]) -> None:
+    """A box for each network, over the images."""
+    axes = figure.subplots()
+    axes.boxplot([row["values"] for row in rows])
+    axes.set_xticks(range(1, len(rows) + 1), [row["network"] for row in rows], rotation=30)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("perceptibility")
+    axes.set_title("of each image's perturbation; boxes: quartiles, whiskers: 1.5 of their range")
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Rows as a table, without the values that are lists."""
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
@@ -206,6 +244,6 @@ def cell(name: str, value: Any) -> str:
     """A value for a table."""
     if not isinstance(value, float):
         return str(value)
-    if name == "perceptibility":
+    if name in ("perceptibility", "lowest", "median", "highest"):
         return f"{value:.2e}"
     return f"{value:.2f}" if name in ("NMS threshold", "seconds an image") else f"{value:.1f}"

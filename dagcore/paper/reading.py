@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
-from .tables import JOINT, PERMUTED, SOURCES, TABLES, Table, members
+from .tables import JOINT, PERMUTED, SOURCES, TABLES, UNIVERSAL, Table, members
 
 Rows = Mapping[str, Mapping[str, float]]
 
@@ -61,14 +61,18 @@ def _single(row: str) -> str | None:
 
 def _sum(row: str) -> list[str]:
     """The members of a sum that is not permuted."""
-    found = members(row)
+    found = _made_for(row)
     plain = PERMUTED not in row and not row.startswith(JOINT)
-    return [SOURCES[r] for r in found] if len(found) > 1 and plain else []
+    return found if len(found) > 1 and plain else []
+
+
+def _made_for(row: str) -> list[str]:
+    return [SOURCES[r] for r in members(row)]
 
 
 def _joint(row: str) -> list[str]:
     """The networks of a joint ensemble."""
-    return [SOURCES[r] for r in members(row)] if row.startswith(JOINT) else []
+    return _made_for(row) if row.startswith(JOINT) else []
 
 
 def _across_sets(row: str, network: str) -> bool:
@@ -119,6 +123,16 @@ KINDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
         "Joint ensembles, others",
         "on networks of which no member shares the architecture",
         lambda r, n: _far(_joint(r), n),
+    ),
+    (
+        "Universal, its network",
+        "one perturbation for all images, made on others",
+        lambda r, n: r.startswith(UNIVERSAL) and n in _made_for(r),
+    ),
+    (
+        "Universal, others",
+        "on networks of another architecture",
+        lambda r, n: r.startswith(UNIVERSAL) and _far(_made_for(r), n),
     ),
     ("Permuted", "sums with rows and columns permuted", lambda r, n: r.endswith(PERMUTED)),
 )

@@ -39,6 +39,7 @@ SOURCES = {
 }
 PERMUTED = " (permuted)"
 JOINT = "joint "
+UNIVERSAL = "universal "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ TABLES = {
         "segmentation",
         ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
         published.SEGMENTATION,
-        ("joint r5 + r7", "joint r6 + r8"),
+        ("joint r5 + r7", "joint r6 + r8", "universal r7"),
     ),
     "detection": Table(
         "detection",
@@ -80,6 +81,7 @@ TABLES = {
             "joint r1 + r5 + r7",
             "joint r3 + r5 + r7",
             "joint r1 + r3 + r5 + r7",
+            "universal r7",
         ),
     ),
 }
@@ -88,14 +90,18 @@ TABLES = {
 def members(row: str) -> list[str]:
     """The perturbations that a row adds up: "r5 + r7 (permuted)" -> ["r5", "r7"].
 
-    A joint row has one perturbation, made for the networks of all of them at once.
+    A joint row has one perturbation, made for the networks of all of them at once; a universal one
+    has one for all images.
     """
-    return [] if row == "none" else row.removesuffix(PERMUTED).removeprefix(JOINT).split(" + ")
+    plain = row.removesuffix(PERMUTED).removeprefix(JOINT).removeprefix(UNIVERSAL)
+    return [] if row == "none" else plain.split(" + ")
 
 
 def attacks(row: str) -> list[Attack]:
     """The attacks whose perturbations a row adds up."""
     networks = [SOURCES[r] for r in members(row)]
+    if row.startswith(UNIVERSAL):
+        return [Attack.of(*networks, max_iter=1500, universal=256, epsilon=20 / 255)]
     return [Attack.of(*networks)] if row.startswith(JOINT) else [Attack.of(n) for n in networks]
 
 
@@ -104,8 +110,8 @@ def sources(tables: Sequence[Table]) -> list[Attack]:
     return list({one: None for table in tables for row in table.rows for one in attacks(row)})
 
 
-def added(setup: Setup, row: str) -> Iterator[tuple[str, Tensor]]:
-    """For each image its key, and what a row adds to it, (3, H, W)."""
+def added(setup: Setup, row: str) -> Iterator[tuple[str | None, Tensor]]:
+    """For each image its key (None: for any), and what a row adds to it, (3, H, W)."""
     for k in range(setup.images):
         records = [read(setup, attack, k) for attack in attacks(row)]
         total = combine(*(record.perturbation for record in records))
@@ -163,7 +169,8 @@ class Scores:
 
 def named(row: str) -> str:
     """A row with the network that a single perturbation is of."""
-    return f"{row}, {SOURCES[row]}" if row in SOURCES else row
+    source = row.removeprefix(UNIVERSAL)
+    return f"{row}, {SOURCES[source]}" if source in SOURCES else row
 
 
 def measure(setup: Setup, name: str, counter: Counter) -> Scores:

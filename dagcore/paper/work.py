@@ -30,13 +30,14 @@ from ..info import versions
 from ..joint import JointResult, Part, joint_attack
 from ..labels import assign
 from ..metrics import Score
+from ..perturbation import fit
 from ..report import Counter
-from ..stream import Sample
+from ..stream import Sample, stacked
+from ..universal import universal_perturbation
 from ..victims import Detector, Victim, load, prepare, prepare_detector
 from ..zoo.evaluation import evaluate
 
-CHUNK = 5  # images that a process attacks before it hands in
-SLOTS = 5
+CHUNK = 5  # images that a process attacks together
 IGNORE = 255
 
 
@@ -96,6 +97,14 @@ class Setup:
         """The images, in order, with what `task` is measured by."""
         return _examples(self.data, task, self.images)
 
+    def others(self, task: str, count: int) -> Sequence[Example]:
+        """Images that are not among the `examples`, nor ever were in training on scenes."""
+        if self.data == "scenes":
+            return Scenes("07", "val", count=count)  # type: ignore[return-value]
+        found = VOC(self.data, task, sets=VOC_OTHERS)
+        order = sorted(range(len(found)), key=found.keys.__getitem__)
+        return Subset(found, order[:count])  # type: ignore[return-value]
+
     def example(self, index: int) -> Example:
         """One of the images, with its mask and its boxes."""
         masked, boxed = (self.examples(task)[index] for task in ("segmentation", "detection"))
@@ -113,6 +122,7 @@ def _digest(path: Path) -> str:
 
 
 VOC_SET = (("2007", "test"),)
+VOC_OTHERS = (("2007", "trainval"),)
 
 
 @lru_cache(maxsize=4)
@@ -133,13 +143,19 @@ def _examples(data: str, task: str, count: int) -> Sequence[Example]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
-    """Networks attacked by one rule: one of them, or several by one perturbation."""
+    """Networks attacked by one rule: one of them, or several by one perturbation.
+
+    A universal attack has one perturbation for all images, made on others.
+    """
 
     networks: tuple[str, ...]
     gamma: float = 0.5 / 255
     max_iter: int
     nms_threshold: float = 0.9
     """Of a detector's region network."""
+    universal: int = 0
+    """Number of the other images; 0 for a perturbation of each image's own."""
+    epsilon: float | None = None
 
     @classmethod
     def of(cls, *networks: str, **settings: Any) -> Attack:
@@ -155,14 +171,19 @@ class Attack:
         own = dataclasses.asdict(self)
         other = [k for k, v in dataclasses.asdict(plain).items() if own[k] != v]
         slugs = "+".join(zoo.find(network).slug for network in self.networks)
-        return "-".join([slugs, *(f"{k}={own[k]:g}" for k in sorted(other))])
+        return "-".join([slugs, *(f"{k}={own[k]:.4g}" for k in sorted(other))])
+
+    def count(self, setup: Setup) -> int:
+        """How many perturbations it has."""
+        return 1 if self.universal else setup.images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """What an attack made of one image."""
 
-    key: str
+    key: str | None
+    """The image's; None where it is for any."""
     perturbation: Tensor
     """(3, H, W)."""
     iterations: int
@@ -177,6 +198,7 @@ class Record:
 
 def path_of(setup: Setup, attack: Attack, index: int) -> Path:
     """The file with the perturbation of image number `index`."""
+    index = index if not attack.universal else 0
     return setup.out / "perturbations" / attack.folder / f"{index:06d}.safetensors"
 
 
@@ -228,17 +250,19 @@ def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Counter
         setup.victim(network)  # what is wrong with it is told before any work
     missing: dict[Attack, list[int]] = {}
     for attack in attacks:
-        gaps = [k for k in range(setup.images) if not is_kept(setup, attack, k)]
-        counter.add(attack.folder, setup.images, done=setup.images - len(gaps))
+        count = attack.count(setup)
+        gaps = [k for k in range(count) if not is_kept(setup, attack, k)]
+        counter.add(attack.folder, count, done=count - len(gaps))
         if gaps:
             missing[attack] = gaps
+    # The same images together as without an interruption, so that they get the same bits.
     tasks = [
-        (attack, gaps[first : first + CHUNK])
+        (attack, list(range(first, min(first + CHUNK, attack.count(setup)))))
         for attack, gaps in missing.items()
-        for first in range(0, len(gaps), CHUNK)
+        for first in sorted({gap - gap % CHUNK for gap in gaps})
     ]
     for (attack, indexes), _ in run(setup, attack_images, tasks):
-        counter.advance(attack.folder, len(indexes))
+        counter.advance(attack.folder, len(set(indexes) & set(missing[attack])))
 
 
 def kept(setup: Setup, attack: Attack) -> list[Record]:
@@ -285,25 +309,25 @@ def _victim(setup: Setup, network: str) -> Any:
 
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
-    """Attack some images, and keep what comes of each."""
+    """Attack some images together, and keep what comes of each and is not kept yet."""
     dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
     if len(attack.networks) > 1:
         for index in indexes:
-            _attack_jointly(setup, attack, dag, index)
+            if not is_kept(setup, attack, index):
+                _attack_jointly(setup, attack, dag, index)
         return
     (network,) = attack.networks
+    if attack.universal:
+        _attack_at_once(setup, attack, network)
+        return
     victim = _victim(setup, network)
-    examples = setup.examples(zoo.find(network).task)
-    looked_at: dict[int, int] = {}
-
-    def samples() -> Iterator[Sample]:
-        for index in indexes:
-            sample, looked_at[index] = aim(setup, attack, victim, examples[index], index)
-            yield sample
-
-    for result in dag.stream(victim, samples(), slots=SLOTS):
-        index = result.key
-        _keep(setup, attack, index, examples[index], result, result.active[:, 0], looked_at[index])
+    examples = [setup.examples(zoo.find(network).task)[index] for index in indexes]
+    aims = [aim(setup, attack, victim, *one) for one in zip(examples, indexes, strict=True)]
+    for stack in stacked([sample for sample, _ in aims]):
+        result = dag(victim, stack.images, stack.labels, stack.adversarial_labels, at=stack.at)
+        for n, k in enumerate(stack.places):
+            active, (_, proposals) = result.active[:, n], aims[k]
+            _keep(setup, attack, indexes[k], examples[k], result, active, proposals, n)
 
 
 def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
@@ -331,6 +355,30 @@ def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
     _keep(setup, attack, index, example, result, active, proposals)
 
 
+def _attack_at_once(setup: Setup, attack: Attack, network: str) -> None:
+    """Make one perturbation on images that are not those of the tables."""
+    victim = _victim(setup, network)
+    samples = []
+    for example in setup.others(zoo.find(network).task, attack.universal):
+        assert example.mask is not None
+        image, labels = (x.to(find_device(setup.device)) for x in (example.image, example.mask))
+        samples.append(Sample(image, labels, "runner-up"))
+    dag = DAG(
+        gamma=attack.gamma, max_iter=attack.max_iter, epsilon=attack.epsilon, ignore_index=IGNORE
+    )
+    result = universal_perturbation(dag, victim, samples)
+    known = {
+        "key": None,
+        "iterations": result.iterations,
+        "status": "budget" if result.iterations == attack.max_iter else "converged",
+        "active": result.active,
+        "targets": 1,
+        "proposals": 1,
+        "perceptibility": result.perceptibility,
+    }
+    _write(setup, attack, 0, result.perturbation, known)
+
+
 def _keep(
     setup: Setup,
     attack: Attack,
@@ -339,24 +387,33 @@ def _keep(
     result: Result | JointResult,
     active: Tensor,
     proposals: int,
+    n: int = 0,
 ) -> None:
-    """Write the file of one image."""
+    """Keep what an attack made of image number n of its batch, if it is not kept yet."""
+    if is_kept(setup, attack, index):
+        return
     known = {
         "key": example.key,
-        "iterations": int(result.iterations[0]),
-        "status": str(result.status[0]),
+        "iterations": int(result.iterations[n]),
+        "status": str(result.status[n]),
         "active": [count for count in active.tolist() if count >= 0],
-        "targets": int(result.targets.sum()),
+        "targets": int(result.targets[..., n].sum()),
         "proposals": proposals,
-        "perceptibility": float(result.perceptibility[0]),
-        "settings": settings_of(setup, attack),
-        "versions": versions(),
+        "perceptibility": float(result.perceptibility[n]),
     }
+    _write(setup, attack, index, result.perturbation[n], known)
+
+
+def _write(
+    setup: Setup, attack: Attack, index: int, perturbation: Tensor, known: dict[str, Any]
+) -> None:
+    """Write a perturbation (3, H, W) with what is known of it, whole or not at all."""
+    known = {**known, "settings": settings_of(setup, attack), "versions": versions()}
     path = path_of(setup, attack, index)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         save_file(
-            {"perturbation": result.perturbation[0].cpu().contiguous()},
+            {"perturbation": perturbation.cpu().contiguous()},
             temporary,
             metadata={name: json.dumps(value) for name, value in known.items()},
         )
@@ -414,7 +471,7 @@ def generator_of(setup: Setup, index: int, purpose: int = 0) -> torch.Generator:
 def score(
     setup: Setup,
     network: str,
-    added: Iterable[tuple[str, Tensor]] | None = None,
+    added: Iterable[tuple[str | None, Tensor]] | None = None,
     victim: Any = None,
 ) -> Score:
     """A network's score on the images.
@@ -433,10 +490,13 @@ def score(
     return evaluate(inside, examples if added is None else _added(examples, added))
 
 
-def _added(examples: Sequence[Example], added: Iterable[tuple[str, Tensor]]) -> Iterator[Example]:
+def _added(
+    examples: Sequence[Example], added: Iterable[tuple[str | None, Tensor]]
+) -> Iterator[Example]:
     for example, (key, r) in zip(examples, added, strict=True):
-        if example.key != key:
+        if key not in (None, example.key):
             raise ValueError(
                 f"--data must have masks and boxes of the same images, got {example.key} for {key}"
             )
+        r = fit(r[None], example.image.shape[1:])[0]  # a universal one's size is its own
         yield dataclasses.replace(example, image=(example.image + r).clamp(0, 1))

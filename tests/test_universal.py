@@ -1,0 +1,175 @@
+"""One perturbation for many images."""
+
+import pytest
+import torch
+from support import generator
+from torch import nn
+
+from dagcore import DAG, Sample, universal_perturbation
+from dagcore.perturbation import fit
+
+
+def network(seed=1, classes=5):
+    net = nn.Conv2d(3, classes, 1)
+    net.weight.data = torch.randn(net.weight.shape, generator=generator(seed))
+    net.weight.data -= net.weight.data.mean((1, 2, 3), keepdim=True)
+    net.bias.data.zero_()
+    return net
+
+
+def seen(net, images):
+    with torch.no_grad():
+        return net(images).argmax(1)
+
+
+def some_samples(net, count=4, size=(12, 16), adversarial="runner-up"):
+    images = torch.rand((count, 3, *size), generator=generator(0)) * 0.8 + 0.1
+    labels = seen(net, images)
+    return [Sample(*pair, adversarial) for pair in zip(images, labels, strict=True)]
+
+
+def test_an_update_is_the_sum_of_the_images_normalised_gradients():
+    net = network()
+    samples = some_samples(net, 3)
+    attack = DAG(max_iter=1)
+    made = universal_perturbation(attack, net, samples, batch_size=3)
+    total = torch.zeros(3, 12, 16)
+    for sample in samples:
+        x = sample.image[None].clone().requires_grad_()
+        scores = net(x)
+        best, second = scores.topk(2, 1).indices.split(1, 1)
+        assert torch.equal(best[:, 0], sample.labels[None])
+        gain = scores.gather(1, second) - scores.gather(1, best)
+        (gradient,) = torch.autograd.grad(gain.sum(), x)
+        total += gradient[0] / gradient.abs().max()
+    expected = attack.gamma * total / total.abs().max()
+    torch.testing.assert_close(made.perturbation, expected, rtol=1e-4, atol=1e-7)
+    assert made.iterations == 1
+    assert made.active[0] == 1
+    assert len(made.active) == 2
+
+
+def test_one_perturbation_fools_every_image():
+    net = network()
+    # Images of one colour each, and labels that one direction takes all of them away from.
+    images = torch.rand(6, 3, 1, 1, generator=generator(2)).mul(0.2).add(0.4).expand(6, 3, 8, 8)
+    samples = [
+        Sample(image, labels, "runner-up")
+        for image, labels in zip(images, seen(net, images), strict=True)
+    ]
+    made = universal_perturbation(DAG(max_iter=400), net, samples, batch_size=4)
+    assert 0 < made.iterations < 400
+    assert made.active[-2:] == [0, 0]  # a whole round of two batches
+    for sample in samples:
+        moved = (sample.image + made.perturbation).clamp(0, 1)
+        assert not bool((seen(net, moved[None])[0] == sample.labels).any())
+
+
+def test_epsilon_limits_the_perturbation():
+    net = network()
+    made = universal_perturbation(DAG(max_iter=60, epsilon=4 / 255), net, some_samples(net))
+    largest = float(made.perturbation.abs().max())
+    assert largest == pytest.approx(4 / 255)
+    assert made.iterations == 60
+    assert 0 < made.perceptibility <= 4 / 255 * 3**0.5
+
+
+def test_one_permutation_of_the_classes_holds_for_all():
+    net = network(classes=7)
+    aims = []
+
+    def watched(seed, samples):
+        attack = DAG(max_iter=0)
+        from dagcore import universal
+
+        found = []
+        inner = universal.seed_op
+
+        def spy(*given):
+            op = inner(*given)
+
+            def run(scores, labels, adversarial, **rest):
+                found.append((labels.clone(), adversarial.clone()))
+                return op(scores, labels, adversarial, **rest)
+
+            return run
+
+        universal.seed_op = spy
+        try:
+            universal_perturbation(attack, net, samples, generator=generator(seed))
+        finally:
+            universal.seed_op = inner
+        return found
+
+    samples = some_samples(net, 5, adversarial=None)
+    samples[1].labels[0, 0] = 255
+    ((labels, aims),) = watched(3, samples)
+    table = {}
+    for label, aim in zip(labels.flatten().tolist(), aims.flatten().tolist(), strict=True):
+        assert table.setdefault(label, aim) == aim
+        assert (label == aim) == (label == 255)
+    ((_, again),) = watched(3, samples)
+    assert torch.equal(again, aims)
+
+
+def test_images_of_several_sizes_share_the_upper_left_part():
+    net = network()
+    samples = [*some_samples(net, 2, (8, 16)), *some_samples(net, 1, (12, 10))]
+    made = universal_perturbation(DAG(max_iter=3), net, samples)
+    assert made.perturbation.shape == (3, 12, 16)
+    assert float(made.perturbation[:, 8:, 10:].abs().max()) == 0  # no image reaches there
+    assert float(made.perturbation[:, 8:, :10].abs().max()) > 0
+    assert float(made.perturbation[:, :8, 10:].abs().max()) > 0
+
+
+def test_fit():
+    r = torch.arange(24.0).view(1, 2, 3, 4)
+    assert torch.equal(fit(r, (2, 3)), r[:, :, :2, :3])
+    larger = fit(r, (4, 5))
+    assert larger.shape == (1, 2, 4, 5)
+    assert torch.equal(larger[:, :, :3, :4], r)
+    assert float(larger.abs().sum()) == float(r.abs().sum())
+    with pytest.raises(ValueError, match="perturbation must have shape"):
+        fit(r[0], (2, 3))
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        fit(r, (2,))
+
+
+def test_a_dead_gradient_ends_it():
+    def flat(x):
+        return torch.ones(len(x), 3, *x.shape[2:]) + 0 * x[:, :1]
+
+    sample = Sample(torch.full((3, 4, 4), 0.5), torch.zeros(4, 4, dtype=torch.int64))
+    made = universal_perturbation(DAG(), flat, [sample])
+    assert made.iterations == 0
+    assert not bool(made.perturbation.any())
+
+
+def test_the_model_is_put_back():
+    net = network().train()
+    universal_perturbation(DAG(max_iter=1), net, some_samples(net))
+    assert net.training
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"samples": []}, ValueError, "samples must have at least one image, got none"),
+        ({"samples": [3]}, TypeError, "samples must be dagcore.Sample, got int"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"labels": torch.zeros(3, 3)}, TypeError, r"samples\[0\]: labels must be uint8"),
+        ({"image": torch.full((3, 12, 16), 2.0)}, ValueError, r"samples\[0\]: images must lie"),
+        ({"start": torch.zeros(3, 12, 16)}, ValueError, r"samples\[0\]: start must be None"),
+        ({"at": 3}, TypeError, "at must be a torch.Tensor"),
+    ],
+)
+def test_bad_input(change, error, message):
+    net = network()
+    (sample,) = some_samples(net, 1)
+    fields = {"image": sample.image, "labels": sample.labels, "start": None}
+    fields |= {k: v for k, v in change.items() if k in ("image", "labels", "start", "at")}
+    arguments = {"samples": [Sample(**fields)]}
+    arguments |= {k: v for k, v in change.items() if k in ("samples", "batch_size")}
+    with pytest.raises(error, match=message):
+        universal_perturbation(DAG(), net, **arguments)
