@@ -15,7 +15,15 @@ from . import checks, engine, ops, reference
 from .labels import KINDS, assign
 from .native import freed_memory_kept
 from .perturbation import perceptibility
-from .stream import Assign, Feed, Sample, Stream, device_of, validate_slots
+from .stream import (
+    Assign,
+    Feed,
+    Sample,
+    Stream,
+    StreamCallback,
+    device_of,
+    validate_slots,
+)
 
 
 class Status(str, Enum):
@@ -171,6 +179,8 @@ class DAG(engine.Settings):
         samples: Iterable[Sample],
         slots: int = 8,
         generator: torch.Generator | None = None,
+        *,
+        callback: StreamCallback | None = None,
     ) -> Iterator[Result]:
         """Attack images one by one as they come, `slots` at a time, results as they finish.
 
@@ -185,6 +195,8 @@ class DAG(engine.Settings):
             samples: an iterable of `dagcore.Sample`, a DataLoader with `batch_size=None` included.
             slots: images under attack at a time.
             generator: source of the random choices, which do not depend on `slots`.
+            callback: called with (keys of the images under attack, active targets of each) as they
+                become known, on a GPU a few iterations late; -1 for an image that has stopped.
 
         Yields:
             A `Result` of one image (N = 1), with the sample's `key`.
@@ -199,7 +211,7 @@ class DAG(engine.Settings):
             raise ValueError(f"backend must be 'native' to stream, got {self.backend!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        return self._stream(model, samples, slots, generator)
+        return self._stream(model, samples, slots, generator, callback)
 
     def _stream(
         self,
@@ -207,6 +219,7 @@ class DAG(engine.Settings):
         samples: Iterable[Sample],
         slots: int,
         generator: torch.Generator | None,
+        callback: StreamCallback | None,
     ) -> Iterator[Result]:
         def check(sample: Sample) -> None:
             self._check_sample(model, sample, f"sample {sample.key!r}")
@@ -222,7 +235,7 @@ class DAG(engine.Settings):
             return self._assign("permutation" if wanted is None else wanted, own)
 
         device = device_of(model)
-        work = Stream(engine.Reader(model), self, slots, device, check, assign_to)
+        work = Stream(engine.Reader(model), self, slots, device, check, assign_to, callback)
         with (
             engine.frozen(model),
             nullcontext() if device is not None and device.type != "cpu" else freed_memory_kept(),

@@ -25,6 +25,16 @@ Examples:
 """
 
 
+RUN_EXAMPLES = """
+\b
+Examples:
+  dagcore run --data scenes --model DL-VGG --out results
+  dagcore run --data photos --labels maps --model fcn_resnet50 --weights fcn.pth --out results
+  dagcore run --data VOCdevkit --set 2007/test --model R-FCN-RN50 --weights voc.pth --out results
+  torchrun --nproc-per-node 8 -m dagcore run --config run.toml
+"""
+
+
 def number(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Read a number, also as a fraction: 0.5/255."""
     if value is None:
@@ -152,6 +162,78 @@ def attack(**options: Any) -> None:
             reporter.finished([outcome])
     show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
     click.echo(f"written to {work.request.out}")
+
+
+@cli.command("run", epilog=RUN_EXAMPLES)
+@click.option(
+    "--config",
+    type=FOLDER,
+    metavar="FILE",
+    help="Settings as TOML, by the names of the options; options on the command line count more.",
+)
+@click.option(
+    "--data",
+    metavar="scenes|DIR",
+    help="The test scenes, a VOCdevkit folder, or a folder of images.",
+)
+@click.option("--model", metavar="SPEC", help="The network, as for dagcore attack.")
+@click.option("--out", type=FOLDER, metavar="DIR", help="Folder for the results.")
+@click.option("--weights", type=FILE, help="State dict, as for dagcore attack.")
+@click.option(
+    "--labels",
+    type=FOLDER,
+    metavar="DIR|FILE",
+    help="For a folder of images: a folder with NAME.png, for detectors NAME.xml as in VOC, or a "
+    "file in COCO's format.  [default: what the network sees in the clean image]",
+)
+@click.option(
+    "--set", metavar="A/B", help="Of scenes FAMILY/SPLIT, of VOC YEAR/LIST.  [default: .../test]"
+)
+@click.option("--images", type=int, metavar="NUMBER", help="Images at the most.  [default: all]")
+@click.option("--adversarial", metavar="HOW", help="As for dagcore attack.")
+@click.option("--foreground", metavar="CLASS", help="Class inside a pattern.")
+@click.option("--background", metavar="CLASS", help="Class outside a pattern.")
+@click.option("--gamma", metavar="NUMBER", help="Step length.  [default: 0.5/255]")
+@click.option("--max-iter", type=int, metavar="NUMBER", help="Updates.  [default: 200]")
+@click.option("--goal", type=click.Choice(GOALS), help="[default: leave; reach for a pattern]")
+@click.option("--epsilon", metavar="NUMBER", help="Largest change of a pixel.  [default: none]")
+@click.option(
+    "--tolerance", metavar="NUMBER", help="Fraction of targets left active.  [default: 0]"
+)
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: a GPU where there is one]")
+@click.option("--seed", type=int, metavar="NUMBER", help="Of all random choices.  [default: 0]")
+@click.option(
+    "--slots",
+    type=int,
+    metavar="NUMBER",
+    help="Images attacked at a time.  [default: 1 on the CPU, 8 on a GPU]",
+)
+@click.option(
+    "--prepare/--no-prepare",
+    default=None,
+    help="Attack a faster copy of the network.  [default: prepare]",
+)
+@click.option("--perturbations", is_flag=True, default=None, help="Write them too, unrounded.")
+@click.option(
+    "--figures", type=int, metavar="NUMBER", help="Images to make a figure of.  [default: 4]"
+)
+@click.option(
+    "--strict", is_flag=True, default=None, help="Stop at an image that cannot be attacked."
+)
+def run_data_set(config: Path | None, **options: Any) -> int:
+    """Attack a data set into a folder, by one process or, under torchrun, by many.
+
+    A run that was killed goes on where it stopped when the same command is given again. The folder
+    gets images/NAME.png, images.jsonl with one line an image, summary.json, speed.json,
+    settings.toml and some figures. An image that is broken or whose labels are is put on record
+    with the reason, and passed over.
+    """
+    from .runs import Settings, run
+    from .runs.settings import read_toml
+
+    given = {} if config is None else read_toml(config)
+    given |= {name: value for name, value in options.items() if value is not None}
+    return run(Settings.of(given))
 
 
 @cli.command()

@@ -77,8 +77,13 @@ class MeanIoU:
     def compute(self) -> Score:
         """The score of everything counted so far."""
         confusion = self._confusion.confmat.double()
-        hits = confusion.diag()
-        return _score((hits / (confusion.sum(0) + confusion.sum(1) - hits)).tolist())
+        return iou(confusion.diag(), confusion.sum(0), confusion.sum(1))
+
+
+def iou(hits: Tensor, predicted: Tensor, true: Tensor) -> Score:
+    """The score from pixels of each class (C,): rightly predicted, predicted, and true."""
+    hits, predicted, true = hits.double(), predicted.double(), true.double()
+    return _score((hits / (predicted + true - hits)).tolist())
 
 
 def mean_iou(

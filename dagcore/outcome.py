@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import engine, figures, files
-from .attack import DAG, Status
+from .attack import DAG, Result, Status
 from .ops import argmax_bilinear
 from .perturbation import perceptibility, round_to_8_bits
 from .victims import Detector, Victim
@@ -48,15 +48,26 @@ class Outcome:
         """(3, H, W), attacked minus clean."""
         return self.adversarial - self.image
 
-    def record(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         maps = ("image", "adversarial", "predicted", "attacked")
         fields = [field.name for field in dataclasses.fields(self) if field.name not in maps]
-        record = {name: getattr(self, name) for name in fields}
+        return {name: getattr(self, name) for name in fields}
+
+    def record(self) -> dict[str, Any]:
+        """The numbers, and what a detector has found, ready for JSON."""
+        record = self.numbers()
         if isinstance(self.predicted, Mapping) and isinstance(self.attacked, Mapping):
             for name, seen in (("detections", self.predicted), ("attacked", self.attacked)):
                 record[name] = {key: value.tolist() for key, value in seen.items()}
         return record
+
+    def line(self) -> str:
+        """What became of it, in short."""
+        return (
+            f"{self.name}: {self.status} after {self.iterations} updates, "
+            f"{self.active[-1]} targets active"
+        )
 
     def note(self, goal: str) -> str:
         """The numbers in one line."""
@@ -105,6 +116,20 @@ def attack_images(
 ) -> list[Outcome]:
     """Attack a batch of images and measure what came of each."""
     result = attack(victim, images, labels, adversarial_labels, generator, at=at, callback=callback)
+    return measure(attack, victim, images, labels, result, at=at, names=names)
+
+
+def measure(
+    attack: DAG,
+    victim: Victim | Detector,
+    images: Tensor,  # (N, 3, H, W)
+    labels: Tensor,  # (N, *T)
+    result: Result,
+    *,
+    at: Tensor | None = None,  # (N, *)
+    names: Sequence[str],
+) -> list[Outcome]:
+    """What came of each image of an attack."""
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
     left = attack.count_active(victim, rounded, labels, drawn, at=at)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import Tensor
 
 from .outcome import Outcome
 
@@ -36,10 +38,12 @@ LINE_SECONDS = 15  # from one plain line to the next
 class Bars:
     """Progress on stderr: bars where it is a terminal, shown while a `with` block runs."""
 
-    def __init__(self, *columns: ProgressColumn, transient: bool = False) -> None:
+    def __init__(
+        self, *columns: ProgressColumn, transient: bool = False, silent: bool = False
+    ) -> None:
         console = Console(stderr=True)
         self.bars: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not silent:
             self.bars = Progress(*columns, console=console, transient=transient)
 
     def __enter__(self) -> Self:
@@ -84,13 +88,96 @@ class Reporter(Bars):
         for outcome in outcomes:
             self.done += 1
             if self.bars is None:
-                line = (
-                    f"[{self.done}/{self.total}] {outcome.name}: {outcome.status} after "
-                    f"{outcome.iterations} updates, {outcome.active[-1]} targets active"
-                )
+                line = f"[{self.done}/{self.total}] {outcome.line()}"
                 print(line, file=sys.stderr, flush=True)
         if self.bars is not None:
             self.bars.update(self.task, completed=self.done)
+
+
+class RunReporter(Bars):
+    """Images done of all ranks' and a second, active targets, time left; lines elsewhere.
+
+    On a terminal what happened to an image is a line only where it was passed over; elsewhere
+    each image has one.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        super().__init__(
+            TextColumn("images"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            silent=silent,
+        )
+        self.silent = silent
+        self.total, self.before, self.started = 0, 0, 0.0
+        self.speed, self.active = "", ""
+
+    def begin(self, total: int, missing: int) -> None:
+        """Announce the images, of which some are done already."""
+        self.total, self.before, self.started = total, total - missing, time.monotonic()
+        if self.bars is not None:
+            self.task = self.bars.add_task("", total=total, completed=self.before)
+
+    def watched(self, keys: Sequence[object], active: Tensor) -> None:
+        """Hear of the active targets of the images under attack, -1 of those that stopped."""
+        if self.bars is not None:
+            self.active = f"{int(active.clamp(min=0).sum())} targets active"
+            self._describe()
+
+    def finished(self, count: int, what: str) -> None:
+        """Hear what became of an image, of which so many have been finished by all ranks."""
+        if self.silent:
+            return
+        done, seconds = self.before + count, time.monotonic() - self.started
+        rate = count / seconds
+        left = datetime.timedelta(seconds=round((self.total - done) / rate))
+        self.speed = f"{rate:.2f} images/s"
+        if self.bars is None:
+            line = f"[{done}/{self.total}] {what} · {self.speed}, {left} left"
+            print(line, file=sys.stderr, flush=True)
+            return
+        if "passed over" in what:
+            self.bars.console.print(what, markup=False, highlight=False)
+        self.bars.update(self.task, completed=done)
+        self._describe()
+
+    def _describe(self) -> None:
+        assert self.bars is not None
+        text = " · ".join(filter(None, (self.speed, self.active)))
+        self.bars.update(self.task, description=text)
+
+
+def show_summary(summary: Mapping[str, Any], speed: float | None) -> None:
+    """Print the summary of a run."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in summary.items():
+        if name == "failed":
+            continue
+        told = str(value)
+        if isinstance(value, float):
+            told = f"{value:.1f}"
+        elif isinstance(value, Mapping) and "before" in value:
+            told = ", ".join(
+                f"{stage.replace('_', ' ')} {one['mean']:.1f} %"
+                for stage, one in value.items()
+                if one["mean"] is not None
+            )
+        elif isinstance(value, Mapping):
+            form = ".2e" if name.startswith("perceptibility") else ".4g"
+            told = ", ".join(f"{what} {number:{form}}" for what, number in value.items())
+        if value is not None:
+            table.add_row(name, told)
+    if speed is not None:
+        table.add_row("images/s", f"{speed:.3g}")
+    if summary["failed"]:
+        table.add_row("passed over", f"{len(summary['failed'])}, with reasons in images.jsonl")
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
 def figures_of(outcome: Outcome) -> list[str]:

@@ -67,6 +67,8 @@ def stacked(samples: Sequence[Sample]) -> Iterator[Stack]:
         )
 
 
+# Called with the keys of the images under attack and their active targets, -1 where one stopped.
+StreamCallback = Callable[[list[Any], Tensor], None]
 Assign = Callable[[Tensor, int], "Tensor | str"]
 
 
@@ -149,6 +151,7 @@ class Stream:
         device: torch.device | None,
         check: Callable[[Sample], None],
         assign: Callable[[Sample], Assign],
+        callback: StreamCallback | None = None,
     ) -> None:
         self.reader = reader
         self.settings = settings
@@ -156,6 +159,7 @@ class Stream:
         self.device = device
         self.check = check
         self.assign = assign
+        self.callback = callback
         self.groups: dict[Any, Slots] = {}
 
     @property
@@ -213,7 +217,9 @@ class Stream:
             # Sizes that nobody has any more make room, or memory would grow with their number.
             self.groups = {k: group for k, group in self.groups.items() if group.in_flight}
             with torch.inference_mode(False):
-                self.groups[key] = Slots(self.reader, self.settings, self.slots, image, labels, at)
+                self.groups[key] = Slots(
+                    self.reader, self.settings, self.slots, image, labels, at, self._report
+                )
         with torch.inference_mode(False):
             self.groups[key].admit(
                 [sample],
@@ -223,6 +229,12 @@ class Stream:
                 at=None if at is None else at[None],
                 start=None if start is None else start[None],
             )
+
+    def _report(self, _: int, tags: list[Any], counts: Tensor) -> None:
+        if self.callback is not None:
+            going = [(tag.key, k) for k, tag in enumerate(tags[: len(counts)]) if tag is not None]
+            places = torch.tensor([k for _, k in going], dtype=torch.int64)
+            self.callback([key for key, _ in going], counts[places])
 
     def iterate(self) -> Iterator[Outcome]:
         """One iteration of every group."""

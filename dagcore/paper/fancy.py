@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import figures
+from ..aims import find_device
 from ..attack import DAG
-from ..attack_files import find_device
 from ..data import Example
 from ..files import whole
 from ..joint import Part, joint_attack

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .. import zoo
+from ..aims import find_device
 from ..attack import DAG, Result
-from ..attack_files import find_device
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..files import whole
 from ..info import versions

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..attack_files import find_device
+from ..aims import find_device
 from ..data import SCENE_CLASSES
 from ..files import whole
 from ..metrics import Score

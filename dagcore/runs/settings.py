@@ -1,0 +1,164 @@
+"""The settings of a run: from the command line, from a TOML file, and kept with the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import checks
+from ..aims import Rules
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TABLES = ("made_with", "versions")  # of a kept file: what is no setting
+PATHS = ("weights", "labels", "out")
+FRACTIONS = ("gamma", "epsilon", "tolerance")
+NOT_COMPARED = ("out", "strict")  # they change no result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Rules):
+    """What a run attacks, and how.
+
+    Attributes:
+        data: "scenes", a VOCdevkit folder, or a folder of images.
+        out: folder of the results.
+        labels: for a folder of images: a folder of label maps or of VOC's XML files, or a file in
+            COCO's format; None for what the network sees.
+        set: of scenes "FAMILY/SPLIT", of VOC "YEAR/LIST".
+        images: how many at the most; all of them if None (200 scenes).
+        slots: images attacked at a time; 1 on the CPU and 8 on a GPU if None. Only with 1 do other
+            processes and interruptions leave every bit as it is.
+        prepare: whether to attack a faster copy of the network (`victims.prepare`); it is judged
+            by the network itself.
+        perturbations: whether to write them too, unrounded.
+        figures: of how many images there are pictures, spread over the data.
+        strict: whether to stop at the first image that cannot be attacked.
+    """
+
+    data: str
+    out: Path
+    labels: Path | None = None
+    set: str | None = None
+    images: int | None = None
+    slots: int | None = None
+    prepare: bool = True
+    perturbations: bool = False
+    figures: int = 4
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("images", "slots"):
+            if getattr(self, name) is not None:
+                checks.integer(name, getattr(self, name), at_least=1)
+        checks.integer("figures", self.figures, at_least=0)
+        checks.integer("seed", self.seed, at_least=0)
+        if self.goal is not None:
+            checks.choice("goal", self.goal, checks.GOALS)
+        self.attack()
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings by their names, in TOML's types.
+
+        Raises:
+            ValueError, TypeError: a name that is none, one that is missing, or a wrong value.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known)
+                hint = f": did you mean {near[0]}?" if near else f", but {', '.join(known)}"
+                raise ValueError(f"{name!r} is no setting of a run{hint}")
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and given.get(name) is None:
+                raise ValueError(f"{name} must be given")
+        return cls(**{name: _value(known[name], value) for name, value in given.items()})
+
+    def record(self) -> dict[str, Any]:
+        """Every setting in TOML's types, but those that are None and `out`."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "out"}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def _value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value as a field has it."""
+    name, kind = field.name, str(field.type).partition(" ")[0]
+    if value is None:
+        return None
+    if name in FRACTIONS:
+        return fraction(name, value)
+    if name in PATHS:
+        kind = "Path"
+    kinds: dict[str, Any] = {"str": str, "int": int, "bool": bool, "Path": (str, Path)}
+    wanted = kinds[kind]
+    if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):
+        told = {"str": "text", "int": "an integer", "bool": "true or false", "Path": "a path"}
+        raise TypeError(f"{name} must be {told[kind]}, got {value!r}")
+    return Path(value) if kind == "Path" else value
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number, also written as a fraction: 0.5/255."""
+    if isinstance(value, str):
+        top, slash, bottom = value.partition("/")
+        try:
+            return float(top) / float(bottom) if slash else float(top)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{name} must be a number or a fraction like 0.5/255, got {value!r}"
+            ) from error
+    checks.number(name, value)
+    return float(value)
+
+
+def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
+    """The settings in a file, or a table that a kept one has beside them.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing, or that is no TOML.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    if table is not None:
+        return dict(content.get(table, {}))
+    return {name: value for name, value in content.items() if name not in TABLES}
+
+
+def to_toml(settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Plain values as TOML, whose strings, numbers and truth values are written as in JSON."""
+    lines = [f"{name} = {_toml(value)}" for name, value in settings.items()]
+    for table, values in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [f"{_toml(name)} = {_toml(value)}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def differences(had: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
+    """What two runs do not share, in words."""
+    names = [name for name in {**had, **have} if name not in NOT_COMPARED]
+    return [
+        f"{name} was {_told(had, name)} and is {_told(have, name)}"
+        for name in names
+        if had.get(name) != have.get(name)
+    ]
+
+
+def _told(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "not set"

@@ -1,0 +1,159 @@
+"""The images of a run, each with a name and, if it has one, its ground truth."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import files
+from ..aims import Truth, TruthFiles, size_of
+from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
+from ..data.painting import FAMILIES
+from ..data.scenes import SPLITS
+from ..victims import Detector, Victim
+from .settings import Settings
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+SCENES = 200  # unless settings say how many
+
+
+class Source(abc.ABC):
+    """Images by number."""
+
+    names: Sequence[str]
+    """What results are called: plain names, or paths below a folder."""
+
+    @abc.abstractmethod
+    def read(self, index: int) -> tuple[Tensor, Truth]:
+        """An image (3, H, W) and its truth.
+
+        Raises:
+            OSError, ValueError: an image that is broken, or whose truth is.
+        """
+
+    def digest(self) -> str:
+        """The names of all images in one number."""
+        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def source_of(settings: Settings, victim: Victim | Detector) -> Source:
+    """The images that settings ask for.
+
+    Raises:
+        FileNotFoundError, ValueError: data that are missing, or settings that do not go with them.
+    """
+    kind = settings.data
+    root = Path(kind)
+    is_voc = root.is_dir() and any(path.is_dir() for path in root.glob("VOC[0-9]*"))
+    if kind != "scenes" and settings.out.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"--out must not lie in the folder of --data {kind}, got {settings.out}")
+    if kind != "scenes" and not root.is_dir():
+        raise FileNotFoundError(f"--data must be scenes or a folder, {kind} is none")
+    if settings.labels is not None and (kind == "scenes" or is_voc):
+        raise ValueError(f"--labels goes with a folder of images, {kind} has labels of its own")
+    if settings.set is not None and kind != "scenes" and not is_voc:
+        raise ValueError(f"--set goes with scenes and VOC, {kind} is a folder of images")
+    source: Source
+    if kind == "scenes":
+        family, split = _pair(settings.set or "07/test", "FAMILY/SPLIT, such as 07/test")
+        if family not in FAMILIES or split not in SPLITS:
+            raise ValueError(
+                f"--set must be one of {', '.join(FAMILIES)} / one of {', '.join(SPLITS)}, "
+                f"got {settings.set}"
+            )
+        scenes = Scenes(family, split, count=settings.images or SCENES)
+        # A name must not cost the drawing of a scene.
+        names = [f"{family}-{split}-{scenes.seed}-{k:06d}" for k in range(len(scenes))]
+        source = Examples(scenes, names, SCENE_CLASSES, victim)
+    elif is_voc:
+        task = "detection" if isinstance(victim, Detector) else "segmentation"
+        year, name = _pair(settings.set or "2007/test", "YEAR/LIST, such as 2007/test")
+        voc = VOC(root, task, sets=[(year, name)])
+        source = Examples(voc, voc.keys, VOC_CLASSES, victim)
+    else:
+        source = Folder(root, settings.labels, victim)
+    if settings.images is not None:
+        source.names = source.names[: settings.images]
+    return source
+
+
+def _pair(text: str, form: str) -> tuple[str, str]:
+    first, slash, second = text.partition("/")
+    if not (first and slash and second):
+        raise ValueError(f"--set must be {form}, got {text}")
+    return first, second
+
+
+class Examples(Source):
+    """A data set of `dagcore.data`, for a network of its classes."""
+
+    def __init__(
+        self,
+        examples: Scenes | VOC,
+        names: Sequence[str],
+        classes: Sequence[str],
+        victim: Victim | Detector,
+    ) -> None:
+        own = victim.classes
+        if own is not None and [name.lower() for name in own] != [name.lower() for name in classes]:
+            raise ValueError(
+                f"--model must have the classes of --data ({', '.join(classes[1:4])}, ...), it has "
+                f"{', '.join(own[1:4])}, ...: attack a folder of the images, without their labels"
+            )
+        self.examples, self.names = examples, list(names)
+        self.boxes = isinstance(victim, Detector)
+
+    def read(self, index: int) -> tuple[Tensor, Truth]:
+        """An example's image, with its mask or its boxes."""
+        example: Example = self.examples[index]
+        if self.boxes:
+            truth = {name: getattr(example, name) for name in ("boxes", "labels", "difficult")}
+            return example.image, truth
+        assert example.mask is not None
+        return example.image, torch.where(example.mask == 255, files.IGNORE, example.mask.int())
+
+
+class Folder(Source):
+    """The image files in a folder and below, hidden ones left out, in the order of their names."""
+
+    def __init__(self, root: Path, labels: Path | None, victim: Victim | Detector) -> None:
+        self.paths = sorted(
+            path
+            for path in root.rglob("*")
+            if path.suffix.lower() in SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            and path.is_file()
+        )
+        if not self.paths:
+            raise ValueError(
+                f"--data {root} must hold images ({', '.join(sorted(SUFFIXES))}), there are none"
+            )
+        self.relative = [path.relative_to(root) for path in self.paths]
+        self.names = [path.with_suffix("").as_posix() for path in self.relative]
+        taken: dict[str, Path] = {}
+        for name, path in zip(self.names, self.relative, strict=True):
+            if name in taken:
+                raise ValueError(
+                    f"--data {root}: {taken[name]} and {path} would both be written to {name}.png"
+                )
+            taken[name] = path
+        if labels is not None and not labels.exists():
+            raise FileNotFoundError(f"--labels {labels} does not exist")
+        self.truths = None if labels is None else TruthFiles(labels, victim)
+        if self.truths is not None and not self.truths.of_many and len(self.paths) > 1:
+            raise ValueError(
+                f"--labels must be a folder with NAME.{self.truths.ending} for each of "
+                f"{len(self.paths)} images, got the file {labels}"
+            )
+
+    def read(self, index: int) -> tuple[Tensor, Truth]:
+        """An image file and its labels."""
+        image = files.read_image(self.paths[index])
+        if self.truths is None:
+            return image, None
+        return image, self.truths.read(self.relative[index].as_posix(), size_of(image))

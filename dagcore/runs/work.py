@@ -1,0 +1,336 @@
+"""A run: images claimed one by one, attacked in slots, written as they finish."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import info
+from ..aims import Aim, Truth, aims_of, find_device, seed_of
+from ..attack import Result
+from ..labels import assign
+from ..outcome import Outcome, draw, look, measure
+from ..perturbation import round_to_8_bits
+from ..report import RunReporter, show_summary
+from ..stream import Sample
+from ..victims import Detector, load, prepare, prepare_detector
+from .folder import Folder, Record, truth_record
+from .ranks import Ranks, connect
+from .settings import Settings
+from .sources import Source, source_of
+from .summary import FAILED, STAGES, summarise, tally
+
+CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
+
+
+class Interrupted(BaseException):
+    """A signal to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Claimed(NamedTuple):
+    """An image that this rank attacks."""
+
+    number: int
+    name: str
+    image: Tensor
+    truth: Truth
+    aim: Aim
+    seed: int
+    generator: torch.Generator
+    """From the seed on, as far as the aim has drawn."""
+
+
+class Work:
+    """What every rank of a run has."""
+
+    def __init__(self, settings: Settings, ranks: Ranks) -> None:
+        self.settings, self.ranks = settings, ranks
+        self.device = find_device(
+            ranks.device() if settings.device in (None, "cuda") else settings.device
+        )
+        self.attack = settings.attack()
+        self.victim = load(settings.model, settings.weights, self.device)
+        self.source: Source = source_of(settings, self.victim)
+        self.aims = aims_of(settings, self.victim)
+        self.attacked = self._prepared()
+        self.slots = settings.slots or (1 if self.device.type == "cpu" else 8)
+        self.folder = Folder(settings.out)
+        self.reporter = RunReporter(silent=ranks.rank > 0)
+        count = len(self.source.names)
+        wanted = min(settings.figures, count)
+        self.drawn = {k * count // wanted for k in range(wanted)}
+
+    def _prepared(self) -> Any:
+        """The network as it is attacked."""
+        if not self.settings.prepare:
+            return self.victim
+        if isinstance(self.victim, Detector):
+            return prepare_detector(self.victim)
+        return prepare(self.victim, low_resolution=False if self.victim.cells else None)
+
+    def made_with(self) -> dict[str, Any]:
+        """What results follow from beside the settings."""
+        return {
+            "images": len(self.source.names),
+            "names of the images": self.source.digest(),
+            "weights": digest(self.victim),
+        }
+
+    def versions(self) -> dict[str, Any]:
+        """What they follow from in their last bits."""
+        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        known = {name: version for name, version in info.versions().items() if version}
+        return {**known, "device": device}
+
+    def claimed(self, missing: list[int]) -> Iterator[Sample]:
+        """Images as this rank gets to them; those that cannot be attacked are put on record."""
+        while (place := self.ranks.claim()) < len(missing):
+            number = missing[place]
+            name = self.source.names[number]
+            try:
+                one = self._read(number, name)
+                sample = self._sample(one)
+                self.attack._check_sample(self.attacked, sample, name)
+            except torch.OutOfMemoryError:
+                raise
+            except (OSError, TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                if self.settings.strict:
+                    raise ValueError(f"{name}: {reason}") from error
+                self.failed(number, name, reason)
+                continue
+            yield sample
+
+    def _read(self, number: int, name: str) -> Claimed:
+        image, truth = self.source.read(number)
+        image = image.to(self.device)
+        self.aims.settle(name, image)
+        self.aims.check(name, image, truth)
+        seed = seed_of(self.settings.seed, number)
+        generator = torch.Generator().manual_seed(seed)
+        aim = self.aims.aim(name, image, truth, generator)
+        return Claimed(number, name, image, truth, aim, seed, generator)
+
+    def _sample(self, one: Claimed) -> Sample:
+        adversarial = one.aim.adversarial
+        if isinstance(adversarial, str) and adversarial != "runner-up":
+            # Not drawn by the stream, whose images come in any order.
+            drawn = assign(
+                adversarial,
+                one.aim.labels[None],
+                self.aims.num_classes,
+                self.attack.ignore_index,
+                one.generator,
+            )
+            adversarial = drawn if isinstance(drawn, str) else drawn[0]
+        return Sample(one.image, one.aim.labels, adversarial, at=one.aim.at, key=one)
+
+    def failed(self, number: int, name: str, reason: str) -> None:
+        """Put on record that an image cannot be attacked."""
+        record = {"number": number, "name": name, "status": FAILED, "reason": reason}
+        self.folder.write_record(number, record)
+        self.reporter.finished(self.ranks.count(), f"{name}: passed over: {reason}")
+
+    def keep(self, result: Result) -> Outcome:
+        """Measure and write what came of an image."""
+        one: Claimed = result.key
+        (outcome,) = measure(
+            self.attack,
+            self.victim,
+            one.image[None],
+            one.aim.labels[None],
+            result,
+            at=None if one.aim.at is None else one.aim.at[None],
+            names=[one.name],
+        )
+        if one.number in self.drawn:
+            path = self.folder.path("figures", one.name, "png")
+            draw(outcome, path, self.victim, note=outcome.note(self.attack.goal))
+        self.folder.write(
+            one.number,
+            one.name,
+            outcome,
+            self.record(one, outcome),
+            perturbation=self.settings.perturbations,
+        )
+        return outcome
+
+    def record(self, one: Claimed, outcome: Outcome) -> Record:
+        """The numbers of an image."""
+        numbers = outcome.numbers()
+        size = tuple(one.aim.labels.shape)
+        rounded = round_to_8_bits(outcome.adversarial.to(self.device))[None]
+        (after_rounding,) = look(self.victim, rounded, size)
+        seen = dict(zip(STAGES, (outcome.predicted, outcome.attacked, after_rounding), strict=True))
+        labels = one.aim.labels.cpu()
+        judged: Record
+        if isinstance(self.victim, Detector):
+            found = {
+                stage: {name: values.tolist() for name, values in one.items()}
+                for stage, one in seen.items()
+                if isinstance(one, Mapping)
+            }
+            truth = truth_record(one.truth) or own_truth(outcome.predicted, self.victim.background)
+            truth.setdefault("difficult", [False] * len(truth["labels"]))
+            judged = {"truth": truth, "seen": found}
+        else:
+            judged = {
+                "pixels": {
+                    stage: tally(one, labels)
+                    for stage, one in seen.items()
+                    if isinstance(one, Tensor)
+                }
+            }
+        return {
+            "number": one.number,
+            **numbers,
+            **one.aim.record,
+            "generator_seed": one.seed,
+            **judged,
+        }
+
+
+def own_truth(seen: Any, background: int) -> Record:
+    """What a detector is sure of in the clean image."""
+    sure = (seen["scores"] >= CONFIDENT) & (seen["labels"] != background)
+    return {name: seen[name][sure].tolist() for name in ("boxes", "labels")}
+
+
+def digest(victim: object) -> str:
+    """The weights of a network in one number."""
+    if not isinstance(victim, nn.Module):
+        return "unknown"
+    total = hashlib.sha256()
+    for name, value in victim.state_dict().items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if isinstance(value, Tensor):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            total.update(raw.numpy().tobytes())
+    return total.hexdigest()
+
+
+def run(settings: Settings) -> int:
+    """Attack a data set; what an earlier run of the same settings has done is not done again.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped it.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
+    """
+    ranks = connect()
+    work, error = None, None
+    try:
+        work = Work(settings, ranks)
+    except Exception as raised:  # told by the first rank, whatever it is
+        error = raised
+    ranks.agree(error)
+    assert work is not None
+    with contextlib.ExitStack() as stack:
+        error = None
+        missing: list[int] = []
+        try:
+            if ranks.rank == 0:
+                stack.enter_context(work.folder.locked())
+                changed = work.folder.begin(settings, work.made_with(), work.versions())
+                if changed:
+                    print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
+                done = work.folder.done()
+                missing = [k for k in range(len(work.source.names)) if k not in done]
+        except Exception as raised:
+            error = raised
+        ranks.agree(error)
+        missing = ranks.gather(missing)[0]
+        started = time.monotonic()
+        try:
+            with stopped_by_signals():
+                attacked = sum(ranks.gather(attack_all(work, missing)))
+        except Interrupted as stop:
+            if ranks.rank == 0:
+                have, count = len(work.folder.done()), len(work.source.names)
+                print(
+                    f"dagcore run: {stop} after {have} of {count} images: the same command goes "
+                    "on from there",
+                    file=sys.stderr,
+                )
+            return 128 + stop.number
+        if ranks.rank == 0:
+            finish(work, attacked, time.monotonic() - started)
+        ranks.close()
+    return 0
+
+
+def attack_all(work: Work, missing: list[int]) -> int:
+    """Attack the images that this rank gets to; how many these were."""
+    count = 0
+    work.reporter.begin(len(work.source.names), len(missing))
+    with work.reporter:
+        results = work.attack.stream(
+            work.attacked, work.claimed(missing), work.slots, callback=work.reporter.watched
+        )
+        with contextlib.closing(results):  # type: ignore[type-var]  # it is a generator
+            for result in results:
+                outcome = work.keep(result)
+                count += 1
+                work.reporter.finished(work.ranks.count(), outcome.line())
+    return count
+
+
+def finish(work: Work, attacked: int, seconds: float) -> None:
+    """Write the summary, and show it."""
+    records = work.folder.read()
+    summary = summarise(records, work.victim.classes, work.attack.tolerance)
+    work.folder.finish(records, summary)
+    if attacked:
+        work.folder.add_speed(
+            {
+                "images": attacked,
+                "seconds": seconds,
+                "images per second": attacked / seconds,
+                "processes": work.ranks.world,
+                "threads of each": torch.get_num_threads(),
+                "slots of each": work.slots,
+                **work.versions(),
+            }
+        )
+    show_summary(summary, attacked / seconds if attacked else None)
+    print(f"written to {work.folder.out}")
+    if not summary["attacked"]:
+        first = summary["failed"][0]
+        raise ValueError(f"no image could be attacked: {first['name']}: {first['reason']}")
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM raise `Interrupted`, and further ones do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for known in before:
+            signal.signal(known, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,533 @@
+"""`dagcore run`: data sets of every kind, and what becomes of their broken members."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dagcore
+from dagcore import zoo
+from dagcore.__main__ import main
+from dagcore.data import Scenes
+from dagcore.metrics import AveragePrecision, MeanIoU
+from dagcore.perturbation import perceptibility, round_to_8_bits
+from dagcore.runs import folder as results
+from dagcore.runs import settings as run_settings
+from dagcore.runs.settings import tomllib
+from dagcore.zoo.evaluation import evaluate
+
+# Five kinds of local contrast, at half the size of the image: easily attacked to the end.
+VICTIM = """
+import torch
+from torch import nn
+from dagcore.victims import Victim
+
+def make():
+    net = nn.Conv2d(3, 5, 2, 2, bias=False)
+    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    net.weight.data = weight - weight.mean((1, 2, 3), keepdim=True)
+    return Victim(net, classes=("sky", "fur", "eye", "nose", "ear"))
+"""
+SIZE = (32, 24)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to work in, with a victim of the user's own."""
+    (tmp_path / "run_victim.py").write_text(VICTIM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "run_victim", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def photos(here):
+    """Six photographs, two of them in a folder of their own."""
+    cat = Image.fromarray(skimage.data.chelsea())
+    (here / "photos" / "more").mkdir(parents=True)
+    for k, name in enumerate(["a", "b", "c", "d", "more/a", "more/e"]):
+        cat.crop((40 * k, 30 * k, 40 * k + 160, 30 * k + 120)).resize(SIZE).save(
+            here / "photos" / f"{name}.png"
+        )
+    return here / "photos"
+
+
+def start(*arguments, model="run_victim:make", out="out"):
+    return main(["run", "--model", model, "--out", out, *map(str, arguments)])
+
+
+def lines(out="out"):
+    with open(f"{out}/images.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def summary(out="out"):
+    with open(f"{out}/summary.json") as file:
+        return json.load(file)
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
+
+
+def refused(capsys, *arguments, **options):
+    """The one line in which bad input ends."""
+    assert start(*arguments, **options) == 2
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert last.startswith("dagcore run: error: ")
+    return last
+
+
+def test_a_folder_of_images_without_labels(photos, capsys):
+    assert start("--data", "photos", "--perturbations", "--figures", 2) == 0
+    output = capsys.readouterr()
+    records = lines()
+    assert [record["name"] for record in records] == ["a", "b", "c", "d", "more/a", "more/e"]
+    assert [record["number"] for record in records] == list(range(6))
+    for record in records:
+        clean = pixels(photos / f"{record['name']}.png")
+        perturbation = load_file(f"out/perturbations/{record['name']}.safetensors")["perturbation"]
+        rounded = round_to_8_bits(clean + perturbation)
+        assert torch.equal(pixels(f"out/images/{record['name']}.png"), rounded)
+        assert record["perceptibility"] == pytest.approx(float(perceptibility(perturbation[None])))
+        assert record["perceptibility_after_rounding"] == pytest.approx(
+            float(perceptibility((rounded - clean)[None])), rel=1e-4
+        )
+        assert record["status"] == "converged"
+        assert record["active"][-1] == 0
+        assert len(record["active"]) == record["iterations"] + 1
+        assert record["targets"] == SIZE[0] * SIZE[1]
+    known = summary()
+    assert (known["images"], known["attacked"], known["converged"]) == (6, 6, 6)
+    assert known["mIoU"]["before"]["mean"] == 100  # against what the network sees
+    assert known["mIoU"]["after"]["mean"] == 0
+    assert known["iterations"]["largest"] == max(record["iterations"] for record in records)
+    good = sum(record["active_after_rounding"] == 0 for record in records)
+    assert known["success after rounding, %"] == pytest.approx(100 * good / 6)
+    assert sorted(p.name for p in (photos.parent / "out" / "figures").iterdir()) == [
+        "a.png",
+        "d.png",
+    ]
+    assert output.err.count("images/s") == 6
+    assert "mIoU" in output.out
+    (session,) = json.loads((photos.parent / "out" / "speed.json").read_text())
+    assert session["images"] == 6
+    assert session["images per second"] == pytest.approx(6 / session["seconds"])
+    left = {p.name for p in (photos.parent / "out").iterdir()}
+    assert left == {
+        ".lock",
+        "figures",
+        "images",
+        "images.jsonl",
+        "perturbations",
+        "settings.toml",
+        "speed.json",
+        "summary.json",
+    }
+
+
+def test_an_image_gets_what_the_attack_alone_would_give(photos):
+    assert start("--data", "photos", "--no-prepare") == 0
+    assert main(["attack", "photos/a.png", "--model", "run_victim:make", "--out", "alone"]) == 0
+    with open("alone/a.json") as file:
+        alone = json.load(file)
+    record = lines()[0]
+    for name in ("active", "iterations", "targets", "perceptibility", "generator_seed"):
+        assert record[name] == alone[name]
+    with open("alone/a.png", "rb") as one, open("out/images/a.png", "rb") as other:
+        assert one.read() == other.read()
+
+
+def test_scenes_and_their_scores(here):
+    assert start("--data", "scenes", "--images", 3, "--max-iter", 5, model="FCN-Alex") == 0
+    known = summary()
+    assert known["mIoU"]["before"]["mean"] == pytest.approx(
+        evaluate("FCN-Alex", count=3).mean, rel=1e-9
+    )
+    network = zoo.load("FCN-Alex")
+    measure = MeanIoU(13)
+    for example in Scenes("07", "test", count=3):
+        image = pixels(f"out/images/{example.key}.png")
+        with torch.no_grad():
+            seen = dagcore.ops.argmax_bilinear(network(image[None]), example.mask.shape)[0]
+        measure.update(seen, example.mask)
+    assert known["mIoU"]["after_rounding"]["mean"] == pytest.approx(measure.compute().mean)
+    assert known["mIoU"]["after"]["mean"] < known["mIoU"]["before"]["mean"]
+    assert set(known["mIoU"]["before"]["classes"]) <= set(network.classes)
+
+
+def test_a_detector_on_scenes(here):
+    arguments = ("--images", 3, "--max-iter", 20, "--set", "12/val")
+    assert start("--data", "scenes", *arguments, model="FR-ZF-07") == 0
+    examples = list(Scenes("12", "val", count=3))
+    clean = evaluate("FR-ZF-07", examples).mean
+    assert summary()["mAP"]["before"]["mean"] == pytest.approx(clean, rel=1e-6)
+    network, measure = zoo.load("FR-ZF-07"), AveragePrecision(13)
+    for example in examples:
+        with torch.no_grad():
+            (found,) = network([pixels(f"out/images/{example.key}.png")])
+        measure.update(found, example.boxes, example.labels, example.difficult)
+    after = summary()["mAP"]["after_rounding"]["mean"]
+    assert after == pytest.approx(measure.compute().mean, rel=1e-6)
+    assert after <= clean
+    assert summary()["mAP"]["after"]["mean"] < clean
+    for record, example in zip(lines(), examples, strict=True):
+        assert record["name"] == example.key
+        assert record["truth"]["boxes"] == example.boxes.tolist()
+
+
+def coco_of(examples, folder):
+    """Scenes as image files and a COCO annotation."""
+    (folder / "pictures" / "sub").mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": []}
+    names = zoo.load("FR-ZF-07").classes
+    content["categories"] = [{"id": 10 * k, "name": name} for k, name in enumerate(names) if k]
+    for n, example in enumerate(examples):
+        name = f"sub/{example.key}.png"
+        levels = (example.image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(levels).save(folder / "pictures" / name)
+        height, width = levels.shape[:2]
+        content["images"].append({"id": n, "file_name": name, "height": height, "width": width})
+        for box, label, crowd in zip(
+            example.boxes.tolist(), example.labels.tolist(), example.difficult.tolist(), strict=True
+        ):
+            left, top, right, bottom = box
+            content["annotations"].append(
+                {
+                    "image_id": n,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "category_id": 10 * label,
+                    "iscrowd": int(crowd),
+                }
+            )
+    (folder / "objects.json").write_text(json.dumps(content))
+
+
+def test_boxes_in_cocos_format(here):
+    coco_of(Scenes("07", "test", count=2), here)
+    arguments = ("--max-iter", 5, "--no-prepare", "--labels", "objects.json")
+    assert start("--data", "pictures", *arguments, model="FR-ZF-07") == 0
+    known = summary()
+    assert known["mAP"]["before"]["mean"] == pytest.approx(
+        evaluate("FR-ZF-07", count=2).mean, rel=1e-6
+    )
+    same = ("--images", 2, "--max-iter", 5, "--no-prepare")
+    assert start("--data", "scenes", *same, model="FR-ZF-07", out="scenes") == 0
+    for one, other in zip(lines(), lines("scenes"), strict=True):
+        assert one["active"] == other["active"]
+        assert one["name"] == f"sub/{other['name']}"
+
+
+def test_voc(here):
+    root = here / "VOCdevkit" / "VOC2007"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    cat = Image.fromarray(skimage.data.chelsea()).resize((64, 48))
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 20:40] = 8
+    mask[:4] = 255
+    for name in ("000001", "000002"):
+        cat.save(root / "JPEGImages" / f"{name}.jpg")
+        Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
+    (root / "ImageSets" / "Segmentation" / "test.txt").write_text("000001\n000002\n")
+    (here / "voc_victim.py").write_text(VICTIM.replace("Conv2d(3, 5,", "Conv2d(3, 21,"))
+    text = (here / "voc_victim.py").read_text().replace("randn(5,", "randn(21,")
+    names = "from dagcore.data import VOC_CLASSES\n"
+    text = names + text.replace('("sky", "fur", "eye", "nose", "ear")', "VOC_CLASSES")
+    (here / "voc_victim.py").write_text(text)
+    assert start("--data", "VOCdevkit", "--max-iter", 3, model="voc_victim:make") == 0
+    assert [record["name"] for record in lines()] == ["000001", "000002"]
+    pixels_of = lines()[0]["pixels"]["before"]
+    assert sum(true for _, _, true in pixels_of.values()) == 44 * 64
+    assert pixels_of["8"][2] == 20 * 20
+
+
+# What a folder of images may hold, and the reason that is put on record.
+def break_image(photos):
+    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:200])
+
+
+def break_text(photos):
+    (photos / "b.png").write_text("not a picture")
+
+
+def break_size(photos):
+    Image.new("RGB", (1, 1)).save(photos / "b.png")
+
+
+def break_depth(photos):
+    Image.fromarray(np.zeros((24, 32), np.uint16)).save(photos / "b.png")
+
+
+def break_label_size(photos):
+    Image.new("L", (9, 9)).save(photos.parent / "maps" / "b.png")
+
+
+def break_label_class(photos):
+    Image.new("L", SIZE, 7).save(photos.parent / "maps" / "b.png")
+
+
+def break_label_mode(photos):
+    Image.new("RGB", SIZE).save(photos.parent / "maps" / "b.png")
+
+
+def break_label_away(photos):
+    (photos.parent / "maps" / "b.png").unlink()
+
+
+BROKEN = [
+    (break_image, "b.png cannot be read as an image"),
+    (break_text, "b.png cannot be read as an image"),
+    (break_size, "cannot take b (1 x 1 pixels)"),
+    (break_depth, "b.png must have 8 bits per channel, got mode I;16"),
+    (break_label_size, "label map of b must have 32 x 24 pixels, the size of the image"),
+    (break_label_class, "label map of b must hold classes below 5 (255 is ignored), got 7"),
+    (break_label_mode, "must be a palette or grey image whose values are classes, got mode RGB"),
+    (break_label_away, "maps/b.png does not exist, but b.png needs it"),
+]
+
+
+def with_maps(photos):
+    (photos.parent / "maps" / "more").mkdir(parents=True)
+    for path in photos.rglob("*.png"):
+        values = np.random.default_rng(0).integers(0, 5, SIZE[::-1], dtype=np.uint8)
+        Image.fromarray(values).save(photos.parent / "maps" / path.relative_to(photos))
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN)
+def test_what_is_broken_is_put_on_record_and_passed_over(photos, capsys, spoil, reason):
+    with_maps(photos)
+    spoil(photos)
+    arguments = ("--data", "photos", "--labels", "maps", "--max-iter", 5, "--figures", 0)
+    assert start(*arguments) == 0
+    output = capsys.readouterr()
+    broken = [record for record in lines() if record["status"] == "failed"]
+    assert [record["name"] for record in broken] == ["b"]
+    assert reason in broken[0]["reason"]
+    assert summary()["failed"] == [
+        {"number": 1, "name": "b", "reason": broken[0]["reason"]},
+    ]
+    assert summary()["attacked"] == 5
+    assert "b: passed over" in output.err
+    assert "1, with reasons in images.jsonl" in output.out
+    assert not (photos.parent / "out" / "images" / "b.png").exists()
+    assert reason in refused(capsys, *arguments, "--strict", out="strict")
+    assert not (photos.parent / "strict" / "summary.json").exists()
+
+
+def test_nothing_but_broken_images_is_an_error(photos, capsys):
+    for path in photos.rglob("*.png"):
+        path.write_text("no picture")
+    assert "no image could be attacked: a: " in refused(capsys, "--data", "photos")
+    assert len(summary()["failed"]) == 6
+
+
+BAD = [
+    (("--data", "nowhere"), "--data must be scenes or a folder, nowhere is none"),
+    (("--data", "empty"), "--data empty must hold images"),
+    (("--data", "photos", "--set", "07/test"), "--set goes with scenes and VOC"),
+    (("--data", "scenes", "--set", "08/test"), "--set must be one of 07, 12 / one of train"),
+    (("--data", "scenes", "--set", "test"), "--set must be FAMILY/SPLIT"),
+    (("--data", "scenes", "--labels", "photos"), "--labels goes with a folder of images"),
+    (("--data", "photos", "--labels", "nowhere"), "--labels nowhere does not exist"),
+    (("--data", "photos", "--labels", "photos/a.png"), "--labels must be a folder with NAME.png"),
+    (("--data", "scenes"), "--model must have the classes of --data"),
+    (("--data", "photos", "--gamma", "x"), "gamma must be a number or a fraction like 0.5/255"),
+    (("--data", "photos", "--gamma", "-1"), "gamma must be a finite number above 0"),
+    (("--data", "photos", "--tolerance", "2"), "tolerance must be a fraction in [0, 1)"),
+    (("--data", "photos", "--images", "0"), "images must be at least 1, got 0"),
+    (("--data", "photos", "--slots", "0"), "slots must be at least 1, got 0"),
+    (("--data", "photos", "--figures", "-1"), "figures must be at least 0"),
+    (("--data", "photos", "--adversarial", "circle", "--goal", "leave"), "--goal must be reach"),
+    (("--data", "photos", "--device", "cuda:99"), "--device cuda:99 is not there"),
+    ((), "data must be given"),
+    (("--config", "none.toml"), "none.toml does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_settings_end_in_one_line_before_any_work(photos, capsys, arguments, message):
+    (photos.parent / "empty").mkdir()
+    assert message in refused(capsys, *arguments)
+    assert not (photos.parent / "out").exists()
+
+
+def test_an_adversarial_class_that_is_none_is_an_error_of_the_run(photos, capsys):
+    assert "--adversarial must be" in refused(capsys, "--data", "photos", "--adversarial", "paw")
+
+
+def test_two_images_of_one_name_are_refused(photos, capsys):
+    Image.open(photos / "a.png").save(photos / "a.bmp")
+    assert "a.bmp and a.png would both be written to a.png" in refused(capsys, "--data", "photos")
+
+
+def test_results_among_the_data_are_refused(photos, capsys):
+    message = refused(capsys, "--data", "photos", out="photos/out")
+    assert "--out must not lie in the folder of --data photos" in message
+
+
+def test_hidden_files_are_no_images(photos):
+    Image.open(photos / "a.png").save(photos / ".123-a.png")
+    assert start("--data", "photos", "--max-iter", 1) == 0
+    assert len(lines()) == 6
+
+
+def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
+    folder = results.Folder(tmp_path / "out")
+    for name in ("../x", "a/../../x", "/x", ".."):
+        with pytest.raises(ValueError, match="must stay below its folder"):
+            folder.path("images", name, "png")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / "images" / "link").symlink_to(tmp_path / "away")
+    with pytest.raises(ValueError, match="must stay below its folder"):
+        folder.path("images", "link/x", "png")
+
+
+def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
+    (photos.parent / "run.toml").write_text(
+        'data = "photos"\nmodel = "run_victim:make"\ngamma = "1/255"\nmax_iter = 7\n'
+        'epsilon = 0.1\nimages = 2\nout = "out"\nfigures = 0\n'
+    )
+    assert main(["run", "--config", "run.toml", "--max-iter", "5"]) == 0
+    kept = tomllib.loads((photos.parent / "out" / "settings.toml").read_text())
+    assert kept.pop("made_with")["images"] == 2
+    assert kept.pop("versions")["torch"] == str(torch.__version__)
+    assert kept == {
+        "data": "photos",
+        "model": "run_victim:make",
+        "adversarial": "permutation",
+        "gamma": 1 / 255,
+        "max_iter": 5,
+        "epsilon": 0.1,
+        "tolerance": 0.0,
+        "seed": 0,
+        "images": 2,
+        "figures": 0,
+        "prepare": True,
+        "perturbations": False,
+        "strict": False,
+    }
+    # What is kept makes the same run again.
+    assert main(["run", "--config", "out/settings.toml", "--out", "again"]) == 0
+    assert (photos.parent / "again" / "images.jsonl").read_bytes() == (
+        photos.parent / "out" / "images.jsonl"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('datta = "photos"', "'datta' is no setting of a run: did you mean data?"),
+        ("xyz = 1", "'xyz' is no setting of a run, but"),
+        ('max_iter = "many"', "max_iter must be an integer, got 'many'"),
+        ("max_iter = true", "max_iter must be an integer, got True"),
+        ("strict = 1", "strict must be true or false, got 1"),
+        ("data = 3", "data must be text, got 3"),
+        ("gamma = []", "gamma must be a number, got []"),
+        ('goal = "flee"', "goal must be 'leave' or 'reach', got 'flee'"),
+        ("data = ", "cannot be read as TOML"),
+    ],
+)
+def test_bad_config_files(photos, capsys, text, message):
+    (photos.parent / "run.toml").write_text(text)
+    arguments = [] if text.startswith("data") else ["--data", "photos"]
+    assert message in refused(capsys, "--config", "run.toml", *arguments)
+    assert not (photos.parent / "out").exists()
+
+
+def test_toml_that_is_written_is_read_back():
+    values = {"a": 'quo"te\\ \n\t \x7f ü 漢', "b": 0.1, "c": True, "d": -3, "e": 1e-9}
+    text = run_settings.to_toml(values, {"versions": {"cuda of torch": "13.0"}})
+    read = tomllib.loads(text)
+    assert read.pop("versions") == {"cuda of torch": "13.0"}
+    assert read == values
+
+
+def test_a_finished_run_is_not_done_again(photos, capsys, monkeypatch):
+    assert start("--data", "photos") == 0
+    before = {p: p.stat().st_mtime_ns for p in (photos.parent / "out" / "images").rglob("*.png")}
+    shown = capsys.readouterr().out
+    assert start("--data", "photos") == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    again = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if "images/s" not in line] == again.splitlines()
+
+
+def test_other_settings_are_refused_with_what_differs(photos, capsys):
+    assert start("--data", "photos", "--images", 2) == 0
+    message = refused(capsys, "--data", "photos", "--images", 3, "--epsilon", "0.1", "--seed", 4)
+    assert "results of other settings: " in message
+    assert "seed was 0 and is 4" in message
+    assert "images was 2 and is 3" in message
+    assert "epsilon was not set and is 0.1" in message
+    assert "names of the images was " in message
+    assert start("--data", "photos", "--images", 2, "--strict") == 0  # changes no result
+    text = (photos.parent / "run_victim.py").read_text().replace("manual_seed(0)", "manual_seed(1)")
+    (photos.parent / "run_victim.py").write_text(text)
+    del sys.modules["run_victim"]
+    assert "weights was" in refused(capsys, "--data", "photos", "--images", 2)
+
+
+def test_other_versions_are_told(photos, capsys):
+    assert start("--data", "photos", "--images", 1) == 0
+    kept = photos.parent / "out" / "settings.toml"
+    kept.write_text(kept.read_text().replace(str(torch.__version__), "1.0"))
+    assert start("--data", "photos", "--images", 1) == 0
+    assert "note: torch was '1.0' and is" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused(photos, capsys):
+    (photos.parent / "out").mkdir()
+    (photos.parent / "out" / "thesis.tex").write_text("x")
+    message = refused(capsys, "--data", "photos")
+    assert "--out must be a new folder or a run's, out has thesis.tex" in message
+    assert [p.name for p in (photos.parent / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_record_that_cannot_be_read(photos, capsys):
+    assert start("--data", "photos", "--images", 1) == 0
+    (photos.parent / "out" / "images.jsonl").write_text("{")
+    message = refused(capsys, "--data", "photos", "--images", 1)
+    assert "out/images.jsonl cannot be read as records of a run" in message
+
+
+def test_slots_change_rounding_only(photos):
+    assert start("--data", "photos") == 0
+    assert start("--data", "photos", "--slots", 4, out="four") == 0
+    for one, other in zip(lines(), lines("four"), strict=True):
+        assert one["name"] == other["name"]
+        assert one["status"] == other["status"]
+        assert one["perceptibility"] == pytest.approx(other["perceptibility"], rel=0.05)
+
+
+def test_progress_on_a_terminal(photos):
+    """Under a pseudo-terminal there are bars, with what was passed over above them."""
+    (photos / "b.png").write_text("no picture")
+    code = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+    command = [sys.executable, "-m", "dagcore", "run", "--data", "photos"]
+    command += ["--model", "run_victim:make", "--out", "out"]
+    root = os.path.dirname(os.path.dirname(dagcore.__file__))
+    path = os.pathsep.join([root, str(photos.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        env={**os.environ, "PYTHONPATH": path, "TERM": "xterm-256color", "COLUMNS": "140"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "b: passed over" in done.stdout
+    assert "6/6" in done.stdout
+    assert "images/s" in done.stdout
+    assert "targets active" in done.stdout
