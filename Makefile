@@ -29,6 +29,7 @@ bench: $(VENV)/built
 	$(BIN)/python benchmarks/bench_attack.py scaling --save scaling-cpu
 	$(BIN)/python benchmarks/bench_detection.py attack --save detection-cpu
 	$(BIN)/python benchmarks/bench_detection.py memory --save detection-memory-cpu
+	$(BIN)/python benchmarks/bench_run.py --save run-cpu
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -531,3 +533,12 @@ def test_progress_on_a_terminal(photos):
     assert "6/6" in done.stdout
     assert "images/s" in done.stdout
     assert "targets active" in done.stdout
+
+
+def test_every_row_of_the_readmes_table_is_a_test():
+    tests = Path(__file__).parent
+    readme = (tests.parent / "README.md").read_text()
+    rows = re.findall(r"^\| .+? \| (?:recorded|error): `(.+?)`", readme, re.MULTILINE)
+    assert len(rows) >= 20
+    code = "".join((tests / name).read_text() for name in ("test_run.py", "test_run_killed.py"))
+    assert [row for row in rows if row not in code] == []

@@ -58,7 +58,7 @@ def launch(here, out, *arguments, ranks=0, **options):
     root = os.path.dirname(os.path.dirname(dagcore.__file__))
     program = [sys.executable, "-m"]
     if ranks:
-        program += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        program += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         program += ["-m"]
     command = [*program, "dagcore", "run", *ARGUMENTS, "--perturbations", *arguments]
     return subprocess.Popen(
@@ -78,7 +78,7 @@ def launch(here, out, *arguments, ranks=0, **options):
 
 def wait(process):
     """The process when it has ended, with what it said."""
-    process.stdout_text, process.stderr_text = process.communicate()
+    process.stdout_text, process.stderr_text = process.communicate(timeout=240)
     process.stderr = process.stderr_text
     return process
 
@@ -106,7 +106,7 @@ def killed_after(process, out, files):
     while process.poll() is None and len(list(out.rglob("[0-9]*"))) < files:
         time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=240)
 
 
 def test_killed_at_twenty_random_moments(here):
@@ -162,7 +162,9 @@ def test_a_second_run_on_the_same_folder_is_refused(here):
     while not list(out.glob("records/*.json")):
         assert first.poll() is None
         time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # it stays at work while the second looks
     second = wait(launch(here, "twice"))
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert "another run is at work there (process " in second.stderr
     assert f"process {first.pid} on " in second.stderr

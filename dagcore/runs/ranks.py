@@ -66,7 +66,7 @@ class Torchrun(Ranks):
     def __init__(self) -> None:
         super().__init__()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, self.rank, self.world = next(iter(rendezvous("env://", timeout=PATIENCE)))
+        store, self.rank, self.world = next(iter(rendezvous("env://")))
         distributed.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE
         )

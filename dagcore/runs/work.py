@@ -59,9 +59,8 @@ class Work:
 
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
-        self.device = find_device(
-            ranks.device() if settings.device in (None, "cuda") else settings.device
-        )
+        own = ranks.device() if settings.device in (None, "cuda") else None
+        self.device = find_device(own or settings.device)
         self.attack = settings.attack()
         self.victim = load(settings.model, settings.weights, self.device)
         self.source: Source = source_of(settings, self.victim)
@@ -78,9 +77,15 @@ class Work:
         """The network as it is attacked."""
         if not self.settings.prepare:
             return self.victim
-        if isinstance(self.victim, Detector):
-            return prepare_detector(self.victim)
-        return prepare(self.victim, low_resolution=False if self.victim.cells else None)
+        try:
+            if isinstance(self.victim, Detector):
+                return prepare_detector(self.victim)
+            return prepare(self.victim, low_resolution=False if self.victim.cells else None)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
+                "it as it is"
+            ) from error
 
     def made_with(self) -> dict[str, Any]:
         """What results follow from beside the settings."""
