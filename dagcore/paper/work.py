@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from ..joint import JointResult, Part, joint_attack
 from ..labels import assign
 from ..metrics import Score
 from ..perturbation import fit
+from ..processes import cores, pool
 from ..report import Counter
 from ..stream import Sample, stacked
 from ..universal import universal_perturbation
@@ -278,27 +277,16 @@ def run(
     Yields:
         Each task with its result, as it is done.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = find_device(setup.device).type != "cpu"
-    jobs = min(setup.jobs or (1 if on_gpu else cores or 1), len(tasks))
+    jobs = min(setup.jobs or (1 if on_gpu else cores()), len(tasks))
     if jobs <= 1:
         for task in tasks:
             yield task, function(setup, *task)
         return
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (cores or 1) // jobs)
-    with ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        try:
-            running = {pool.submit(function, setup, *task): task for task in tasks}
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    with pool(jobs) as processes:
+        running = {processes.submit(function, setup, *task): task for task in tasks}
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 @lru_cache(maxsize=4)

@@ -6,13 +6,12 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import queue
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..aims import find_device
 from ..data import SCENE_CLASSES
 from ..files import whole
 from ..metrics import Score
+from ..processes import cores, pool
 from ..report import LINE_SECONDS, PLAIN_WIDTH, Bars
 from . import training
 from .checkpoint import read_metadata
@@ -152,27 +152,16 @@ def train(
 ) -> None:
     """Train networks side by side, each in a process of its own, and install their weights."""
     chosen, where = entries(names), str(find_device(device))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(jobs or cores or 1, len(chosen))
+    jobs = min(jobs or cores(), len(chosen))
     options = {"out": out, "seed": seed, "samples": samples, "device": where}
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    pool = ProcessPoolExecutor(
-        jobs, context, initializer=prepare, initargs=(messages, max(1, (cores or 1) // jobs))
-    )
-    with Watch() as watch, pool:
-        try:
-            running = {pool.submit(work, entry.name, options): entry for entry in chosen}
-            while running:
-                done, _ = wait(running, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
-                drain(messages, watch)
-                for future in done:
-                    collect(future, running.pop(future), install, watch)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    messages: Any = multiprocessing.get_context("spawn").Queue()
+    with Watch() as watch, pool(jobs, prepare, (messages,)) as processes:
+        running = {processes.submit(work, entry.name, options): entry for entry in chosen}
+        while running:
+            done, _ = wait(running, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+            drain(messages, watch)
+            for future in done:
+                collect(future, running.pop(future), install, watch)
 
 
 def collect(future: Future[Path], entry: Entry, install: bool, watch: Watch) -> None:
@@ -199,11 +188,10 @@ def drain(messages: Any, watch: Watch) -> None:
 _messages: Any = None
 
 
-def prepare(messages: Any, threads: int) -> None:
+def prepare(messages: Any) -> None:
     """Set up a process for trainings."""
     global _messages
     _messages = messages
-    torch.set_num_threads(threads)
 
 
 def work(name: str, options: dict[str, Any]) -> Path:
