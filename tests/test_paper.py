@@ -20,6 +20,7 @@ from dagcore.paper import (
     Attack,
     Record,
     Setup,
+    cells,
     commands,
     diagnoses,
     fancy,
@@ -201,7 +202,7 @@ def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path, monkeypat
     keys = {example.key for example in setup.examples("segmentation")}
     assert not keys & {example.key for example in setup.others("segmentation", 4)}
     monkeypatch.setattr(tables, "attacks", lambda row: [attack])
-    score = work.score(setup, "FCN-Alex", tables.added(setup, "universal r5"))
+    score = work.score(setup, "FCN-Alex", cells.added(setup, tables.cell("universal r5", "DL-VGG")))
     added = [(None, one.perturbation)] * 2
     assert score.mean == work.score(setup, "FCN-Alex", added).mean
     # It takes the upper left part of itself to a smaller image.
@@ -233,15 +234,15 @@ def test_what_a_row_adds(monkeypatch):
         scale = sum(weights[network] for network in attack.networks)
         return dataclasses.replace(a_record([1, 0]), perturbation=scale * values)
 
-    monkeypatch.setattr(tables, "read", read)
+    monkeypatch.setattr(cells, "read", read)
     setup = Setup(out="unused", images=1)
-    ((key, total),) = tables.added(setup, "r5 + r7")
+    ((key, total),) = cells.added(setup, tables.cell("r5 + r7", "DL-VGG"))
     assert key == "k"
     torch.testing.assert_close(total, 1.1 * values)
-    ((_, permuted),) = tables.added(setup, "r5 + r7 (permuted)")
+    ((_, permuted),) = cells.added(setup, tables.cell("r5 + r7 (permuted)", "DL-VGG"))
     assert not torch.equal(permuted, total)
     assert torch.equal(permuted.flatten().sort().values, total.flatten().sort().values)
-    ((_, again),) = tables.added(setup, "r5 + r7 (permuted)")
+    ((_, again),) = cells.added(setup, tables.cell("r5 + r7 (permuted)", "FCN-Alex"))
     assert torch.equal(again, permuted)
 
 
@@ -276,17 +277,17 @@ def test_a_table_by_command(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise AssertionError("measured again")
 
-    measure = tables.measure_cell
-    monkeypatch.setattr(tables, "measure_cell", refuse)
+    measure = cells.measure_cell
+    monkeypatch.setattr(cells, "measure_cell", refuse)
     assert main(arguments) == 0
     made = json.loads((tmp_path / "table-detection.json").read_text())
     assert made["rows"] == known["rows"]
     # A score that was measured with other weights is measured again.
-    path = tables.cell_path(setup, "FCN-Alex", "none")
+    path = tables.cell("none", "FCN-Alex").path(setup)
     cell = json.loads(path.read_text())
     cell["score"], cell["of"]["weights"]["FCN-Alex"] = 1.0, "others"
     path.write_text(json.dumps(cell))
-    monkeypatch.setattr(tables, "measure_cell", measure)
+    monkeypatch.setattr(cells, "measure_cell", measure)
     assert main(arguments) == 0
     made = json.loads((tmp_path / "table-detection.json").read_text())
     assert made["rows"] == known["rows"]
@@ -422,7 +423,12 @@ def test_everything_by_command(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise AssertionError("made again")
 
-    for module, name in ((work, "attack_images"), (tables, "measure_cell"), (fancy, "make")):
+    for module, name in (
+        (work, "attack_images"),
+        (cells, "measure_cell"),
+        (fancy, "make"),
+        (diagnoses, "seconds_of"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     assert main(arguments) == 0
     assert (tmp_path / "index.html").read_text() == content
@@ -462,6 +468,8 @@ sys.exit(main([*arguments, "--out", sys.argv[1]]))
     def results(out):
         found = {}
         for path in sorted(out.rglob("*")):
+            if path.name.startswith("."):
+                continue  # what was on its way
             if path.suffix == ".safetensors":
                 found[path.relative_to(out)] = load_file(path)["perturbation"].numpy().tobytes()
             elif path.suffix in (".md", ".json"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from .. import zoo
 from ..files import whole
 from ..info import versions
 from ..report import Counter
+from .cells import Cell, keep, measure_cells, read_kept
 from .tables import SOURCES
-from .work import Attack, Record, Setup, kept, make_perturbations, score, seconds_of
+from .work import Attack, Record, Setup, kept, make_perturbations, seconds_of, settings_of
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TIMED = 8  # images of which the time is taken
@@ -75,22 +75,22 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
         for threshold in THRESHOLDS
     }
     make_perturbations(setup, list(attacks.values()), counter)
-    spent = seconds_of(setup, list(attacks.values()), min(TIMED, setup.images))
+    spent = seconds(setup, list(attacks.values()), min(TIMED, setup.images))
+    clean = {name: Cell(name) for name in networks}
+    attacked = {(name, t): Cell(name, (attack,)) for (name, t), attack in attacks.items()}
+    scores = measure_cells(setup, [*clean.values(), *attacked.values()], counter, "denseness")
     rows = []
     for name in networks:
-        victim = setup.victim(name)
-        clean = score(setup, name, victim=victim).mean
         for threshold in THRESHOLDS:
             records = kept(setup, attacks[name, threshold])
-            attacked = score(setup, name, _added(records), victim=victim).mean
             rows.append(
                 {
                     "network": name,
                     "NMS threshold": threshold,
                     "proposals": _mean(records, "proposals"),
                     "targets": _mean(records, "targets"),
-                    "mAP": clean,
-                    "mAP after the attack": attacked,
+                    "mAP": scores[clean[name]],
+                    "mAP after the attack": scores[attacked[name, threshold]],
                     "updates": _mean(records, "iterations"),
                     "perceptibility": _mean(records, "perceptibility"),
                     "seconds an image": spent[attacks[name, threshold]],
@@ -99,17 +99,28 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
     return Diagnosis("denseness", rows, draw_denseness)
 
 
+def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
+    """Seconds that each attack takes an image, taken once and kept."""
+    paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
+    of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
+    if any(read_kept(paths[one], of[one]) is None for one in attacks):
+        for one, spent in seconds_of(setup, attacks, count).items():
+            keep(paths[one], {"seconds": spent, "versions": versions()}, of[one])
+    found = {one: read_kept(paths[one], of[one]) for one in attacks}
+    return {one: float(known["seconds"]) for one, known in found.items() if known is not None}
+
+
 def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
     """How many images end within the budget, and how many targets are active on the way."""
     networks = networks or CONVERGENCE
     attacks = {name: Attack.of(name) for name in networks}
     make_perturbations(setup, list(attacks.values()), counter)
+    clean = {name: Cell(name) for name in networks}
+    attacked = {name: Cell(name, (attacks[name],)) for name in networks}
+    scores = measure_cells(setup, [*clean.values(), *attacked.values()], counter, "convergence")
     rows = []
     for name in networks:
-        every = kept(setup, attacks[name])
-        records = [record for record in every if record.targets]
-        victim = setup.victim(name)
-        clean = score(setup, name, victim=victim).mean
+        records = [record for record in kept(setup, attacks[name]) if record.targets]
         rows.append(
             {
                 "network": name,
@@ -119,8 +130,8 @@ def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None =
                 / max(1, len(records)),
                 "updates": _mean(records, "iterations"),
                 "perceptibility": _mean(records, "perceptibility"),
-                "score": clean,
-                "score after the attack": score(setup, name, _added(every), victim=victim).mean,
+                "score": scores[clean[name]],
+                "score after the attack": scores[attacked[name]],
                 "active": active_shares(records, attacks[name].max_iter),
                 "iterations": [record.iterations for record in records],
             }
@@ -163,10 +174,6 @@ def active_shares(records: Sequence[Record], updates: int) -> list[float]:
             left = record.active[min(m, len(record.active) - 1)]
             shares[m] += left / record.targets / len(records)
     return shares
-
-
-def _added(records: Sequence[Record]) -> Iterator[tuple[str | None, Tensor]]:
-    return ((record.key, record.perturbation) for record in records)
 
 
 def _mean(records: Sequence[Record], what: str) -> float:

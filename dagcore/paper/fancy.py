@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from .. import figures
 from ..aims import find_device
 from ..attack import DAG
 from ..data import Example
-from ..files import whole
 from ..joint import Part, joint_attack
 from ..labels import derangement, paint, pattern
 from ..outcome import look, see
 from ..perturbation import perceptibility
 from ..report import Counter
 from ..victims import Detector, prepare
+from .cells import keep, read_kept
 from .work import IGNORE, Setup, generator_of, run
 
 NETWORKS = ("FCN-Alex", "FCN-VGG")
@@ -162,22 +161,15 @@ def _made_of(setup: Setup) -> dict[str, Any]:
 
 def _known(setup: Setup, name: str) -> list[Row] | None:
     """The rows of an example that is kept, if they still follow from what there is."""
-    path = _kept(setup, name)
-    if not path.is_file():
-        return None
-    known = json.loads(path.read_text())
-    rows: list[Row] = known["rows"]
-    return rows if known.get("of") == _made_of(setup) else None
+    known = read_kept(_kept(setup, name), _made_of(setup))
+    return None if known is None else list(known["rows"])
 
 
 def make(setup: Setup, name: str) -> None:
     """Make one example, and keep its numbers."""
     (scenario,) = (one for one in SCENARIOS if one.name == name)
-    path = _kept(setup, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = scenario.make(setup, scenario)
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps({"rows": rows, "of": _made_of(setup)}, indent=2) + "\n")
+    (setup.out / "fancy").mkdir(parents=True, exist_ok=True)
+    keep(_kept(setup, name), {"rows": scenario.make(setup, scenario)}, _made_of(setup))
 
 
 def _kept(setup: Setup, name: str) -> Path:

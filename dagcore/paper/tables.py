@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..files import whole
 from ..info import versions
-from ..perturbation import combine, permute
 from ..report import Counter
-from ..zoo import find
 from . import published
-from .work import (
-    Attack,
-    Setup,
-    generator_of,
-    make_perturbations,
-    read,
-    run,
-    score,
-    settings_of,
-)
+from .cells import Cell, measure_cells
+from .work import Attack, Setup, make_perturbations
 
 SOURCES = {
     "r1": "FR-ZF-07",
@@ -110,16 +98,6 @@ def sources(tables: Sequence[Table]) -> list[Attack]:
     return list({one: None for table in tables for row in table.rows for one in attacks(row)})
 
 
-def added(setup: Setup, row: str) -> Iterator[tuple[str | None, Tensor]]:
-    """For each image its key (None: for any), and what a row adds to it, (3, H, W)."""
-    for k in range(setup.images):
-        records = [read(setup, attack, k) for attack in attacks(row)]
-        total = combine(*(record.perturbation for record in records))
-        if row.endswith(PERMUTED):
-            total = permute(total[None], generator_of(setup, k, 1))[0]
-        yield records[0].key, total
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
     """A table as it was measured."""
@@ -177,48 +155,14 @@ def measure(setup: Setup, name: str, counter: Counter) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
     table = TABLES[name]
     make_perturbations(setup, sources([table]), counter)
-    cells = [(network, row) for network in table.networks for row in table.rows]
-    missing = [cell for cell in cells if known_cell(setup, *cell) is None]
-    counter.add(f"{name} table", len(cells), done=len(cells) - len(missing))
-    for _ in run(setup, measure_cell, missing):
-        counter.advance(f"{name} table")
-    scores: dict[str, dict[str, float]] = {row: {} for row in table.rows}
-    for network, row in cells:
-        score_there = known_cell(setup, network, row)
-        assert score_there is not None
-        scores[row][network] = score_there
-    return Scores(table, scores)
+    cells = {(row, network): cell(row, network) for row in table.rows for network in table.networks}
+    scores = measure_cells(setup, list(cells.values()), counter, f"{name} table")
+    return Scores(
+        table,
+        {row: {n: scores[cells[row, n]] for n in table.networks} for row in table.rows},
+    )
 
 
-def made_of(setup: Setup, network: str, row: str) -> dict[str, Any]:
-    """What a cell's score follows from."""
-    return {
-        **setup.made_with([network]),
-        "images": setup.images,
-        "perturbations": [settings_of(setup, attack) for attack in attacks(row)],
-    }
-
-
-def known_cell(setup: Setup, network: str, row: str) -> float | None:
-    """A score that is kept, if it still follows from what there is."""
-    path = cell_path(setup, network, row)
-    if not path.is_file():
-        return None
-    known = json.loads(path.read_text())
-    return float(known["score"]) if known.get("of") == made_of(setup, network, row) else None
-
-
-def cell_path(setup: Setup, network: str, row: str) -> Path:
-    """The file that keeps the score of a network under a row's perturbation."""
-    name = row.replace(" + ", "+").replace(PERMUTED, "-permuted")
-    return setup.out / "scores" / str(setup.images) / find(network).slug / f"{name}.json"
-
-
-def measure_cell(setup: Setup, network: str, row: str) -> None:
-    """Measure a network under a row's perturbation, and keep the score."""
-    known = score(setup, network, None if row == "none" else added(setup, row))
-    path = cell_path(setup, network, row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        kept = {"score": known.mean, "per_class": known.per_class}
-        temporary.write_text(json.dumps({**kept, "of": made_of(setup, network, row)}) + "\n")
+def cell(row: str, network: str) -> Cell:
+    """What a row's score of a network is measured on."""
+    return Cell(network, tuple(attacks(row)), row.endswith(PERMUTED))

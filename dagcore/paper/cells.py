@@ -1,0 +1,99 @@
+"""Scores of networks under perturbations, each measured once and kept in a file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import whole
+from ..perturbation import combine, permute
+from ..report import Counter
+from ..zoo import find
+from .work import Attack, Setup, generator_of, read, run, score, settings_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is measured: a network, on images to which perturbations are added."""
+
+    network: str
+    attacks: tuple[Attack, ...] = ()
+    """Whose perturbations are added up; none: the clean images."""
+    permuted: bool = False
+    """Whether rows and columns of the sum are permuted."""
+
+    def path(self, setup: Setup) -> Path:
+        """The file that keeps its score."""
+        name = ",".join(attack.folder for attack in self.attacks) or "clean"
+        name += "-permuted" if self.permuted else ""
+        return setup.out / "scores" / str(setup.images) / find(self.network).slug / f"{name}.json"
+
+    def made_of(self, setup: Setup) -> dict[str, Any]:
+        """What its score follows from."""
+        return {
+            **setup.made_with([self.network]),
+            "images": setup.images,
+            "perturbations": [settings_of(setup, attack) for attack in self.attacks],
+        }
+
+
+def measure_cells(
+    setup: Setup, cells: Sequence[Cell], counter: Counter, what: str
+) -> dict[Cell, float]:
+    """The scores of some cells in percent, measured where they are not kept yet.
+
+    The perturbations must be there.
+    """
+    missing = [cell for cell in dict.fromkeys(cells) if known(setup, cell) is None]
+    counter.add(what, len(cells), done=len(cells) - len(missing))
+    for _ in run(setup, measure_cell, [(cell,) for cell in missing]):
+        counter.advance(what)
+    scores = {}
+    for cell in cells:
+        found = known(setup, cell)
+        assert found is not None
+        scores[cell] = found
+    return scores
+
+
+def known(setup: Setup, cell: Cell) -> float | None:
+    """A score that is kept, if it still follows from what there is."""
+    kept = read_kept(cell.path(setup), cell.made_of(setup))
+    return None if kept is None else float(kept["score"])
+
+
+def measure_cell(setup: Setup, cell: Cell) -> None:
+    """Measure a cell, and keep its score."""
+    found = score(setup, cell.network, added(setup, cell) if cell.attacks else None)
+    kept = {"score": found.mean, "per_class": found.per_class}
+    keep(cell.path(setup), kept, cell.made_of(setup))
+
+
+def added(setup: Setup, cell: Cell) -> Iterator[tuple[str | None, Tensor]]:
+    """For each image its key (None: for any), and what is added to it, (3, H, W)."""
+    for k in range(setup.images):
+        records = [read(setup, attack, k) for attack in cell.attacks]
+        total = combine(*(record.perturbation for record in records))
+        if cell.permuted:
+            total = permute(total[None], generator_of(setup, k, 1))[0]
+        yield records[0].key, total
+
+
+def read_kept(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file keeps, if that still follows from what there is."""
+    if not path.is_file():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept if kept.get("of") == of else None
+
+
+def keep(path: Path, kept: dict[str, Any], of: dict[str, Any]) -> None:
+    """Keep numbers in a file, with what they follow from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps({**kept, "of": of}) + "\n")
