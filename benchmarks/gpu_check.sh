@@ -40,7 +40,10 @@ step info 20 "$PYTHON" -m dagcore.info --require-cuda-kernels
 step resources 20 bash -c "'$PYTHON' benchmarks/resources.py <'$OUT/build.log' >'$OUT/resources.md'"
 # Networks, data sets and metrics are torch's own code on any device.
 step tests 140 "$PYTHON" -m pytest -q --ignore-glob='tests/test_zoo*' --ignore=tests/test_scenes.py \
-    --ignore=tests/test_voc.py --ignore=tests/test_metrics.py
+    --ignore=tests/test_voc.py --ignore=tests/test_metrics.py --ignore=tests/test_paper.py \
+    --ignore=tests/test_fuzz.py --ignore-glob='tests/test_run*'
+step run 60 "$PYTHON" -m dagcore run --data scenes --model FCN-VGG --images 100 --device cuda \
+    --out "$(mktemp -d)/run"
 for tool in memcheck racecheck synccheck initcheck; do sanitize "$tool"; done
 step bench-ops 60 "$PYTHON" -m pytest -q benchmarks/bench_ops.py --device cuda --save ops-cuda
 step bench-iteration 60 "$PYTHON" benchmarks/bench_attack.py iteration --device cuda \

@@ -128,7 +128,7 @@ class RunReporter(Bars):
             self.active = f"{int(active.clamp(min=0).sum())} targets active"
             self._describe()
 
-    def finished(self, count: int, what: str) -> None:
+    def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
         """Hear what became of an image, of which so many have been finished by all ranks."""
         if self.silent:
             return
@@ -140,7 +140,7 @@ class RunReporter(Bars):
             line = f"[{done}/{self.total}] {what} · {self.speed}, {left} left"
             print(line, file=sys.stderr, flush=True)
             return
-        if "passed over" in what:
+        if passed_over:
             self.bars.console.print(what, markup=False, highlight=False)
         self.bars.update(self.task, completed=done)
         self._describe()

@@ -63,7 +63,8 @@ def photos(here):
 
 
 def start(*arguments, model="run_victim:make", out="out"):
-    return main(["run", "--model", model, "--out", out, *map(str, arguments)])
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    return main(["run", "--model", model, "--out", out, *device, *map(str, arguments)])
 
 
 def lines(out="out"):
@@ -139,7 +140,8 @@ def test_a_folder_of_images_without_labels(photos, capsys):
 
 def test_an_image_gets_what_the_attack_alone_would_give(photos):
     assert start("--data", "photos", "--no-prepare") == 0
-    assert main(["attack", "photos/a.png", "--model", "run_victim:make", "--out", "alone"]) == 0
+    command = ["attack", "photos/a.png", "--model", "run_victim:make", "--device", "cpu"]
+    assert main([*command, "--out", "alone"]) == 0
     with open("alone/a.json") as file:
         alone = json.load(file)
     record = lines()[0]
@@ -401,7 +403,7 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
         'data = "photos"\nmodel = "run_victim:make"\ngamma = "1/255"\nmax_iter = 7\n'
         'epsilon = 0.1\nimages = 2\nout = "out"\nfigures = 0\n'
     )
-    assert main(["run", "--config", "run.toml", "--max-iter", "5"]) == 0
+    assert main(["run", "--config", "run.toml", "--max-iter", "5", "--device", "cpu"]) == 0
     kept = tomllib.loads((photos.parent / "out" / "settings.toml").read_text())
     assert kept.pop("made_with")["images"] == 2
     assert kept.pop("versions")["torch"] == str(torch.__version__)
@@ -413,6 +415,7 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
         "max_iter": 5,
         "epsilon": 0.1,
         "tolerance": 0.0,
+        "device": "cpu",
         "seed": 0,
         "images": 2,
         "figures": 0,

@@ -52,6 +52,7 @@ def here(tmp_path_factory):
 
 
 ARGUMENTS = ("--data", "photos", "--model", "killed_victim:make", "--max-iter", "12")
+ARGUMENTS += ("--device", "cpu")
 
 
 def launch(here, out, *arguments, ranks=0, **options):

@@ -148,7 +148,9 @@ class Work:
         """Put on record that an image cannot be attacked."""
         record = {"number": number, "name": name, "status": FAILED, "reason": reason}
         self.folder.write_record(number, record)
-        self.reporter.finished(self.ranks.count(), f"{name}: passed over: {reason}")
+        self.reporter.finished(
+            self.ranks.count(), f"{name}: passed over: {reason}", passed_over=True
+        )
 
     def keep(self, result: Result) -> Outcome:
         """Measure and write what came of an image."""
