@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import files
+from . import engine, files
 from .adversary import Adversary, find_class, is_pattern
 from .attack import DAG
 from .data.coco import CocoBoxes
@@ -20,6 +20,8 @@ from .data.voc import read_voc_boxes
 from .outcome import predict, see
 from .victims import Detector, Targets, Victim
 from .victims.detection import KINDS as BOX_KINDS
+
+CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
 
 Truth = Tensor | Mapping[str, Tensor] | None
 """A label map (h, w) int32; "boxes", "labels" and "difficult"; None: what the network sees."""
@@ -69,6 +71,12 @@ class Aim:
     record: dict[str, Any]
     """What the image's record says of it."""
     at: Tensor | None = None
+    boxes: Mapping[str, Tensor] | None = None
+    """A detector's truth, its own detections where none was given."""
+
+
+class Unfit(ValueError):
+    """An image that a network cannot take."""
 
 
 class Aims(abc.ABC):
@@ -87,7 +95,8 @@ class Aims(abc.ABC):
         """Learn what the network makes of images (3, H, W) of this size.
 
         Raises:
-            ValueError: an image that it cannot take, or rules that do not go with it.
+            Unfit: an image that it cannot take.
+            ValueError: a network that cannot be attacked, or rules that do not go with it.
         """
 
     @abc.abstractmethod
@@ -98,9 +107,13 @@ class Aims(abc.ABC):
     def aim(self, name: str, image: Tensor, truth: Truth, generator: torch.Generator) -> Aim:
         """The targets of an image (3, H, W) that was settled."""
 
-    def _refused(self, name: str, image: Tensor, error: Exception) -> ValueError:
+    def _refused(self, name: str, image: Tensor, error: RuntimeError) -> RuntimeError | Unfit:
+        """What to raise: the error itself where it is not the image's."""
+        machine = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+        if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
+            return error
         reason = str(error).partition("\n")[0]
-        return ValueError(
+        return Unfit(
             f"model {self.rules.model!r} cannot take {name} "
             f"({image.shape[2]} x {image.shape[1]} pixels): {reason}"
         )
@@ -125,9 +138,14 @@ class MapAims(Aims):
         if size in self.maps:
             return
         try:
-            shape = tuple(predict(self.victim, image[None]).shape[1:])
+            scores = predict(self.victim, image[None])
         except RuntimeError as error:
             raise self._refused(name, image, error) from error
+        shape = tuple(scores.shape[1:])
+        if not bool(scores.isfinite().all()):
+            raise Unfit(
+                f"model {self.rules.model!r} must return finite scores, for {name} it does not"
+            )
         if len(shape) != 3:
             raise ValueError(
                 f"model {self.rules.model!r} must return scores of shape (N, C, h, w), "
@@ -235,6 +253,11 @@ class BoxAims(Aims):
         """Proposals near true objects, or near those that the detector finds."""
         kind = self.rules.adversarial
         drawn = kind if kind in BOX_KINDS else "vanish"
+        if truth is None:
+            with engine.frozen(self.victim), torch.no_grad():
+                (found,) = self.victim.detect(image[None])
+            truth = self.victim.confident(found, CONFIDENT, image[None])
+        assert isinstance(truth, Mapping)
         targets = self._targets(name, image, truth, drawn, generator)
         labels = targets.labels[0]
         adversarial: Tensor | str = targets.adversarial_labels[0]
@@ -247,7 +270,8 @@ class BoxAims(Aims):
             record["class"] = self.goal
         elif kind == "runner-up":
             adversarial = kind
-        return Aim(labels, adversarial, record, None if targets.at is None else targets.at[0])
+        at = None if targets.at is None else targets.at[0]
+        return Aim(labels, adversarial, record, at, truth)
 
     def _targets(
         self,

@@ -61,6 +61,21 @@ def number(name: str, value: object, *, above: float | None = None, infinite: bo
         raise ValueError(f"{name} must be {kind}{bound}, got {value}")
 
 
+def fraction(name: str, value: object) -> float:
+    """A number, also written as a fraction: 0.5/255; raise if it is anything else."""
+    if isinstance(value, str):
+        top, slash, bottom = value.partition("/")
+        try:
+            return float(top) / float(bottom) if slash else float(top)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{name} must be a number or a fraction like 0.5/255, got {value!r}"
+            ) from error
+    number(name, value)
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
 def integer(name: str, value: object, *, at_least: int | None = None) -> None:
     """Raise unless `value` is an integer, and no smaller than `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from . import __version__, info
-from .checks import GOALS
+from .checks import GOALS, fraction
 from .metrics import PROTOCOLS
 
 EXAMPLES = """
@@ -37,13 +37,10 @@ Examples:
 
 def number(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Read a number, also as a fraction: 0.5/255."""
-    if value is None:
-        return None
-    top, slash, bottom = value.partition("/")
     try:
-        return float(top) / float(bottom) if slash else float(top)
-    except (ValueError, ZeroDivisionError) as error:
-        raise click.BadParameter(f"{value!r} is no number or fraction like 0.5/255.") from error
+        return None if value is None else fraction("it", value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
 
 
 FOLDER = click.Path(path_type=Path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -67,7 +68,9 @@ def whole(path: Path) -> Iterator[Path]:
 
     It is on the disk before it takes it: not even a power cut leaves half a file.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    # As long as a name may be, the temporary one is no longer.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{os.getpid()}-{digest}")
     try:
         yield temporary
         _flush(temporary)

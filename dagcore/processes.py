@@ -23,14 +23,21 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def pool(
-    jobs: int, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
+    jobs: int,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    *,
+    threads: int | None = None,
 ) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes that share the cores; what still runs when the block fails is ended."""
+    """Spawned processes of some threads each; what still runs when the block fails is ended.
+
+    They share the cores if `threads` is None.
+    """
     executor = ProcessPoolExecutor(
         jobs,
         multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(max(1, cores() // jobs), initializer, initargs),
+        initargs=(threads or max(1, cores() // jobs), initializer, initargs),
     )
     with executor:
         try:

@@ -131,6 +131,8 @@ class RunReporter(Bars):
     def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
         """Hear what became of an image, of which so many have been finished by all ranks."""
         if self.silent:
+            if passed_over:
+                print(what, file=sys.stderr, flush=True)
             return
         done, seconds = self.before + count, time.monotonic() - self.started
         rate = count / seconds

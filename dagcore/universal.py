@@ -30,7 +30,7 @@ class UniversalResult:
     iterations: int
     """Updates applied."""
     active: list[float]
-    """Share of the targets that was active, for each update before it: of its images alone."""
+    """Share of the targets that was active in each batch that was looked at, the last included."""
     perceptibility: float
     """In units of the [0, 1] range."""
 
@@ -94,7 +94,7 @@ def _run(
     table: Tensor | None = None
     shares: list[float] = []
     batches = -(-len(samples) // batch_size)  # of one round
-    fooled = 0  # batches in a row
+    fooled = stuck = 0  # batches in a row
     updates = 0
     for k in itertools.count():
         begin = k % batches * batch_size
@@ -143,9 +143,11 @@ def _run(
             upper=None,
             epsilon=attack.epsilon,
         )
-        if not bool((step_scale(norms, attack.gamma) > 0).all()):
+        stepped = bool((step_scale(norms, attack.gamma) > 0).all())
+        stuck = 0 if stepped else stuck + 1
+        if stuck == batches:
             break  # no image has a gradient any more
-        updates += 1
+        updates += stepped
     return UniversalResult(
         perturbation=r[0],
         iterations=updates,

@@ -1,6 +1,7 @@
 """Detectors as victims: their scores at fixed boxes, the targets of an attack, and attacks."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -675,3 +676,34 @@ def test_names_of_objects():
     names = ["__background__", "cat", "N/A", "dog", "cow"]
     assert victims.detector(network).object_classes() is None
     assert victims.detector(network, names).object_classes() == {"cat": 1, "dog": 3, "cow": 4}
+
+
+def test_looking_for_targets_leaves_a_detector_to_others():
+    """While one thread has dense proposals made, another finds what it always finds."""
+    victim = victims.load("FR-ZF-07")
+    image = Scenes("07", "test", count=1)[0].image[None]
+    inside, go_on = threading.Event(), threading.Event()
+    with torch.no_grad():
+        (alone,) = victim.detect(image)
+    rpn = type(victim.network.rpn)
+    forward = rpn.forward
+
+    def slow(self, *given):
+        if self.nms_thresh == 0.9:
+            inside.set()
+            go_on.wait(60)
+        return forward(self, *given)
+
+    rpn.forward = slow
+    try:
+        thread = threading.Thread(target=lambda: victim.dense_targets(image))
+        thread.start()
+        assert inside.wait(60)
+        with torch.no_grad():
+            (meanwhile,) = victim.detect(image)
+        go_on.set()
+        thread.join()
+    finally:
+        rpn.forward = forward
+    for name, values in alone.items():
+        assert torch.equal(values, meanwhile[name])

@@ -68,5 +68,7 @@ def fail(_):
 def test_workers_share_the_cores_and_end_on_errors():
     with processes.pool(1) as pool:
         assert list(pool.map(threads_of, [0])) == [processes.cores()]
+    with processes.pool(1, threads=3) as pool:
+        assert list(pool.map(threads_of, [0])) == [3]
     with pytest.raises(ValueError, match="no"), processes.pool(2) as pool:
         list(pool.map(fail, range(4)))

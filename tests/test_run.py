@@ -365,8 +365,128 @@ def test_bad_settings_end_in_one_line_before_any_work(photos, capsys, arguments,
     assert not (photos.parent / "out").exists()
 
 
-def test_an_adversarial_class_that_is_none_is_an_error_of_the_run(photos, capsys):
+def test_rules_that_do_not_go_with_the_network_are_told_before_any_work(photos, capsys):
+    break_text(photos)
+    (photos / "a.png").write_text("no picture either")
     assert "--adversarial must be" in refused(capsys, "--data", "photos", "--adversarial", "paw")
+    arguments = ("--data", "photos", "--adversarial", "circle", "--foreground", "paw")
+    assert "'paw'" in refused(capsys, *arguments)
+    assert not (photos.parent / "out").exists()
+
+
+def test_a_repaired_image_is_attacked_when_the_run_is_started_again(photos):
+    assert start("--data", "photos") == 0
+    good = (photos / "b.png").read_bytes()
+    (photos / "b.png").write_bytes(b"x" * len(good))
+    assert start("--data", "photos", out="later") == 0
+    assert summary("later")["attacked"] == 5
+    before = {p: p.stat().st_mtime_ns for p in Path("later/images").rglob("*.png")}
+    (photos / "b.png").write_bytes(good)
+    assert start("--data", "photos", out="later") == 0
+    assert summary("later")["attacked"] == 6
+    assert Path("later/images.jsonl").read_bytes() == Path("out/images.jsonl").read_bytes()
+    assert Path("later/summary.json").read_bytes() == Path("out/summary.json").read_bytes()
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_lines_that_were_taken_away_are_made_again(photos):
+    assert start("--data", "photos") == 0
+    whole = Path("out/images.jsonl").read_text()
+    Path("out/images.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
+    before = {p: p.stat().st_mtime_ns for p in Path("out/images").rglob("*.png")}
+    assert start("--data", "photos") == 0
+    assert Path("out/images.jsonl").read_text() == whole
+    changed = [p.name for p, when in before.items() if p.stat().st_mtime_ns != when]
+    assert changed == ["a.png"]
+    Path("out/images.jsonl").write_text("")
+    assert start("--data", "photos") == 0
+    assert Path("out/images.jsonl").read_text() == whole
+
+
+def test_want_of_memory_is_no_fault_of_the_image(photos, capsys, monkeypatch):
+    def predict(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    assert start("--data", "photos", "--images", 2) == 0
+    monkeypatch.setattr("dagcore.aims.predict", predict)
+    with pytest.raises(torch.OutOfMemoryError):
+        start("--data", "photos", "--images", 2, out="other")
+    assert not Path("other").exists()
+
+
+FAILING = """
+import torch
+from torch import nn
+from dagcore.victims import Victim
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        if x.requires_grad and float(x.detach().mean()) > 0.0:
+            raise KeyError("a bug of the user's")
+        return self.layer(x)
+
+def make():
+    return Victim(Failing())
+
+def nan():
+    net = nn.Conv2d(3, 5, 1)
+    net.weight.data.fill_(float("nan"))
+    return Victim(net)
+"""
+
+
+def test_a_model_that_fails_in_an_attack(photos, capsys):
+    Path("failing_victim.py").write_text(FAILING)
+    message = refused(capsys, "--data", "photos", "--no-prepare", model="failing_victim:make")
+    assert "--model failing_victim:make failed with KeyError: " in message
+    assert "at one of a" in message
+    arguments = ("--data", "photos", "--no-prepare")
+    message = refused(capsys, *arguments, model="failing_victim:nan", out="nan")
+    assert "no image could be attacked" in message
+    assert "must return finite scores, for a it does not" in message
+
+
+def test_names_that_are_too_long_are_put_on_record(photos):
+    name = "x" * 250
+    Image.open(photos / "a.png").save(photos / f"{name}.bmp", format="PNG")
+    assert start("--data", "photos", "--max-iter", 1) == 0
+    (broken,) = summary()["failed"]
+    assert broken["name"] == name
+    assert "must leave room for its ending" in broken["reason"]
+    assert summary()["attacked"] == 6
+
+
+def test_an_image_in_the_place_of_a_folder_is_refused(photos, capsys):
+    (photos / "a.png").unlink()
+    Image.new("RGB", SIZE).save(photos / "a.bmp")
+    (photos / "a.png").mkdir()
+    Image.new("RGB", SIZE).save(photos / "a.png" / "x.png")
+    message = refused(capsys, "--data", "photos")
+    assert "a.bmp would be written to a.png, where a.png/x.png needs a folder" in message
+
+
+def test_a_folder_with_a_settings_file_of_something_else_is_left_alone(photos, capsys):
+    Path("out/sub").mkdir(parents=True)
+    Path("out/settings.toml").write_text('title = "x"\n')
+    Path("out/.12-0123456789abcdef").write_text("theirs")
+    assert "--out must be a new folder or a run's" in refused(capsys, "--data", "photos")
+    left = sorted(p.name for p in Path("out").iterdir())
+    assert left == [".12-0123456789abcdef", "settings.toml", "sub"]
+
+
+def test_images_that_have_changed_are_refused(photos, capsys):
+    assert start("--data", "photos") == 0
+    Image.new("RGB", SIZE).save(photos / "c.png")
+    assert "names and sizes of the images was " in refused(capsys, "--data", "photos")
+    with_maps(photos)
+    assert start("--data", "photos", "--labels", "maps", out="labelled") == 0
+    Image.new("L", SIZE).save("maps/c.png")
+    message = refused(capsys, "--data", "photos", "--labels", "maps", out="labelled")
+    assert "names and sizes of the images was " in message
 
 
 def test_two_images_of_one_name_are_refused(photos, capsys):
@@ -476,12 +596,12 @@ def test_other_settings_are_refused_with_what_differs(photos, capsys):
     assert "seed was 0 and is 4" in message
     assert "images was 2 and is 3" in message
     assert "epsilon was not set and is 0.1" in message
-    assert "names of the images was " in message
-    assert start("--data", "photos", "--images", 2, "--strict") == 0  # changes no result
+    assert "names and sizes of the images was " in message
+    assert start("--data", "photos/", "--images", 2, "--strict", "--figures", 1) == 0  # no other
     text = (photos.parent / "run_victim.py").read_text().replace("manual_seed(0)", "manual_seed(1)")
     (photos.parent / "run_victim.py").write_text(text)
     del sys.modules["run_victim"]
-    assert "weights was" in refused(capsys, "--data", "photos", "--images", 2)
+    assert "digest of the weights was" in refused(capsys, "--data", "photos", "--images", 2)
 
 
 def test_other_versions_are_told(photos, capsys):
@@ -502,9 +622,10 @@ def test_a_folder_of_something_else_is_refused(photos, capsys):
 
 def test_a_record_that_cannot_be_read(photos, capsys):
     assert start("--data", "photos", "--images", 1) == 0
-    (photos.parent / "out" / "images.jsonl").write_text("{")
-    message = refused(capsys, "--data", "photos", "--images", 1)
-    assert "out/images.jsonl cannot be read as records of a run" in message
+    for text in ("{", "{}", "3", '{"number": []}'):
+        (photos.parent / "out" / "images.jsonl").write_text(text)
+        message = refused(capsys, "--data", "photos", "--images", 1)
+        assert "out/images.jsonl cannot be read as records of a run" in message
 
 
 def test_slots_change_rounding_only(photos):

@@ -145,6 +145,16 @@ def test_a_dead_gradient_ends_it():
     assert not bool(made.perturbation.any())
 
 
+def test_a_batch_without_a_gradient_does_not_end_it():
+    net = nn.Sequential(nn.Threshold(0.5, 0.0), network())
+    dark, live = torch.full((3, 4, 4), 0.1), torch.rand((3, 4, 4), generator=generator(5)) / 2 + 0.5
+    samples = [Sample(image, seen(net, image[None])[0], "runner-up") for image in (dark, live)]
+    alone = universal_perturbation(DAG(max_iter=5), net, samples[1:], batch_size=1)
+    both = universal_perturbation(DAG(max_iter=5), net, samples, batch_size=1)
+    assert 0 < alone.iterations == both.iterations
+    assert torch.equal(both.perturbation, alone.perturbation)
+
+
 def test_the_model_is_put_back():
     net = network().train()
     universal_perturbation(DAG(max_iter=1), net, some_samples(net))

@@ -83,7 +83,7 @@ class CocoBoxes:
                 left, top, across, down = (float(value) for value in one["bbox"])
                 if not (math.isfinite(left + top + across + down) and min(across, down) >= 0):
                     raise ValueError
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, OverflowError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"annotation {self.path}: a bbox of {file_name} must be four numbers of a box, "
                     f"got {one.get('bbox')!r}"

@@ -278,12 +278,13 @@ def run(
         Each task with its result, as it is done.
     """
     on_gpu = find_device(setup.device).type != "cpu"
-    jobs = min(setup.jobs or (1 if on_gpu else cores()), len(tasks))
-    if jobs <= 1:
+    jobs = setup.jobs or (1 if on_gpu else cores())
+    if jobs == 1 or not tasks:
         for task in tasks:
             yield task, function(setup, *task)
         return
-    with pool(jobs) as processes:
+    # As many threads however little is left to do: results depend on them in their last bits.
+    with pool(min(jobs, len(tasks)), threads=max(1, cores() // jobs)) as processes:
         running = {processes.submit(function, setup, *task): task for task in tasks}
         for future in as_completed(running):
             yield running[future], future.result()

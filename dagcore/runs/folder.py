@@ -8,21 +8,27 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from .. import files
-from ..aims import Truth
 from ..attack_files import make_folder
 from ..outcome import Outcome
 from .settings import Settings, differences, read_toml, to_toml
 
 Record = dict[str, Any]
 
-_TEMPORARY = re.compile(r"\.\d+-.+")
+KINDS = ("images", "perturbations", "figures", "records")
+LONGEST_NAME = 255  # in bytes
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}")  # of files.whole
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file may be in a folder whose run was killed before it had begun."""
+    return path.name == ".lock" or bool(_TEMPORARY.fullmatch(path.name))
 
 
 class Folder:
@@ -49,12 +55,11 @@ class Folder:
 
         Raises:
             ValueError: a folder that another run is at work in, or that is not a run's.
-            OSError: one that cannot be written to.
+            OSError: one that cannot be written to or locked.
         """
         make_folder(self.out)
-        own = (".lock", self.settings.name)
-        foreign = [p.name for p in self.out.iterdir() if not _TEMPORARY.fullmatch(p.name)]
-        if foreign and not any(name in own for name in foreign):
+        foreign = sorted(path.name for path in self.out.iterdir() if not _ours(path))
+        if foreign and not self._is_a_runs():
             raise ValueError(f"--out must be a new folder or a run's, {self.out} has {foreign[0]}")
         with open(self.out / ".lock", "a+", encoding="utf-8") as lock:
             try:
@@ -65,17 +70,22 @@ class Folder:
                     f"--out {self.out}: another run is at work there ({lock.read().strip()}), wait "
                     "for it or choose another folder"
                 ) from None
+            except OSError as error:
+                raise OSError(f"--out {self.out} cannot be locked: {error.strerror}") from error
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            self._remove_temporaries()
             yield
+
+    def _is_a_runs(self) -> bool:
+        return self.settings.is_file() and bool(read_toml(self.settings, "made_with"))
 
     def _remove_temporaries(self) -> None:
         """Remove what processes that were killed have left half-written."""
-        for path in self.out.rglob(".*"):
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink()
+        for place in (self.out, *(self.out / kind for kind in KINDS)):
+            for path in place.rglob(".*") if place != self.out else place.glob(".*"):
+                if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                    path.unlink()
 
     def begin(
         self, settings: Settings, made_with: Mapping[str, Any], versions: Mapping[str, Any]
@@ -94,10 +104,11 @@ class Folder:
             ValueError: other settings, each with its old and its new value.
         """
         tables = {"made_with": made_with, "versions": versions}
-        text = to_toml(settings.record(), tables)
         if not self.settings.is_file():
+            text = to_toml(settings.record(), tables)
             with files.whole(self.settings) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+            self._remove_temporaries()
             return []
         had = [read_toml(self.settings, table) for table in (None, *tables)]
         differ = [*differences(had[0], settings.record()), *differences(had[1], made_with)]
@@ -106,6 +117,7 @@ class Folder:
                 f"--out {self.out} has results of other settings: {'; '.join(differ)}. Choose "
                 "another folder, or the old settings"
             )
+        self._remove_temporaries()
         return differences(had[2], versions)
 
     def write(
@@ -120,7 +132,7 @@ class Folder:
         self.write_record(number, record)
 
     def write_record(self, number: int, record: Record) -> None:
-        """Write the record of an image."""
+        """Write the record of an image, over that of an earlier failure."""
         self.records.mkdir(exist_ok=True)
         with files.whole(self.records / f"{number:08d}.json") as temporary:
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -129,62 +141,53 @@ class Folder:
         """A file of an image, its folder made.
 
         Raises:
-            ValueError: a name that leads out of the folder.
+            ValueError: a name that leads out of the folder, or that is too long.
         """
         folder = self.out / kind
+        if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
+            raise ValueError(f"an image's name must leave room for its ending, got {name!r}")
         path = folder / f"{name}.{ending}"
         if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"an image's name must stay below its folder, got {name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def done(self) -> set[int]:
-        """The numbers of the images that have a record."""
-        if self.lines.is_file():
-            return {record["number"] for record in self.read()}
-        return {int(path.stem) for path in self.records.glob("[0-9]*.json")}
-
-    def read(self) -> list[Record]:
-        """All records, in the order of the images.
+    def read(self) -> dict[int, Record]:
+        """The records that are there, by the number of their image, in rising order.
 
         Raises:
             ValueError: a file that is not as a run has left it.
         """
-        path = self.lines
-        try:
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                return [json.loads(line) for line in lines]
-            found = []
-            for path in sorted(self.records.glob("[0-9]*.json")):
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-            return found
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read as records of a run: {error}") from error
+        found: dict[int, Record] = {}
+        for path in [self.lines, *sorted(self.records.glob("*.json"))]:
+            if not path.is_file():
+                continue
+            try:
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    record = json.loads(line)
+                    found[int(record["number"])] = record
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} cannot be read as records of a run: {type(error).__name__}: {error}"
+                ) from error
+        return dict(sorted(found.items()))
 
-    def finish(self, records: Sequence[Record], summary: Mapping[str, Any]) -> None:
+    def finish(self, records: Mapping[int, Record], summary: Mapping[str, Any]) -> None:
         """Write all records as lines, and the summary; then single ones are of no more use."""
-        if not self.lines.is_file():
-            with files.whole(self.lines) as temporary:
-                temporary.write_text(
-                    "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
-                )
+        with files.whole(self.lines) as temporary:
+            temporary.write_text(
+                "".join(json.dumps(record) + "\n" for record in records.values()),
+                encoding="utf-8",
+            )
         with files.whole(self.summary) as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        for path in self.records.glob("*.json"):
-            path.unlink()
+        for number in records:
+            (self.records / f"{number:08d}.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.records.rmdir()
 
     def add_speed(self, session: Mapping[str, Any]) -> None:
-        """Keep how fast one session of the run went, after those before."""
+        """Keep how fast a session went that came to the end of the run, after those before."""
         sessions = json.loads(self.speed.read_text()) if self.speed.is_file() else []
         with files.whole(self.speed) as temporary:
             temporary.write_text(json.dumps([*sessions, session], indent=2) + "\n")
-
-
-def truth_record(truth: Truth) -> Record | None:
-    """True boxes, ready for JSON."""
-    if not isinstance(truth, Mapping):
-        return None
-    return {name: value.tolist() for name, value in truth.items()}

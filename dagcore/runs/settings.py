@@ -21,7 +21,8 @@ else:
 TABLES = ("made_with", "versions")  # of a kept file: what is no setting
 PATHS = ("weights", "labels", "out")
 FRACTIONS = ("gamma", "epsilon", "tolerance")
-NOT_COMPARED = ("out", "strict")  # they change no result
+# These change no result, or what they stand for is compared.
+NOT_COMPARED = ("out", "strict", "figures", "weights", "device")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ class Settings(Rules):
     def record(self) -> dict[str, Any]:
         """Every setting in TOML's types, but those that are None and `out`."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "out"}
+        values["data"] = Path(self.data)  # without what may stand at its end
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
@@ -95,7 +97,7 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
     if value is None:
         return None
     if name in FRACTIONS:
-        return fraction(name, value)
+        return checks.fraction(name, value)
     if name in PATHS:
         kind = "Path"
     kinds: dict[str, Any] = {"str": str, "int": int, "bool": bool, "Path": (str, Path)}
@@ -106,20 +108,6 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
     return Path(value) if kind == "Path" else value
 
 
-def fraction(name: str, value: Any) -> float:
-    """A number, also written as a fraction: 0.5/255."""
-    if isinstance(value, str):
-        top, slash, bottom = value.partition("/")
-        try:
-            return float(top) / float(bottom) if slash else float(top)
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{name} must be a number or a fraction like 0.5/255, got {value!r}"
-            ) from error
-    checks.number(name, value)
-    return float(value)
-
-
 def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
     """The settings in a file, or a table that a kept one has beside them.
 
@@ -127,10 +115,12 @@ def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
         FileNotFoundError, ValueError: a file that is missing, or that is no TOML.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} cannot be read as TOML: {error}") from error
     if table is not None:
         return dict(content.get(table, {}))

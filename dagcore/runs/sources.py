@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -37,8 +38,13 @@ class Source(abc.ABC):
         """
 
     def digest(self) -> str:
-        """The names of all images in one number."""
-        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        """The names of all images, and what else can be told at a glance, in one number."""
+        lines = [f"{name} {self.look(k)}" for k, name in enumerate(self.names)]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def look(self, index: int) -> str:
+        """What changes, more likely than not, when an image or its truth does."""
+        return ""
 
 
 def source_of(settings: Settings, victim: Victim | Detector) -> Source:
@@ -119,7 +125,10 @@ class Examples(Source):
 
 
 class Folder(Source):
-    """The image files in a folder and below, hidden ones left out, in the order of their names."""
+    """The image files in a folder and below, in the order of their names.
+
+    Hidden ones are left out, and folders that are links.
+    """
 
     def __init__(self, root: Path, labels: Path | None, victim: Victim | Detector) -> None:
         self.paths = sorted(
@@ -142,6 +151,14 @@ class Folder(Source):
                     f"--data {root}: {taken[name]} and {path} would both be written to {name}.png"
                 )
             taken[name] = path
+        for name, path in taken.items():
+            for above in PurePosixPath(name).parents:
+                other = taken.get(str(above).removesuffix(".png"))
+                if other is not None and above.suffix == ".png":
+                    raise ValueError(
+                        f"--data {root}: {other} would be written to {above}, where {path} needs a "
+                        "folder"
+                    )
         if labels is not None and not labels.exists():
             raise FileNotFoundError(f"--labels {labels} does not exist")
         self.truths = None if labels is None else TruthFiles(labels, victim)
@@ -150,6 +167,15 @@ class Folder(Source):
                 f"--labels must be a folder with NAME.{self.truths.ending} for each of "
                 f"{len(self.paths)} images, got the file {labels}"
             )
+
+    def look(self, index: int) -> str:
+        """The sizes of the files."""
+        sizes = [self.paths[index].stat().st_size]
+        if self.truths is not None:
+            with contextlib.suppress(FileNotFoundError):
+                name = self.relative[index].as_posix()
+                sizes.append(self.truths.find(name).stat().st_size)
+        return " ".join(map(str, sizes))
 
     def read(self, index: int) -> tuple[Tensor, Truth]:
         """An image file and its labels."""

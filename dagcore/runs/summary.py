@@ -35,6 +35,7 @@ def summarise(
     attacked = [record for record in records if record["status"] != FAILED]
     aimed = [record for record in attacked if record["targets"]]
     status = [record["status"] for record in aimed]
+    measure = "mIoU" if any("pixels" in record for record in attacked) else "mAP"
     return {
         "images": len(records),
         "attacked": len(attacked),
@@ -42,7 +43,7 @@ def summarise(
         **{name: status.count(name) for name in ("converged", "budget", "stalled")},
         "success after rounding, %": _share(sum(succeeded(r, tolerance) for r in aimed), aimed),
         "active targets left, %": _share(sum(r["active"][-1] / r["targets"] for r in aimed), aimed),
-        **{name: scores(attacked, classes, name) for name in measures(attacked)},
+        **({measure: scores(attacked, classes, measure)} if attacked else {}),
         "perceptibility": _spread([r["perceptibility"] for r in aimed]),
         "perceptibility after rounding": _spread(
             [r["perceptibility_after_rounding"] for r in aimed]
@@ -60,11 +61,6 @@ def succeeded(record: Record, tolerance: float) -> bool:
     """Whether the attacked image is still one after rounding to 8 bits."""
     allowed = allowance(torch.tensor([record["targets"]]), tolerance)
     return bool(record["active_after_rounding"] <= allowed)
-
-
-def measures(records: Sequence[Record]) -> list[str]:
-    """What the network of these records is measured by."""
-    return ["mIoU" if "pixels" in records[0] else "mAP"] if records else []
 
 
 def scores(

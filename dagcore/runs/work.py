@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import info
-from ..aims import Aim, Truth, aims_of, find_device, seed_of
+from ..aims import Aim, Truth, Unfit, aims_of, find_device, seed_of
 from ..attack import Result
 from ..labels import assign
 from ..outcome import Outcome, draw, look, measure
@@ -24,13 +25,11 @@ from ..perturbation import round_to_8_bits
 from ..report import RunReporter, show_summary
 from ..stream import Sample
 from ..victims import Detector, load, prepare, prepare_detector
-from .folder import Folder, Record, truth_record
+from .folder import Folder, Record
 from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import Source, source_of
 from .summary import FAILED, STAGES, summarise, tally
-
-CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
 
 
 class Interrupted(BaseException):
@@ -47,7 +46,6 @@ class Claimed(NamedTuple):
     number: int
     name: str
     image: Tensor
-    truth: Truth
     aim: Aim
     seed: int
     generator: torch.Generator
@@ -69,6 +67,9 @@ class Work:
         self.slots = settings.slots or (1 if self.device.type == "cpu" else 8)
         self.folder = Folder(settings.out)
         self.reporter = RunReporter(silent=ranks.rank > 0)
+        # The victim looks at images in two threads, one of which prepares the next image.
+        self.looking = threading.Lock()
+        self.in_flight: set[str] = set()
         count = len(self.source.names)
         wanted = min(settings.figures, count)
         self.drawn = {k * count // wanted for k in range(wanted)}
@@ -76,7 +77,7 @@ class Work:
     def _prepared(self) -> Any:
         """The network as it is attacked."""
         if not self.settings.prepare:
-            return self.victim
+            return copy.deepcopy(self.victim)  # another thread looks at images with the victim
         try:
             if isinstance(self.victim, Detector):
                 return prepare_detector(self.victim)
@@ -91,8 +92,8 @@ class Work:
         """What results follow from beside the settings."""
         return {
             "images": len(self.source.names),
-            "names of the images": self.source.digest(),
-            "weights": digest(self.victim),
+            "names and sizes of the images": self.source.digest(),
+            "digest of the weights": digest(self.victim),
         }
 
     def versions(self) -> dict[str, Any]:
@@ -101,34 +102,48 @@ class Work:
         known = {name: version for name, version in info.versions().items() if version}
         return {**known, "device": device}
 
+    def probe(self) -> None:
+        """Raise where the rules do not go with the network, before any work.
+
+        What the first image shows that the network takes; one after the other is tried.
+        """
+        for number, name in enumerate(self.source.names):
+            try:
+                image = self.source.read(number)[0].to(self.device)
+            except (OSError, ValueError):
+                continue
+            with contextlib.suppress(Unfit):
+                self.aims.settle(name, image)
+                return
+
     def claimed(self, missing: list[int]) -> Iterator[Sample]:
         """Images as this rank gets to them; those that cannot be attacked are put on record."""
         while (place := self.ranks.claim()) < len(missing):
             number = missing[place]
             name = self.source.names[number]
             try:
-                one = self._read(number, name)
+                self.folder.path("images", name, "png")
+                image, truth = self.source.read(number)
+                with self.looking:
+                    one = self._aim(number, name, image.to(self.device), truth)
                 sample = self._sample(one)
                 self.attack._check_sample(self.attacked, sample, name)
-            except torch.OutOfMemoryError:
-                raise
-            except (OSError, TypeError, ValueError, RuntimeError) as error:
+            except (OSError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 if self.settings.strict:
                     raise ValueError(f"{name}: {reason}") from error
                 self.failed(number, name, reason)
                 continue
+            self.in_flight.add(name)
             yield sample
 
-    def _read(self, number: int, name: str) -> Claimed:
-        image, truth = self.source.read(number)
-        image = image.to(self.device)
+    def _aim(self, number: int, name: str, image: Tensor, truth: Truth) -> Claimed:
         self.aims.settle(name, image)
         self.aims.check(name, image, truth)
         seed = seed_of(self.settings.seed, number)
         generator = torch.Generator().manual_seed(seed)
         aim = self.aims.aim(name, image, truth, generator)
-        return Claimed(number, name, image, truth, aim, seed, generator)
+        return Claimed(number, name, image, aim, seed, generator)
 
     def _sample(self, one: Claimed) -> Sample:
         adversarial = one.aim.adversarial
@@ -155,6 +170,18 @@ class Work:
     def keep(self, result: Result) -> Outcome:
         """Measure and write what came of an image."""
         one: Claimed = result.key
+        with self.looking:
+            outcome, record = self._measured(one, result)
+        if one.number in self.drawn:
+            path = self.folder.path("figures", one.name, "png")
+            draw(outcome, path, self.victim, note=outcome.note(self.attack.goal))
+        self.folder.write(
+            one.number, one.name, outcome, record, perturbation=self.settings.perturbations
+        )
+        self.in_flight.discard(one.name)
+        return outcome
+
+    def _measured(self, one: Claimed, result: Result) -> tuple[Outcome, Record]:
         (outcome,) = measure(
             self.attack,
             self.victim,
@@ -164,17 +191,7 @@ class Work:
             at=None if one.aim.at is None else one.aim.at[None],
             names=[one.name],
         )
-        if one.number in self.drawn:
-            path = self.folder.path("figures", one.name, "png")
-            draw(outcome, path, self.victim, note=outcome.note(self.attack.goal))
-        self.folder.write(
-            one.number,
-            one.name,
-            outcome,
-            self.record(one, outcome),
-            perturbation=self.settings.perturbations,
-        )
-        return outcome
+        return outcome, self.record(one, outcome)
 
     def record(self, one: Claimed, outcome: Outcome) -> Record:
         """The numbers of an image."""
@@ -191,7 +208,8 @@ class Work:
                 for stage, one in seen.items()
                 if isinstance(one, Mapping)
             }
-            truth = truth_record(one.truth) or own_truth(outcome.predicted, self.victim.background)
+            assert one.aim.boxes is not None
+            truth = {name: values.tolist() for name, values in one.aim.boxes.items()}
             truth.setdefault("difficult", [False] * len(truth["labels"]))
             judged = {"truth": truth, "seen": found}
         else:
@@ -209,12 +227,6 @@ class Work:
             "generator_seed": one.seed,
             **judged,
         }
-
-
-def own_truth(seen: Any, background: int) -> Record:
-    """What a detector is sure of in the clean image."""
-    sure = (seen["scores"] >= CONFIDENT) & (seen["labels"] != background)
-    return {name: seen[name][sure].tolist() for name in ("boxes", "labels")}
 
 
 def digest(victim: object) -> str:
@@ -243,6 +255,7 @@ def run(settings: Settings) -> int:
     work, error = None, None
     try:
         work = Work(settings, ranks)
+        work.probe()
     except Exception as raised:  # told by the first rank, whatever it is
         error = raised
     ranks.agree(error)
@@ -256,7 +269,7 @@ def run(settings: Settings) -> int:
                 changed = work.folder.begin(settings, work.made_with(), work.versions())
                 if changed:
                     print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
-                done = work.folder.done()
+                done = {k for k, one in work.folder.read().items() if one["status"] != FAILED}
                 missing = [k for k in range(len(work.source.names)) if k not in done]
         except Exception as raised:
             error = raised
@@ -268,7 +281,7 @@ def run(settings: Settings) -> int:
                 attacked = sum(ranks.gather(attack_all(work, missing)))
         except Interrupted as stop:
             if ranks.rank == 0:
-                have, count = len(work.folder.done()), len(work.source.names)
+                have, count = len(work.folder.read()), len(work.source.names)
                 print(
                     f"dagcore run: {stop} after {have} of {count} images: the same command goes "
                     "on from there",
@@ -290,17 +303,41 @@ def attack_all(work: Work, missing: list[int]) -> int:
             work.attacked, work.claimed(missing), work.slots, callback=work.reporter.watched
         )
         with contextlib.closing(results):  # type: ignore[type-var]  # it is a generator
-            for result in results:
+            while (result := next_of(work, results)) is not None:
                 outcome = work.keep(result)
                 count += 1
                 work.reporter.finished(work.ranks.count(), outcome.line())
     return count
 
 
+def next_of(work: Work, results: Iterator[Result]) -> Result | None:
+    """The next result; None where there are no more.
+
+    Raises:
+        ValueError: a model that has failed, with the images that it may have failed on.
+    """
+    try:
+        return next(results, None)
+    except (OSError, TypeError, ValueError):
+        raise
+    except Exception as error:  # the user's own code fails in any way at all
+        raise ValueError(
+            f"--model {work.settings.model} failed with {type(error).__name__}: {error}, at one of "
+            f"{', '.join(sorted(work.in_flight)) or 'the next images'}"
+        ) from error
+
+
 def finish(work: Work, attacked: int, seconds: float) -> None:
     """Write the summary, and show it."""
-    records = work.folder.read()
-    summary = summarise(records, work.victim.classes, work.attack.tolerance)
+    records, names = work.folder.read(), work.source.names
+    if list(records) != list(range(len(names))):
+        absent = [name for k, name in enumerate(names) if k not in records]
+        raise ValueError(
+            f"--out {work.folder.out} must have a record of each of {len(names)} images, of "
+            f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
+            "the folder? The same command goes on from there"
+        )
+    summary = summarise(list(records.values()), work.victim.classes, work.attack.tolerance)
     work.folder.finish(records, summary)
     if attacked:
         work.folder.add_speed(
@@ -328,10 +365,13 @@ def stopped_by_signals() -> Iterator[None]:
         yield
         return
 
+    stopping = False
+
     def stop(number: int, _: FrameType | None) -> None:
-        for known in before:
-            signal.signal(known, signal.SIG_IGN)
-        raise Interrupted(number)
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise Interrupted(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,7 +11,6 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,7 +183,7 @@ class Detector(nn.Module, abc.ABC):
             found = self.candidates(images, nms_threshold, max_proposals) if len(images) else []
             if ground_truth is None:
                 detections = self.detect(images) if len(images) else []
-                ground_truth = [self._confident(one, confidence, images) for one in detections]
+                ground_truth = [self.confident(one, confidence, images) for one in detections]
         num_classes = found[0][1].shape[1] if found else 0
         if 0 <= ignore_index < num_classes:
             raise ValueError(
@@ -222,7 +221,7 @@ class Detector(nn.Module, abc.ABC):
     has_own_targets = False
     """Whether the targets are the same for every image, and `at` is not needed."""
 
-    def _confident(
+    def confident(
         self, found: Mapping[str, Tensor], least: float, images: Tensor
     ) -> dict[str, Tensor]:
         """The objects that were found in an image with at least a score, cut at its border."""
@@ -449,16 +448,3 @@ def rescale(
         ]
     )
     return boxes * factors[:, None]
-
-
-@contextmanager
-def put(thing: Any, **values: Any) -> Iterator[None]:
-    """Attributes of an object set for a while."""
-    before = {name: getattr(thing, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(thing, name, value)

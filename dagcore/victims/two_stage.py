@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .detection import Detector, check_boxes, put, rescale
+from .detection import Detector, check_boxes, rescale
 from .segmentation import need
 
 ROWS = 1024  # boxes that pass the head at a time
@@ -102,14 +103,14 @@ class TwoStage(Detector):
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
         """The region network's proposals at another NMS threshold, and their scores."""
-        network, rpn = self.network, self.network.rpn
+        network, rpn = self.network, copy.copy(self.network.rpn)  # others may be at work with it
         transformed, _ = network.transform(list(images))
         features = _named(network.backbone(transformed.tensors))
         before = {**rpn._pre_nms_top_n}
         before["testing"] = max(before["testing"], 2 * max_proposals)
         after = {**rpn._post_nms_top_n, "testing": max_proposals}
-        with put(rpn, nms_thresh=nms_threshold, _pre_nms_top_n=before, _post_nms_top_n=after):
-            proposals, _ = rpn(transformed, features)
+        rpn.nms_thresh, rpn._pre_nms_top_n, rpn._post_nms_top_n = nms_threshold, before, after
+        proposals, _ = rpn(transformed, features)
         sizes = transformed.image_sizes
         scores = self.read(self._pooled_from(features), proposals, sizes)
         raw = (images.shape[-2], images.shape[-1])
