@@ -2,7 +2,7 @@
 
 DAGCORE_NATIVE=0        no native code: everything runs on the PyTorch reference
 DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
-DAGCORE_SANITIZE=1      the CPU kernels with address and undefined-behaviour checks, for `make sanitize`
+DAGCORE_SANITIZE=1      CPU kernels with address and undefined-behaviour checks: `make sanitize`
 TORCH_CUDA_ARCH_LIST    architectures, as for any torch extension
 MAX_JOBS                parallel compilations
 """
@@ -22,7 +22,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
 OLDEST_ARCHITECTURES = "8.0;9.0"  # compiled, with the newest, where there is no GPU to ask
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
 def log(message: str) -> None:

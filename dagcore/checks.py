@@ -80,7 +80,7 @@ def number(name: str, value: object, *, above: float | None = None, infinite: bo
 def integer(
     name: str, value: object, *, at_least: int = INT64.min, at_most: int = INT64.max
 ) -> None:
-    """Raise unless `value` is an integer, no smaller than `at_least` and no larger than `at_most`."""
+    """Raise unless `value` is an integer, at least `at_least` and at most `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < at_least:
@@ -93,6 +93,22 @@ def boolean(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def generator(value: object) -> None:
+    """Raise unless `value` is a source of randomness, or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
+
+
+def bounds(value: object) -> None:
+    """Raise unless `value` is (lower, upper), finite and a finite distance apart."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
+    for name, bound in zip(("bounds[0]", "bounds[1]"), value, strict=True):
+        number(name, bound)
+    if not value[0] < value[1] or not math.isfinite(float(value[1]) - float(value[0])):
+        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
 
 
 def shown(value: int) -> str:
@@ -212,6 +228,8 @@ def step_arguments(
     most_dims("images", "pixel dimensions", images.dim() - 1)
     if images.numel() and overlaps(images):
         raise ValueError("images must not be an expanded tensor: it is written in place")
+    if images.is_neg():  # the imaginary part of a conjugate: torch cannot write to it through an op
+        raise ValueError("images must not be a negated view: it is written in place")
     for name, value in (("origin", origin), ("gradient", gradient)):
         tensor(name, value, (images.dtype,))
         shape(name, value, tuple(images.shape), "images")

@@ -53,15 +53,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         checks.number("gamma", self.gamma, above=0)
-        checks.integer("max_iter", self.max_iter, at_least=0)
+        checks.integer("max_iter", self.max_iter, at_least=0, at_most=2**31 - 2)
         checks.choice("goal", self.goal, checks.GOALS)
         if self.bounds is not None:
-            if not isinstance(self.bounds, (tuple, list)) or len(self.bounds) != 2:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
-            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds, strict=True):
-                checks.number(name, bound)
-            if not self.bounds[0] < self.bounds[1]:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
+            checks.bounds(self.bounds)
         if self.epsilon is not None:
             checks.number("epsilon", self.epsilon, above=0)
         checks.number("tolerance", self.tolerance)
@@ -103,7 +98,7 @@ def read_scores(output: Any, images: Tensor) -> Tensor:
             "model must return scores as a tensor, a mapping with 'out' or an object with .logits, "
             f"got {type(output).__name__}"
         )
-    if scores.dim() < 2 or len(scores) != len(images):
+    if scores.dim() < 2 or len(scores) != len(images) or scores.shape[1] < 1:
         raise ValueError(
             f"model must return scores of shape ({len(images)}, C, *targets) for "
             f"{len(images)} images, got {tuple(scores.shape)}"
@@ -119,6 +114,8 @@ class Reader:
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}")
         self.model = model
         self.align_corners = bool(getattr(model, "align_corners", False))
 

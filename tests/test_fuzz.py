@@ -50,6 +50,11 @@ def one_in(draw: st.DrawFn, count: int) -> bool:
     return draw(st.integers(1, count)) == count
 
 
+def negated(values: Tensor) -> Tensor:
+    """The same values as a view that negates what is in memory."""
+    return torch._neg_view(-values)
+
+
 def as_labels(draw: st.DrawFn, labels: Tensor, num_classes: int, ignored: int) -> Tensor:
     """Labels of any integer type and layout, one in ten with one that is out of range."""
     dtype, layout = draw(st.sampled_from(LABEL_DTYPES)), draw(st.sampled_from(LAYOUTS))
@@ -82,6 +87,8 @@ def seed_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[str,
     )
     if scores.numel():
         scores = lay_out(scores, draw(st.sampled_from(LAYOUTS)))
+    if one_in(draw, 20):
+        scores = negated(scores)
     labels = as_labels(draw, labels, num_classes, ignored)
     adversarial = as_labels(draw, adversarial, num_classes, ignored)
     other, goal = arguments(draw(st.sampled_from(MODES)), adversarial)
@@ -149,6 +156,8 @@ def step_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[st
         chosen = [draw(st.sampled_from(layouts)) for _ in tensors]
         chosen[0] = "gaps" if chosen[0] == "expanded" else chosen[0]
         tensors = [lay_out(t, layout) for t, layout in zip(tensors, chosen, strict=True)]
+    if one_in(draw, 20):
+        tensors[1:] = map(negated, tensors[1:])
     counts = st.sampled_from((0, 1, 1, 5, -1, -(2**31), 2**31 - 1))
     active = torch.tensor([draw(counts) for _ in range(num_images)], dtype=torch.int32)
     bound = st.sampled_from((None, -INF, -0.25, 0, 0.0))
@@ -257,8 +266,8 @@ def strange_tensors(like: Tensor) -> list[Any]:
     found = [
         more,
         like.new_zeros(()),
-        like.new_zeros((*like.shape[:-1], like.shape[-1] + 1)),
-        like.new_zeros((len(like) + 1, *like.shape[1:])),
+        like.new_zeros((*like.shape[:-1], 9)),
+        like.new_zeros((9, *like.shape[1:])),
         like.new_zeros((0, *like.shape[1:])),
         like.new_zeros((*like.shape[:-1], 0)),
         like.new_zeros((*like.shape, *[2] * 17)[-20:]) if like.dim() < 2 else like,
@@ -268,6 +277,10 @@ def strange_tensors(like: Tensor) -> list[Any]:
         torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
     ]
     kinds = (torch.bool, torch.int8, torch.int16, torch.complex64, torch.float8_e4m3fn)
+    if like.is_floating_point():
+        found.append(negated(like))
+    if like.numel() > 5:
+        found.append(like.flatten().unfold(0, 4, 2))
     found += [torch.zeros(like.shape, dtype=kind) for kind in (*kinds, *DTYPES, *LABEL_DTYPES)]
     return found
 
