@@ -21,8 +21,7 @@ sanitize: $(VENV)/built
 	DAGCORE_SANITIZE=1 CXX=$(CXX) $(BIN)/python setup.py --quiet build \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
-			$$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/python tests/sanitized.py
 
 bench: $(VENV)/built

@@ -228,7 +228,8 @@ def step_arguments(
     most_dims("images", "pixel dimensions", images.dim() - 1)
     if images.numel() and overlaps(images):
         raise ValueError("images must not be an expanded tensor: it is written in place")
-    if images.is_neg():  # the imaginary part of a conjugate: torch cannot write to it through an op
+    # The imaginary part of a conjugate, say: torch cannot write to it through an op.
+    if not torch.compiler.is_compiling() and images.is_neg():
         raise ValueError("images must not be a negated view: it is written in place")
     for name, value in (("origin", origin), ("gradient", gradient)):
         tensor(name, value, (images.dtype,))
