@@ -134,10 +134,14 @@ def read_scores(output: Any, images: Tensor) -> Tensor:
             "model must return scores as a tensor, a mapping with 'out' or an object with .logits, "
             f"got {type(output).__name__}"
         )
-    if scores.dim() < 2 or len(scores) != len(images) or scores.shape[1] < 1:
+    if scores.dim() < 2 or len(scores) != len(images):
         raise ValueError(
             f"model must return scores of shape ({len(images)}, C, *targets) for "
             f"{len(images)} images, got {tuple(scores.shape)}"
+        )
+    if scores.shape[1] < 1:
+        raise ValueError(
+            f"model must return scores of at least one class, got {tuple(scores.shape)}"
         )
     return scores
 
