@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean: each sets up .venv first, once.
+# make demo | test | sanitize | bench | lint | clean: each sets up .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test sanitize bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/dagcore demo --out demo
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
+
+# The tests of the ops on a build that checks every access to memory. GCC's, on Linux.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/built
+	DAGCORE_SANITIZE=1 CXX=$(CXX) $(BIN)/python setup.py --quiet build \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/python tests/sanitized.py
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/bench_ops.py -q --save ops-cpu

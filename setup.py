@@ -2,6 +2,7 @@
 
 DAGCORE_NATIVE=0        no native code: everything runs on the PyTorch reference
 DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
+DAGCORE_SANITIZE=1      CPU kernels with address and undefined-behaviour checks: `make sanitize`
 TORCH_CUDA_ARCH_LIST    architectures, as for any torch extension
 MAX_JOBS                parallel compilations
 """
@@ -21,6 +22,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
 OLDEST_ARCHITECTURES = "8.0;9.0"  # compiled, with the newest, where there is no GPU to ask
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
 def log(message: str) -> None:
@@ -81,6 +83,12 @@ def native_extension() -> dict[str, object]:
             f"dagcore: building needs torch and pybind11 ({error}). Install them first and use "
             "'pip install --no-build-isolation .', or drop --no-build-isolation."
         ) from error
+    sanitize = switch("DAGCORE_SANITIZE")
+    if sanitize:
+        if switch("DAGCORE_CUDA"):
+            raise SystemExit("dagcore: DAGCORE_CUDA=1 contradicts DAGCORE_SANITIZE=1")
+        os.environ["DAGCORE_CUDA"] = "0"
+        log(f"sanitizers: {' '.join(SANITIZERS)}")
     nvcc = choose_cuda(torch.version.cuda)
     if nvcc:
         os.environ["CUDA_HOME"] = str(cuda_home(nvcc))
@@ -88,7 +96,7 @@ def native_extension() -> dict[str, object]:
 
     sources = ["csrc/module.cpp", *sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))]
     flags = [
-        "-O3",
+        "-O1" if sanitize else "-O3",
         "-ffp-contract=off",
         "-fno-trapping-math",
         "-fno-math-errno",
@@ -100,6 +108,9 @@ def native_extension() -> dict[str, object]:
     include = [pybind11.get_include()]
     compile_args: dict[str, list[str]] = {"cxx": flags}
     link_args: list[str] = []
+    if sanitize:
+        flags += [*SANITIZERS, "-fno-omit-frame-pointer", "-g1"]
+        link_args += SANITIZERS
     architectures = ""
     kind = cpp_extension.CppExtension
     if nvcc:

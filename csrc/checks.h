@@ -79,6 +79,7 @@ inline void check_step_arguments(const Tensor& images, const Tensor& origin, con
   STD_TORCH_CHECK(active.scalar_type() == ScalarType::Int && active.dim() == 1 &&
                       active.size(0) == images.size(0),
                   "active must be int32 of shape (", images.size(0), "), got ", shape(active));
+  if (images.numel() == 0) return;
   for (int64_t d = 0; d < images.dim(); ++d) {
     STD_TORCH_CHECK(images.size(d) <= 1 || images.stride(d) != 0,
                     "images must not be an expanded tensor: it is written in place");

@@ -141,6 +141,8 @@ class DAG(engine.Settings):
         check_at(model, at, images)
         if start is not None:
             self._check_start(start, images)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
         reader = engine.Reader(model)
         with engine.frozen(model), torch.inference_mode(False):
@@ -209,8 +211,7 @@ class DAG(engine.Settings):
         validate_slots(slots)
         if self.backend != "native":
             raise ValueError(f"backend must be 'native' to stream, got {self.backend!r}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        checks.generator(generator)
         return self._stream(model, samples, slots, generator, callback)
 
     def _stream(
@@ -331,8 +332,7 @@ class DAG(engine.Settings):
                 raise ValueError(
                     "adversarial_labels must be given or drawn for goal='reach', got 'runner-up'"
                 )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        checks.generator(generator)
         self._check_pixels("images", images)
 
     def _check_sample(self, model: object, sample: Sample, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 GOALS = ("leave", "reach")
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = sys.float_info.max
+INT64 = torch.iinfo(torch.int64)
+MOST_PIXELS = 2**31 - 1  # of a side
+MOST_DIMS = 16  # of targets or pixels: what the native loops hold
 
 
 def names(items: Iterable[object]) -> str:
@@ -20,9 +25,12 @@ def names(items: Iterable[object]) -> str:
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless `value` is a tensor of one of `dtypes`."""
+    """Raise unless `value` is a dense tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested one" if value.is_nested else names([value.layout])
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {names(dtypes)}, got {names([value.dtype])}")
 
@@ -43,10 +51,16 @@ def shape(name: str, value: Tensor, required: tuple[int, ...], why: str) -> None
         )
 
 
+def most_dims(name: str, what: str, count: int) -> None:
+    """Raise unless there are no more dimensions than the native loops can hold."""
+    if count > MOST_DIMS:
+        raise ValueError(f"{name} must have at most {MOST_DIMS} {what}, got {count}")
+
+
 def choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless a string is one of the choices."""
     allowed = tuple(choices)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be {names(map(repr, allowed))}, got {value!r}")
 
 
@@ -54,6 +68,8 @@ def number(name: str, value: object, *, above: float | None = None, infinite: bo
     """Raise unless `value` is a real number, larger than `above` and finite unless allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}")
     fits = (above is None or value > above) and not math.isnan(value)
     if not fits or not (infinite or math.isfinite(value)):
         kind = "a number" if infinite else "a finite number"
@@ -76,12 +92,44 @@ def fraction(name: str, value: object) -> float:
     return float(value)
 
 
-def integer(name: str, value: object, *, at_least: int | None = None) -> None:
-    """Raise unless `value` is an integer, and no smaller than `at_least`."""
+def integer(
+    name: str, value: object, *, at_least: int = INT64.min, at_most: int = INT64.max
+) -> None:
+    """Raise unless `value` is an integer, at least `at_least` and at most `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {shown(value)}")
+    if value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}, got {shown(value)}")
+
+
+def boolean(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def generator(value: object) -> None:
+    """Raise unless `value` is a source of randomness, or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
+
+
+def bounds(value: object) -> None:
+    """Raise unless `value` is (lower, upper), finite and a finite distance apart."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
+    for name, bound in zip(("bounds[0]", "bounds[1]"), value, strict=True):
+        number(name, bound)
+    if not value[0] < value[1] or not math.isfinite(float(value[1]) - float(value[0])):
+        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
+
+
+def shown(value: int) -> str:
+    """An integer for a message, of any length: Python refuses to print the longest."""
+    bits = value.bit_length()
+    return str(value) if bits < 1000 else f"an integer of {bits} bits"
 
 
 def seed_arguments(
@@ -104,6 +152,7 @@ def seed_arguments(
             "scores must have shape (N, C, *targets) with at least one class, "
             f"got {tuple(scores.shape)}"
         )
+    most_dims("scores", "target dimensions", scores.dim() - 2)
     choice("goal", goal, GOALS)
     integer("ignore_index", ignore_index)
     expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
@@ -135,6 +184,17 @@ def seed_arguments(
     return None if isinstance(adversarial_labels, str) else adversarial_labels
 
 
+def overlaps(value: Tensor) -> bool:
+    """Whether two elements of a tensor may share their memory."""
+    span = 0  # of the dimensions so far, from the smallest stride up
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False
+
+
 def score_maps(scores: Tensor) -> None:
     """Raise unless scores are maps (N, C, h, w) that can be interpolated."""
     tensor("scores", scores, FLOAT_DTYPES)
@@ -150,7 +210,7 @@ def map_size(size: object) -> tuple[int, int]:
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise ValueError(f"size must be (height, width), got {size!r}")
     for name, extent in zip(("size[0]", "size[1]"), size, strict=True):
-        integer(name, extent, at_least=0)
+        integer(name, extent, at_least=0, at_most=MOST_PIXELS)
     return int(size[0]), int(size[1])
 
 
@@ -180,10 +240,12 @@ def step_arguments(
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
         raise ValueError("images must have a batch dimension, got a scalar")
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(images.shape, images.stride(), strict=True)
-    ):
+    most_dims("images", "pixel dimensions", images.dim() - 1)
+    if images.numel() and overlaps(images):
         raise ValueError("images must not be an expanded tensor: it is written in place")
+    # The imaginary part of a conjugate, say: torch cannot write to it through an op.
+    if not torch.compiler.is_compiling() and images.is_neg():
+        raise ValueError("images must not be a negated view: it is written in place")
     for name, value in (("origin", origin), ("gradient", gradient)):
         tensor(name, value, (images.dtype,))
         shape(name, value, tuple(images.shape), "images")

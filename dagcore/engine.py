@@ -9,6 +9,7 @@ not touched any more; learning of it late changes no result.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -53,15 +54,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         checks.number("gamma", self.gamma, above=0)
-        checks.integer("max_iter", self.max_iter, at_least=0)
+        checks.integer("max_iter", self.max_iter, at_least=0, at_most=2**31 - 2)
         checks.choice("goal", self.goal, checks.GOALS)
         if self.bounds is not None:
-            if not isinstance(self.bounds, (tuple, list)) or len(self.bounds) != 2:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
-            for name, bound in zip(("bounds[0]", "bounds[1]"), self.bounds, strict=True):
-                checks.number(name, bound)
-            if not self.bounds[0] < self.bounds[1]:
-                raise ValueError(f"bounds must be (lower, upper) or None, got {self.bounds!r}")
+            checks.bounds(self.bounds)
         if self.epsilon is not None:
             checks.number("epsilon", self.epsilon, above=0)
         checks.number("tolerance", self.tolerance)
@@ -71,24 +67,59 @@ class Settings:
         checks.choice("backend", self.backend, ("native", "reference"))
 
 
+class _Held:
+    """A module or a parameter, as it was before the first attack, and the attacks that hold it."""
+
+    def __init__(self, thing: nn.Module | nn.Parameter) -> None:
+        self.thing = thing
+        self.before = thing.training if isinstance(thing, nn.Module) else thing.requires_grad
+        self.holders: set[object] = set()
+
+    def put_back(self) -> None:
+        if isinstance(self.thing, nn.Module):
+            self.thing.training = self.before
+        else:
+            self.thing.requires_grad_(self.before)
+
+
+# A generator that is collected may end its block in a thread that holds the lock.
+_lock = threading.RLock()
+_held: dict[int, _Held] = {}  # by id
+
+
 @contextmanager
 def frozen(model: object) -> Iterator[None]:
-    """Eval mode and parameters without gradients, both put back afterwards."""
+    """Eval mode and parameters without gradients, both put back by the last that ends.
+
+    Attacks in several threads may share a model, or modules of several models.
+    """
     if not isinstance(model, nn.Module):
         yield
         return
-    training = [(module, module.training) for module in model.modules()]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    holder = object()
+    things: list[nn.Module | nn.Parameter] = [*model.modules(), *model.parameters()]
     try:
-        model.eval()
-        for parameter in learning:
-            parameter.requires_grad_(False)
+        with _lock:
+            for thing in things:
+                while True:  # what ends meanwhile, in this very thread, may have let go of it
+                    held = _held.setdefault(id(thing), _Held(thing))
+                    held.holders.add(holder)
+                    if _held.get(id(thing)) is held:
+                        break
+            model.eval()
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        with _lock:
+            for thing in things:
+                let_go = _held.get(id(thing))
+                if let_go is None or holder not in let_go.holders:
+                    continue
+                let_go.holders.remove(holder)
+                if not let_go.holders:
+                    del _held[id(thing)]
+                    let_go.put_back()
 
 
 def read_scores(output: Any, images: Tensor) -> Tensor:
@@ -108,6 +139,10 @@ def read_scores(output: Any, images: Tensor) -> Tensor:
             f"model must return scores of shape ({len(images)}, C, *targets) for "
             f"{len(images)} images, got {tuple(scores.shape)}"
         )
+    if scores.shape[1] < 1:
+        raise ValueError(
+            f"model must return scores of at least one class, got {tuple(scores.shape)}"
+        )
     return scores
 
 
@@ -119,6 +154,8 @@ class Reader:
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}")
         self.model = model
         self.align_corners = bool(getattr(model, "align_corners", False))
 

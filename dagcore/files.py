@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +16,21 @@ from torch import Tensor
 
 IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
 
-_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+MAX_PIXELS = 2**26  # of an image: a small file can claim to be of any size
 
 
 def read_image(path: Path) -> Tensor:
-    """An 8-bit image as (3, H, W) float32 in [0, 1]; grey ones become RGB, alpha is dropped."""
-    image = _decode(path)
+    """An 8-bit image as (3, H, W) float32 in [0, 1]; grey ones become RGB, alpha is dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no such image, or one of more than MAX_PIXELS.
+    """
+    image = decode(path)
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path} must have 8 bits per channel, got mode {image.mode}")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # from a palette to RGB at once Pillow would warn
     pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
@@ -32,8 +39,12 @@ def read_label_map(path: Path) -> Tensor:
     """A palette or grey image as (H, W) int32 class indices.
 
     255 (65535 in a 16-bit file) is the ignore label, and comes back as IGNORE.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no such image, or one of more than MAX_PIXELS.
     """
-    image = _decode(path)
+    image = decode(path)
     if image.mode not in ("P", "L", "I", "I;16", "I;16B"):
         raise ValueError(
             f"label map {path} must be a palette or grey image whose values are classes, "
@@ -44,15 +55,24 @@ def read_label_map(path: Path) -> Tensor:
     return torch.from_numpy(np.where(values == ignored, IGNORE, values).astype(np.int32))
 
 
-def _decode(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
+    """An image file as Pillow reads it; errors as for `read_image`."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            pixels = image.width * image.height
+            if pixels <= MAX_PIXELS:
+                image.load()
+                return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except _IMAGE_ERRORS as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        claimed = re.search(r"\((\d+) pixels\)", str(error))  # Pillow has a limit of its own
+        pixels = int(claimed.group(1)) if claimed else 0
+    except Exception as error:  # bytes that are no image fail in any way at all
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    raise ValueError(
+        f"{path} must have at most {MAX_PIXELS} pixels, got {pixels or 'more than Pillow allows'}"
+    )
 
 
 def write_image(path: Path, image: Tensor) -> None:

@@ -74,10 +74,14 @@ def joint_attack(
     Raises:
         TypeError, ValueError: the argument, what was required and what came.
     """
+    if not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a sequence of dagcore.Part, got {type(parts).__name__}")
     if not parts:
         raise ValueError("parts must have at least one network, got none")
     rules = []
     for k, part in enumerate(parts):
+        if not isinstance(part, Part):
+            raise TypeError(f"parts[{k}] must be a dagcore.Part, got {type(part).__name__}")
         rule = attack if part.goal is None else dataclasses.replace(attack, goal=part.goal)
         try:
             rule._check(images, part.labels, part.adversarial_labels, generator)

@@ -35,11 +35,20 @@ def assign(
         (N, *T), of the dtype of `labels` where that can hold C classes, or "runner-up".
 
     Raises:
+        TypeError: an argument of a wrong type or dtype.
         ValueError: an unknown kind, a label out of range, or fewer than two classes to choose from.
     """
-    if isinstance(adversarial_labels, Tensor) or adversarial_labels == "runner-up":
+    if isinstance(adversarial_labels, Tensor):
         return adversarial_labels
     checks.choice("adversarial_labels", adversarial_labels, KINDS)
+    if adversarial_labels == "runner-up":
+        return adversarial_labels
+    checks.tensor("labels", labels, checks.LABEL_DTYPES)
+    if labels.dim() < 1:
+        raise ValueError("labels must have shape (N, *T), got a scalar")
+    checks.integer("num_classes", num_classes, at_least=1, at_most=checks.MOST_PIXELS)
+    checks.integer("ignore_index", ignore_index)
+    checks.generator(generator)
     checks.label_range("labels", labels, num_classes, ignore_index)
     counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if num_classes < 2:
@@ -65,7 +74,13 @@ def assign(
 
 
 def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:
-    """A permutation of the classes without fixed points, uniform among them: (C,) int64."""
+    """A permutation of the classes without fixed points, uniform among them: (C,) int64.
+
+    Raises:
+        TypeError, ValueError: a generator that is none, or fewer than two classes.
+    """
+    checks.integer("num_classes", num_classes, at_least=2, at_most=checks.MOST_PIXELS)
+    checks.generator(generator)
     device = generator.device if generator is not None else torch.device("cpu")
     identity = torch.arange(num_classes, device=device)
     while True:  # succeeds with probability about 1/e
@@ -84,9 +99,13 @@ def pattern(name: str, height: int, width: int) -> Tensor:
         width: in targets.
 
     Raises:
-        ValueError: an unknown name, an empty text or a size below 1.
-        OSError: a mask file that cannot be read as an image.
+        TypeError: a name or a size of a wrong type.
+        ValueError: an unknown name, a text that has nothing to show, a size below 1, or a mask file
+            that cannot be read as an image.
+        FileNotFoundError: a mask file that is not there.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"pattern must be a string, got {type(name).__name__}")
     checks.integer("height", height, at_least=1)
     checks.integer("width", width, at_least=1)
     kind, _, argument = name.partition(":")
@@ -152,9 +171,11 @@ def _text(words: str, height: int, width: int) -> Tensor:
 def _mask_file(path: Path, height: int, width: int) -> Tensor:
     from PIL import Image
 
-    with Image.open(path) as image:
-        grey = image if image.mode in ("L", "P", "1", "I") else image.convert("L")
-        return _pixels(grey.resize((width, height), Image.Resampling.NEAREST)) > 0
+    from .files import decode
+
+    image = decode(path)
+    grey = image if image.mode in ("L", "P", "1", "I") else image.convert("L")
+    return _pixels(grey.resize((width, height), Image.Resampling.NEAREST)) > 0
 
 
 def _pixels(image: object) -> Tensor:

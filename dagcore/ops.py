@@ -259,6 +259,7 @@ def dag_seed_bilinear(
     adversarial = checks.seed_arguments(
         scores, labels, adversarial_labels, goal, ignore_index, bilinear=True
     )
+    checks.boolean("align_corners", align_corners)
     seed, active = torch.ops.dagcore.dag_seed_bilinear(
         scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
     )
@@ -290,6 +291,7 @@ def argmax_bilinear(
     """
     checks.score_maps(scores)
     height, width = checks.map_size(size)
+    checks.boolean("align_corners", align_corners)
     labels: Tensor = torch.ops.dagcore.argmax_bilinear(
         scores.detach(), height, width, align_corners
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks
 
@@ -14,13 +14,17 @@ def combine(*perturbations: Tensor) -> Tensor:
     """The sum of perturbations of one shape: the paper's ensembles, such as r_5 + r_7.
 
     Raises:
-        ValueError: none given, or of different shapes.
+        TypeError: a member that is no floating-point tensor.
+        ValueError: none given, or of different shapes or devices.
     """
     if not perturbations:
         raise ValueError("perturbations must have at least one member, got none")
+    for k, r in enumerate(perturbations):
+        checks.tensor(f"perturbations[{k}]", r, checks.FLOAT_DTYPES)
     total = perturbations[0]
     for k, other in enumerate(perturbations[1:], start=1):
         checks.shape(f"perturbations[{k}]", other, tuple(total.shape), "perturbations[0]")
+        checks.device(f"perturbations[{k}]", other, "perturbations[0]", total)
         total = total + other
     return total
 
@@ -30,10 +34,8 @@ def permute(perturbation: Tensor, generator: torch.Generator | None = None) -> T
 
     The paper's control: the same values, without their spatial structure.
     """
-    if perturbation.dim() != 4:
-        raise ValueError(
-            f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
-        )
+    _check_maps(perturbation)
+    checks.generator(generator)
     device = generator.device if generator is not None else torch.device("cpu")
     height, width = perturbation.shape[2:]
     shuffled = torch.empty_like(perturbation)
@@ -49,13 +51,20 @@ def fit(perturbation: Tensor, size: Sequence[int]) -> Tensor:
 
     A universal perturbation, for an image of another size.
     """
-    height, width = checks.map_size(tuple(size))
+    height, width = checks.map_size(size)
+    _check_maps(perturbation)
+    fitted = perturbation.new_zeros((*perturbation.shape[:2], height, width))
+    part = perturbation[:, :, :height, :width]
+    fitted[:, :, : part.shape[2], : part.shape[3]] = part
+    return fitted
+
+
+def _check_maps(perturbation: Tensor) -> None:
+    checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() != 4:
         raise ValueError(
             f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
         )
-    missing = (width - perturbation.shape[3], height - perturbation.shape[2])
-    return nn.functional.pad(perturbation, (0, missing[0], 0, missing[1]))
 
 
 def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:
@@ -65,6 +74,7 @@ def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:
         perturbation: (N, C, *pixels).
         value_range: width of the images' range (255 for 0..255): p is in units of [0, 1].
     """
+    checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() < 2:
         raise ValueError(
             f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
@@ -82,6 +92,8 @@ def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) ->
 
     `DAG.count_active` tells how many targets still hold for them.
     """
+    checks.tensor("images", images, checks.FLOAT_DTYPES)
+    checks.bounds(bounds)
     lower, upper = bounds
     exact = images.to(torch.promote_types(images.dtype, torch.float32))
     levels = ((exact - lower) / (upper - lower) * 255).round().clamp(0, 255)

@@ -237,6 +237,7 @@ def dag_seed_bilinear(
 ) -> tuple[Tensor, Tensor]:
     """What `dagcore.ops.dag_seed_bilinear` computes, enlarged for real. Same arguments, results."""
     checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index, bilinear=True)
+    checks.boolean("align_corners", align_corners)
     if labels.numel() == 0:
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     with torch.inference_mode(False), torch.enable_grad():
@@ -261,6 +262,7 @@ def argmax_bilinear(
     """What `dagcore.ops.argmax_bilinear` computes, enlarged for real. Same arguments, results."""
     checks.score_maps(scores)
     height, width = checks.map_size(size)
+    checks.boolean("align_corners", align_corners)
     if not len(scores) * height * width:
         return scores.new_zeros((len(scores), height, width), dtype=torch.int64)
     return enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)

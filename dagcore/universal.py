@@ -64,6 +64,8 @@ def universal_perturbation(
         TypeError, ValueError: the argument, what was required and what came.
     """
     checks.integer("batch_size", batch_size, at_least=1)
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        raise TypeError(f"samples must be a sequence, got {type(samples).__name__}")
     if not len(samples):
         raise ValueError("samples must have at least one image, got none")
     for k, sample in enumerate(samples):
@@ -72,6 +74,13 @@ def universal_perturbation(
         if sample.start is not None:
             raise ValueError(f"samples[{k}]: start must be None for a universal perturbation")
         attack._check_sample(model, sample, f"samples[{k}]")
+        like = samples[0].image
+        if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
+            raise ValueError(
+                f"samples[{k}]: image must have shape ({like.shape[0]}, H, W), "
+                f"got {tuple(sample.image.shape)}"
+            )
+        checks.tensor(f"samples[{k}]: image", sample.image, (like.dtype,))
     with contextlib.ExitStack() as stack:
         stack.enter_context(engine.frozen(model))
         if samples[0].image.device.type == "cpu":

@@ -296,7 +296,7 @@ def test_mask_file_that_is_not_there_or_no_image(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"none\.png"):
         pattern(f"mask:{tmp_path / 'none.png'}", 4, 4)
     (tmp_path / "words.png").write_text("not an image")
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(ValueError, match=r"words\.png cannot be read as an image"):
         pattern(f"mask:{tmp_path / 'words.png'}", 4, 4)
 
 

@@ -35,15 +35,18 @@ class CocoBoxes:
             content = json.loads(path.read_text(encoding="utf-8"))
             self.images = {str(one["file_name"]): one for one in content["images"]}
             self.ids = {name: one["id"] for name, one in self.images.items()}
+            hash(tuple(self.ids.values()))  # or TypeError
             self.objects: dict[Any, list[dict[str, Any]]] = {}
             for one in content["annotations"]:
                 self.objects.setdefault(one["image_id"], []).append(one)
             names = {one["id"]: str(one["name"]) for one in content["categories"]}
-        except (ValueError, KeyError, TypeError) as error:
+            used: set[Any] = {
+                one.get("category_id") for own in self.objects.values() for one in own
+            }
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"annotation {path} cannot be read as COCO's: {type(error).__name__}: {error}"
             ) from error
-        used: set[Any] = {one.get("category_id") for own in self.objects.values() for one in own}
         unknown = used - set(names)
         if unknown:
             raise ValueError(
@@ -56,6 +59,12 @@ class CocoBoxes:
                 f"annotation {path} must have categories of the model's classes "
                 f"({', '.join(classes)}), got {', '.join(absent)}"
             )
+        if classes is None:
+            wrong = [k for k in used if not isinstance(k, int) or not 0 <= k < 2**31]
+            if wrong:
+                raise ValueError(
+                    f"annotation {path} must have categories whose ids are classes, got {wrong}"
+                )
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
     def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +92,7 @@ class CocoBoxes:
                 left, top, across, down = (float(value) for value in one["bbox"])
                 if not (math.isfinite(left + top + across + down) and min(across, down) >= 0):
                     raise ValueError
-            except (KeyError, OverflowError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"annotation {self.path}: a bbox of {file_name} must be four numbers of a box, "
                     f"got {one.get('bbox')!r}"

@@ -278,7 +278,7 @@ def read_voc_boxes(
             boxes.append([left - 1, top - 1, right, bottom])
             labels.append(classes[name])
             difficult.append(bool(int(thing.findtext("difficult", "0"))))
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         raise ValueError(f"annotation {path} cannot be read: {error}") from error
     return _boxes(boxes, labels, difficult)
 

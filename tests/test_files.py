@@ -1,0 +1,140 @@
+"""Files that are more than they look: images of enormous sizes, weights with code in them."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dagcore import files, victims, zoo
+from dagcore.__main__ import main
+from dagcore.labels import pattern
+
+
+def png(width: int, height: int) -> bytes:
+    """A few bytes whose header claims a grey image of any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def as_mask(path: Path) -> Tensor:
+    return pattern(f"mask:{path}", 4, 4)
+
+
+READERS = pytest.mark.parametrize("read", [files.read_image, files.read_label_map, as_mask])
+
+
+@READERS
+@pytest.mark.filterwarnings("error", "ignore:Image size:PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "size",
+    [
+        (2**13, 2**13 + 1),  # just above
+        (9000, 10000),  # Pillow would warn
+        (20000, 20000),  # Pillow would refuse
+        (2**31 - 1, 2**31 - 1),
+    ],
+)
+def test_an_image_too_large_is_refused_before_it_is_decoded(
+    read: object, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(*size))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
+    message = rf"bomb\.png must have at most 67108864 pixels, got {size[0] * size[1]}$"
+    with pytest.raises(ValueError, match=message):
+        read(path)  # type: ignore[operator]
+
+
+@READERS
+def test_a_warning_of_pillows_that_is_an_error_is_no_other_one(
+    read: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(9000, 10000))
+    with pytest.raises(ValueError, match=r"at most 67108864 pixels, got 90000000$"):
+        read(path)  # type: ignore[operator]
+
+
+def test_the_largest_image_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_PIXELS", 12)
+    Image.new("RGB", (4, 3)).save(tmp_path / "image.png")
+    assert files.read_image(tmp_path / "image.png").shape == (3, 3, 4)
+    Image.new("RGB", (13, 1)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="at most 12 pixels, got 13"):
+        files.read_image(tmp_path / "image.png")
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "image.png", transparency=b"\x00\x80")
+    assert files.read_image(tmp_path / "image.png").tolist() == [[[1, 0]], [[0, 0]], [[0, 1]]]
+
+
+# --- weights
+
+
+class Mischief:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(params=["zip", "old zip", "plain pickle"])
+def loaded_weights(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A weights file with code in it, and the file that it makes when it runs."""
+    path, made = tmp_path / "weights.pth", tmp_path / "made"
+    content = {"weight": torch.zeros(2), "more": Mischief(made)}
+    if request.param == "plain pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=request.param == "zip")
+    return path, made
+
+
+def test_the_code_would_run(loaded_weights: tuple[Path, Path]) -> None:
+    path, made = loaded_weights
+    try:
+        torch.load(path, weights_only=False)
+    except RuntimeError:  # no file of torch's
+        pickle.loads(path.read_bytes())
+    assert made.exists()
+
+
+@pytest.mark.parametrize("name", ["FCN-Alex", "FR-ZF-07", "fcn_resnet50", "ssd300_vgg16"])
+def test_code_in_weights_is_not_run(name: str, loaded_weights: tuple[Path, Path]) -> None:
+    path, made = loaded_weights
+    loaders = [victims.load, *([zoo.load] if "-" in name else [])]
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"weights\.pth cannot be read as a state dict"):
+            load(name, path)
+    assert not made.exists()
+
+
+def test_the_command_does_not_run_code_in_weights(
+    loaded_weights: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, made = loaded_weights
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    options = ["--model", "FCN-Alex", "--weights", str(path), "--out", str(tmp_path / "out")]
+    assert main(["attack", str(tmp_path / "image.png"), *options]) != 0
+    assert "weights.pth cannot be read as a state dict" in capsys.readouterr().err
+    assert not made.exists()

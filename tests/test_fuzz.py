@@ -1,0 +1,383 @@
+"""The ops on generated input: the reference's answer, or an error that names the argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bilinear_oracle import capacity, enlarged, score_maps, unpruned
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import (
+    DTYPES,
+    LABEL_DTYPES,
+    LAYOUTS,
+    MODES,
+    arguments,
+    bits,
+    generator,
+    lay_out,
+    lay_out_labels,
+    random_case,
+    same_bits,
+)
+from torch import Tensor
+
+from dagcore import ops, reference
+
+FUZZ = settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+NAN, INF = math.nan, math.inf
+SEEDS = st.integers(0, 2**31)
+EXTENTS = st.sampled_from((0, 1, 1, 2, 3, 4, 7, 8, 17))
+LARGE = ((129,), (1025,), (33, 41), (1, 130), (64, 65))
+IGNORED = (255, 255, -1, 0, 2, 256, -(2**63), 2**63 - 1)
+# Of a sum of weights, relative to the largest that there can be.
+ROUNDING = {torch.float64: 1e-10}
+OUT_OF_RANGE = (-1, -2, 77, 254, 2**31 - 1, -(2**31), 2**40, -(2**63))
+
+
+def one_in(draw: st.DrawFn, count: int) -> bool:
+    return draw(st.integers(1, count)) == count
+
+
+def negated(values: Tensor) -> Tensor:
+    """The same values as a view that negates what is in memory."""
+    return torch._neg_view(-values)
+
+
+def as_labels(draw: st.DrawFn, labels: Tensor, num_classes: int, ignored: int) -> Tensor:
+    """Labels of any integer type and layout, one in ten with one that is out of range."""
+    dtype, layout = draw(st.sampled_from(LABEL_DTYPES)), draw(st.sampled_from(LAYOUTS))
+    if labels.numel() and one_in(draw, 10):
+        where = draw(st.integers(0, labels.numel() - 1))
+        labels.view(-1)[where] = draw(st.sampled_from((*OUT_OF_RANGE, num_classes)))
+    if dtype != torch.int64:  # what does not fit wraps around: another label, as good
+        held = labels.to(dtype)
+        fits = held.long() == labels
+        labels = held if fits.all() else torch.where(fits, held, 0)
+    return lay_out_labels(labels, layout) if labels.numel() else labels.contiguous()
+
+
+@st.composite
+def seed_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[str, Any]]:
+    """Arguments of `dag_seed`."""
+    num_images = draw(st.sampled_from((0, 1, 1, 2, 3)))
+    num_classes = draw(st.sampled_from((1, 2, 3, 5, 21, 300)))
+    if one_in(draw, 15):
+        targets = draw(st.sampled_from(LARGE))
+    else:
+        targets = tuple(draw(st.lists(EXTENTS, max_size=4)))
+    ignored = draw(st.sampled_from(IGNORED))
+    scores, labels, adversarial = random_case(
+        (num_images, num_classes, *targets),
+        draw(SEEDS),
+        dtype=draw(st.sampled_from(DTYPES)),
+        ignore_index=ignored,
+        broken=draw(st.sampled_from((0, 0, 0.02, 0.3))),
+    )
+    if scores.numel():
+        scores = lay_out(scores, draw(st.sampled_from(LAYOUTS)))
+    if one_in(draw, 20):
+        scores = negated(scores)
+    labels = as_labels(draw, labels, num_classes, ignored)
+    adversarial = as_labels(draw, adversarial, num_classes, ignored)
+    other, goal = arguments(draw(st.sampled_from(MODES)), adversarial)
+    return scores, labels, other, {"goal": goal, "ignore_index": ignored}
+
+
+@st.composite
+def bilinear_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[str, Any]]:
+    """Arguments of `dag_seed_bilinear`."""
+    num_images, num_classes = draw(st.sampled_from((0, 1, 1, 2))), draw(st.sampled_from((1, 2, 5)))
+    if one_in(draw, 15):
+        num_classes = 40
+    low = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    size = draw(st.tuples(st.integers(0, 24), st.integers(0, 24)))
+    if one_in(draw, 15):
+        size = draw(st.sampled_from(((1, 130), (70, 3), (65, 66), (48, 48))))
+    shape, seed, dtype = (num_images, num_classes, *low), draw(SEEDS), draw(st.sampled_from(DTYPES))
+    ignored, broken = draw(st.sampled_from(IGNORED)), draw(st.sampled_from((0, 0, 0.05, 0.5)))
+    if draw(st.booleans()):
+        scores, *_ = random_case(shape, seed, dtype=dtype, broken=broken)
+    else:
+        scores = score_maps(shape, seed, "random", dtype)
+    if scores.numel():
+        scores = lay_out(scores, draw(st.sampled_from(LAYOUTS)))
+    _, labels, adversarial = random_case((*shape[:2], *size), seed + 1, ignore_index=ignored)
+    align_corners = draw(st.booleans())
+    if scores.numel() and labels.numel() and draw(st.booleans()):
+        won = enlarged(scores, size, align_corners).argmax(1)
+        labels = torch.where(labels == ignored, labels, won)
+    labels = as_labels(draw, labels, num_classes, ignored)
+    adversarial = as_labels(draw, adversarial, num_classes, ignored)
+    other, goal = arguments(draw(st.sampled_from(MODES)), adversarial)
+    settings = {"goal": goal, "ignore_index": ignored, "align_corners": align_corners}
+    return scores, labels, other, settings
+
+
+@st.composite
+def argmax_cases(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
+    """Arguments of `argmax_bilinear`."""
+    scores, labels, _, settings = draw(bilinear_cases())
+    return scores, tuple(labels.shape[1:]), {"align_corners": settings["align_corners"]}
+
+
+@st.composite
+def step_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Arguments of `linf_step_`."""
+    num_images = draw(st.sampled_from((0, 1, 1, 2, 3)))
+    pixels = tuple(draw(st.lists(EXTENTS, max_size=4)))
+    if one_in(draw, 15):
+        pixels = draw(st.sampled_from((*LARGE, (16383,), (3, 16385))))
+    shape, rng = (num_images, *pixels), generator(draw(SEEDS))
+    dtype = draw(st.sampled_from(DTYPES))
+    broken = draw(st.sampled_from((0, 0, 0.01, 0.2)))
+    magnitude = draw(st.sampled_from((1, 1, 1e-6, 1e-40, 1e4, 1e38)))
+
+    def values(scale: float, broken: float) -> Tensor:
+        drawn = torch.randn(shape, generator=rng, dtype=torch.float64) * scale
+        for value in (NAN, INF, -INF, 0.0, -0.0):
+            drawn[torch.rand(shape, generator=rng) < broken] = value
+        return drawn.to(dtype)
+
+    tensors = [values(0.5, broken), values(0.5, broken), values(magnitude, broken / 4)]
+    if tensors[0].numel():
+        layouts = LAYOUTS if len(shape) > 1 else ("contiguous", "gaps", "expanded")
+        chosen = [draw(st.sampled_from(layouts)) for _ in tensors]
+        chosen[0] = "gaps" if chosen[0] == "expanded" else chosen[0]
+        tensors = [lay_out(t, layout) for t, layout in zip(tensors, chosen, strict=True)]
+    if one_in(draw, 20):
+        tensors[1:] = map(negated, tensors[1:])
+    counts = st.sampled_from((0, 1, 1, 5, -1, -(2**31), 2**31 - 1))
+    active = torch.tensor([draw(counts) for _ in range(num_images)], dtype=torch.int32)
+    bound = st.sampled_from((None, -INF, -0.25, 0, 0.0))
+    settings = {
+        "gamma": draw(st.sampled_from((0.5 / 255, 1, 3e-5, 1e-30, 1e30, 1e300, 5e-324))),
+        "lower": draw(bound),
+        "upper": draw(st.sampled_from((None, INF, 1e-3, 0.75, 1, 1e300))),
+        "epsilon": draw(st.sampled_from((None, INF, 0.01, 2, 1e-30, 1e300))),
+    }
+    return *tensors, active, settings
+
+
+def result_or_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a call returns, or its TypeError or ValueError; any other exception goes through."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        return error
+
+
+def assert_same_error(got: Any, expected: Any, names: tuple[str, ...]) -> None:
+    assert type(got) is type(expected), (got, expected)
+    assert str(got) == str(expected)
+    assert str(got).startswith(names), f"{got} does not begin with an argument's name"
+
+
+SEED_NAMES = ("scores", "labels", "adversarial_labels", "goal", "ignore_index", "align_corners")
+SIZE_NAMES = ("scores", "size", "align_corners")
+STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper", "epsilon")
+
+
+@FUZZ
+@given(seed_cases())
+def test_dag_seed(case: Any) -> None:
+    scores, labels, other, settings = case
+    before = bits(scores)
+    got = result_or_error(ops.dag_seed, scores, labels, other, **settings)
+    expected = result_or_error(reference.dag_seed, scores, labels, other, **settings)
+    assert torch.equal(bits(scores), before), "scores were written to"
+    if isinstance(expected, Exception):
+        assert_same_error(got, expected, ("labels must lie", "adversarial_labels must lie"))
+        return
+    assert same_bits(got[0], expected[0])
+    assert got[0].stride() == torch.empty_like(scores).stride()
+    assert torch.equal(got[1], expected[1])
+
+
+@FUZZ
+@given(bilinear_cases())
+def test_dag_seed_bilinear(case: Any) -> None:
+    scores, labels, other, settings = case
+    before = bits(scores)
+    got = result_or_error(ops.dag_seed_bilinear, scores, labels, other, **settings)
+    expected = result_or_error(reference.dag_seed_bilinear, scores, labels, other, **settings)
+    assert torch.equal(bits(scores), before), "scores were written to"
+    if isinstance(expected, Exception):
+        assert_same_error(got, expected, ("labels must lie", "adversarial_labels must lie"))
+        return
+    seed, active = got
+    assert (seed.dtype, seed.shape) == (scores.dtype, scores.shape)
+    assert seed.stride() == torch.empty_like(scores).stride()
+    if not labels.numel():
+        assert not seed.any()
+        assert not active.any()
+        return
+    size, corners = tuple(labels.shape[1:]), settings["align_corners"]
+    sums, counts = unpruned(
+        scores, labels, other, settings["goal"], corners, settings["ignore_index"]
+    )
+    assert torch.equal(active, counts)
+    slack = ROUNDING.get(seed.dtype, 1e-5) * capacity(tuple(scores.shape[2:]), size, corners)
+    slack = slack + 0.51 * torch.finfo(seed.dtype).eps * sums.abs()
+    assert bool(((seed.double() - sums).abs() <= slack).all())
+
+
+@FUZZ
+@given(argmax_cases())
+def test_argmax_bilinear(case: Any) -> None:
+    scores, size, settings = case
+    got = ops.argmax_bilinear(scores, size, **settings)
+    assert got.dtype == torch.int64
+    assert got.shape == (len(scores), *size)
+    if got.numel():
+        assert torch.equal(got, enlarged(scores, size, settings["align_corners"]).argmax(1))
+
+
+@FUZZ
+@given(step_cases())
+def test_linf_step(case: Any) -> None:
+    images, origin, gradient, active, settings = case
+    expected, before = images.clone(), [bits(origin), bits(gradient)]
+    expected_norms = reference.linf_step_(expected, origin, gradient, active, **settings)
+    norms = ops.linf_step_(images, origin, gradient, active, **settings)
+    assert same_bits(images, expected)
+    assert same_bits(norms, expected_norms)
+    assert torch.equal(bits(origin), before[0]), "origin was written to"
+    assert torch.equal(bits(gradient), before[1]), "gradient was written to"
+
+
+# --- arguments that are none
+
+
+def strange_tensors(like: Tensor) -> list[Any]:
+    """Tensors that differ from one in shape, dtype or kind."""
+    more = like.new_zeros((*like.shape, 2))
+    found = [
+        more,
+        like.new_zeros(()),
+        like.new_zeros((*like.shape[:-1], 9)),
+        like.new_zeros((9, *like.shape[1:])),
+        like.new_zeros((0, *like.shape[1:])),
+        like.new_zeros((*like.shape[:-1], 0)),
+        like.new_zeros((*like.shape, *[2] * 17)[-20:]) if like.dim() < 2 else like,
+        torch.zeros(like.shape, device="meta", dtype=like.dtype),
+        torch.zeros(like.shape, dtype=like.dtype).to_sparse(),
+        torch.zeros(like.shape).to_mkldnn() if like.numel() and like.dim() else like,
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+    ]
+    kinds = (torch.bool, torch.int8, torch.int16, torch.complex64, torch.float8_e4m3fn)
+    if like.is_floating_point():
+        found.append(negated(like))
+    if like.numel() > 5:
+        found.append(like.flatten().unfold(0, 4, 2))
+    found += [torch.zeros(like.shape, dtype=kind) for kind in (*kinds, *DTYPES, *LABEL_DTYPES)]
+    return found
+
+
+ANYTHING: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2**63,
+    -(2**63) - 1,
+    10**400,
+    0.5,
+    0.0,
+    -1.0,
+    1e300,
+    5e-324,
+    NAN,
+    INF,
+    -INF,
+    1j,
+    "",
+    "leave",
+    "reach",
+    "runner-up",
+    "permutation",
+    b"leave",
+    (),
+    (3, 4),
+    [3, 4],
+    (3, -4),
+    (3, 2**40),
+    (3.0, 4),
+    (3, None),
+    (True, 4),
+    {},
+    object(),
+    np.zeros((2, 3)),
+    np.float32(0.5),
+    np.array(["leave", "reach"]),
+    torch.Size([3, 4]),
+    torch.float32,
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, valid: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of which one or two are replaced by something else."""
+    spoilt = dict(valid)
+    for name in draw(st.lists(st.sampled_from(sorted(valid)), min_size=1, max_size=2)):
+        pool = list(ANYTHING)
+        if isinstance(valid[name], Tensor):
+            pool += strange_tensors(valid[name]) * 3
+        spoilt[name] = pool[draw(st.integers(0, len(pool) - 1))]
+    return spoilt
+
+
+def valid_arguments(op: str) -> dict[str, Any]:
+    if op == "linf_step_":
+        images, origin, gradient = torch.rand(3, 2, 3, 4, generator=generator(0)).unbind(0)
+        active = torch.ones(2, dtype=torch.int32)
+        limits = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.1}
+        tensors = {"images": images, "origin": origin, "gradient": gradient, "active": active}
+        return tensors | limits
+    scores, labels, adversarial = random_case((2, 3, 4, 5), 0)
+    if op == "argmax_bilinear":
+        return {"scores": scores, "size": (3, 7), "align_corners": False}
+    maps = {"scores": scores, "labels": labels, "adversarial_labels": adversarial}
+    more = {"align_corners": True} if op == "dag_seed_bilinear" else {}
+    return maps | {"goal": "leave", "ignore_index": 255} | more
+
+
+def same(got: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        return all(map(same, got, expected))
+    if expected.is_floating_point() and expected.device.type == "cpu":
+        return torch.allclose(got, expected, equal_nan=True)
+    return got.shape == expected.shape and got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+@FUZZ
+@given(data=st.data())
+def test_wrong_arguments(op: str, data: st.DataObject) -> None:
+    given = data.draw(spoiled(valid_arguments(op)))
+    mine, theirs = ({k: copied(v) for k, v in given.items()} for _ in range(2))
+    got = result_or_error(getattr(ops, op), **mine)
+    expected = result_or_error(getattr(reference, op), **theirs)
+    if isinstance(expected, Exception) or isinstance(got, Exception):
+        names = STEP_NAMES if op == "linf_step_" else (*SEED_NAMES, *SIZE_NAMES)
+        assert_same_error(got, expected, names)
+        return
+    assert same(got, expected)
+
+
+def copied(value: Any) -> Any:
+    """A tensor of its own, where that can be, as the ops write to some."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return value.clone() if plain else value
