@@ -16,11 +16,15 @@ from torch import Tensor
 
 IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
 
+# Of Pillow's formats none that starts another program, as EPS does.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # of an image: a small file can claim to be of any size
 
 
 def read_image(path: Path) -> Tensor:
     """An 8-bit image as (3, H, W) float32 in [0, 1]; grey ones become RGB, alpha is dropped.
+
+    Pixels are read as they are stored: an orientation that a camera has noted is not applied.
 
     Raises:
         FileNotFoundError: no such file.
@@ -58,9 +62,11 @@ def read_label_map(path: Path) -> Tensor:
 def decode(path: Path) -> Image.Image:
     """An image file as Pillow reads it; errors as for `read_image`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
-            if pixels <= MAX_PIXELS:
+            # Of 16 bits a colour Pillow reads the upper 8 only.
+            cut = not image.mode.startswith("I") and any(";16" in str(one[3]) for one in image.tile)
+            if pixels <= MAX_PIXELS and not cut:
                 image.load()
                 return image
     except FileNotFoundError:
@@ -70,6 +76,8 @@ def decode(path: Path) -> Image.Image:
         pixels = int(claimed.group(1)) if claimed else 0
     except Exception as error:  # bytes that are no image fail in any way at all
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if pixels <= MAX_PIXELS and pixels:
+        raise ValueError(f"{path} must have 8 bits per channel, got 16")
     raise ValueError(
         f"{path} must have at most {MAX_PIXELS} pixels, got {pixels or 'more than Pillow allows'}"
     )

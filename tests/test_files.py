@@ -138,3 +138,35 @@ def test_the_command_does_not_run_code_in_weights(
     assert main(["attack", str(tmp_path / "image.png"), *options]) != 0
     assert "weights.pth cannot be read as a state dict" in capsys.readouterr().err
     assert not made.exists()
+
+
+def png_of_16_bits(path, colour=2):
+    """A PNG of 3 x 2 pixels, RGB by default, 16 bits a channel, which Pillow cannot write."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    rows = b"".join(b"\0" + bytes(range(6 * channels)) for _ in range(2))
+
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 3, 2, 16, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_images_of_16_bits_are_refused_not_cut_to_8(tmp_path, colour):
+    png_of_16_bits(tmp_path / "deep.png", colour)
+    with pytest.raises(ValueError, match=r"deep\.png must have 8 bits per channel, got"):
+        files.read_image(tmp_path / "deep.png")
+    if colour == 0:
+        assert files.read_label_map(tmp_path / "deep.png").shape == (2, 3)
+
+
+def test_formats_that_start_other_programs_are_not_read(tmp_path):
+    path = tmp_path / "page.png"
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(ValueError, match=r"page\.png cannot be read as an image"):
+        files.read_image(path)
