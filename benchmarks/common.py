@@ -85,7 +85,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def save(
-    name: str | None, device: str, rows: list[dict[str, Any]], record: Any, command: str
+    name: str | None,
+    device: str,
+    rows: list[dict[str, Any]],
+    record: Any,
+    command: str,
+    note: str = NOTE,
 ) -> None:
     """Print a table; with a name, keep it and its numbers in benchmarks/results."""
     text = markdown(rows)
@@ -95,7 +100,7 @@ def save(
     about = machine(device)
     words = ", ".join(f"{key} {value}" for key, value in about.items())
     RESULTS.mkdir(exist_ok=True)
-    page = f"`{command}`\n\n{NOTE}\n\nMachine: {words}.\n\n{text}\n"
+    page = f"`{command}`\n\n{note}\n\nMachine: {words}.\n\n{text}\n"
     (RESULTS / f"{name}.md").write_text(page)
     kept = {"command": command, "machine": about, "rows": record}
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
