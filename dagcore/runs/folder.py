@@ -138,19 +138,20 @@ class Folder:
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def path(self, kind: str, name: str, ending: str) -> Path:
-        """A file of an image, its folder made.
-
-        Raises:
-            ValueError: a name that leads out of the folder, or that is too long.
-        """
-        folder = self.out / kind
-        if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
-            raise ValueError(f"an image's name must leave room for its ending, got {name!r}")
-        path = folder / f"{name}.{ending}"
-        if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"an image's name must stay below its folder, got {name!r}")
+        """A file of an image, its folder made."""
+        self.check_name(name)
+        path = self.out / kind / f"{name}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def check_name(self, name: str) -> None:
+        """Raise ValueError for a name that leads out of the folder, or that is too long."""
+        if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
+            raise ValueError(f"an image's name must leave room for its ending, got {name!r}")
+        for folder in (self.out / kind for kind in KINDS):
+            path = folder / f"{name}.png"
+            if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"an image's name must stay below its folder, got {name!r}")
 
     def read(self) -> dict[int, Record]:
         """The records that are there, by the number of their image, in rising order.

@@ -122,7 +122,7 @@ class Work:
             number = missing[place]
             name = self.source.names[number]
             try:
-                self.folder.path("images", name, "png")
+                self.folder.check_name(name)
                 image, truth = self.source.read(number)
                 with self.looking:
                     one = self._aim(number, name, image.to(self.device), truth)
