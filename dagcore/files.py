@@ -98,7 +98,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     # As long as a name may be, the temporary one is no longer.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{os.getpid()}-{digest}")
+    temporary = path.with_name(f".{os.getpid()}-{digest}.part")
     try:
         yield temporary
         _flush(temporary)

@@ -472,10 +472,10 @@ def test_an_image_in_the_place_of_a_folder_is_refused(photos, capsys):
 def test_a_folder_with_a_settings_file_of_something_else_is_left_alone(photos, capsys):
     Path("out/sub").mkdir(parents=True)
     Path("out/settings.toml").write_text('title = "x"\n')
-    Path("out/.12-0123456789abcdef").write_text("theirs")
+    Path("out/.12-0123456789abcdef.part").write_text("theirs")
     assert "--out must be a new folder or a run's" in refused(capsys, "--data", "photos")
     left = sorted(p.name for p in Path("out").iterdir())
-    assert left == [".12-0123456789abcdef", "settings.toml", "sub"]
+    assert left == [".12-0123456789abcdef.part", "settings.toml", "sub"]
 
 
 def test_images_that_have_changed_are_refused(photos, capsys):

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 KINDS = ("images", "perturbations", "figures", "records")
 LONGEST_NAME = 255  # in bytes
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}")  # of files.whole
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.whole
 
 
 def _ours(path: Path) -> bool:
