@@ -9,13 +9,14 @@ import sys
 import time
 
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from dagcore import zoo
 from dagcore.__main__ import main
-from dagcore.data import Scenes
+from dagcore.data import VOC_CLASSES, Scenes
 from dagcore.paper import (
     Attack,
     Record,
@@ -29,6 +30,7 @@ from dagcore.paper import (
     work,
 )
 from dagcore.report import Counter
+from dagcore.zoo.checkpoint import save_weights
 
 ZF = Attack.of("FR-ZF-07", max_iter=4)
 
@@ -492,3 +494,73 @@ sys.exit(main([*arguments, "--out", sys.argv[1]]))
         assert partial.items() <= expected.items()  # whole files only, and the right ones
     assert start(killed).wait() == 0
     assert results(killed) == expected
+
+
+ANNOTATION = """<annotation><object><name>cat</name><difficult>0</difficult>
+<bndbox><xmin>21</xmin><ymin>11</ymin><xmax>60</xmax><ymax>50</ymax></bndbox></object></annotation>
+"""
+
+
+def a_devkit(root):
+    """Three test images and two others of VOC2007, of two sizes, with a cat in each."""
+    for name in ("JPEGImages", "Annotations", "SegmentationClass"):
+        (root / "VOC2007" / name).mkdir(parents=True)
+    sets = root / "VOC2007" / "ImageSets"
+    for kind in ("Main", "Segmentation"):
+        (sets / kind).mkdir(parents=True)
+        (sets / kind / "test.txt").write_text("000001\n000002\n000003\n")
+        (sets / kind / "trainval.txt").write_text("000004\n000005\n")
+    cat = Image.fromarray(skimage.data.chelsea())
+    for k in range(1, 6):
+        size = (96, 80) if k % 2 else (80, 96)
+        cat.resize(size).save(root / "VOC2007" / "JPEGImages" / f"00000{k}.jpg")
+        mask = Image.new("L", size)
+        mask.paste(VOC_CLASSES.index("cat"), (20, 10, 60, 50))
+        mask.paste(255, (0, 0, 9, 9))
+        mask.save(root / "VOC2007" / "SegmentationClass" / f"00000{k}.png")
+        (root / "VOC2007" / "Annotations" / f"00000{k}.xml").write_text(ANNOTATION)
+
+
+def test_voc_and_weights_of_the_users_own(tmp_path, monkeypatch, capfd):
+    """The whole way on images of VOC's form, with networks that have seen nothing."""
+    a_devkit(tmp_path / "VOCdevkit")
+    for name in ("FR-ZF-07", "FCN-Alex"):
+        torch.manual_seed(0)
+        network = zoo.build(name, width=1 / 16).eval()
+        known = {"width": 1 / 16, "classes": list(VOC_CLASSES)}
+        path = tmp_path / "weights" / f"{zoo.find(name).slug}.safetensors"
+        save_weights(path, network, known)
+    rows = {"none": (58.7, 48.04), "r5": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
+    further = ("joint r1 + r5", "universal r5")
+    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), rows, further)
+    monkeypatch.setitem(tables.TABLES, "cross-task", table)
+    of = Attack.of.__func__
+
+    def short(cls, *networks, **settings):
+        return of(cls, *networks, **{**settings, "max_iter": 5})
+
+    monkeypatch.setattr(Attack, "of", classmethod(short))
+    arguments = ["paper", "table", "cross-task", "--images", "3", "--jobs", "1"]
+    arguments += ["--data", str(tmp_path / "VOCdevkit"), "--weights", str(tmp_path / "weights")]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    known = json.loads((tmp_path / "out" / "table-cross-task.json").read_text())
+    found = {row["perturbation"]: row["scores"] for row in known["rows"]}
+    assert list(found) == [*rows, *further]
+    setup = Setup(
+        out=tmp_path / "out",
+        images=3,
+        data=str(tmp_path / "VOCdevkit"),
+        weights=tmp_path / "weights",
+    )
+    records = work.kept(setup, Attack.of("FCN-Alex"))
+    assert [record.key for record in records] == ["000001", "000002", "000003"]
+    assert [record.perturbation.shape[1:] for record in records] == [(80, 96), (96, 80), (80, 96)]
+    assert records[0].targets == 80 * 96 - 81
+    added = [(record.key, record.perturbation) for record in records]
+    assert found["r5"]["FCN-Alex"] == work.score(setup, "FCN-Alex", added).mean
+    (universal,) = tables.attacks("universal r5")
+    assert work.read(setup, universal, 0).perturbation.shape == (3, 96, 96)
+    assert (
+        main([*arguments[:3], *arguments[5:], "--images", "4", "--out", str(tmp_path / "x")]) == 2
+    )
+    assert "--images must be at most 3" in capfd.readouterr().err
