@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dagcore import native
+from dagcore.bench import alternate, seconds, spread
+
+__all__ = ["alternate", "seconds", "spread"]  # and what is defined here
 
 RESULTS = Path(__file__).with_name("results")
 NOTE = "Medians (quartiles); the sides of a row are timed in alternation, in one process."
@@ -42,39 +43,6 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit,
     }
-
-
-def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def alternate(
-    sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
-    for _ in range(warmup):
-        for run in sides.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            times[name].append(seconds(run, device))
-    return times
-
-
-def spread(values: list[float], scale: float = 1.0) -> str:
-    """Median (lower to upper quartile)."""
-    if len(values) < 2:
-        return f"{values[0] * scale:.2f}"
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{statistics.median(values) * scale:.2f} ({low * scale:.2f} to {high * scale:.2f})"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -244,6 +244,57 @@ def demo(out: Path) -> None:
     demonstration.run(out)
 
 
+def size(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Read a size: WIDTHxHEIGHT."""
+    width, _cross, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"{value!r} is no size like 512x384.")
+    return int(height), int(width)
+
+
+@cli.command("bench")
+@click.option("--model", metavar="SPEC", help="A segmentation network, as for dagcore attack.")
+@click.option("--weights", type=FILE, help="State dict, as for dagcore attack.")
+@click.option(
+    "--size",
+    callback=size,
+    default="512x512",
+    show_default=True,
+    metavar="WIDTHxHEIGHT",
+    help="Of the images for the network.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default="1", help="Images at a time."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=9,
+    show_default="9",
+    help="Of all sides in turn.",
+)
+@click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
+@click.option("--json", "path", type=FOLDER, metavar="FILE", help="Keep all times there.")
+def run_bench(
+    model: str | None,
+    weights: Path | None,
+    size: tuple[int, int],
+    batch: int,
+    rounds: int,
+    device: str | None,
+    path: Path | None,
+) -> None:
+    """Time the ops on this machine, and an attack's updates on a network.
+
+    Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
+    bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
+    """
+    from .aims import find_device
+    from .bench import bench
+
+    bench(model, weights, (batch, *size), rounds, str(find_device(device)), path)
+
+
 @cli.command("info")
 @click.option(
     "--require-cuda-kernels",

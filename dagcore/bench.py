@@ -1,0 +1,215 @@
+"""`dagcore bench`: the ops and whole updates of an attack, timed on this machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .attack import DAG
+from .engine import Reader, frozen
+from .files import whole
+from .info import versions
+from .native import freed_memory_kept
+from .reference import input_gradient
+from .victims import Detector, Victim, load, prepare
+
+Sides = Mapping[str, Callable[[], object]]
+Row = dict[str, Any]
+
+SHAPES = ((1, 21, 512, 512), (4, 21, 512, 512), (1, 150, 512, 512))
+UPDATES = 4
+
+
+def seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def alternate(
+    sides: Sides, rounds: int, warmup: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def spread(values: list[float], scale: float = 1.0) -> str:
+    """Median (lower to upper quartile)."""
+    if len(values) < 2:
+        return f"{values[0] * scale:.2f}"
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values) * scale:.2f} ({low * scale:.2f} to {high * scale:.2f})"
+
+
+def measure_ops(rounds: int, device: str) -> list[Row]:
+    """Each op beside the reference, and beside `clone` of what it must read."""
+    rows = []
+    for shape in SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.randn(shape, generator=generator)
+        right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
+        labels = torch.where(right, scores.argmax(1), 0).to(torch.uint8).to(device)
+        scores = scores.to(device)
+        low = scores[:, :, ::8, ::8].contiguous()
+        rows += [
+            _row("dag_seed", shape, _seed_sides("dag_seed", scores, labels), rounds, device),
+            _row(
+                "dag_seed_bilinear",
+                tuple(low.shape),
+                _seed_sides("dag_seed_bilinear", low, labels),
+                rounds,
+                device,
+            ),
+        ]
+    images = torch.rand(8, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
+    rows.append(
+        _row("linf_step_", tuple(images.shape), _step_sides(images, device), rounds, device)
+    )
+    return rows
+
+
+def _seed_sides(op: str, scores: Tensor, labels: Tensor) -> Sides:
+    adversarial = (labels + 1) % scores.shape[1]
+    native, plain = (getattr(module, op) for module in (ops, reference))
+    return {
+        "native": lambda: native(scores, labels, adversarial),
+        "reference": lambda: plain(scores, labels, adversarial),
+        "floor": lambda: scores.clone(),
+    }
+
+
+def _step_sides(images: Tensor, device: str) -> Sides:
+    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    origin, active = images.clone(), torch.ones(len(images), dtype=torch.int32, device=device)
+    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
+    return {
+        "native": lambda: ops.linf_step_(images, origin, gradient, active, **bounds),
+        "reference": lambda: reference.linf_step_(images, origin, gradient, active, **bounds),
+        "floor": lambda: images.clone(),
+    }
+
+
+def _row(what: str, shape: tuple[int, ...], sides: Sides, rounds: int, device: str) -> Row:
+    return {
+        "what": what,
+        "case": "x".join(map(str, shape)),
+        "seconds": alternate(sides, rounds, device=device),
+    }
+
+
+def measure_updates(
+    model: str,
+    weights: Path | None,
+    shape: tuple[int, int, int],  # (N, H, W)
+    rounds: int,
+    device: str,
+) -> Row:
+    """One update of an attack on a segmentation network, beside its bare gradient.
+
+    The images are noise, and their labels what the network sees, so that most targets are active.
+
+    Raises:
+        ValueError: a detector, or images that the network cannot take.
+    """
+    victim = load(model, weights, torch.device(device))
+    if isinstance(victim, Detector):
+        raise ValueError(f"--model must be a segmentation network, {model} is a detector")
+    count, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((count, 3, height, width), generator=generator).to(device)
+    try:
+        with frozen(victim), torch.no_grad():
+            labels = ops.argmax_bilinear(
+                Reader(victim)(images, images[:, 0].long()), (height, width)
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--model {model} cannot take {width}x{height} pixels: {reason}") from None
+    prepared = prepare(victim)
+    sides: Sides = {
+        "bare network": lambda: _bare(victim, images, labels),
+        "reference": lambda: _attack(victim, images, labels, "reference"),
+        "native": lambda: _attack(victim, images, labels, "native"),
+        "native, prepared": lambda: _attack(prepared, images, labels, "native"),
+    }
+    times = alternate(sides, rounds, device=device)
+    per_update = {name: [s / UPDATES for s in found] for name, found in times.items()}
+    return {"what": model, "case": "x".join(map(str, images.shape)), "seconds": per_update}
+
+
+def _bare(victim: Victim, images: Tensor, labels: Tensor) -> None:
+    """The network's forward pass and input gradient, as often as an attack evaluates them."""
+    reader = Reader(victim)
+    with frozen(victim):
+        for _ in range(UPDATES):
+            leaf = images.detach().requires_grad_()
+            scores = reader(leaf, labels)
+            input_gradient(scores, leaf, torch.ones_like(scores))
+
+
+def _attack(model: Any, images: Tensor, labels: Tensor, backend: str) -> None:
+    """An attack of some updates; its last evaluation makes it one forward pass more."""
+    DAG(max_iter=UPDATES, backend=backend)(model, images, labels, "runner-up")
+
+
+def report(rows: list[Row], device: str, path: Path | None) -> None:
+    """Print medians in ms with ratios, and keep all times where a path is given."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    for first in ("dag_seed", None):  # the ops' sides, then the updates'
+        chosen = [row for row in rows if ("floor" in row["seconds"]) == (first is not None)]
+        if not chosen:
+            continue
+        sides = list(chosen[0]["seconds"])
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("", "case", *(f"{side}, ms" for side in sides), "reference / native"):
+            table.add_column(name, justify="left" if name in ("", "case") else "right")
+        for row in chosen:
+            medians = {side: statistics.median(times) for side, times in row["seconds"].items()}
+            ratio = medians["reference"] / medians["native"]
+            cells = [spread(row["seconds"][side], 1e3) for side in sides]
+            table.add_row(row["what"], row["case"], *cells, f"{ratio:.1f}")
+        Console(width=140).print(table)
+    if path is not None:
+        known = {"device": device, "threads": torch.get_num_threads(), "versions": versions()}
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps({**known, "rows": rows}, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def bench(
+    model: str | None,
+    weights: Path | None,
+    shape: tuple[int, int, int],
+    rounds: int,
+    device: str,
+    path: Path | None,
+) -> None:
+    """Time the ops, and with a model its updates, and show them."""
+    with freed_memory_kept():
+        rows = measure_ops(rounds, device)
+        if model is not None:
+            rows.append(measure_updates(model, weights, shape, rounds, device))
+    report(rows, device, path)

@@ -1,0 +1,66 @@
+"""`dagcore bench` in small: that every side is timed and told, not how long it takes."""
+
+import json
+
+import pytest
+
+from dagcore import bench
+from dagcore.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((1, 5, 32, 32), (2, 3, 16, 16)))
+    monkeypatch.setattr(bench, "UPDATES", 2)
+
+
+def test_ops_and_updates(tmp_path, capsys):
+    arguments = ["--rounds", "3", "--device", "cpu", "--json", str(tmp_path / "times.json")]
+    model = ["--model", "FCN-Alex", "--size", "48x32", "--batch", "2"]
+    assert main(["bench", *arguments, *model]) == 0
+    shown = capsys.readouterr().out
+    known = json.loads((tmp_path / "times.json").read_text())
+    rows = [(row["what"], row["case"]) for row in known["rows"]]
+    assert rows == [
+        ("dag_seed", "1x5x32x32"),
+        ("dag_seed_bilinear", "1x5x4x4"),
+        ("dag_seed", "2x3x16x16"),
+        ("dag_seed_bilinear", "2x3x2x2"),
+        ("linf_step_", "8x3x512x512"),
+        ("FCN-Alex", "2x3x32x48"),
+    ]
+    for row in known["rows"]:
+        assert {"native", "reference"} < set(row["seconds"])
+        assert all(len(times) == 3 and min(times) > 0 for times in row["seconds"].values())
+        assert row["what"] in shown
+    assert set(known["rows"][-1]["seconds"]) == {
+        "bare network",
+        "reference",
+        "native",
+        "native, prepared",
+    }
+
+
+def test_sides_are_timed_in_turn():
+    calls = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = bench.alternate(sides, 2)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "FR-ZF-07"), "--model must be a segmentation network, FR-ZF-07 is a detector"),
+        (("--size", "512"), "'512' is no size like 512x384"),
+        (("--size", "0x4"), "'0x4' is no size like 512x384"),
+        (("--model", "FCN-Alex", "--size", "1x1"), "--model FCN-Alex cannot take 1x1 pixels"),
+        (("--device", "tpu"), "--device must be cpu, cuda or cuda:NUMBER"),
+    ],
+)
+def test_bad_input(capsys, arguments, message):
+    assert main(["bench", "--rounds", "1", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
