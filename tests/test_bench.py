@@ -55,11 +55,13 @@ def test_sides_are_timed_in_turn():
         (("--model", "FR-ZF-07"), "--model must be a segmentation network, FR-ZF-07 is a detector"),
         (("--size", "512"), "'512' is no size like 512x384"),
         (("--size", "0x4"), "'0x4' is no size like 512x384"),
-        (("--model", "FCN-Alex", "--size", "1x1"), "--model FCN-Alex cannot take 1x1 pixels"),
+        (("--model", "picky:make", "--size", "9x8"), "--model picky:make cannot take 9x8 pixels: "),
         (("--device", "tpu"), "--device must be cpu, cuda or cuda:NUMBER"),
     ],
 )
-def test_bad_input(capsys, arguments, message):
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "picky.py").write_text("import torch\ndef make(): return torch.nn.Conv2d(3, 5, 80)")
+    monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["bench", "--rounds", "1", "--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
