@@ -191,7 +191,7 @@ def report(rows: list[Row], device: str, path: Path | None) -> None:
             ratio = medians["reference"] / medians["native"]
             cells = [spread(row["seconds"][side], 1e3) for side in sides]
             table.add_row(row["what"], row["case"], *cells, f"{ratio:.1f}")
-        Console(width=140).print(table)
+        Console(width=160).print(table)
     if path is not None:
         known = {"device": device, "threads": torch.get_num_threads(), "versions": versions()}
         with whole(path) as temporary:
