@@ -305,3 +305,33 @@ def test_low_resolution_scores_are_those_of_the_enlarged_network(
     torch.testing.assert_close(low.adversarial, of_reference.adversarial)
     last = torch.stack([low.active[m, n] for n, m in enumerate(low.iterations.tolist())])
     assert torch.equal(attack.count_active(model, low.adversarial, labels, adversarial), last)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_callback_hears_of_the_active_targets_of_every_image(slots: int) -> None:
+    model = Net()
+    given = samples(model, [(8, 8), (8, 8), (6, 9), (8, 8), (6, 9)])
+    heard: dict[Any, list[int]] = {sample.key: [] for sample in given}
+
+    def hear(keys: list[Any], active: Tensor) -> None:
+        assert len(keys) == len(active) <= slots
+        for key, count in zip(keys, active.tolist(), strict=True):
+            if count >= 0:
+                heard[key].append(count)
+
+    attack = DAG(gamma=GAMMA, max_iter=20)
+    for result in attack.stream(model, given, slots=slots, callback=hear):
+        known = [count for count in result.active[:, 0].tolist() if count >= 0]
+        assert heard[result.key] == known
+        assert len(known) == int(result.iterations) + 1
+
+
+def test_samples_of_one_form_are_stacked() -> None:
+    model = Net()
+    given = samples(model, [(8, 8), (6, 9), (8, 8)])
+    first, second = dagcore.stream.stacked(given)
+    assert (first.places, second.places) == ([0, 2], [1])
+    assert torch.equal(first.images, torch.stack([given[0].image, given[2].image]))
+    assert torch.equal(second.labels, given[1].labels[None])
+    assert first.adversarial_labels == "runner-up"
+    assert first.at is None
