@@ -230,7 +230,8 @@ class BoxAims(Aims):
         if size in self.sizes:
             return
         kind = self.rules.adversarial
-        self.num_classes = self._targets(name, image, None, "vanish", None).num_classes
+        drawn = kind if kind in BOX_KINDS else "vanish"
+        self.num_classes = self._targets(name, image, None, drawn, None).num_classes
         if kind not in (*BOX_KINDS, "runner-up"):
             try:
                 self.goal = find_class(kind, self.num_classes, self.victim.classes)

@@ -31,11 +31,11 @@ UPDATES = 4
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, the device's work included."""
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     run()
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - begin
 
 
@@ -145,7 +145,10 @@ def measure_updates(
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--model {model} cannot take {width}x{height} pixels: {reason}") from None
-    prepared = prepare(victim)
+    try:
+        prepared = prepare(victim)
+    except RuntimeError as error:
+        raise ValueError(f"--model {model} cannot be prepared: {error}") from error
     sides: Sides = {
         "bare network": lambda: _bare(victim, images, labels),
         "reference": lambda: _attack(victim, images, labels, "reference"),

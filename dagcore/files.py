@@ -16,8 +16,8 @@ from torch import Tensor
 
 IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
 
-# Of Pillow's formats none that starts another program, as EPS does.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Of Pillow's formats none that starts another program (EPS), or does not tell its depth (PPM).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # of an image: a small file can claim to be of any size
 
 

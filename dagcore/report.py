@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .outcome import Outcome
@@ -143,7 +144,7 @@ class RunReporter(Bars):
             print(line, file=sys.stderr, flush=True)
             return
         if passed_over:
-            self.bars.console.print(what, markup=False, highlight=False)
+            self.bars.console.print(what, markup=False, highlight=False, emoji=False)
         self.bars.update(self.task, completed=done)
         self._describe()
 
@@ -173,7 +174,7 @@ def show_summary(summary: Mapping[str, Any], speed: float | None) -> None:
         elif isinstance(value, Mapping):
             form = ".2e" if name.startswith("perceptibility") else ".4g"
             told = ", ".join(f"{what} {number:{form}}" for what, number in value.items())
-        if value is not None:
+        if value is not None and told:
             table.add_row(name, told)
     if speed is not None:
         table.add_row("images/s", f"{speed:.3g}")
@@ -205,7 +206,7 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "status" else "right")
     for row, outcome in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row), *figures_of(outcome))
+        table.add_row(*map(Text, row), *figures_of(outcome))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(table)
 

@@ -113,6 +113,8 @@ class Feed:
                 if self._closed.is_set():
                     return
                 self._queue.put(self._pinned(sample))
+                if self._closed.is_set():  # before another one is made
+                    return
         except BaseException as error:  # handed to the consumer, whatever it is
             self.error = error
         finally:

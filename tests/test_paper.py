@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dagcore
 from dagcore import zoo
 from dagcore.__main__ import main
 from dagcore.data import VOC_CLASSES, Scenes
@@ -465,7 +467,9 @@ sys.exit(main([*arguments, "--out", sys.argv[1]]))
     )
 
     def start(out):
-        return subprocess.Popen([sys.executable, script, out], stderr=subprocess.DEVNULL)
+        root = os.path.dirname(os.path.dirname(dagcore.__file__))
+        environment = {**os.environ, "PYTHONPATH": root}
+        return subprocess.Popen([sys.executable, script, out], env=environment)
 
     def results(out):
         found = {}

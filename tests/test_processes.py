@@ -46,10 +46,13 @@ def test_workers_end_with_their_parent(tmp_path, number):
         stdout=subprocess.PIPE,
         text=True,
     ) as parent:
-        workers = [int(parent.stdout.readline()) for _ in range(2)]
-        assert all(map(alive, workers))
-        parent.send_signal(number)
-        parent.wait()
+        try:
+            workers = [int(parent.stdout.readline()) for _ in range(2)]
+            assert all(map(alive, workers))
+            parent.send_signal(number)
+            parent.wait(60)
+        finally:
+            parent.kill()
     for _ in range(3000):
         if not any(map(alive, workers)):
             break

@@ -409,8 +409,8 @@ def test_want_of_memory_is_no_fault_of_the_image(photos, capsys, monkeypatch):
 
     assert start("--data", "photos", "--images", 2) == 0
     monkeypatch.setattr("dagcore.aims.predict", predict)
-    with pytest.raises(torch.OutOfMemoryError):
-        start("--data", "photos", "--images", 2, out="other")
+    message = refused(capsys, "--data", "photos", "--images", 2, out="other")
+    assert "failed with OutOfMemoryError: no memory left" in message
     assert not Path("other").exists()
 
 
@@ -432,6 +432,27 @@ class Failing(nn.Module):
 def make():
     return Victim(Failing())
 
+class Later(Failing):
+    def forward(self, x):
+        if x.requires_grad:
+            self.attacked = True
+        elif hasattr(self, "attacked"):
+            raise AttributeError("another bug")
+        return self.layer(x)
+
+    def __deepcopy__(self, memo):
+        return self
+
+def later():
+    return Victim(Later())
+
+class Alone(Failing):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("there is one of me only")
+
+def alone():
+    return Victim(Alone())
+
 def nan():
     net = nn.Conv2d(3, 5, 1)
     net.weight.data.fill_(float("nan"))
@@ -445,6 +466,10 @@ def test_a_model_that_fails_in_an_attack(photos, capsys):
     assert "--model failing_victim:make failed with KeyError: " in message
     assert "at one of a" in message
     arguments = ("--data", "photos", "--no-prepare")
+    message = refused(capsys, *arguments, model="failing_victim:later", out="later")
+    assert "failed with AttributeError: another bug, at one of a" in message
+    message = refused(capsys, *arguments, model="failing_victim:alone", out="alone")
+    assert "must be a network that can be copied: there is one of me only" in message
     message = refused(capsys, *arguments, model="failing_victim:nan", out="nan")
     assert "no image could be attacked" in message
     assert "must return finite scores, for a it does not" in message
@@ -622,7 +647,9 @@ def test_a_folder_of_something_else_is_refused(photos, capsys):
 
 def test_a_record_that_cannot_be_read(photos, capsys):
     assert start("--data", "photos", "--images", 1) == 0
-    for text in ("{", "{}", "3", '{"number": []}'):
+    cut = {"number": 0, "name": "a", "status": "converged"}
+    beyond = {"number": 5, "name": "a", "status": "failed", "reason": "none"}
+    for text in ("{", "{}", "3", '{"number": []}', json.dumps(cut), json.dumps(beyond)):
         (photos.parent / "out" / "images.jsonl").write_text(text)
         message = refused(capsys, "--data", "photos", "--images", 1)
         assert "out/images.jsonl cannot be read as records of a run" in message

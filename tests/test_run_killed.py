@@ -79,7 +79,10 @@ def launch(here, out, *arguments, ranks=0, **options):
 
 def wait(process):
     """The process when it has ended, with what it said."""
-    process.stdout_text, process.stderr_text = process.communicate(timeout=240)
+    try:
+        process.stdout_text, process.stderr_text = process.communicate(timeout=240)
+    finally:
+        process.kill()
     process.stderr = process.stderr_text
     return process
 
@@ -164,8 +167,10 @@ def test_a_second_run_on_the_same_folder_is_refused(here):
         assert first.poll() is None
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)  # it stays at work while the second looks
-    second = wait(launch(here, "twice"))
-    first.send_signal(signal.SIGCONT)
+    try:
+        second = wait(launch(here, "twice"))
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert "another run is at work there (process " in second.stderr
     assert f"process {first.pid} on " in second.stderr
@@ -222,6 +227,20 @@ def test_a_rank_that_dies_loses_nothing_of_the_others(here):
 def children(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return file.read().split()
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told_once(here):
+    done = wait(launch(here, "strict", "--strict", ranks=2))
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("dagcore run: error: ")]
+    assert len(told) == 1
+    assert "007.png cannot be read as an image" in told[0]
+    assert not (here / "strict" / "summary.json").exists()
+    assert wait(launch(here, "strict", ranks=2)).returncode == 0
+    expected = results(here / "whole")
+    found = results(here / "strict")
+    assert set(found) == set(expected)
+    assert [name for name in found if found[name] != expected[name]] == ["settings.toml"]
 
 
 def test_bad_settings_under_torchrun_are_told_once(here):

@@ -125,6 +125,10 @@ class VOC(Dataset[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def files(self, index: int) -> tuple[Path, Path]:
+        """The files of an example: its image, and its mask or its boxes."""
+        return self._items[index].image, self._items[index].truth
+
     def __getitem__(self, index: int) -> Example:
         """One example, read from its files."""
         from ..files import read_image

@@ -22,8 +22,23 @@ from .settings import Settings, differences, read_toml, to_toml
 Record = dict[str, Any]
 
 KINDS = ("images", "perturbations", "figures", "records")
+FAILED = "failed"  # status of an image that cannot be attacked
+NUMBERS = (
+    "targets",
+    "active",
+    "active_after_rounding",
+    "iterations",
+    "perceptibility",
+    "perceptibility_after_rounding",
+    "num_classes",
+)
 LONGEST_NAME = 255  # in bytes
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.whole
+
+
+def needed(status: str) -> tuple[str, ...]:
+    """What a record must have."""
+    return ("number", "name", "reason") if status == FAILED else ("number", "name", *NUMBERS)
 
 
 def _ours(path: Path) -> bool:
@@ -153,8 +168,8 @@ class Folder:
             if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"an image's name must stay below its folder, got {name!r}")
 
-    def read(self) -> dict[int, Record]:
-        """The records that are there, by the number of their image, in rising order.
+    def read(self, count: int) -> dict[int, Record]:
+        """The records of `count` images that are there, by their number, in rising order.
 
         Raises:
             ValueError: a file that is not as a run has left it.
@@ -166,7 +181,11 @@ class Folder:
             try:
                 for line in path.read_text(encoding="utf-8").splitlines():
                     record = json.loads(line)
-                    found[int(record["number"])] = record
+                    absent = [name for name in needed(record["status"]) if name not in record]
+                    if absent or record["number"] not in range(count):
+                        what = f"without {absent[0]}" if absent else f"of {count} images"
+                        raise ValueError(f"number {record.get('number')} {what}")
+                    found[record["number"]] = record
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path} cannot be read as records of a run: {type(error).__name__}: {error}"
@@ -189,6 +208,9 @@ class Folder:
 
     def add_speed(self, session: Mapping[str, Any]) -> None:
         """Keep how fast a session went that came to the end of the run, after those before."""
-        sessions = json.loads(self.speed.read_text()) if self.speed.is_file() else []
+        try:
+            sessions = json.loads(self.speed.read_text()) if self.speed.is_file() else []
+        except ValueError as error:
+            raise ValueError(f"{self.speed} cannot be read, remove it: {error}") from error
         with files.whole(self.speed) as temporary:
             temporary.write_text(json.dumps([*sessions, session], indent=2) + "\n")

@@ -12,6 +12,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+BEYOND = 2**40  # images
 PATIENCE = datetime.timedelta(days=7)  # from one rank's last image to the next one's
 
 
@@ -27,6 +28,10 @@ class Ranks:
     def claim(self) -> int:
         """The next number that no rank has claimed, from 0."""
         return next(self._claims)
+
+    def stop(self) -> None:
+        """Let no rank claim anything any more."""
+        self._claims = itertools.count(BEYOND)
 
     def count(self) -> int:
         """Count an image that is finished; how many are by now, of all ranks."""
@@ -76,6 +81,10 @@ class Torchrun(Ranks):
         """The next number that no rank has claimed, from 0."""
         return int(self._store.add("claimed", 1)) - 1
 
+    def stop(self) -> None:
+        """Let no rank claim anything any more."""
+        self._store.add("claimed", BEYOND)
+
     def count(self) -> int:
         """Count an image that is finished; how many are by now, of all ranks."""
         return int(self._store.add("finished", 1))
@@ -83,7 +92,12 @@ class Torchrun(Ranks):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on each of them."""
         values: list[Any] = [None] * self.world
-        distributed.all_gather_object(values, value)
+        try:
+            distributed.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise ValueError(
+                "another process of this run has ended: the same command goes on from there"
+            ) from error
         return values
 
     def device(self) -> str | None:

@@ -114,6 +114,13 @@ class Examples(Source):
         self.examples, self.names = examples, list(names)
         self.boxes = isinstance(victim, Detector)
 
+    def look(self, index: int) -> str:
+        """The sizes of VOC's files; scenes have none."""
+        if not isinstance(self.examples, VOC):
+            return ""
+        paths = self.examples.files(index)
+        return " ".join(str(path.stat().st_size) for path in paths if path.is_file())
+
     def read(self, index: int) -> tuple[Tensor, Truth]:
         """An example's image, with its mask or its boxes."""
         example: Example = self.examples[index]

@@ -12,10 +12,9 @@ from torch import Tensor
 from .. import files
 from ..metrics import AveragePrecision, Score, iou
 from ..reference import allowance
-from .folder import Record
+from .folder import FAILED, Record
 
 STAGES = ("before", "after", "after_rounding")
-FAILED = "failed"
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:

@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,15 @@ from ..perturbation import round_to_8_bits
 from ..report import RunReporter, show_summary
 from ..stream import Sample
 from ..victims import Detector, load, prepare, prepare_detector
-from .folder import Folder, Record
+from .folder import FAILED, Folder, Record
 from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import Source, source_of
-from .summary import FAILED, STAGES, summarise, tally
+from .summary import STAGES, summarise, tally
+
+PATIENCE = 5  # seconds from a signal to the next that counts
+
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -70,6 +74,7 @@ class Work:
         # The victim looks at images in two threads, one of which prepares the next image.
         self.looking = threading.Lock()
         self.in_flight: set[str] = set()
+        self.stopping = threading.Event()
         count = len(self.source.names)
         wanted = min(settings.figures, count)
         self.drawn = {k * count // wanted for k in range(wanted)}
@@ -77,7 +82,12 @@ class Work:
     def _prepared(self) -> Any:
         """The network as it is attacked."""
         if not self.settings.prepare:
-            return copy.deepcopy(self.victim)  # another thread looks at images with the victim
+            try:
+                return copy.deepcopy(self.victim)  # another thread looks at images with the victim
+            except Exception as error:  # a module may hold anything
+                raise ValueError(
+                    f"--model {self.settings.model} must be a network that can be copied: {error}"
+                ) from error
         try:
             if isinstance(self.victim, Detector):
                 return prepare_detector(self.victim)
@@ -116,9 +126,27 @@ class Work:
                 self.aims.settle(name, image)
                 return
 
+    @contextlib.contextmanager
+    def models_faults(self) -> Iterator[None]:
+        """Tell of errors of the model, which is the user's own and fails in any way at all.
+
+        Raises:
+            ValueError: the error, with the images that the model may have failed on.
+        """
+        try:
+            yield
+        except (OSError, TypeError, ValueError):
+            raise
+        except Exception as error:
+            at = ", ".join(sorted(self.in_flight)) or "the next images"
+            raise ValueError(
+                f"--model {self.settings.model} failed with {type(error).__name__}: {error}, at "
+                f"one of {at}"
+            ) from error
+
     def claimed(self, missing: list[int]) -> Iterator[Sample]:
         """Images as this rank gets to them; those that cannot be attacked are put on record."""
-        while (place := self.ranks.claim()) < len(missing):
+        while not self.stopping.is_set() and (place := self.ranks.claim()) < len(missing):
             number = missing[place]
             name = self.source.names[number]
             try:
@@ -252,36 +280,18 @@ def run(settings: Settings) -> int:
         ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
     """
     ranks = connect()
-    work, error = None, None
-    try:
-        work = Work(settings, ranks)
-        work.probe()
-    except Exception as raised:  # told by the first rank, whatever it is
-        error = raised
-    ranks.agree(error)
-    assert work is not None
     with contextlib.ExitStack() as stack:
-        error = None
-        missing: list[int] = []
         try:
-            if ranks.rank == 0:
-                stack.enter_context(work.folder.locked())
-                changed = work.folder.begin(settings, work.made_with(), work.versions())
-                if changed:
-                    print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
-                done = {k for k, one in work.folder.read().items() if one["status"] != FAILED}
-                missing = [k for k in range(len(work.source.names)) if k not in done]
-        except Exception as raised:
-            error = raised
-        ranks.agree(error)
-        missing = ranks.gather(missing)[0]
-        started = time.monotonic()
-        try:
+            work = agreed(ranks, lambda: begin(settings, ranks))
+            missing = agreed(ranks, lambda: missing_images(work, stack))
+            missing = ranks.gather(missing)[0]
+            started = time.monotonic()
             with stopped_by_signals():
-                attacked = sum(ranks.gather(attack_all(work, missing)))
+                attacked = sum(ranks.gather(agreed(ranks, lambda: attack_all(work, missing))))
         except Interrupted as stop:
             if ranks.rank == 0:
-                have, count = len(work.folder.read()), len(work.source.names)
+                count = len(work.source.names)
+                have = len(work.folder.read(count))
                 print(
                     f"dagcore run: {stop} after {have} of {count} images: the same command goes "
                     "on from there",
@@ -294,42 +304,63 @@ def run(settings: Settings) -> int:
     return 0
 
 
+def agreed(ranks: Ranks, step: Callable[[], T]) -> T:
+    """What a step gives, once it has ended well on all ranks; else all of them end."""
+    made: list[T] = []
+    failed: Exception | None = None
+    try:
+        made.append(step())
+    except Exception as error:  # told by the first rank, whatever it is
+        failed = error
+        ranks.stop()
+    ranks.agree(failed)
+    return made[0]
+
+
+def begin(settings: Settings, ranks: Ranks) -> Work:
+    """Load what is needed, and see whether it goes together."""
+    work = Work(settings, ranks)
+    with work.models_faults():
+        work.probe()
+    return work
+
+
+def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
+    """The images that are still to be attacked, on the first rank, which locks the folder."""
+    if work.ranks.rank > 0:
+        return []
+    stack.enter_context(work.folder.locked())
+    changed = work.folder.begin(work.settings, work.made_with(), work.versions())
+    if changed:
+        print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
+    count = len(work.source.names)
+    done = {k for k, one in work.folder.read(count).items() if one["status"] != FAILED}
+    return [k for k in range(count) if k not in done]
+
+
 def attack_all(work: Work, missing: list[int]) -> int:
     """Attack the images that this rank gets to; how many these were."""
     count = 0
     work.reporter.begin(len(work.source.names), len(missing))
-    with work.reporter:
+    with work.reporter, work.models_faults():
         results = work.attack.stream(
             work.attacked, work.claimed(missing), work.slots, callback=work.reporter.watched
         )
-        with contextlib.closing(results):  # type: ignore[type-var]  # it is a generator
-            while (result := next_of(work, results)) is not None:
+        try:
+            for result in results:
                 outcome = work.keep(result)
                 count += 1
                 work.reporter.finished(work.ranks.count(), outcome.line())
+        finally:
+            work.stopping.set()
+            results.close()  # type: ignore[attr-defined]  # it is a generator
     return count
-
-
-def next_of(work: Work, results: Iterator[Result]) -> Result | None:
-    """The next result; None where there are no more.
-
-    Raises:
-        ValueError: a model that has failed, with the images that it may have failed on.
-    """
-    try:
-        return next(results, None)
-    except (OSError, TypeError, ValueError):
-        raise
-    except Exception as error:  # the user's own code fails in any way at all
-        raise ValueError(
-            f"--model {work.settings.model} failed with {type(error).__name__}: {error}, at one of "
-            f"{', '.join(sorted(work.in_flight)) or 'the next images'}"
-        ) from error
 
 
 def finish(work: Work, attacked: int, seconds: float) -> None:
     """Write the summary, and show it."""
-    records, names = work.folder.read(), work.source.names
+    names = work.source.names
+    records = work.folder.read(len(names))
     if list(records) != list(range(len(names))):
         absent = [name for k, name in enumerate(names) if k not in records]
         raise ValueError(
@@ -360,17 +391,18 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM raise `Interrupted`, and further ones do nothing."""
+    """Let SIGINT and SIGTERM raise `Interrupted`; more of them soon after do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    stopping = False
+    first: float | None = None  # when the first came
 
     def stop(number: int, _: FrameType | None) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
+        nonlocal first
+        now = time.monotonic()
+        if first is None or now - first > PATIENCE:  # the first may have been swallowed
+            first = now
             raise Interrupted(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -379,5 +411,6 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, stop)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if first is None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
