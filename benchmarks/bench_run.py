@@ -35,8 +35,8 @@ def start(out: Path, ranks: int, options: argparse.Namespace) -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    (session,) = json.loads((out / "speed.json").read_text())
-    return float(session["images per second"])
+    (speed,) = json.loads((out / "speed.json").read_text())
+    return float(speed["images per second"])
 
 
 def content(out: Path) -> dict[str, bytes]:

@@ -122,9 +122,9 @@ def test_a_folder_of_images_without_labels(photos, capsys):
     ]
     assert output.err.count("images/s") == 6
     assert "mIoU" in output.out
-    (session,) = json.loads((photos.parent / "out" / "speed.json").read_text())
-    assert session["images"] == 6
-    assert session["images per second"] == pytest.approx(6 / session["seconds"])
+    (speed,) = json.loads((photos.parent / "out" / "speed.json").read_text())
+    assert speed["images"] == 6
+    assert speed["images per second"] == pytest.approx(6 / speed["seconds"])
     left = {p.name for p in (photos.parent / "out").iterdir()}
     assert left == {
         ".lock",

@@ -200,8 +200,8 @@ def test_two_ranks_give_the_same_bytes(here):
     done = wait(launch(here, "ranks", ranks=2))
     assert done.returncode == 0, done.stderr
     assert results(here / "ranks") == results(here / "whole")
-    (session,) = json.loads((here / "ranks" / "speed.json").read_text())
-    assert (session["processes"], session["images"]) == (2, COUNT - 1)
+    (speed,) = json.loads((here / "ranks" / "speed.json").read_text())
+    assert (speed["processes"], speed["images"]) == (2, COUNT - 1)
 
 
 def test_a_rank_that_dies_loses_nothing_of_the_others(here):

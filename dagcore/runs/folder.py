@@ -206,11 +206,11 @@ class Folder:
         with contextlib.suppress(OSError):
             self.records.rmdir()
 
-    def add_speed(self, session: Mapping[str, Any]) -> None:
-        """Keep how fast a session went that came to the end of the run, after those before."""
+    def add_speed(self, speed: Mapping[str, Any]) -> None:
+        """Keep how fast the run went since it was last started, once it has come to its end."""
         try:
-            sessions = json.loads(self.speed.read_text()) if self.speed.is_file() else []
+            known = json.loads(self.speed.read_text()) if self.speed.is_file() else []
         except ValueError as error:
             raise ValueError(f"{self.speed} cannot be read, remove it: {error}") from error
         with files.whole(self.speed) as temporary:
-            temporary.write_text(json.dumps([*sessions, session], indent=2) + "\n")
+            temporary.write_text(json.dumps([*known, speed], indent=2) + "\n")
