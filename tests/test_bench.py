@@ -55,12 +55,17 @@ def test_sides_are_timed_in_turn():
         (("--model", "FR-ZF-07"), "--model must be a segmentation network, FR-ZF-07 is a detector"),
         (("--size", "512"), "'512' is no size like 512x384"),
         (("--size", "0x4"), "'0x4' is no size like 512x384"),
-        (("--model", "picky:make", "--size", "9x8"), "--model picky:make cannot take 9x8 pixels: "),
+        (
+            ("--model", "bench_victim:make", "--size", "9x8"),
+            "--model bench_victim:make cannot take 9x8 pixels: ",
+        ),
         (("--device", "tpu"), "--device must be cpu, cuda or cuda:NUMBER"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "picky.py").write_text("import torch\ndef make(): return torch.nn.Conv2d(3, 5, 80)")
+    (tmp_path / "bench_victim.py").write_text(
+        "import torch\ndef make(): return torch.nn.Conv2d(3, 5, 80)"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["bench", "--rounds", "1", "--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err
