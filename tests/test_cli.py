@@ -37,6 +37,9 @@ def make():
 
 def wrong():
     return 3
+
+def broken():
+    return {}["lost"]
 """
 
 
@@ -289,6 +292,7 @@ def test_bad_options_end_in_one_line(folder, capsys, options, says):
         ("nowhere.at_all:make", "importing 'nowhere.at_all' failed"),
         ("cli_victim:none", "has no function 'none'"),
         ("cli_victim:wrong", "must return a callable"),
+        ("cli_victim:broken", "model 'cli_victim:broken' failed with KeyError: 'lost'"),
     ],
 )
 def test_bad_models_end_in_one_line(folder, capsys, model, says):

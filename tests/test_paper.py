@@ -186,6 +186,7 @@ def test_fancy_by_command(tmp_path, monkeypatch, capfd):
     assert main(arguments) == 0
     shown = capfd.readouterr().out
     assert "| noise, prescribed to be an object | FCN-VGG |" in shown
+    assert (tmp_path / "fancy.md").read_text() in shown
     with Image.open(tmp_path / "fancy" / "noise.png") as picture:
         assert picture.format == "PNG"
     assert main([*arguments[:3], "FCN-VGG", *arguments[3:]]) == 2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from ..files import whole
 from ..report import Counter
 from . import page
-from .diagnoses import convergence, denseness, markdown, perceptibility
+from .diagnoses import Row, convergence, denseness, markdown, perceptibility
 from .fancy import fancy
 from .reading import findings, text
 from .tables import TABLES, measure
@@ -40,11 +43,22 @@ def everything(setup: Setup) -> None:
             made.append(diagnose(setup, counter))
             made[-1].write(setup)
         examples = fancy(setup, counter)
+        write_fancy(setup, examples)
     path = setup.out / "index.html"
     page.write(path, page.page(setup, scores, made, examples))
     for line in text(findings({name: known.rows for name, known in scores.items()})):
         click.echo(line)
     click.echo(f"written to {path}")
+
+
+def write_fancy(setup: Setup, rows: list[Row]) -> Path:
+    """Write the examples' numbers as a table, whole or not at all."""
+    path = setup.out / "fancy.md"
+    with whole(path) as temporary:
+        temporary.write_text(
+            markdown([{name: row[name] for name in row if name != "picture"} for row in rows])
+        )
+    return path
 
 
 def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
@@ -54,8 +68,9 @@ def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
             if networks:
                 raise ValueError(f"fancy has networks of its own, got {', '.join(networks)}")
             rows = fancy(setup, counter)
-            click.echo(markdown([{k: v for k, v in row.items() if k != "picture"} for row in rows]))
-            click.echo(f"written to {setup.out / 'fancy'}")
+            path = write_fancy(setup, rows)
+            click.echo(path.read_text())
+            click.echo(f"written to {setup.out / 'fancy'}, {path}")
             return
         made = DIAGNOSES[name](setup, counter, networks or None)
     paths = made.write(setup)

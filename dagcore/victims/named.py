@@ -171,7 +171,10 @@ def _custom(spec: str) -> Victim | Detector:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"model {spec!r}: {module_name} has no function {name!r}")
-    network = function()
+    try:
+        network = function()
+    except Exception as error:  # the user's own code fails in any way at all
+        raise ValueError(f"model {spec!r} failed with {type(error).__name__}: {error}") from error
     if not callable(network):
         raise ValueError(
             f"model {spec!r} must return a callable that maps images to scores, "
