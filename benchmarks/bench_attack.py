@@ -35,7 +35,10 @@ from networks import NETWORKS, segformer
 from torch import Tensor, nn
 
 import dagcore
-from dagcore import engine, native, victims
+from dagcore import victims
+from dagcore.engine import ScoreModel, read_scores
+from dagcore.engine import loop as engine
+from dagcore.ops import native
 
 GAMMA = 0.5 / 255
 
@@ -45,7 +48,7 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         labels = []
         for image in images:
-            scores = engine.read_scores(model(image[None]), image[None])
+            scores = read_scores(model(image[None]), image[None])
             size = image.shape[1:] if scores.shape[1] < 1000 else scores.shape[2:]
             labels.append(dagcore.ops.argmax_bilinear(scores, tuple(size)))
     return torch.cat(labels)
@@ -55,7 +58,7 @@ def full_size(model: nn.Module, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """The model as a peer without low-resolution reading needs it."""
 
     def scores_of(images: Tensor) -> Tensor:
-        scores = engine.read_scores(model(images), images)
+        scores = read_scores(model(images), images)
         if scores.shape[2:] == labels.shape[1:]:
             return scores
         return nn.functional.interpolate(scores, labels.shape[1:], mode="bilinear")
@@ -138,11 +141,11 @@ def preparation(options: argparse.Namespace) -> None:
 def bare_iteration(model: nn.Module, images: Tensor) -> Callable[[], object]:
     """Forward pass and input gradient, with a dense seed that is there already."""
     model.requires_grad_(False)
-    seed = torch.randn_like(engine.read_scores(model(images), images))
+    seed = torch.randn_like(read_scores(model(images), images))
 
     def run() -> object:
         x = images.detach().requires_grad_()
-        scores = engine.read_scores(model(x), x)
+        scores = read_scores(model(x), x)
         return torch.autograd.grad(scores, x, seed)
 
     return run
@@ -151,7 +154,7 @@ def bare_iteration(model: nn.Module, images: Tensor) -> Callable[[], object]:
 def engine_iteration(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """One update of images that never finish: a step too small to change anything."""
     settings = engine.Settings(gamma=1e-12, max_iter=10**4)
-    slots = engine.Slots(engine.Reader(model), settings, len(images), images[0], labels[0])
+    slots = engine.Slots(ScoreModel(model), settings, len(images), images[0], labels[0])
     adversarial = (labels + 1) % (1000 if labels.shape[1] < images.shape[2] // 8 else 2)
     slots.admit(list(range(len(images))), images, labels, lambda *_: adversarial)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dagcore import native
-from dagcore.bench import alternate, seconds, spread
+from dagcore.cli.bench import alternate, seconds, spread
+from dagcore.ops import native
 
 __all__ = ["alternate", "seconds", "spread"]  # and what is defined here
 

@@ -1,11 +1,11 @@
 """dagcore: Dense Adversary Generation (Xie et al., ICCV 2017) on fused C++/CUDA kernels."""
 
 from . import labels, ops, perturbation, reference, victims, zoo
-from .attack import DAG, Result, Status
-from .joint import JointResult, Part, joint_attack
-from .native import freed_memory_kept
-from .stream import Sample
-from .universal import UniversalResult, universal_perturbation
+from .attacks.dag import DAG, Result, Status
+from .attacks.joint import JointResult, Part, joint_attack
+from .attacks.universal import UniversalResult, universal_perturbation
+from .engine import freed_memory_kept
+from .engine.stream import Sample
 
 __all__ = [
     "DAG",

@@ -86,12 +86,12 @@ def decode(path: Path) -> Image.Image:
 def write_image(path: Path, image: Tensor) -> None:
     """Write an image (3, H, W) in [0, 1] as an 8-bit PNG, rounded to the nearest level."""
     levels = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(levels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place once the block has ended well.
 
     It is on the disk before it takes it: not even a power cut leaves half a file.

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from . import __version__, native, ops
+from . import __version__, ops
+from .ops import native
 
 BACKENDS = ("CPU", "CUDA")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .victims.segmentation import need
+from .optional import optional_import
 
 VOID = 255
 PROTOCOLS = ("voc2007", "voc2010", "coco")
@@ -55,9 +55,9 @@ class MeanIoU:
     def __init__(self, num_classes: int, *, void: int = VOID) -> None:
         checks.integer("num_classes", num_classes, at_least=2)
         checks.integer("void", void)
-        self._confusion = need("torchmetrics.classification", "data").MulticlassConfusionMatrix(
-            num_classes, ignore_index=void, validate_args=False
-        )
+        self._confusion = optional_import(
+            "torchmetrics.classification", "data"
+        ).MulticlassConfusionMatrix(num_classes, ignore_index=void, validate_args=False)
         self.num_classes, self.void = num_classes, void
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
@@ -120,7 +120,7 @@ class AveragePrecision:
         checks.integer("num_classes", num_classes, at_least=2)
         checks.choice("protocol", protocol, PROTOCOLS)
         self.num_classes, self.protocol = num_classes, protocol
-        self._box_iou = need("torchvision.ops", "data").box_iou
+        self._box_iou = optional_import("torchvision.ops", "data").box_iou
         self._coco = _coco() if protocol == "coco" else None
         self._truths = [0] * num_classes
         # Per class: score of a detection, and whether it was right.
@@ -224,6 +224,6 @@ class AveragePrecision:
 
 
 def _coco() -> Any:
-    detection = need("torchmetrics.detection", "data")
-    need("pycocotools", "data")
+    detection = optional_import("torchmetrics.detection", "data")
+    optional_import("pycocotools", "data")
     return detection.MeanAveragePrecision(iou_thresholds=[0.5], class_metrics=True)

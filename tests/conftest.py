@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import SIMD_LEVELS, no_cuda
 
-from dagcore import native
+from dagcore.ops import native
 
 if native.module is None:
     raise pytest.UsageError(

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dagcore import native, ops
+from dagcore import ops
+from dagcore.ops import native
 
 BUILT = Path(__file__).parents[1] / "build" / "sanitize"
 TESTS = (

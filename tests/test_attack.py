@@ -16,7 +16,8 @@ import torch
 from support import LABEL_DTYPES, generator, same_bits
 from torch import Tensor, nn
 
-from dagcore import DAG, Result, Status, native, reference
+from dagcore import DAG, Result, Status, reference
+from dagcore.ops import native
 
 NAN, INF = math.nan, math.inf
 BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
@@ -774,7 +775,8 @@ def test_any_number_of_target_dimensions(backend: str, targets: tuple[int, ...])
 KEEPING = """
 import resource
 import torch
-from dagcore import DAG, native
+from dagcore import DAG
+from dagcore.ops import native
 
 def page_faults(allocations):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dagcore import bench
 from dagcore.__main__ import main
+from dagcore.cli import bench
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import torch
 from support import DTYPES, arguments, lay_out
 from torch import Tensor, nn
 
-from dagcore import DAG, Sample, engine, ops
+from dagcore import DAG, Sample, ops
+from dagcore.engine import loop as engine
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"])
@@ -106,7 +107,7 @@ def test_stream_equals_a_batch(cuda: torch.device) -> None:
 def slots_of(device: torch.device) -> engine.Slots:
     model, images, labels = case(device)
     settings = engine.Settings(gamma=1e-9, max_iter=10**4)
-    slots = engine.Slots(engine.Reader(model), settings, 4, images[0], labels[0])
+    slots = engine.Slots(engine.ScoreModel(model), settings, 4, images[0], labels[0])
     slots.admit([0, 1, 2, 3], images, labels, lambda labels, classes: (labels + 1) % classes)
     return slots
 

@@ -38,7 +38,8 @@ from support import (
 )
 from torch import Tensor
 
-from dagcore import native, ops, reference
+from dagcore import ops, reference
+from dagcore.ops import native
 
 GOALS = ("leave", "reach")
 NAN, INF = math.nan, math.inf

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dagcore import figures
+from dagcore.evaluation import figures
 
 
 def draw(path, predicted, attacked, perturbation=0.0, **options):

@@ -18,20 +18,10 @@ from safetensors.torch import load_file
 import dagcore
 from dagcore import zoo
 from dagcore.__main__ import main
+from dagcore.cli import paper as commands
+from dagcore.cli.progress import Counter
 from dagcore.data import VOC_CLASSES, Scenes
-from dagcore.paper import (
-    Attack,
-    Record,
-    Setup,
-    cells,
-    commands,
-    diagnoses,
-    fancy,
-    reading,
-    tables,
-    work,
-)
-from dagcore.report import Counter
+from dagcore.paper import Attack, Record, Setup, cells, diagnoses, fancy, reading, tables, work
 from dagcore.zoo.checkpoint import save_weights
 
 ZF = Attack.of("FR-ZF-07", max_iter=4)

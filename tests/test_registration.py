@@ -17,7 +17,8 @@ from support import DTYPES, LAYOUTS, lay_out, random_case, same_bits
 from torch import Tensor
 
 import dagcore
-from dagcore import native, ops, reference
+from dagcore import ops, reference
+from dagcore.ops import native
 
 PACKAGE = Path(dagcore.__file__).parent
 STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
@@ -413,7 +414,8 @@ assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 BILINEAR_MISSING = """
 import itertools, warnings
 import torch
-from dagcore import native, ops, reference
+from dagcore.ops import native
+from dagcore import ops, reference
 assert native.module is None
 warnings.simplefilter("ignore", RuntimeWarning)
 rng = torch.Generator().manual_seed(0)

@@ -18,11 +18,11 @@ import dagcore
 from dagcore import zoo
 from dagcore.__main__ import main
 from dagcore.data import Scenes
+from dagcore.evaluation import settings as run_settings
+from dagcore.evaluation import store as results
+from dagcore.evaluation.settings import tomllib
 from dagcore.metrics import AveragePrecision, MeanIoU
 from dagcore.perturbation import perceptibility, round_to_8_bits
-from dagcore.runs import folder as results
-from dagcore.runs import settings as run_settings
-from dagcore.runs.settings import tomllib
 from dagcore.zoo.evaluation import evaluate
 
 # Five kinds of local contrast, at half the size of the image: easily attacked to the end.

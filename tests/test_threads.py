@@ -17,7 +17,9 @@ from support import generator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dagcore import DAG, Part, Result, Sample, engine, joint_attack, labels, native, ops
+from dagcore import DAG, Part, Result, Sample, joint_attack, labels, ops
+from dagcore.engine import frozen
+from dagcore.ops import native
 
 WAIT = 60  # seconds, for what never happens
 
@@ -46,7 +48,7 @@ class Net(nn.Module):
 
 def images_and_labels(model: nn.Module, count: int = 3) -> tuple[Tensor, Tensor]:
     images = torch.rand(count, 3, 12, 16, generator=generator(1))
-    with engine.frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         return images, model(images).argmax(1)
 
 
@@ -172,7 +174,7 @@ def test_many_threads_at_once() -> None:
 def test_models_that_share_a_module() -> None:
     model = Net()
     wrapped = nn.Sequential(model)
-    outer, inner = engine.frozen(model), engine.frozen(wrapped)
+    outer, inner = frozen(model), frozen(wrapped)
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)  # not the order of a stack

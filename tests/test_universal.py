@@ -80,7 +80,7 @@ def test_one_permutation_of_the_classes_holds_for_all():
 
     def watched(seed, samples):
         attack = DAG(max_iter=0)
-        from dagcore import universal
+        from dagcore.attacks import universal
 
         found = []
         inner = universal.seed_op

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import checks
-from ..victims.segmentation import need
+from ..optional import optional_import
 from .example import Example
 
 VOC_CLASSES = (
@@ -97,7 +97,7 @@ class VOC(Dataset[Example]):
             raise ValueError(f"sbd must be None or 'auto', got {sbd!r}")
         if sbd and task != "segmentation":
             raise ValueError(f"sbd must be None for task {task!r}: it has masks only")
-        need("PIL.Image", "data")
+        optional_import("PIL.Image", "data")
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"root must be a VOCdevkit folder, {root} does not exist")
@@ -197,7 +197,7 @@ def _sbd_items(root: Path) -> Iterator[_Item]:
     """What there is of SBD, as its authors released it or as PNG files."""
     release = root / "benchmark_RELEASE" / "dataset"
     if release.is_dir():
-        need("scipy.io", "data")
+        optional_import("scipy.io", "data")
         for name in ("train.txt", "val.txt"):
             if not (release / name).is_file():
                 raise FileNotFoundError(f"image list {release / name} does not exist")
@@ -228,7 +228,7 @@ def _read_mask(path: Path) -> Tensor:
 def _read_mat(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    loadmat = need("scipy.io", "data").loadmat
+    loadmat = optional_import("scipy.io", "data").loadmat
     try:
         content = loadmat(path, squeeze_me=True, struct_as_record=False)
         mask = np.asarray(content["GTcls"].Segmentation)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import whole
+from ..cli.progress import Counter
+from ..files import atomic_write
 from ..perturbation import combine, permute
-from ..report import Counter
 from ..zoo import find
 from .work import Attack, Setup, generator_of, read, run, score, settings_of
 
@@ -95,5 +95,5 @@ def read_kept(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
 def keep(path: Path, kept: dict[str, Any], of: dict[str, Any]) -> None:
     """Keep numbers in a file, with what they follow from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**kept, "of": of}) + "\n")

@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .. import zoo
-from ..files import whole
+from ..cli.progress import Counter
+from ..files import atomic_write
 from ..info import versions
-from ..report import Counter
 from .cells import Cell, keep, measure_cells, read_kept
 from .tables import SOURCES
 from .work import Attack, Record, Setup, kept, make_perturbations, seconds_of, settings_of
@@ -48,14 +48,14 @@ class Diagnosis:
             **setup.made_with(list(dict.fromkeys(row["network"] for row in self.rows))),
             "versions": versions(),
         }
-        with whole(paths["json"]) as temporary:
+        with atomic_write(paths["json"]) as temporary:
             temporary.write_text(json.dumps(known, indent=2) + "\n")
-        with whole(paths["md"]) as temporary:
+        with atomic_write(paths["md"]) as temporary:
             temporary.write_text(markdown(self.rows))
         figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         self.draw(figure, self.rows)
-        with whole(paths["png"]) as temporary:
+        with atomic_write(paths["png"]) as temporary:
             figure.savefig(temporary, format="png")
         return paths
 

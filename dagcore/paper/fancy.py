@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import figures
-from ..aims import find_device
-from ..attack import DAG
+from ..attacks.dag import DAG
+from ..attacks.joint import Part, joint_attack
+from ..cli.progress import Counter
 from ..data import Example
-from ..joint import Part, joint_attack
+from ..evaluation import figures
+from ..evaluation.outcome import look, see
+from ..evaluation.targets import find_device
 from ..labels import derangement, paint, pattern
-from ..outcome import look, see
 from ..perturbation import perceptibility
-from ..report import Counter
 from ..victims import Detector, prepare
 from .cells import keep, read_kept
 from .work import IGNORE, Setup, generator_of, run

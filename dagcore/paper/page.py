@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import whole
+from ..files import atomic_write
 from ..info import versions
 from .diagnoses import Diagnosis, Row, cell
 from .reading import Rows, findings, text, weaker
@@ -83,7 +83,7 @@ def page(
 
 def write(path: Path, content: str) -> None:
     """Write a page, whole or not at all."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import whole
+from ..cli.progress import Counter
+from ..files import atomic_write
 from ..info import versions
-from ..report import Counter
 from . import published
 from .cells import Cell, measure_cells
 from .work import Attack, Setup, make_perturbations
@@ -138,9 +138,9 @@ class Scores:
         """TABLE.json and TABLE.md, each whole or not at all."""
         setup.out.mkdir(parents=True, exist_ok=True)
         paths = [setup.out / f"table-{self.table.name}.{ending}" for ending in ("json", "md")]
-        with whole(paths[0]) as temporary:
+        with atomic_write(paths[0]) as temporary:
             temporary.write_text(json.dumps(self.record(setup), indent=2) + "\n")
-        with whole(paths[1]) as temporary:
+        with atomic_write(paths[1]) as temporary:
             temporary.write_text(self.markdown())
         return paths
 

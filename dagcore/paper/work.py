@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .. import zoo
-from ..aims import find_device
-from ..attack import DAG, Result
+from ..attacks.dag import DAG, Result
+from ..attacks.joint import JointResult, Part, joint_attack
+from ..attacks.universal import universal_perturbation
+from ..cli.progress import Counter
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
-from ..files import whole
+from ..engine.stream import Sample, stacked
+from ..evaluation.targets import find_device
+from ..files import atomic_write
 from ..info import versions
-from ..joint import JointResult, Part, joint_attack
 from ..labels import assign
 from ..metrics import Score
 from ..perturbation import fit
 from ..processes import cores, pool
-from ..report import Counter
-from ..stream import Sample, stacked
-from ..universal import universal_perturbation
 from ..victims import Detector, Victim, load, prepare, prepare_detector
 from ..zoo.evaluation import evaluate
 
@@ -400,7 +400,7 @@ def _write(
     known = {**known, "settings": settings_of(setup, attack), "versions": versions()}
     path = path_of(setup, attack, index)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(
             {"perturbation": perturbation.cpu().contiguous()},
             temporary,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..engine import frozen
+from ..engine.stream import Sample
 from ..labels import derangement
-from ..stream import Sample
+from ..optional import optional_import
 from . import fold
-from .segmentation import need
 
 KINDS = ("permutation", "random", "vanish")
 PADDED_TO = 128  # numbers of boxes are multiples of it, so that images share slots of a stream
@@ -227,7 +227,9 @@ class Detector(nn.Module, abc.ABC):
         """The objects that were found in an image with at least a score, cut at its border."""
         kept = (found["scores"] >= least) & (found["labels"] != self.background)
         size = (images.shape[-2], images.shape[-1])
-        boxes = need("torchvision.ops", "vision").clip_boxes_to_image(found["boxes"][kept], size)
+        boxes = optional_import("torchvision.ops", "vision").clip_boxes_to_image(
+            found["boxes"][kept], size
+        )
         full = (boxes[:, 2:] > boxes[:, :2]).all(1)
         return {"boxes": boxes[full], "labels": found["labels"][kept][full]}
 
@@ -323,7 +325,7 @@ def match(
     """The label of each box, `none` where it is no target: (P,) int64."""
     if not len(true_boxes) or not len(boxes):
         return torch.full((len(boxes),), none, dtype=torch.int64, device=boxes.device)
-    overlap = need("torchvision.ops", "vision").box_iou(boxes, true_boxes)
+    overlap = optional_import("torchvision.ops", "vision").box_iou(boxes, true_boxes)
     fits = (overlap > min_iou) & (probabilities[:, true_labels] > min_score)
     best = torch.where(fits, overlap, -1).argmax(1)
     return torch.where(fits.any(1), true_labels[best], none)

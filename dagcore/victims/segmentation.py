@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..optional import optional_import
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,17 +68,6 @@ class Victim(nn.Module):
         return victim
 
 
-def need(module: str, extra: str) -> Any:
-    """Import an optional package; where it is missing, say which extra has it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
-        raise ImportError(f'{package} is missing: pip install "dagcore[{extra}]"') from error
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file: .safetensors, or a state dict saved by torch.save.
 
@@ -86,7 +76,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
-    load_file = need("safetensors.torch", "cli").load_file
+    load_file = optional_import("safetensors.torch", "cli").load_file
     try:
         content: Any
         if path.suffix == ".safetensors":

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..optional import optional_import
 from .detection import Detector, check_boxes, rescale
-from .segmentation import need
 
 ROWS = 1024  # boxes that pass the head at a time
 
@@ -249,5 +249,5 @@ def _named(features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes that rounding moved past the border of their image, moved back."""
-    clipped: Tensor = need("torchvision.ops", "vision").clip_boxes_to_image(boxes, size)
+    clipped: Tensor = optional_import("torchvision.ops", "vision").clip_boxes_to_image(boxes, size)
     return clipped

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..optional import optional_import
 from ..victims import fold as folding
-from ..victims.segmentation import need
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 VGG_DEPTHS = (2, 2, 3, 3, 3)
@@ -183,7 +183,7 @@ def resnet(
 def _resnet_stage(
     in_channels: int, planes: int, blocks: int, stride: int, dilation: int
 ) -> nn.Sequential:
-    bottleneck = need("torchvision.models.resnet", "vision").Bottleneck
+    bottleneck = optional_import("torchvision.models.resnet", "vision").Bottleneck
     channels = planes * EXPANSION
     shortcut = nn.Sequential(
         nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)

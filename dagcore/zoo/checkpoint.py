@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..victims.segmentation import Victim, need
+from ..optional import optional_import
+from ..victims.segmentation import Victim
 
 
 def inside(network: nn.Module) -> nn.Module:
@@ -34,7 +35,7 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
         ValueError: a path with another ending, metadata that JSON cannot hold, or weights that
             are not finite in float16.
     """
-    from ..files import whole  # needs Pillow, which loading does not
+    from ..files import atomic_write  # needs Pillow, which loading does not
 
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -44,9 +45,9 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
         text = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must hold values that JSON can hold: {error}") from error
-    save_file = need("safetensors.torch", "cli").save_file
+    save_file = optional_import("safetensors.torch", "cli").save_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(state, temporary, metadata=text)
         _put_in_order(temporary)
 
@@ -78,7 +79,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
-    safe_open = need("safetensors", "cli").safe_open
+    safe_open = optional_import("safetensors", "cli").safe_open
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import whole
+from ..files import atomic_write
 
 
 def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> None:
@@ -35,5 +35,5 @@ def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> No
     axes.grid(alpha=0.3)
     if len(keys) > 2:
         axes.legend()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

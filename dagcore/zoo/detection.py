@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..victims.segmentation import need
+from ..optional import optional_import
 from .backbones import EXPANSION, resnet, scaled, vgg16, zf
 
 STRIDE = 16
@@ -70,7 +70,7 @@ def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.M
 
 def fcos_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
     """FCOS on VGG-16 with a dilated conv5: one level of points, 8 pixels apart."""
-    detection = need("torchvision.models.detection", "vision")
+    detection = optional_import("torchvision.models.detection", "vision")
     backbone = vgg16(width=width, norm=norm, pool_size=3, strides=(2, 2, 2, 1))
     sides = {key: SCENE_SCALE[key] for key in ("min_size", "max_size")}
     channels = backbone.out_channels
@@ -128,7 +128,7 @@ def position_sensitive_pool(maps: Tensor, proposals: list[Tensor], bins: int) ->
     Returns:
         (R, channels, bins, bins) of all boxes; 0 where a part lies outside the maps.
     """
-    ps_roi_pool = need("torchvision.ops", "vision").ps_roi_pool
+    ps_roi_pool = optional_import("torchvision.ops", "vision").ps_roi_pool
     # torchvision's forward leaves out the last row and column, which its backward sends gradients
     # to: let these be zeros that nobody reads.
     padded = nn.functional.pad(maps, (0, 1, 0, 1))
@@ -218,7 +218,7 @@ def _faster_rcnn(
     dropout: float,
     options: Mapping[str, Any],
 ) -> nn.Module:
-    pool = OnOneMap(need("torchvision.ops", "vision").RoIPool(bins, 1 / STRIDE))
+    pool = OnOneMap(optional_import("torchvision.ops", "vision").RoIPool(bins, 1 / STRIDE))
     hidden = scaled(4096, width)
     head = nn.Sequential()
     head.add_module("flatten", nn.Flatten())
@@ -228,7 +228,7 @@ def _faster_rcnn(
         head.add_module(name, layer)
         head.add_module(f"{name}_relu", nn.ReLU(inplace=True))
         head.add_module(f"{name}_drop", nn.Dropout(dropout))
-    models = need("torchvision.models.detection.faster_rcnn", "vision")
+    models = optional_import("torchvision.models.detection.faster_rcnn", "vision")
     predictor = models.FastRCNNPredictor(hidden, num_classes)
     rpn_channels = scaled(rpn_channels, width)
     return _detector(features, rpn_channels, pool, head, predictor, options)
@@ -243,7 +243,7 @@ def _detector(
     options: Mapping[str, Any],
 ) -> nn.Module:
     """torchvision's FasterRCNN; `options` are its own, `anchor_sizes` and `aspect_ratios`."""
-    detection = need("torchvision.models.detection", "vision")
+    detection = optional_import("torchvision.models.detection", "vision")
     settings = {"aspect_ratios": (0.5, 1.0, 2.0), **SCENE_SCALE, **PAPER_OPTIONS, **options}
     anchors = detection.rpn.AnchorGenerator(
         (tuple(settings.pop("anchor_sizes")),), (tuple(settings.pop("aspect_ratios")),)
@@ -264,7 +264,7 @@ def _detector(
 
 def _region_head(in_channels: int, channels: int, anchors: Any) -> nn.Module:
     """torchvision's region head with a 3x3 convolution to any number of channels."""
-    rpn = need("torchvision.models.detection.rpn", "vision")
+    rpn = optional_import("torchvision.models.detection.rpn", "vision")
     head: Any = rpn.RPNHead(channels, anchors.num_anchors_per_location()[0])
     head.conv[0][0] = _small(nn.Conv2d(in_channels, channels, 3, padding=1))
     return head  # type: ignore[no-any-return]

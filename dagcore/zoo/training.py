@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..data import SCENE_CLASSES, Scenes
 from ..data.scenes import VOID
-from ..files import whole
+from ..files import atomic_write
 from .backbones import fold
 from .checkpoint import save_weights
 from .evaluation import evaluate
@@ -285,10 +285,10 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
         }
         stem = folder / self.entry.slug
-        with whole(stem.with_name(f"{stem.name}.jsonl")) as path:
+        with atomic_write(stem.with_name(f"{stem.name}.jsonl")) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.log()))
         draw_losses(stem.with_name(f"{stem.name}.png"), self.entry.name, list(self.log()))
-        with whole(stem.with_name(f"{stem.name}.pt")) as path:
+        with atomic_write(stem.with_name(f"{stem.name}.pt")) as path:
             torch.save(state, path)
 
     def log(self) -> Iterator[dict[str, float]]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from ..files import whole
-from ..report import Counter
-from . import page
-from .diagnoses import Row, convergence, denseness, markdown, perceptibility
-from .fancy import fancy
-from .reading import findings, text
-from .tables import TABLES, measure
-from .work import Setup
+from ..files import atomic_write
+from ..paper import page
+from ..paper.diagnoses import Row, convergence, denseness, markdown, perceptibility
+from ..paper.fancy import fancy
+from ..paper.reading import findings, text
+from ..paper.tables import TABLES, measure
+from ..paper.work import Setup
+from .progress import Counter
 
 DIAGNOSES = {
     "denseness": denseness,
@@ -54,7 +54,7 @@ def everything(setup: Setup) -> None:
 def write_fancy(setup: Setup, rows: list[Row]) -> Path:
     """Write the examples' numbers as a table, whole or not at all."""
     path = setup.out / "fancy.md"
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(
             markdown([{name: row[name] for name in row if name != "picture"} for row in rows])
         )

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, engine, ops
-from .attack import DAG
+from .. import checks, ops
+from ..engine import ScoreModel, frozen
+from ..engine.memory import freed_memory_kept
+from ..engine.stream import Sample, stacked
+from ..labels import assign
+from ..perturbation import fit, perceptibility
+from ..reference import allowance, input_gradient, seed_op, step_scale, targets
+from .dag import DAG
 from .joint import normalised
-from .labels import assign
-from .native import freed_memory_kept
-from .perturbation import fit, perceptibility
-from .reference import allowance, input_gradient, seed_op, step_scale, targets
-from .stream import Sample, stacked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,16 +83,16 @@ def universal_perturbation(
             )
         checks.tensor(f"samples[{k}]: image", sample.image, (like.dtype,))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(engine.frozen(model))
+        stack.enter_context(frozen(model))
         if samples[0].image.device.type == "cpu":
             stack.enter_context(freed_memory_kept())
         stack.enter_context(torch.inference_mode(False))
-        return _run(attack, engine.Reader(model), samples, batch_size, generator)
+        return _run(attack, ScoreModel(model), samples, batch_size, generator)
 
 
 def _run(
     attack: DAG,
-    reader: engine.Reader,
+    reader: ScoreModel,
     samples: Sequence[Sample],
     batch_size: int,
     generator: torch.Generator | None,

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks, native, reference
+from .. import checks, reference
+from . import native
 
 __all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"]
 

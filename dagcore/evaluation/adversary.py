@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import labels as label_maps
-from .files import IGNORE
-from .labels import KINDS, PATTERNS
+from .. import labels as label_maps
+from ..files import IGNORE
+from ..labels import KINDS, PATTERNS
 
 
 def is_pattern(name: str) -> bool:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import engine, files
+from .. import files
+from ..attacks.dag import DAG
+from ..data.coco import CocoBoxes
+from ..data.voc import read_voc_boxes
+from ..engine import frozen
+from ..victims import Detector, Targets, Victim
+from ..victims.detection import KINDS as BOX_KINDS
 from .adversary import Adversary, find_class, is_pattern
-from .attack import DAG
-from .data.coco import CocoBoxes
-from .data.voc import read_voc_boxes
 from .outcome import predict, see
-from .victims import Detector, Targets, Victim
-from .victims.detection import KINDS as BOX_KINDS
 
 CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
 
@@ -28,7 +29,7 @@ Truth = Tensor | Mapping[str, Tensor] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
+class AttackOptions:
     """How images are to be attacked, as users say it."""
 
     model: str
@@ -63,7 +64,7 @@ class Rules:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Aim:
+class ImageTarget:
     """What an attack on one image aims at; see `dagcore.Sample`."""
 
     labels: Tensor
@@ -87,7 +88,7 @@ class Aims(abc.ABC):
 
     num_classes: int
 
-    def __init__(self, rules: Rules, victim: Any) -> None:
+    def __init__(self, rules: AttackOptions, victim: Any) -> None:
         self.rules, self.victim = rules, victim
 
     @abc.abstractmethod
@@ -104,7 +105,9 @@ class Aims(abc.ABC):
         """Raise ValueError unless an image that was settled can be attacked with a truth."""
 
     @abc.abstractmethod
-    def aim(self, name: str, image: Tensor, truth: Truth, generator: torch.Generator) -> Aim:
+    def aim(
+        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
+    ) -> ImageTarget:
         """The targets of an image (3, H, W) that was settled."""
 
     def _refused(self, name: str, image: Tensor, error: RuntimeError) -> RuntimeError | Unfit:
@@ -119,7 +122,7 @@ class Aims(abc.ABC):
         )
 
 
-def aims_of(rules: Rules, victim: Victim | Detector) -> Aims:
+def aims_of(rules: AttackOptions, victim: Victim | Detector) -> Aims:
     """The aims at a network's images."""
     return BoxAims(rules, victim) if isinstance(victim, Detector) else MapAims(rules, victim)
 
@@ -127,7 +130,7 @@ def aims_of(rules: Rules, victim: Victim | Detector) -> Aims:
 class MapAims(Aims):
     """A segmentation network, whose targets are pixels or cells."""
 
-    def __init__(self, rules: Rules, victim: Victim) -> None:
+    def __init__(self, rules: AttackOptions, victim: Victim) -> None:
         super().__init__(rules, victim)
         self.maps: dict[tuple[int, int], tuple[int, int]] = {}  # (H, W) -> (h, w)
         self.adversary: Adversary | None = None
@@ -184,7 +187,9 @@ class MapAims(Aims):
                 )
         self.adversary.check(*shape)
 
-    def aim(self, name: str, image: Tensor, truth: Truth, generator: torch.Generator) -> Aim:
+    def aim(
+        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
+    ) -> ImageTarget:
         """Given labels, or those that the network sees."""
         if truth is None:
             labels = see(self.victim, image[None], self._targets(size_of(image)))[0].int()
@@ -194,7 +199,7 @@ class MapAims(Aims):
         assert self.adversary is not None
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
         shape = {"num_classes": self.num_classes, "label_map": list(labels.shape)}
-        return Aim(labels, adversarial, shape | chosen)
+        return ImageTarget(labels, adversarial, shape | chosen)
 
     def _targets(self, size: tuple[int, int]) -> tuple[int, int]:
         """How many rows and columns of targets an image of a size (H, W) has, without labels."""
@@ -211,7 +216,7 @@ class MapAims(Aims):
 class BoxAims(Aims):
     """A detector, whose targets are proposals, anchors or queries near objects."""
 
-    def __init__(self, rules: Rules, victim: Detector) -> None:
+    def __init__(self, rules: AttackOptions, victim: Detector) -> None:
         super().__init__(rules, victim)
         if is_pattern(rules.adversarial):
             raise ValueError(f"--adversarial {rules.adversarial} goes with segmentation only")
@@ -250,12 +255,14 @@ class BoxAims(Aims):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
 
-    def aim(self, name: str, image: Tensor, truth: Truth, generator: torch.Generator) -> Aim:
+    def aim(
+        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
+    ) -> ImageTarget:
         """Proposals near true objects, or near those that the detector finds."""
         kind = self.rules.adversarial
         drawn = kind if kind in BOX_KINDS else "vanish"
         if truth is None:
-            with engine.frozen(self.victim), torch.no_grad():
+            with frozen(self.victim), torch.no_grad():
                 (found,) = self.victim.detect(image[None])
             truth = self.victim.confident(found, CONFIDENT, image[None])
         assert isinstance(truth, Mapping)
@@ -272,7 +279,7 @@ class BoxAims(Aims):
         elif kind == "runner-up":
             adversarial = kind
         at = None if targets.at is None else targets.at[0]
-        return Aim(labels, adversarial, record, at, truth)
+        return ImageTarget(labels, adversarial, record, at, truth)
 
     def _targets(
         self,

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import files
-from .aims import Rules, Truth, TruthFiles, aims_of, find_device, seed_of, size_of
-from .info import versions
+from .. import files
+from ..info import versions
+from ..victims import Detector, Victim, load
 from .outcome import Outcome, attack_images, output_files, write
-from .victims import Detector, Victim, load
+from .targets import AttackOptions, Truth, TruthFiles, aims_of, find_device, seed_of, size_of
 
 # Called with (index of the image, update, active targets).
 Callback = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request(Rules):
+class Request(AttackOptions):
     """The command line, as it was given."""
 
     images: Sequence[Path]

@@ -12,16 +12,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import files
-from .adversary import Adversary, find_class
-from .attack import DAG
-from .attack_files import Request, make_folder, plan
-from .data import Scenes
-from .info import versions
-from .outcome import Outcome, attack_images, output_files, predict, write
-from .report import Reporter, show_table
-from .victims import Victim, load
-from .victims.segmentation import need
+from .. import files
+from ..attacks.dag import DAG
+from ..data import Scenes
+from ..evaluation.adversary import Adversary, find_class
+from ..evaluation.attack_files import Request, make_folder, plan
+from ..evaluation.outcome import Outcome, attack_images, output_files, predict, write
+from ..info import versions
+from ..optional import optional_import
+from ..victims import Victim, load
+from .progress import Reporter, show_table
 
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket")
 SIZE = (384, 256)  # width, height: 96 targets
@@ -49,7 +49,7 @@ rounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as th
 
 def photographs() -> Tensor:
     """The photographs, cut to one size: (N, 3, H, W) in [0, 1]."""
-    data = need("skimage.data", "demo")
+    data = optional_import("skimage.data", "demo")
     pixels = [
         np.array(ImageOps.fit(Image.fromarray(getattr(data, name)()), SIZE)) for name in PHOTOGRAPHS
     ]

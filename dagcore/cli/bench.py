@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .attack import DAG
-from .engine import Reader, frozen
-from .files import whole
-from .info import versions
-from .native import freed_memory_kept
-from .reference import input_gradient
-from .victims import Detector, Victim, load, prepare
+from .. import ops, reference
+from ..attacks.dag import DAG
+from ..engine import ScoreModel, frozen
+from ..engine.memory import freed_memory_kept
+from ..files import atomic_write
+from ..info import versions
+from ..reference import input_gradient
+from ..victims import Detector, Victim, load, prepare
 
 Sides = Mapping[str, Callable[[], object]]
 Row = dict[str, Any]
@@ -140,7 +140,7 @@ def measure_updates(
     try:
         with frozen(victim), torch.no_grad():
             labels = ops.argmax_bilinear(
-                Reader(victim)(images, images[:, 0].long()), (height, width)
+                ScoreModel(victim)(images, images[:, 0].long()), (height, width)
             )
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -162,7 +162,7 @@ def measure_updates(
 
 def _bare(victim: Victim, images: Tensor, labels: Tensor) -> None:
     """The network's forward pass and input gradient, as often as an attack evaluates them."""
-    reader = Reader(victim)
+    reader = ScoreModel(victim)
     with frozen(victim):
         for _ in range(UPDATES):
             leaf = images.detach().requires_grad_()
@@ -197,7 +197,7 @@ def report(rows: list[Row], device: str, path: Path | None) -> None:
         Console(width=160).print(table)
     if path is not None:
         known = {"device": device, "threads": torch.get_num_threads(), "versions": versions()}
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({**known, "rows": rows}, indent=1) + "\n")
         print(f"written to {path}")
 

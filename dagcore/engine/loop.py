@@ -9,18 +9,15 @@ not touched any more; learning of it late changes no result.
 from __future__ import annotations
 
 import dataclasses
-import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checks, native, ops
-from .reference import (
+from .. import checks, ops
+from ..reference import (
     BUDGET,
     CONVERGED,
     STALLED,
@@ -31,11 +28,14 @@ from .reference import (
     step_scale,
     targets,
 )
+from .graph import Graph
+from .memory import freed_memory_kept
+from .readback import Readback
+from .scores import ScoreModel
 
 # Called with (update, active targets of each image, -1 where it has stopped).
 Callback = Callable[[int, Tensor], None]
 
-LAG = 4  # iterations that a device may be ahead of the host
 EAGER = 3  # iterations before a CUDA graph is captured: libraries settle on their kernels
 
 
@@ -67,118 +67,6 @@ class Settings:
         checks.choice("backend", self.backend, ("native", "reference"))
 
 
-class _Held:
-    """A module or a parameter, as it was before the first attack, and the attacks that hold it."""
-
-    def __init__(self, thing: nn.Module | nn.Parameter) -> None:
-        self.thing = thing
-        self.before = thing.training if isinstance(thing, nn.Module) else thing.requires_grad
-        self.holders: set[object] = set()
-
-    def put_back(self) -> None:
-        if isinstance(self.thing, nn.Module):
-            self.thing.training = self.before
-        else:
-            self.thing.requires_grad_(self.before)
-
-
-# A generator that is collected may end its block in a thread that holds the lock.
-_lock = threading.RLock()
-_held: dict[int, _Held] = {}  # by id
-
-
-@contextmanager
-def frozen(model: object) -> Iterator[None]:
-    """Eval mode and parameters without gradients, both put back by the last that ends.
-
-    Attacks in several threads may share a model, or modules of several models.
-    """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    holder = object()
-    things: list[nn.Module | nn.Parameter] = [*model.modules(), *model.parameters()]
-    try:
-        with _lock:
-            for thing in things:
-                while True:  # what ends meanwhile, in this very thread, may have let go of it
-                    held = _held.setdefault(id(thing), _Held(thing))
-                    held.holders.add(holder)
-                    if _held.get(id(thing)) is held:
-                        break
-            model.eval()
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-        yield
-    finally:
-        with _lock:
-            for thing in things:
-                let_go = _held.get(id(thing))
-                if let_go is None or holder not in let_go.holders:
-                    continue
-                let_go.holders.remove(holder)
-                if not let_go.holders:
-                    del _held[id(thing)]
-                    let_go.put_back()
-
-
-def read_scores(output: Any, images: Tensor) -> Tensor:
-    """The scores (N, C, *T) in a model's output: a tensor, {"out": tensor}, or .logits."""
-    scores = output
-    if isinstance(output, Mapping) and "out" in output:
-        scores = output["out"]
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        scores = output.logits
-    if not isinstance(scores, Tensor):
-        raise TypeError(
-            "model must return scores as a tensor, a mapping with 'out' or an object with .logits, "
-            f"got {type(output).__name__}"
-        )
-    if scores.dim() < 2 or len(scores) != len(images):
-        raise ValueError(
-            f"model must return scores of shape ({len(images)}, C, *targets) for "
-            f"{len(images)} images, got {tuple(scores.shape)}"
-        )
-    if scores.shape[1] < 1:
-        raise ValueError(
-            f"model must return scores of at least one class, got {tuple(scores.shape)}"
-        )
-    return scores
-
-
-class Reader:
-    """A model's scores at the targets of given labels.
-
-    Maps of a lower resolution than the labels are read through bilinear interpolation; a model
-    whose own enlargement aligns corners says so by an attribute `align_corners`.
-    """
-
-    def __init__(self, model: Callable[..., Any]) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}")
-        self.model = model
-        self.align_corners = bool(getattr(model, "align_corners", False))
-
-    def __call__(self, images: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
-        """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
-
-        `at` (N, *) is what else the model takes for each image, None where it takes images alone.
-        """
-        output = self.model(images) if at is None else self.model(images, at)
-        scores = read_scores(output, images)
-        checks.device("scores of model", scores, "labels", labels)
-        score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])
-        enlarged = len(score_map) == len(label_map) == 2 and all(
-            0 < low <= high for low, high in zip(score_map, label_map, strict=True)
-        )
-        if score_map != label_map and not enlarged:
-            raise ValueError(
-                f"labels must have shape {(len(labels), *score_map)} to match the model's scores "
-                f"{tuple(scores.shape)}, or be larger maps, got {tuple(labels.shape)}"
-            )
-        return scores
-
-
 class Outcome(NamedTuple):
     """One image when it stops."""
 
@@ -196,7 +84,7 @@ class Slots:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ScoreModel,
         settings: Settings,
         capacity: int,
         image: Tensor,  # (*): of the size, dtype and device of all
@@ -229,7 +117,7 @@ class Slots:
         self.iteration = 0
         self.num_classes: int | None = None
         self.undrawn: list[tuple[int, int, Callable[[Tensor, int], Tensor | str]]] = []
-        self.watch = Watch(device)
+        self.watch = Readback(device)
         self.graph: Graph | None = None if self.synchronous else Graph(self)
 
     @property
@@ -415,80 +303,8 @@ class Slots:
         self.count = len(kept)
 
 
-class Watch:
-    """Counts and running images of past iterations, read back as late as the device likes.
-
-    On the CPU they are there at once. Elsewhere they are copied behind the iteration's kernels and
-    looked at when the copy is done; the host waits only to stay within LAG iterations.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.under_way: deque[tuple[int, Tensor, Tensor, torch.Event | None]] = deque()
-
-    def add(self, iteration: int, counts: Tensor, running: Tensor) -> None:
-        """Note an iteration's counts (-1 for images that had stopped) and what runs on, (K,)."""
-        if self.device.type == "cpu":
-            self.under_way.append((iteration, counts, running.clone(), None))
-            return
-        copies = [
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-            for t in (counts, running)
-        ]
-        event = torch.Event(self.device)
-        event.record()
-        self.under_way.append((iteration, copies[0], copies[1], event))
-
-    def known(self, wait: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """What has arrived, oldest first; with `wait`, everything."""
-        while self.under_way:
-            iteration, counts, running, event = self.under_way[0]
-            if event is not None:
-                if not (wait or len(self.under_way) > LAG or event.query()):
-                    return
-                event.synchronize()
-            self.under_way.popleft()
-            yield iteration, counts, running
-
-
-class Graph:
-    """An iteration of full slots as a CUDA graph, captured at its first replay."""
-
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
-        self.captured: torch.cuda.CUDAGraph | None = None
-        self.refused = False
-
-    def replay(self) -> None:
-        """Run one iteration: replayed, or eagerly where the model cannot be captured."""
-        if self.captured is None and not self.refused:
-            self._capture()
-        if self.captured is not None:
-            self.captured.replay()
-        else:
-            self.slots.evaluate_and_update()
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads, which load images, may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.slots.evaluate_and_update()
-        except RuntimeError as error:
-            self.refused = True
-            reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"the model cannot be captured as a CUDA graph ({reason}): its iterations are "
-                "launched one by one",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return
-        self.captured = graph
-
-
 def run(
-    reader: Reader,
+    reader: ScoreModel,
     settings: Settings,
     images: Tensor,  # (N, *)
     labels: Tensor,  # (N, *T)
@@ -513,7 +329,7 @@ def run(
     slots = Slots(reader, settings, total, images[0], labels[0], first, report)
     slots.admit(list(range(total)), images, labels, assign, at, start)
     outcomes: dict[int, Outcome] = {}
-    with native.freed_memory_kept() if slots.synchronous else nullcontext():
+    with freed_memory_kept() if slots.synchronous else nullcontext():
         while len(outcomes) < total:
             slots.iterate()
             done = slots.finished()

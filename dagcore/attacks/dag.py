@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, engine, ops, reference
-from .labels import KINDS, assign
-from .native import freed_memory_kept
-from .perturbation import perceptibility
-from .stream import (
+from .. import checks, ops, reference
+from ..engine import ScoreModel, frozen
+from ..engine import loop as engine
+from ..engine.memory import freed_memory_kept
+from ..engine.stream import (
     Assign,
-    Feed,
+    Prefetcher,
     Sample,
     Stream,
     StreamCallback,
     device_of,
     validate_slots,
 )
+from ..labels import KINDS, assign
+from ..perturbation import perceptibility
 
 
 class Status(str, Enum):
@@ -144,8 +146,8 @@ class DAG(engine.Settings):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
-        reader = engine.Reader(model)
-        with engine.frozen(model), torch.inference_mode(False):
+        reader = ScoreModel(model)
+        with frozen(model), torch.inference_mode(False):
             if self.backend == "native":
                 outcomes = engine.run(
                     reader,
@@ -236,11 +238,11 @@ class DAG(engine.Settings):
             return self._assign("permutation" if wanted is None else wanted, own)
 
         device = device_of(model)
-        work = Stream(engine.Reader(model), self, slots, device, check, assign_to, callback)
+        work = Stream(ScoreModel(model), self, slots, device, check, assign_to, callback)
         with (
-            engine.frozen(model),
+            frozen(model),
             nullcontext() if device is not None and device.type != "cpu" else freed_memory_kept(),
-            closing(Feed(samples, slots, device)) as feed,
+            closing(Prefetcher(samples, slots, device)) as feed,
         ):
             for outcome in work.run(feed):
                 sample = outcome.tag
@@ -262,8 +264,8 @@ class DAG(engine.Settings):
         """
         self._check(images, labels, adversarial_labels, None)
         check_at(model, at, images)
-        reader = engine.Reader(model)
-        with engine.frozen(model), torch.no_grad():
+        reader = ScoreModel(model)
+        with frozen(model), torch.no_grad():
             scores = reader(images, labels, at)
             adversarial = assign(adversarial_labels, labels, scores.shape[1], self.ignore_index)
             module = ops if self.backend == "native" else reference

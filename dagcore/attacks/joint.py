@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine, ops
-from .attack import DAG, Status, check_at
-from .labels import assign
-from .native import freed_memory_kept
-from .perturbation import perceptibility
-from .reference import allowance, input_gradient, seed_op, step_scale, targets
+from .. import ops
+from ..engine import ScoreModel, frozen
+from ..engine.memory import freed_memory_kept
+from ..labels import assign
+from ..perturbation import perceptibility
+from ..reference import allowance, input_gradient, seed_op, step_scale, targets
+from .dag import DAG, Status, check_at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def joint_attack(
         rules.append(rule)
     with contextlib.ExitStack() as stack:
         for part in parts:
-            stack.enter_context(engine.frozen(part.model))
+            stack.enter_context(frozen(part.model))
         if images.device.type == "cpu":
             stack.enter_context(freed_memory_kept())
         stack.enter_context(torch.inference_mode(False))
@@ -106,7 +107,7 @@ def _run(
     generator: torch.Generator | None,
 ) -> JointResult:
     lower, upper = attack.bounds or (None, None)
-    readers = [engine.Reader(part.model) for part in parts]
+    readers = [ScoreModel(part.model) for part in parts]
     x = images.detach().clone(memory_format=torch.contiguous_format)
     count, device = len(x), x.device
     history = torch.full(

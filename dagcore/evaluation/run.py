@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import info
-from ..aims import Aim, Truth, Unfit, aims_of, find_device, seed_of
-from ..attack import Result
+from ..attacks.dag import Result
+from ..cli.progress import RunReporter, show_summary
+from ..engine.stream import Sample
 from ..labels import assign
-from ..outcome import Outcome, draw, look, measure
 from ..perturbation import round_to_8_bits
-from ..report import RunReporter, show_summary
-from ..stream import Sample
 from ..victims import Detector, load, prepare, prepare_detector
-from .folder import FAILED, Folder, Record
+from .outcome import Outcome, draw, look, measure
 from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import Source, source_of
+from .store import FAILED, Folder, Record
 from .summary import STAGES, summarise, tally
+from .targets import ImageTarget, Truth, Unfit, aims_of, find_device, seed_of
 
 PATIENCE = 5  # seconds from a signal to the next that counts
 
@@ -50,7 +50,7 @@ class Claimed(NamedTuple):
     number: int
     name: str
     image: Tensor
-    aim: Aim
+    aim: ImageTarget
     seed: int
     generator: torch.Generator
     """From the seed on, as far as the aim has drawn."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..aims import Truth, TruthFiles, size_of
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..data.painting import FAMILIES
 from ..data.scenes import SPLITS
 from ..victims import Detector, Victim
 from .settings import Settings
+from .targets import Truth, TruthFiles, size_of
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SCENES = 200  # unless settings say how many

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from . import __version__, info
-from .checks import GOALS, fraction
-from .metrics import PROTOCOLS
+from .. import __version__, info
+from ..checks import GOALS, fraction
+from ..metrics import PROTOCOLS
 
 EXAMPLES = """
 \b
@@ -147,8 +147,8 @@ def attack(**options: Any) -> None:
     For each IMAGE the folder gets NAME.png (the attacked image), NAME.perturbation.safetensors,
     NAME.json (the numbers and all settings) and NAME.figure.png.
     """
-    from .attack_files import Request, plan
-    from .report import Reporter, show_table
+    from ..evaluation.attack_files import Request, plan
+    from .progress import Reporter, show_table
 
     work = plan(Request(**options))
     outcomes = []
@@ -225,8 +225,8 @@ def run_data_set(config: Path | None, **options: Any) -> int:
     settings.toml and some figures. An image that is broken or whose labels are is put on record
     with the reason, and passed over.
     """
-    from .runs import Settings, run
-    from .runs.settings import read_toml
+    from ..evaluation import Settings, run
+    from ..evaluation.settings import read_toml
 
     given = {} if config is None else read_toml(config)
     given |= {name: value for name, value in options.items() if value is not None}
@@ -289,7 +289,7 @@ def run_bench(
     Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
     bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
     """
-    from .aims import find_device
+    from ..evaluation.targets import find_device
     from .bench import bench
 
     bench(model, weights, (batch, *size), rounds, str(find_device(device)), path)
@@ -315,7 +315,7 @@ def zoo() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def zoo_list(as_json: bool) -> None:
     """Show the networks, and what is known about their weights."""
-    from .zoo import commands
+    from . import zoo as commands
 
     commands.show_list(as_json)
 
@@ -361,7 +361,7 @@ def zoo_train(names: tuple[str, ...], **options: Any) -> None:
     For each NAME the folder gets checkpoint, losses (NAME.jsonl, NAME.png) and
     NAME.safetensors.
     """
-    from .zoo import commands
+    from . import zoo as commands
 
     commands.train(names, **options)
 
@@ -386,7 +386,7 @@ def zoo_train(names: tuple[str, ...], **options: Any) -> None:
 @click.option("--device", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]")
 def zoo_evaluate(names: tuple[str, ...], images: int, protocol: str, device: str | None) -> None:
     """Measure shipped networks on unseen scenes, all twelve where none is named."""
-    from .zoo import commands
+    from . import zoo as commands
 
     commands.show_scores(names, images, protocol, device)
 
@@ -458,7 +458,8 @@ def paper_all(**options: Any) -> None:
 
     What is already there is used again; a run that was interrupted goes on where it stopped.
     """
-    from .paper import Setup, commands
+    from ..paper import Setup
+    from . import paper as commands
 
     commands.everything(Setup(**options))
 
@@ -472,7 +473,8 @@ def paper_table(name: str, **options: Any) -> None:
     Networks attacked by their own perturbations and by others', alone, added up and permuted. It
     is shown beside the paper's own numbers.
     """
-    from .paper import Setup, commands
+    from ..paper import Setup
+    from . import paper as commands
 
     commands.table(name, Setup(**options))
 
@@ -489,7 +491,8 @@ def paper_figure(name: str, networks: tuple[str, ...], **options: Any) -> None:
     visible each network's perturbations are. fancy: prescribed segmentations, several networks
     fooled at once, noise that is seen as an object.
     """
-    from .paper import Setup, commands
+    from ..paper import Setup
+    from . import paper as commands
 
     commands.figure(name, Setup(**options), networks)
 

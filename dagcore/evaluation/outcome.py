@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import engine, figures, files
-from .attack import DAG, Result, Status
-from .ops import argmax_bilinear
-from .perturbation import perceptibility, round_to_8_bits
-from .victims import Detector, Victim
+from .. import files
+from ..attacks.dag import DAG, Result, Status
+from ..engine import frozen, read_scores
+from ..ops import argmax_bilinear
+from ..perturbation import perceptibility, round_to_8_bits
+from ..victims import Detector, Victim
+from . import figures
 
 Seen = Tensor | Mapping[str, Tensor]  # a label map, or detections
 
@@ -84,14 +86,14 @@ class Outcome:
 
 def predict(victim: Victim, images: Tensor) -> Tensor:
     """Scores of images (N, 3, H, W) without gradients: (N, C, *T)."""
-    with engine.frozen(victim), torch.no_grad():
-        return engine.read_scores(victim(images), images)
+    with frozen(victim), torch.no_grad():
+        return read_scores(victim(images), images)
 
 
 def look(victim: Victim | Detector, images: Tensor, size: tuple[int, ...]) -> Sequence[Seen]:
     """What a network sees in each image: detections, or a label map of a size."""
     if isinstance(victim, Detector):
-        with engine.frozen(victim), torch.no_grad():
+        with frozen(victim), torch.no_grad():
             found = victim.detect(images)
         return [{key: value.cpu() for key, value in one.items()} for one in found]
     return list(see(victim, images, (size[0], size[1])).cpu())
@@ -172,10 +174,10 @@ def write(
     """Write the attacked image, the perturbation, the figure and, last, the record."""
     paths = output_files(folder, outcome.name)
     files.write_image(paths["image"], outcome.adversarial)
-    with files.whole(paths["perturbation"]) as temporary:
+    with files.atomic_write(paths["perturbation"]) as temporary:
         save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
     draw(outcome, paths["figure"], victim, note=outcome.note(goal))
-    with files.whole(paths["record"]) as temporary:
+    with files.atomic_write(paths["record"]) as temporary:
         temporary.write_text(json.dumps({**outcome.record(), **record}, indent=2) + "\n")
 
 

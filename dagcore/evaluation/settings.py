@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
-from ..aims import Rules
+from .targets import AttackOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,7 @@ NOT_COMPARED = ("out", "strict", "figures", "weights", "device")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Rules):
+class Settings(AttackOptions):
     """What a run attacks, and how.
 
     Attributes:

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .outcome import Outcome
+from ..evaluation.outcome import Outcome
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in Python 3.10

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .engine import Outcome, Reader, Settings, Slots
+from .. import checks
+from .loop import Outcome, ScoreModel, Settings, Slots
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ StreamCallback = Callable[[list[Any], Tensor], None]
 Assign = Callable[[Tensor, int], "Tensor | str"]
 
 
-class Feed:
+class Prefetcher:
     """Samples, fetched by a thread of their own while the device works.
 
     At most `ahead` of them wait; on a GPU they wait in pinned memory.
@@ -147,7 +147,7 @@ class Stream:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ScoreModel,
         settings: Settings,
         slots: int,
         device: torch.device | None,
@@ -169,7 +169,7 @@ class Stream:
         """Number of images under attack."""
         return sum(group.in_flight for group in self.groups.values())
 
-    def run(self, feed: Feed) -> Iterator[Outcome]:
+    def run(self, feed: Prefetcher) -> Iterator[Outcome]:
         """Outcomes as images finish; an error of the source's once all before it have."""
         error: BaseException | None = None
         while True:

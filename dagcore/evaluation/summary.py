@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import files
 from ..metrics import AveragePrecision, Score, iou
 from ..reference import allowance
-from .folder import FAILED, Record
+from .store import FAILED, Record
 
 STAGES = ("before", "after", "after_rounding")
 

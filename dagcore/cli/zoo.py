@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..aims import find_device
 from ..data import SCENE_CLASSES
-from ..files import whole
+from ..evaluation.targets import find_device
+from ..files import atomic_write
 from ..metrics import Score
 from ..processes import cores, pool
-from ..report import LINE_SECONDS, PLAIN_WIDTH, Bars
-from . import training
-from .checkpoint import read_metadata
-from .evaluation import evaluate
-from .registry import ENTRIES, Entry, build, find, load
+from ..zoo import training
+from ..zoo.checkpoint import read_metadata
+from ..zoo.evaluation import evaluate
+from ..zoo.registry import ENTRIES, Entry, build, find, load
+from .progress import LINE_SECONDS, PLAIN_WIDTH, Bars
 
 TELL_SECONDS = 0.5  # from one message of a process to the next
 
@@ -170,7 +170,7 @@ def collect(future: Future[Path], entry: Entry, install: bool, watch: Watch) -> 
     known = read_metadata(path)
     if install:
         entry.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(entry.path) as temporary:
+        with atomic_write(entry.path) as temporary:
             shutil.copyfile(path, temporary)
     where = entry.path if install else path
     watch.finished(entry.name, f"{measure_of(entry)} {percent(known['score'])}, written to {where}")

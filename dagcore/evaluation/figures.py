@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from .files import whole
+from ..files import atomic_write
 
 Colours = npt.NDArray[np.uint8]
 
@@ -214,7 +214,7 @@ def _four_panels(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from .. import files
-from ..attack_files import make_folder
-from ..outcome import Outcome
+from .attack_files import make_folder
+from .outcome import Outcome
 from .settings import Settings, differences, read_toml, to_toml
 
 Record = dict[str, Any]
@@ -33,7 +33,7 @@ NUMBERS = (
     "num_classes",
 )
 LONGEST_NAME = 255  # in bytes
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.whole
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.atomic_write
 
 
 def needed(status: str) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class Folder:
         tables = {"made_with": made_with, "versions": versions}
         if not self.settings.is_file():
             text = to_toml(settings.record(), tables)
-            with files.whole(self.settings) as temporary:
+            with files.atomic_write(self.settings) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
             self._remove_temporaries()
             return []
@@ -142,14 +142,14 @@ class Folder:
         files.write_image(self.path("images", name, "png"), outcome.adversarial)
         if perturbation:
             path = self.path("perturbations", name, "safetensors")
-            with files.whole(path) as temporary:
+            with files.atomic_write(path) as temporary:
                 save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
         self.write_record(number, record)
 
     def write_record(self, number: int, record: Record) -> None:
         """Write the record of an image, over that of an earlier failure."""
         self.records.mkdir(exist_ok=True)
-        with files.whole(self.records / f"{number:08d}.json") as temporary:
+        with files.atomic_write(self.records / f"{number:08d}.json") as temporary:
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def path(self, kind: str, name: str, ending: str) -> Path:
@@ -194,12 +194,12 @@ class Folder:
 
     def finish(self, records: Mapping[int, Record], summary: Mapping[str, Any]) -> None:
         """Write all records as lines, and the summary; then single ones are of no more use."""
-        with files.whole(self.lines) as temporary:
+        with files.atomic_write(self.lines) as temporary:
             temporary.write_text(
                 "".join(json.dumps(record) + "\n" for record in records.values()),
                 encoding="utf-8",
             )
-        with files.whole(self.summary) as temporary:
+        with files.atomic_write(self.summary) as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         for number in records:
             (self.records / f"{number:08d}.json").unlink(missing_ok=True)
@@ -212,5 +212,5 @@ class Folder:
             known = json.loads(self.speed.read_text()) if self.speed.is_file() else []
         except ValueError as error:
             raise ValueError(f"{self.speed} cannot be read, remove it: {error}") from error
-        with files.whole(self.speed) as temporary:
+        with files.atomic_write(self.speed) as temporary:
             temporary.write_text(json.dumps([*known, speed], indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""The attacks, as users call them."""

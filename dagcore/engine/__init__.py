@@ -1,0 +1,7 @@
+"""Images under attack in slots; knows nothing of segmentation or detection."""
+
+from .freeze import frozen
+from .memory import freed_memory_kept
+from .scores import ScoreModel, read_scores
+
+__all__ = ["ScoreModel", "freed_memory_kept", "frozen", "read_scores"]

@@ -1,0 +1,47 @@
+"""Iterations as CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .loop import Slots
+
+
+class Graph:
+    """An iteration of full slots as a CUDA graph, captured at its first replay."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.captured: torch.cuda.CUDAGraph | None = None
+        self.refused = False
+
+    def replay(self) -> None:
+        """Run one iteration: replayed, or eagerly where the model cannot be captured."""
+        if self.captured is None and not self.refused:
+            self._capture()
+        if self.captured is not None:
+            self.captured.replay()
+        else:
+            self.slots.evaluate_and_update()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, which load images, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.slots.evaluate_and_update()
+        except RuntimeError as error:
+            self.refused = True
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"the model cannot be captured as a CUDA graph ({reason}): its iterations are "
+                "launched one by one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        self.captured = graph

@@ -1,0 +1,48 @@
+"""Freed memory kept for the next iteration."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..ops import native
+
+# A generator that is collected may end its block in a thread that holds the lock.
+_lock = threading.RLock()
+_keeping = 0
+# Whoever set one of these knows better.
+_MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the process keep the memory that it frees, until the last of these blocks ends.
+
+    An iteration allocates and frees the same large tensors as the one before. glibc gets each from
+    the system and gives it back, and touching fresh pages can take longer than the network itself.
+    Attacks on the CPU run in such a block; put one around many short attacks, or all free memory
+    goes back after each. It acts on the whole process, on what the main thread allocates above
+    all, and does nothing without the native module, with another C library than glibc, or where
+    the environment sets MALLOC_... thresholds or GLIBC_TUNABLES of malloc.
+    """
+    global _keeping
+    tuned = any(name in os.environ for name in _MALLOC_SETTINGS)
+    if native.module is None or tuned or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        yield
+        return
+    counted = False
+    try:
+        with _lock:
+            _keeping += 1
+            counted = True
+            if _keeping == 1:
+                native.module.keep_freed_memory(True)
+        yield
+    finally:
+        if counted:
+            with _lock:
+                _keeping -= 1
+                if _keeping == 0:
+                    native.module.keep_freed_memory(False)
