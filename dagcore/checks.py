@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .errors import ArgumentError, ArgumentTypeError
+
 GOALS = ("leave", "reach")
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,18 +29,18 @@ def names(items: Iterable[object]) -> str:
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise unless `value` is a dense tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested one" if value.is_nested else names([value.layout])
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+        raise ArgumentTypeError(f"{name} must be a dense tensor, got {kind}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {names(dtypes)}, got {names([value.dtype])}")
+        raise ArgumentTypeError(f"{name} must be {names(dtypes)}, got {names([value.dtype])}")
 
 
 def device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless two tensors share a device."""
     if value.device != other.device:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
         )
 
@@ -46,7 +48,7 @@ def device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 def shape(name: str, value: Tensor, required: tuple[int, ...], why: str) -> None:
     """Raise unless a tensor has the required shape."""
     if tuple(value.shape) != tuple(required):
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must have shape {tuple(required)} to match {why}, got {tuple(value.shape)}"
         )
 
@@ -54,27 +56,27 @@ def shape(name: str, value: Tensor, required: tuple[int, ...], why: str) -> None
 def most_dims(name: str, what: str, count: int) -> None:
     """Raise unless there are no more dimensions than the native loops can hold."""
     if count > MOST_DIMS:
-        raise ValueError(f"{name} must have at most {MOST_DIMS} {what}, got {count}")
+        raise ArgumentError(f"{name} must have at most {MOST_DIMS} {what}, got {count}")
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless a string is one of the choices."""
     allowed = tuple(choices)
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be {names(map(repr, allowed))}, got {value!r}")
+        raise ArgumentError(f"{name} must be {names(map(repr, allowed))}, got {value!r}")
 
 
 def number(name: str, value: object, *, above: float | None = None, infinite: bool = False) -> None:
     """Raise unless `value` is a real number, larger than `above` and finite unless allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}")
+        raise ArgumentError(f"{name} must be a number that a float can hold, got {shown(value)}")
     fits = (above is None or value > above) and not math.isnan(value)
     if not fits or not (infinite or math.isfinite(value)):
         kind = "a number" if infinite else "a finite number"
         bound = "" if above is None else f" above {above:g}"
-        raise ValueError(f"{name} must be {kind}{bound}, got {value}")
+        raise ArgumentError(f"{name} must be {kind}{bound}, got {value}")
 
 
 def fraction(name: str, value: object) -> float:
@@ -84,7 +86,7 @@ def fraction(name: str, value: object) -> float:
         try:
             return float(top) / float(bottom) if slash else float(top)
         except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must be a number or a fraction like 0.5/255, got {value!r}"
             ) from error
     number(name, value)
@@ -97,33 +99,33 @@ def integer(
 ) -> None:
     """Raise unless `value` is an integer, at least `at_least` and at most `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be an integer, got {value!r}")
     if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {shown(value)}")
+        raise ArgumentError(f"{name} must be at least {at_least}, got {shown(value)}")
     if value > at_most:
-        raise ValueError(f"{name} must be at most {at_most}, got {shown(value)}")
+        raise ArgumentError(f"{name} must be at most {at_most}, got {shown(value)}")
 
 
 def boolean(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
 
 
 def generator(value: object) -> None:
     """Raise unless `value` is a source of randomness, or None."""
     if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
+        raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
 
 
 def bounds(value: object) -> None:
     """Raise unless `value` is (lower, upper), finite and a finite distance apart."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
+        raise ArgumentError(f"bounds must be (lower, upper) or None, got {value!r}")
     for name, bound in zip(("bounds[0]", "bounds[1]"), value, strict=True):
         number(name, bound)
     if not value[0] < value[1] or not math.isfinite(float(value[1]) - float(value[0])):
-        raise ValueError(f"bounds must be (lower, upper) or None, got {value!r}")
+        raise ArgumentError(f"bounds must be (lower, upper) or None, got {value!r}")
 
 
 def shown(value: int) -> str:
@@ -148,7 +150,7 @@ def seed_arguments(
     """
     tensor("scores", scores, FLOAT_DTYPES)
     if scores.dim() < 2 or scores.shape[1] < 1:
-        raise ValueError(
+        raise ArgumentError(
             "scores must have shape (N, C, *targets) with at least one class, "
             f"got {tuple(scores.shape)}"
         )
@@ -160,7 +162,7 @@ def seed_arguments(
         score_maps(scores)
         tensor("labels", labels, LABEL_DTYPES)
         if labels.dim() != 3 or len(labels) != len(scores):
-            raise ValueError(
+            raise ArgumentError(
                 f"labels must have shape ({len(scores)}, H, W) to match scores "
                 f"{tuple(scores.shape)}, got {tuple(labels.shape)}"
             )
@@ -168,11 +170,11 @@ def seed_arguments(
     maps = [("labels", labels)]
     if isinstance(adversarial_labels, str):
         if adversarial_labels != "runner-up":
-            raise ValueError(
+            raise ArgumentError(
                 f"adversarial_labels must be a tensor or 'runner-up', got {adversarial_labels!r}"
             )
         if goal == "reach":
-            raise ValueError(
+            raise ArgumentError(
                 "adversarial_labels must be a tensor for goal='reach', got 'runner-up'"
             )
     else:
@@ -199,7 +201,7 @@ def score_maps(scores: Tensor) -> None:
     """Raise unless scores are maps (N, C, h, w) that can be interpolated."""
     tensor("scores", scores, FLOAT_DTYPES)
     if scores.dim() != 4 or min(scores.shape[1:]) < 1:
-        raise ValueError(
+        raise ArgumentError(
             "scores must have shape (N, C, h, w) with at least one class and pixel, "
             f"got {tuple(scores.shape)}"
         )
@@ -208,7 +210,7 @@ def score_maps(scores: Tensor) -> None:
 def map_size(size: object) -> tuple[int, int]:
     """(height, width) of an enlarged map; raise if it is anything else."""
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
-        raise ValueError(f"size must be (height, width), got {size!r}")
+        raise ArgumentError(f"size must be (height, width), got {size!r}")
     for name, extent in zip(("size[0]", "size[1]"), size, strict=True):
         integer(name, extent, at_least=0, at_most=MOST_PIXELS)
     return int(size[0]), int(size[1])
@@ -220,7 +222,7 @@ def label_range(name: str, labels: Tensor, num_classes: int, ignore_index: int) 
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must lie in [0, {num_classes}) or equal ignore_index={ignore_index}, "
             f"got {int(labels[where])} at {where}"
         )
@@ -239,13 +241,13 @@ def step_arguments(
     """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite where None."""
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
-        raise ValueError("images must have a batch dimension, got a scalar")
+        raise ArgumentError("images must have a batch dimension, got a scalar")
     most_dims("images", "pixel dimensions", images.dim() - 1)
     if images.numel() and overlaps(images):
-        raise ValueError("images must not be an expanded tensor: it is written in place")
+        raise ArgumentError("images must not be an expanded tensor: it is written in place")
     # The imaginary part of a conjugate, say: torch cannot write to it through an op.
     if not torch.compiler.is_compiling() and images.is_neg():
-        raise ValueError("images must not be a negated view: it is written in place")
+        raise ArgumentError("images must not be a negated view: it is written in place")
     for name, value in (("origin", origin), ("gradient", gradient)):
         tensor(name, value, (images.dtype,))
         shape(name, value, tuple(images.shape), "images")
@@ -261,5 +263,5 @@ def step_arguments(
     number("upper", high, infinite=True)
     number("epsilon", ball, above=0, infinite=True)
     if not low < high:
-        raise ValueError(f"lower must be below upper, got {low} and {high}")
+        raise ArgumentError(f"lower must be below upper, got {low} and {high}")
     return low, high, ball

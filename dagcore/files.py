@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import ArgumentError
+
 IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
 
 # Of Pillow's formats none that starts another program (EPS), or does not tell its depth (PPM).
@@ -32,7 +34,7 @@ def read_image(path: Path) -> Tensor:
     """
     image = decode(path)
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} must have 8 bits per channel, got mode {image.mode}")
+        raise ArgumentError(f"{path} must have 8 bits per channel, got mode {image.mode}")
     if "transparency" in image.info:
         image = image.convert("RGBA")  # from a palette to RGB at once Pillow would warn
     pixels = np.array(image.convert("RGB"))
@@ -50,7 +52,7 @@ def read_label_map(path: Path) -> Tensor:
     """
     image = decode(path)
     if image.mode not in ("P", "L", "I", "I;16", "I;16B"):
-        raise ValueError(
+        raise ArgumentError(
             f"label map {path} must be a palette or grey image whose values are classes, "
             f"got mode {image.mode}"
         )
@@ -75,10 +77,10 @@ def decode(path: Path) -> Image.Image:
         claimed = re.search(r"\((\d+) pixels\)", str(error))  # Pillow has a limit of its own
         pixels = int(claimed.group(1)) if claimed else 0
     except Exception as error:  # bytes that are no image fail in any way at all
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ArgumentError(f"{path} cannot be read as an image: {error}") from error
     if pixels <= MAX_PIXELS and pixels:
-        raise ValueError(f"{path} must have 8 bits per channel, got 16")
-    raise ValueError(
+        raise ArgumentError(f"{path} must have 8 bits per channel, got 16")
+    raise ArgumentError(
         f"{path} must have at most {MAX_PIXELS} pixels, got {pixels or 'more than Pillow allows'}"
     )
 

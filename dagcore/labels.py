@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .errors import ArgumentError, ArgumentTypeError
 
 KINDS = ("permutation", "random", "runner-up")
 PATTERNS = ("circle", "square", "stripes")
@@ -45,7 +46,7 @@ def assign(
         return adversarial_labels
     checks.tensor("labels", labels, checks.LABEL_DTYPES)
     if labels.dim() < 1:
-        raise ValueError("labels must have shape (N, *T), got a scalar")
+        raise ArgumentError("labels must have shape (N, *T), got a scalar")
     checks.integer("num_classes", num_classes, at_least=1, at_most=checks.MOST_PIXELS)
     checks.integer("ignore_index", ignore_index)
     checks.generator(generator)
@@ -53,7 +54,7 @@ def assign(
     counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if num_classes < 2:
         if bool(counted.any()):
-            raise ValueError(
+            raise ArgumentError(
                 f"adversarial_labels={adversarial_labels!r} needs at least 2 classes, "
                 f"the scores have {num_classes}"
             )
@@ -105,7 +106,7 @@ def pattern(name: str, height: int, width: int) -> Tensor:
         FileNotFoundError: a mask file that is not there.
     """
     if not isinstance(name, str):
-        raise TypeError(f"pattern must be a string, got {type(name).__name__}")
+        raise ArgumentTypeError(f"pattern must be a string, got {type(name).__name__}")
     checks.integer("height", height, at_least=1)
     checks.integer("width", width, at_least=1)
     kind, _, argument = name.partition(":")
@@ -123,7 +124,7 @@ def pattern(name: str, height: int, width: int) -> Tensor:
         return _text(argument, height, width)
     if kind == "mask" and argument:
         return _mask_file(Path(argument), height, width)
-    raise ValueError(
+    raise ArgumentError(
         f"pattern must be {checks.names(map(repr, PATTERNS))}, 'text:WORDS' or 'mask:FILE', "
         f"got {name!r}"
     )
@@ -158,7 +159,7 @@ def _text(words: str, height: int, width: int) -> Tensor:
         (0, 0), words, font=font
     )
     if right <= left or bottom <= top or not words.strip():
-        raise ValueError(f"pattern 'text:WORDS' must have words to show, got {words!r}")
+        raise ArgumentError(f"pattern 'text:WORDS' must have words to show, got {words!r}")
     ink = Image.new("L", (round(right - left), round(bottom - top)))
     ImageDraw.Draw(ink).text((-left, -top), words, fill=255, font=font)
     scale = 0.9 * min(width / ink.width, height / ink.height)

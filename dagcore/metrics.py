@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .errors import ArgumentError
 from .optional import optional_import
 
 VOID = 255
@@ -68,7 +69,7 @@ class MeanIoU:
         checks.label_range("masks", masks, self.num_classes, self.void)
         predictions, masks = predictions.long().cpu(), masks.long().cpu()
         if bool(((predictions < 0) | (predictions >= self.num_classes)).any()):
-            raise ValueError(
+            raise ArgumentError(
                 f"predictions must lie in [0, {self.num_classes}), got {int(predictions.min())} "
                 f"to {int(predictions.max())}"
             )
@@ -144,7 +145,7 @@ class AveragePrecision:
         """
         for key in ("boxes", "labels", "scores"):
             if key not in prediction:
-                raise ValueError(f"prediction must have {key!r}, got {sorted(prediction)}")
+                raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
         found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
         if difficult is None:
             difficult = torch.zeros(len(labels), dtype=torch.bool)
@@ -155,7 +156,7 @@ class AveragePrecision:
         checks.tensor("difficult", difficult, (torch.bool,))
         checks.shape("difficult", difficult, (len(boxes),), "boxes")
         if bool(scores.isnan().any()):
-            raise ValueError("prediction['scores'] must be numbers, got NaN")
+            raise ArgumentError("prediction['scores'] must be numbers, got NaN")
         found, boxes = found.detach().cpu().double(), boxes.detach().cpu().double()
         classes, labels, scores, difficult = (
             values.detach().cpu() for values in (classes.long(), labels.long(), scores, difficult)
@@ -184,11 +185,11 @@ class AveragePrecision:
     def _check(self, boxes_name: str, boxes: Tensor, labels_name: str, labels: Tensor) -> None:
         checks.tensor(boxes_name, boxes, checks.FLOAT_DTYPES)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"{boxes_name} must have shape (K, 4), got {tuple(boxes.shape)}")
+            raise ArgumentError(f"{boxes_name} must have shape (K, 4), got {tuple(boxes.shape)}")
         checks.tensor(labels_name, labels, checks.LABEL_DTYPES)
         checks.shape(labels_name, labels, (len(boxes),), boxes_name)
         if len(labels) and not 0 < int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
+            raise ArgumentError(
                 f"{labels_name} must lie in [1, {self.num_classes}), got {labels.tolist()}"
             )
 

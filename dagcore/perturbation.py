@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .errors import ArgumentError
 
 
 def combine(*perturbations: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def combine(*perturbations: Tensor) -> Tensor:
         ValueError: none given, or of different shapes or devices.
     """
     if not perturbations:
-        raise ValueError("perturbations must have at least one member, got none")
+        raise ArgumentError("perturbations must have at least one member, got none")
     for k, r in enumerate(perturbations):
         checks.tensor(f"perturbations[{k}]", r, checks.FLOAT_DTYPES)
     total = perturbations[0]
@@ -62,7 +63,7 @@ def fit(perturbation: Tensor, size: Sequence[int]) -> Tensor:
 def _check_maps(perturbation: Tensor) -> None:
     checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() != 4:
-        raise ValueError(
+        raise ArgumentError(
             f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
         )
 
@@ -76,7 +77,7 @@ def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:
     """
     checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
         )
     checks.number("value_range", value_range, above=0)

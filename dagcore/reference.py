@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .errors import ArgumentError
 from .labels import assign
 
 CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
@@ -125,13 +126,15 @@ def seed_op(
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
     """The backward pass from a seed at the scores to the images."""
     if not scores.requires_grad:
-        raise ValueError(
+        raise ArgumentError(
             "model must compute its scores from the images differentiably, got scores without a "
             "gradient (does it run under torch.no_grad, or detach?)"
         )
     (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
     if gradient is None:
-        raise ValueError("model must compute its scores from the images, got scores of other input")
+        raise ArgumentError(
+            "model must compute its scores from the images, got scores of other input"
+        )
     return gradient
 
 

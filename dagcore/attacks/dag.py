@@ -24,6 +24,7 @@ from ..engine.stream import (
     device_of,
     validate_slots,
 )
+from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import KINDS, assign
 from ..perturbation import perceptibility
 
@@ -144,7 +145,7 @@ class DAG(engine.Settings):
         if start is not None:
             self._check_start(start, images)
         if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+            raise ArgumentTypeError(f"callback must be callable, got {type(callback).__name__}")
         wanted = "permutation" if adversarial_labels is None else adversarial_labels
         reader = ScoreModel(model)
         with frozen(model), torch.inference_mode(False):
@@ -161,7 +162,9 @@ class DAG(engine.Settings):
                 )
                 return self._gather(images, outcomes)
             if callback is not None:
-                raise ValueError("callback must be None for backend='reference', which calls none")
+                raise ArgumentError(
+                    "callback must be None for backend='reference', which calls none"
+                )
             settings = dataclasses.asdict(self)
             del settings["backend"]
             trace = reference.dag(
@@ -212,7 +215,7 @@ class DAG(engine.Settings):
         """
         validate_slots(slots)
         if self.backend != "native":
-            raise ValueError(f"backend must be 'native' to stream, got {self.backend!r}")
+            raise ArgumentError(f"backend must be 'native' to stream, got {self.backend!r}")
         checks.generator(generator)
         return self._stream(model, samples, slots, generator, callback)
 
@@ -316,10 +319,10 @@ class DAG(engine.Settings):
     def _check(self, images: Any, labels: Any, adversarial_labels: Any, generator: Any) -> None:
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() < 2:
-            raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
+            raise ArgumentError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
         checks.tensor("labels", labels, checks.LABEL_DTYPES)
         if labels.dim() < 1 or len(labels) != len(images):
-            raise ValueError(
+            raise ArgumentError(
                 f"labels must have one map for each of {len(images)} images, "
                 f"got shape {tuple(labels.shape)}"
             )
@@ -331,7 +334,7 @@ class DAG(engine.Settings):
         elif adversarial_labels is not None:
             checks.choice("adversarial_labels", adversarial_labels, KINDS)
             if adversarial_labels == "runner-up" and self.goal == "reach":
-                raise ValueError(
+                raise ArgumentError(
                     "adversarial_labels must be given or drawn for goal='reach', got 'runner-up'"
                 )
         checks.generator(generator)
@@ -360,7 +363,7 @@ class DAG(engine.Settings):
         away = float((start.double() - images.double()).abs().max())
         rounding = torch.finfo(images.dtype).eps * float(images.abs().max())
         if away > self.epsilon + rounding:
-            raise ValueError(
+            raise ArgumentError(
                 f"start must lie within epsilon={self.epsilon:g} of images, got {away:g} away"
             )
 
@@ -369,15 +372,15 @@ class DAG(engine.Settings):
             return
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+            raise ArgumentError(f"{name} must be finite, got a NaN or an infinity")
         limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
         if low < limits[0] or high > limits[1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
             )
         spacing = torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high))
         if self.gamma < spacing:
-            raise ValueError(
+            raise ArgumentError(
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
                 f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images"
             )
@@ -388,7 +391,7 @@ def check_at(model: object, at: Any, images: Tensor) -> None:
     if at is not None:
         checks.tensor("at", at, checks.FLOAT_DTYPES)
         if at.dim() < 1 or len(at) != len(images):
-            raise ValueError(
+            raise ArgumentError(
                 f"at must have one entry for each of {len(images)} images, "
                 f"got shape {tuple(at.shape)}"
             )

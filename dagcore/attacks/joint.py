@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
+from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import assign
 from ..perturbation import perceptibility
 from ..reference import allowance, input_gradient, seed_op, step_scale, targets
@@ -76,13 +77,15 @@ def joint_attack(
         TypeError, ValueError: the argument, what was required and what came.
     """
     if not isinstance(parts, Sequence):
-        raise TypeError(f"parts must be a sequence of dagcore.Part, got {type(parts).__name__}")
+        raise ArgumentTypeError(
+            f"parts must be a sequence of dagcore.Part, got {type(parts).__name__}"
+        )
     if not parts:
-        raise ValueError("parts must have at least one network, got none")
+        raise ArgumentError("parts must have at least one network, got none")
     rules = []
     for k, part in enumerate(parts):
         if not isinstance(part, Part):
-            raise TypeError(f"parts[{k}] must be a dagcore.Part, got {type(part).__name__}")
+            raise ArgumentTypeError(f"parts[{k}] must be a dagcore.Part, got {type(part).__name__}")
         rule = attack if part.goal is None else dataclasses.replace(attack, goal=part.goal)
         try:
             rule._check(images, part.labels, part.adversarial_labels, generator)

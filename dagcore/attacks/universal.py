@@ -15,6 +15,7 @@ from .. import checks, ops
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
 from ..engine.stream import Sample, stacked
+from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import assign
 from ..perturbation import fit, perceptibility
 from ..reference import allowance, input_gradient, seed_op, step_scale, targets
@@ -66,18 +67,18 @@ def universal_perturbation(
     """
     checks.integer("batch_size", batch_size, at_least=1)
     if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
-        raise TypeError(f"samples must be a sequence, got {type(samples).__name__}")
+        raise ArgumentTypeError(f"samples must be a sequence, got {type(samples).__name__}")
     if not len(samples):
-        raise ValueError("samples must have at least one image, got none")
+        raise ArgumentError("samples must have at least one image, got none")
     for k, sample in enumerate(samples):
         if not isinstance(sample, Sample):
-            raise TypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
+            raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         if sample.start is not None:
-            raise ValueError(f"samples[{k}]: start must be None for a universal perturbation")
+            raise ArgumentError(f"samples[{k}]: start must be None for a universal perturbation")
         attack._check_sample(model, sample, f"samples[{k}]")
         like = samples[0].image
         if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"samples[{k}]: image must have shape ({like.shape[0]}, H, W), "
                 f"got {tuple(sample.image.shape)}"
             )

@@ -16,6 +16,7 @@ from .. import ops, reference
 from ..attacks.dag import DAG
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
+from ..errors import ArgumentError
 from ..files import atomic_write
 from ..info import versions
 from ..reference import input_gradient
@@ -133,7 +134,7 @@ def measure_updates(
     """
     victim = load(model, weights, torch.device(device))
     if isinstance(victim, Detector):
-        raise ValueError(f"--model must be a segmentation network, {model} is a detector")
+        raise ArgumentError(f"--model must be a segmentation network, {model} is a detector")
     count, height, width = shape
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((count, 3, height, width), generator=generator).to(device)
@@ -144,11 +145,13 @@ def measure_updates(
             )
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--model {model} cannot take {width}x{height} pixels: {reason}") from None
+        raise ArgumentError(
+            f"--model {model} cannot take {width}x{height} pixels: {reason}"
+        ) from None
     try:
         prepared = prepare(victim)
     except RuntimeError as error:
-        raise ValueError(f"--model {model} cannot be prepared: {error}") from error
+        raise ArgumentError(f"--model {model} cannot be prepared: {error}") from error
     sides: Sides = {
         "bare network": lambda: _bare(victim, images, labels),
         "reference": lambda: _attack(victim, images, labels, "reference"),

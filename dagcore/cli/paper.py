@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import ArgumentError
 from ..files import atomic_write
 from ..paper import page
 from ..paper.diagnoses import Row, convergence, denseness, markdown, perceptibility
@@ -66,7 +67,7 @@ def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
     with Counter() as counter:
         if name == "fancy":
             if networks:
-                raise ValueError(f"fancy has networks of its own, got {', '.join(networks)}")
+                raise ArgumentError(f"fancy has networks of its own, got {', '.join(networks)}")
             rows = fancy(setup, counter)
             path = write_fancy(setup, rows)
             click.echo(path.read_text())

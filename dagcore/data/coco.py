@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
+
 SIDES = ("height", "width")
 
 
@@ -44,25 +46,25 @@ class CocoBoxes:
                 one.get("category_id") for own in self.objects.values() for one in own
             }
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"annotation {path} cannot be read as COCO's: {type(error).__name__}: {error}"
             ) from error
         unknown = used - set(names)
         if unknown:
-            raise ValueError(
+            raise ArgumentError(
                 f"annotation {path} must name its categories, got {sorted(unknown, key=str)}"
             )
         absent = sorted(names[k] for k in used if classes is not None and names[k] not in classes)
         if absent:
             assert classes is not None
-            raise ValueError(
+            raise ArgumentError(
                 f"annotation {path} must have categories of the model's classes "
                 f"({', '.join(classes)}), got {', '.join(absent)}"
             )
         if classes is None:
             wrong = [k for k in used if not isinstance(k, int) or not 0 <= k < 2**31]
             if wrong:
-                raise ValueError(
+                raise ArgumentError(
                     f"annotation {path} must have categories whose ids are classes, got {wrong}"
                 )
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
@@ -76,13 +78,13 @@ class CocoBoxes:
             ValueError: an image that the file does not know, or a box that is none.
         """
         if file_name not in self.images:
-            raise ValueError(f"annotation {self.path} has no image {file_name!r}")
+            raise ArgumentError(f"annotation {self.path} has no image {file_name!r}")
         height, width = size
         known = tuple(
             self.images[file_name].get(key, at) for key, at in zip(SIDES, size, strict=True)
         )
         if known != (height, width):
-            raise ValueError(
+            raise ArgumentError(
                 f"annotation {self.path} must be of the image {file_name} ({width} x {height} "
                 f"pixels), it has {known[1]} x {known[0]}"
             )
@@ -93,7 +95,7 @@ class CocoBoxes:
                 if not (math.isfinite(left + top + across + down) and min(across, down) >= 0):
                     raise ValueError
             except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"annotation {self.path}: a bbox of {file_name} must be four numbers of a box, "
                     f"got {one.get('bbox')!r}"
                 ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import checks
+from ..errors import ArgumentError
 from ..optional import optional_import
 from .example import Example
 
@@ -94,9 +95,9 @@ class VOC(Dataset[Example]):
     ) -> None:
         checks.choice("task", task, TASKS)
         if sbd not in (None, "auto"):
-            raise ValueError(f"sbd must be None or 'auto', got {sbd!r}")
+            raise ArgumentError(f"sbd must be None or 'auto', got {sbd!r}")
         if sbd and task != "segmentation":
-            raise ValueError(f"sbd must be None for task {task!r}: it has masks only")
+            raise ArgumentError(f"sbd must be None for task {task!r}: it has masks only")
         optional_import("PIL.Image", "data")
         root = Path(root)
         if not root.is_dir():
@@ -108,7 +109,7 @@ class VOC(Dataset[Example]):
             for key in _read_list(folder, task, name):
                 items.setdefault(key, _item(folder, task, key))
         if not items:
-            raise ValueError("sets must name at least one image, their lists are empty")
+            raise ArgumentError("sets must name at least one image, their lists are empty")
         own = len(items)
         if sbd:
             held_out = _held_out(root)
@@ -140,7 +141,7 @@ class VOC(Dataset[Example]):
             return Example(item.key, image, None, *read_voc_boxes(item.truth, (height, width)))
         mask = _read_mask(item.truth)
         if mask.shape != (height, width):
-            raise ValueError(
+            raise ArgumentError(
                 f"mask {item.truth} must have the size of {item.image}, {(height, width)}, "
                 f"got {tuple(mask.shape)}"
             )
@@ -151,13 +152,13 @@ def _pair(entry: object) -> tuple[str, str]:
     match entry:
         case [str(year), str(name)]:
             return year, name
-    raise ValueError(f"sets must hold pairs such as ('2007', 'trainval'), got {entry!r}")
+    raise ArgumentError(f"sets must hold pairs such as ('2007', 'trainval'), got {entry!r}")
 
 
 def _member(folder: Path, name: str, what: str) -> Path:
     """A plain name inside a folder; raise if it would lead elsewhere."""
     if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
-        raise ValueError(f"{what} must be a plain name, got {name!r}")
+        raise ArgumentError(f"{what} must be a plain name, got {name!r}")
     return folder / name
 
 
@@ -174,7 +175,7 @@ def _ids(path: Path) -> list[str]:
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     for key in filter(None, keys):
         if len(key.split()) > 1:
-            raise ValueError(f"image list {path} must have one image id in a line, got {key!r}")
+            raise ArgumentError(f"image list {path} must have one image id in a line, got {key!r}")
         _member(path, key, f"an image id in {path}")
     return [key for key in keys if key]
 
@@ -219,7 +220,7 @@ def _read_mask(path: Path) -> Tensor:
         mask[mask == IGNORE] = VOID
     wrong = mask[(mask >= len(VOC_CLASSES)) & (mask != VOID)]
     if len(wrong):
-        raise ValueError(
+        raise ArgumentError(
             f"mask {path} must have classes below {len(VOC_CLASSES)} or {VOID}, got {int(wrong[0])}"
         )
     return mask.byte()
@@ -233,9 +234,9 @@ def _read_mat(path: Path) -> Tensor:
         content = loadmat(path, squeeze_me=True, struct_as_record=False)
         mask = np.asarray(content["GTcls"].Segmentation)
     except Exception as error:  # bytes that are no .mat file fail in any way at all
-        raise ValueError(f"{path} cannot be read as a mask of SBD: {error!r}") from error
+        raise ArgumentError(f"{path} cannot be read as a mask of SBD: {error!r}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "ui":
-        raise ValueError(f"{path} must hold integers (H, W), got {mask.dtype} {mask.shape}")
+        raise ArgumentError(f"{path} must hold integers (H, W), got {mask.dtype} {mask.shape}")
     return torch.from_numpy(mask.astype(np.int32))
 
 
@@ -243,7 +244,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses the declarations with which entities could be defined."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("a DOCTYPE is not allowed")
+        raise ArgumentError("a DOCTYPE is not allowed")
 
 
 def read_voc_boxes(
@@ -272,18 +273,20 @@ def read_voc_boxes(
         for thing in tree.getroot().iterfind("object"):
             name = thing.findtext("name", "").strip()
             if name not in classes:
-                raise ValueError(
+                raise ArgumentError(
                     f"an object's name must be one of {', '.join(classes)}, got {name!r}"
                 )
             corners = [thing.findtext(f"bndbox/{c}", "") for c in ("xmin", "ymin", "xmax", "ymax")]
             left, top, right, bottom = map(float, corners)
             if not (1 <= left <= right <= width and 1 <= top <= bottom <= height):
-                raise ValueError(f"a box must lie in the image ({width} x {height}), got {corners}")
+                raise ArgumentError(
+                    f"a box must lie in the image ({width} x {height}), got {corners}"
+                )
             boxes.append([left - 1, top - 1, right, bottom])
             labels.append(classes[name])
             difficult.append(bool(int(thing.findtext("difficult", "0"))))
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
-        raise ValueError(f"annotation {path} cannot be read: {error}") from error
+        raise ArgumentError(f"annotation {path} cannot be read: {error}") from error
     return _boxes(boxes, labels, difficult)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
+from ..errors import ArgumentError
 from ..reference import (
     BUDGET,
     CONVERGED,
@@ -62,7 +63,7 @@ class Settings:
             checks.number("epsilon", self.epsilon, above=0)
         checks.number("tolerance", self.tolerance)
         if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
+            raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
         checks.integer("ignore_index", self.ignore_index)
         checks.choice("backend", self.backend, ("native", "reference"))
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
+from ..errors import ArgumentError, ArgumentTypeError
 
 
 def read_scores(output: Any, images: Tensor) -> Tensor:
@@ -18,17 +19,17 @@ def read_scores(output: Any, images: Tensor) -> Tensor:
     elif not isinstance(output, Tensor) and hasattr(output, "logits"):
         scores = output.logits
     if not isinstance(scores, Tensor):
-        raise TypeError(
+        raise ArgumentTypeError(
             "model must return scores as a tensor, a mapping with 'out' or an object with .logits, "
             f"got {type(output).__name__}"
         )
     if scores.dim() < 2 or len(scores) != len(images):
-        raise ValueError(
+        raise ArgumentError(
             f"model must return scores of shape ({len(images)}, C, *targets) for "
             f"{len(images)} images, got {tuple(scores.shape)}"
         )
     if scores.shape[1] < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"model must return scores of at least one class, got {tuple(scores.shape)}"
         )
     return scores
@@ -43,7 +44,7 @@ class ScoreModel:
 
     def __init__(self, model: Callable[..., Any]) -> None:
         if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}")
+            raise ArgumentTypeError(f"model must be callable, got {type(model).__name__}")
         self.model = model
         self.align_corners = bool(getattr(model, "align_corners", False))
 
@@ -60,7 +61,7 @@ class ScoreModel:
             0 < low <= high for low, high in zip(score_map, label_map, strict=True)
         )
         if score_map != label_map and not enlarged:
-            raise ValueError(
+            raise ArgumentError(
                 f"labels must have shape {(len(labels), *score_map)} to match the model's scores "
                 f"{tuple(scores.shape)}, or be larger maps, got {tuple(labels.shape)}"
             )

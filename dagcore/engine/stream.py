@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..errors import ArgumentTypeError
 from .loop import Outcome, ScoreModel, Settings, Slots
 
 
@@ -191,7 +192,7 @@ class Stream:
     def admit(self, sample: Sample) -> None:
         """Take a sample into a slot of its size."""
         if not isinstance(sample, Sample):
-            raise TypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
+            raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         self.check(sample)
         image, labels, adversarial, at, start = (
             value.to(self.device, non_blocking=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import labels as label_maps
+from ..errors import ArgumentError
 from ..files import IGNORE
 from ..labels import KINDS, PATTERNS
 
@@ -24,18 +25,18 @@ def find_class(name: str, num_classes: int, classes: Sequence[str] | None) -> in
     """The index that a number or the name of a class stands for."""
     if name.lstrip("-").isdecimal():
         if not 0 <= int(name) < num_classes:
-            raise ValueError(f"class must lie in [0, {num_classes}), got {name}")
+            raise ArgumentError(f"class must lie in [0, {num_classes}), got {name}")
         return int(name)
     if classes is None:
-        raise ValueError(f"class must be a number, as this model names none, got {name!r}")
+        raise ArgumentError(f"class must be a number, as this model names none, got {name!r}")
     found = [k for k, known in enumerate(classes) if known.lower() == name.lower()]
     if len(found) > 1:
-        raise ValueError(f"class {name!r} has several numbers, give one of {found}")
+        raise ArgumentError(f"class {name!r} has several numbers, give one of {found}")
     if not found:
         lower = {known.lower(): known for known in classes}
         near = [lower[key] for key in difflib.get_close_matches(name.lower(), lower)]
         hint = f" (near: {', '.join(near)})" if near else ""
-        raise ValueError(f"class must be a number or a name of the model's, got {name!r}{hint}")
+        raise ArgumentError(f"class must be a number or a name of the model's, got {name!r}{hint}")
     return found[0]
 
 
@@ -64,13 +65,13 @@ class Adversary:
         """Understand --adversarial, --foreground and --background; ValueError where they fail."""
         if not is_pattern(name):
             if foreground is not None or background is not None:
-                raise ValueError("--foreground and --background go with a pattern only")
+                raise ArgumentError("--foreground and --background go with a pattern only")
             if name in KINDS:
                 return cls(name)
             try:
                 return cls("class", find_class(name, num_classes, classes))
             except ValueError as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"--adversarial must be {', '.join(KINDS)}, a pattern ({', '.join(PATTERNS)}, "
                     f"text:WORDS, mask:FILE) or a class: {error}"
                 ) from error
@@ -79,7 +80,9 @@ class Adversary:
             for given in (foreground, background)
         )
         if inside is not None and inside == outside:
-            raise ValueError(f"--foreground and --background must differ, both are class {inside}")
+            raise ArgumentError(
+                f"--foreground and --background must differ, both are class {inside}"
+            )
         return cls(name, inside, outside)
 
     @property
@@ -119,10 +122,10 @@ class Adversary:
     def _mask(self, height: int, width: int) -> Tensor:
         kind, _, words = self.kind.partition(":")
         if kind == "text" and not words.strip():
-            raise ValueError(f"pattern text:WORDS needs words, got {self.kind!r}")
+            raise ArgumentError(f"pattern text:WORDS needs words, got {self.kind!r}")
         mask = label_maps.pattern(self.kind, height, width)
         if bool(mask.all()) or not bool(mask.any()):
-            raise ValueError(
+            raise ArgumentError(
                 f"pattern {self.kind!r} must leave both sides of a map of {height} x {width} "
                 "targets something, try a larger image or another pattern"
             )
@@ -135,5 +138,5 @@ def _absent(counts: Tensor, outside: int, generator: torch.Generator) -> int:
     free[outside] = False
     candidates = free.nonzero().flatten()
     if not len(candidates):
-        raise ValueError("every class is among the labels: give --foreground CLASS")
+        raise ArgumentError("every class is among the labels: give --foreground CLASS")
     return int(candidates[torch.randint(len(candidates), (1,), generator=generator)])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..errors import ArgumentError
 from ..info import versions
 from ..victims import Detector, Victim, load
 from .outcome import Outcome, attack_images, output_files, write
@@ -83,7 +84,7 @@ class Plan:
         if self.truths is None:
             return None
         if len(self.request.images) > 1 and not self.truths.of_many:
-            raise ValueError(
+            raise ArgumentError(
                 f"--labels must be a folder with NAME.{self.truths.ending} for each of "
                 f"{len(self.request.images)} images, got the file {self.request.labels}"
             )
@@ -135,9 +136,9 @@ def check_outputs(out: Path, jobs: Sequence[Job]) -> None:
     for job in jobs:
         for path in output_files(out, job.image.stem).values():
             if path.resolve() in inputs:
-                raise ValueError(f"--out {out}: {path} is an input and would be overwritten")
+                raise ArgumentError(f"--out {out}: {path} is an input and would be overwritten")
             if path in taken:
-                raise ValueError(
+                raise ArgumentError(
                     f"{taken[path]} and {job.image} would both be written to {path}: "
                     "attack them into different folders"
                 )

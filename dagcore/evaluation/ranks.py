@@ -12,6 +12,8 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from ..errors import ArgumentError
+
 BEYOND = 2**40  # images
 PATIENCE = datetime.timedelta(days=7)  # from one rank's last image to the next one's
 
@@ -50,7 +52,7 @@ class Ranks:
         if failed is None:
             return
         if self.rank == 0:
-            raise ValueError(f"rank {failed}: {errors[failed]}")
+            raise ArgumentError(f"rank {failed}: {errors[failed]}")
         raise SystemExit(2)
 
     def device(self) -> str | None:
@@ -95,7 +97,7 @@ class Torchrun(Ranks):
         try:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
-            raise ValueError(
+            raise ArgumentError(
                 "another process of this run has ended: the same command goes on from there"
             ) from error
         return values

@@ -20,6 +20,7 @@ from .. import info
 from ..attacks.dag import Result
 from ..cli.progress import RunReporter, show_summary
 from ..engine.stream import Sample
+from ..errors import ArgumentError
 from ..labels import assign
 from ..perturbation import round_to_8_bits
 from ..victims import Detector, load, prepare, prepare_detector
@@ -85,7 +86,7 @@ class Work:
             try:
                 return copy.deepcopy(self.victim)  # another thread looks at images with the victim
             except Exception as error:  # a module may hold anything
-                raise ValueError(
+                raise ArgumentError(
                     f"--model {self.settings.model} must be a network that can be copied: {error}"
                 ) from error
         try:
@@ -93,7 +94,7 @@ class Work:
                 return prepare_detector(self.victim)
             return prepare(self.victim, low_resolution=False if self.victim.cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
                 "it as it is"
             ) from error
@@ -139,7 +140,7 @@ class Work:
             raise
         except Exception as error:
             at = ", ".join(sorted(self.in_flight)) or "the next images"
-            raise ValueError(
+            raise ArgumentError(
                 f"--model {self.settings.model} failed with {type(error).__name__}: {error}, at "
                 f"one of {at}"
             ) from error
@@ -159,7 +160,7 @@ class Work:
             except (OSError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 if self.settings.strict:
-                    raise ValueError(f"{name}: {reason}") from error
+                    raise ArgumentError(f"{name}: {reason}") from error
                 self.failed(number, name, reason)
                 continue
             self.in_flight.add(name)
@@ -363,7 +364,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
     records = work.folder.read(len(names))
     if list(records) != list(range(len(names))):
         absent = [name for k, name in enumerate(names) if k not in records]
-        raise ValueError(
+        raise ArgumentError(
             f"--out {work.folder.out} must have a record of each of {len(names)} images, of "
             f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
             "the folder? The same command goes on from there"
@@ -386,7 +387,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
     print(f"written to {work.folder.out}")
     if not summary["attacked"]:
         first = summary["failed"][0]
-        raise ValueError(f"no image could be attacked: {first['name']}: {first['reason']}")
+        raise ArgumentError(f"no image could be attacked: {first['name']}: {first['reason']}")
 
 
 @contextlib.contextmanager

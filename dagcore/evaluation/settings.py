@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
+from ..errors import ArgumentError, ArgumentTypeError
 from .targets import AttackOptions
 
 if sys.version_info >= (3, 11):
@@ -78,10 +79,10 @@ class Settings(AttackOptions):
             if name not in known:
                 near = difflib.get_close_matches(name, known)
                 hint = f": did you mean {near[0]}?" if near else f", but {', '.join(known)}"
-                raise ValueError(f"{name!r} is no setting of a run{hint}")
+                raise ArgumentError(f"{name!r} is no setting of a run{hint}")
         for name, field in known.items():
             if field.default is dataclasses.MISSING and given.get(name) is None:
-                raise ValueError(f"{name} must be given")
+                raise ArgumentError(f"{name} must be given")
         return cls(**{name: _value(known[name], value) for name, value in given.items()})
 
     def record(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
     wanted = kinds[kind]
     if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):
         told = {"str": "text", "int": "an integer", "bool": "true or false", "Path": "a path"}
-        raise TypeError(f"{name} must be {told[kind]}, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be {told[kind]}, got {value!r}")
     return Path(value) if kind == "Path" else value
 
 
@@ -121,7 +122,7 @@ def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+        raise ArgumentError(f"{path} cannot be read as TOML: {error}") from error
     if table is not None:
         return dict(content.get(table, {}))
     return {name: value for name, value in content.items() if name not in TABLES}

@@ -15,6 +15,7 @@ from .. import files
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..data.painting import FAMILIES
 from ..data.scenes import SPLITS
+from ..errors import ArgumentError
 from ..victims import Detector, Victim
 from .settings import Settings
 from .targets import Truth, TruthFiles, size_of
@@ -57,18 +58,20 @@ def source_of(settings: Settings, victim: Victim | Detector) -> Source:
     root = Path(kind)
     is_voc = root.is_dir() and any(path.is_dir() for path in root.glob("VOC[0-9]*"))
     if kind != "scenes" and settings.out.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"--out must not lie in the folder of --data {kind}, got {settings.out}")
+        raise ArgumentError(
+            f"--out must not lie in the folder of --data {kind}, got {settings.out}"
+        )
     if kind != "scenes" and not root.is_dir():
         raise FileNotFoundError(f"--data must be scenes or a folder, {kind} is none")
     if settings.labels is not None and (kind == "scenes" or is_voc):
-        raise ValueError(f"--labels goes with a folder of images, {kind} has labels of its own")
+        raise ArgumentError(f"--labels goes with a folder of images, {kind} has labels of its own")
     if settings.set is not None and kind != "scenes" and not is_voc:
-        raise ValueError(f"--set goes with scenes and VOC, {kind} is a folder of images")
+        raise ArgumentError(f"--set goes with scenes and VOC, {kind} is a folder of images")
     source: Source
     if kind == "scenes":
         family, split = _pair(settings.set or "07/test", "FAMILY/SPLIT, such as 07/test")
         if family not in FAMILIES or split not in SPLITS:
-            raise ValueError(
+            raise ArgumentError(
                 f"--set must be one of {', '.join(FAMILIES)} / one of {', '.join(SPLITS)}, "
                 f"got {settings.set}"
             )
@@ -91,7 +94,7 @@ def source_of(settings: Settings, victim: Victim | Detector) -> Source:
 def _pair(text: str, form: str) -> tuple[str, str]:
     first, slash, second = text.partition("/")
     if not (first and slash and second):
-        raise ValueError(f"--set must be {form}, got {text}")
+        raise ArgumentError(f"--set must be {form}, got {text}")
     return first, second
 
 
@@ -107,7 +110,7 @@ class Examples(Source):
     ) -> None:
         own = victim.classes
         if own is not None and [name.lower() for name in own] != [name.lower() for name in classes]:
-            raise ValueError(
+            raise ArgumentError(
                 f"--model must have the classes of --data ({', '.join(classes[1:4])}, ...), it has "
                 f"{', '.join(own[1:4])}, ...: attack a folder of the images, without their labels"
             )
@@ -146,7 +149,7 @@ class Folder(Source):
             and path.is_file()
         )
         if not self.paths:
-            raise ValueError(
+            raise ArgumentError(
                 f"--data {root} must hold images ({', '.join(sorted(SUFFIXES))}), there are none"
             )
         self.relative = [path.relative_to(root) for path in self.paths]
@@ -154,7 +157,7 @@ class Folder(Source):
         taken: dict[str, Path] = {}
         for name, path in zip(self.names, self.relative, strict=True):
             if name in taken:
-                raise ValueError(
+                raise ArgumentError(
                     f"--data {root}: {taken[name]} and {path} would both be written to {name}.png"
                 )
             taken[name] = path
@@ -162,7 +165,7 @@ class Folder(Source):
             for above in PurePosixPath(name).parents:
                 other = taken.get(str(above).removesuffix(".png"))
                 if other is not None and above.suffix == ".png":
-                    raise ValueError(
+                    raise ArgumentError(
                         f"--data {root}: {other} would be written to {above}, where {path} needs a "
                         "folder"
                     )
@@ -170,7 +173,7 @@ class Folder(Source):
             raise FileNotFoundError(f"--labels {labels} does not exist")
         self.truths = None if labels is None else TruthFiles(labels, victim)
         if self.truths is not None and not self.truths.of_many and len(self.paths) > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"--labels must be a folder with NAME.{self.truths.ending} for each of "
                 f"{len(self.paths)} images, got the file {labels}"
             )

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from .. import files
+from ..errors import ArgumentError
 from .attack_files import make_folder
 from .outcome import Outcome
 from .settings import Settings, differences, read_toml, to_toml
@@ -75,13 +76,15 @@ class Folder:
         make_folder(self.out)
         foreign = sorted(path.name for path in self.out.iterdir() if not _ours(path))
         if foreign and not self._is_a_runs():
-            raise ValueError(f"--out must be a new folder or a run's, {self.out} has {foreign[0]}")
+            raise ArgumentError(
+                f"--out must be a new folder or a run's, {self.out} has {foreign[0]}"
+            )
         with open(self.out / ".lock", "a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise ValueError(
+                raise ArgumentError(
                     f"--out {self.out}: another run is at work there ({lock.read().strip()}), wait "
                     "for it or choose another folder"
                 ) from None
@@ -128,7 +131,7 @@ class Folder:
         had = [read_toml(self.settings, table) for table in (None, *tables)]
         differ = [*differences(had[0], settings.record()), *differences(had[1], made_with)]
         if differ:
-            raise ValueError(
+            raise ArgumentError(
                 f"--out {self.out} has results of other settings: {'; '.join(differ)}. Choose "
                 "another folder, or the old settings"
             )
@@ -162,11 +165,11 @@ class Folder:
     def check_name(self, name: str) -> None:
         """Raise ValueError for a name that leads out of the folder, or that is too long."""
         if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
-            raise ValueError(f"an image's name must leave room for its ending, got {name!r}")
+            raise ArgumentError(f"an image's name must leave room for its ending, got {name!r}")
         for folder in (self.out / kind for kind in KINDS):
             path = folder / f"{name}.png"
             if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"an image's name must stay below its folder, got {name!r}")
+                raise ArgumentError(f"an image's name must stay below its folder, got {name!r}")
 
     def read(self, count: int) -> dict[int, Record]:
         """The records of `count` images that are there, by their number, in rising order.
@@ -184,10 +187,10 @@ class Folder:
                     absent = [name for name in needed(record["status"]) if name not in record]
                     if absent or record["number"] not in range(count):
                         what = f"without {absent[0]}" if absent else f"of {count} images"
-                        raise ValueError(f"number {record.get('number')} {what}")
+                        raise ArgumentError(f"number {record.get('number')} {what}")
                     found[record["number"]] = record
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"{path} cannot be read as records of a run: {type(error).__name__}: {error}"
                 ) from error
         return dict(sorted(found.items()))
@@ -211,6 +214,6 @@ class Folder:
         try:
             known = json.loads(self.speed.read_text()) if self.speed.is_file() else []
         except ValueError as error:
-            raise ValueError(f"{self.speed} cannot be read, remove it: {error}") from error
+            raise ArgumentError(f"{self.speed} cannot be read, remove it: {error}") from error
         with files.atomic_write(self.speed) as temporary:
             temporary.write_text(json.dumps([*known, speed], indent=2) + "\n")

@@ -17,6 +17,7 @@ from ..attacks.dag import DAG
 from ..data.coco import CocoBoxes
 from ..data.voc import read_voc_boxes
 from ..engine import frozen
+from ..errors import ArgumentError
 from ..victims import Detector, Targets, Victim
 from ..victims.detection import KINDS as BOX_KINDS
 from .adversary import Adversary, find_class, is_pattern
@@ -49,10 +50,10 @@ class AttackOptions:
         """The attack's settings; ValueError where the rules contradict each other."""
         paints = is_pattern(self.adversarial)
         if paints and self.goal == "leave":
-            raise ValueError("--goal must be reach for a pattern, got leave")
+            raise ArgumentError("--goal must be reach for a pattern, got leave")
         goal = self.goal or ("reach" if paints else "leave")
         if goal == "reach" and self.adversarial == "runner-up":
-            raise ValueError("--adversarial runner-up goes with --goal leave only")
+            raise ArgumentError("--adversarial runner-up goes with --goal leave only")
         return DAG(
             gamma=self.gamma,
             max_iter=self.max_iter,
@@ -150,7 +151,7 @@ class MapAims(Aims):
                 f"model {self.rules.model!r} must return finite scores, for {name} it does not"
             )
         if len(shape) != 3:
-            raise ValueError(
+            raise ArgumentError(
                 f"model {self.rules.model!r} must return scores of shape (N, C, h, w), "
                 f"got {(1, *shape)}"
             )
@@ -175,13 +176,13 @@ class MapAims(Aims):
             shape = size_of(truth[None])
             if shape not in sizes:
                 allowed = [f"{w} x {h} pixels, the size of {of}" for (h, w), of in sizes.items()]
-                raise ValueError(
+                raise ArgumentError(
                     f"label map of {name} must have {' or '.join(allowed)}, "
                     f"got {shape[1]} x {shape[0]}"
                 )
             counted = truth[truth != files.IGNORE]
             if counted.numel() and int(counted.max()) >= self.num_classes:
-                raise ValueError(
+                raise ArgumentError(
                     f"label map of {name} must hold classes below {self.num_classes} "
                     f"(255 is ignored), got {int(counted.max())}"
                 )
@@ -219,13 +220,13 @@ class BoxAims(Aims):
     def __init__(self, rules: AttackOptions, victim: Detector) -> None:
         super().__init__(rules, victim)
         if is_pattern(rules.adversarial):
-            raise ValueError(f"--adversarial {rules.adversarial} goes with segmentation only")
+            raise ArgumentError(f"--adversarial {rules.adversarial} goes with segmentation only")
         for option, value in (
             ("--foreground", rules.foreground),
             ("--background", rules.background),
         ):
             if value is not None:
-                raise ValueError(f"{option} goes with a pattern only")
+                raise ArgumentError(f"{option} goes with a pattern only")
         self.sizes: set[tuple[int, int]] = set()
         self.goal: int | None = None
 
@@ -241,7 +242,7 @@ class BoxAims(Aims):
             try:
                 self.goal = find_class(kind, self.num_classes, self.victim.classes)
             except ValueError as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"--adversarial must be {', '.join(BOX_KINDS)}, runner-up or a class for a "
                     f"detector: {error}"
                 ) from error
@@ -348,7 +349,7 @@ class TruthFiles:
             return {"boxes": boxes, "labels": labels, "difficult": crowd}
         path = self.find(name)
         if self.classes is None:
-            raise ValueError(f"the model names no classes, which {path} needs")
+            raise ArgumentError(f"the model names no classes, which {path} needs")
         boxes, labels, difficult = read_voc_boxes(path, size, self.classes)
         return {"boxes": boxes, "labels": labels, "difficult": difficult}
 
@@ -365,12 +366,14 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
+        raise ArgumentError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}")
+        raise ArgumentError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"--device {name} is not there: torch sees {count} CUDA devices, try cpu")
+        raise ArgumentError(
+            f"--device {name} is not there: torch sees {count} CUDA devices, try cpu"
+        )
     return device
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from .. import zoo
 from ..cli.progress import Counter
+from ..errors import ArgumentError
 from ..files import atomic_write
 from ..info import versions
 from .cells import Cell, keep, measure_cells, read_kept
@@ -65,7 +66,7 @@ def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = N
     networks = networks or DENSENESS
     for name in networks:
         if not zoo.find(name).two_stage:
-            raise ValueError(
+            raise ArgumentError(
                 f"denseness needs a two-stage detector, whose region network has an NMS threshold, "
                 f"got {name}"
             )

@@ -14,6 +14,7 @@ from ..attacks.dag import DAG
 from ..attacks.joint import Part, joint_attack
 from ..cli.progress import Counter
 from ..data import Example
+from ..errors import ArgumentError
 from ..evaluation import figures
 from ..evaluation.outcome import look, see
 from ..evaluation.targets import find_device
@@ -116,7 +117,7 @@ def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
             figures.detection_figure(path, predicted=before, attacked=after, **common)  # type: ignore
         left, total = int(result.active[result.iterations[0], k, 0]), int(result.targets[k, 0])
         if not total:
-            raise ValueError(f"{scenario.title}: {name} finds no targets in {example.key}")
+            raise ArgumentError(f"{scenario.title}: {name} finds no targets in {example.key}")
         rows.append(_row(scenario, name, result, 1 - left / total, path))
     return rows
 

@@ -26,6 +26,7 @@ from ..attacks.universal import universal_perturbation
 from ..cli.progress import Counter
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..engine.stream import Sample, stacked
+from ..errors import ArgumentError
 from ..evaluation.targets import find_device
 from ..files import atomic_write
 from ..info import versions
@@ -70,7 +71,7 @@ class Setup:
             victim.classes = VOC_CLASSES  # weights of the user's own
         wanted = SCENE_CLASSES if self.data == "scenes" else VOC_CLASSES
         if victim.classes != wanted:
-            raise ValueError(
+            raise ArgumentError(
                 f"{network} must have the classes of --data {self.data} ({', '.join(wanted[1:4])}, "
                 f"...), it has {', '.join(victim.classes[1:4])}, ...: --weights gives others"
             )
@@ -134,7 +135,7 @@ def _examples(data: str, task: str, count: int) -> Sequence[Example]:
     order = sorted(range(len(found)), key=found.keys.__getitem__)
     chosen = [k for k in order if found.keys[k] in names][:count]
     if len(chosen) < count:
-        raise ValueError(
+        raise ArgumentError(
             f"--images must be at most {len(chosen)}, as many as there are, got {count}"
         )
     return Subset(found, chosen)  # type: ignore[return-value]
@@ -223,7 +224,7 @@ def is_kept(setup: Setup, attack: Attack, index: int) -> bool:
     differ = {k: (settings.get(k), v) for k, v in wanted.items() if settings.get(k) != v}
     if differ:
         told = ", ".join(f"{k}: {had!r} instead of {v!r}" for k, (had, v) in differ.items())
-        raise ValueError(f"--out has results of other settings: {path} ({told}): choose another")
+        raise ArgumentError(f"--out has results of other settings: {path} ({told}): choose another")
     return True
 
 
@@ -232,7 +233,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             return {key: json.loads(value) for key, value in file.metadata().items()}
     except Exception as error:  # bytes that are none of our files fail in any way at all
-        raise ValueError(f"--out: {path} cannot be read, remove it: {error}") from error
+        raise ArgumentError(f"--out: {path} cannot be read, remove it: {error}") from error
 
 
 def read(setup: Setup, attack: Attack, index: int) -> Record:
@@ -327,7 +328,7 @@ def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
         victim = _victim(setup, network)
         before, example = example, setup.examples(zoo.find(network).task)[index]
         if before is not None and before.key != example.key:
-            raise ValueError(
+            raise ArgumentError(
                 f"--data must have masks and boxes of the same images, number {index} is "
                 f"{before.key} and {example.key}"
             )
@@ -484,7 +485,7 @@ def _added(
 ) -> Iterator[Example]:
     for example, (key, r) in zip(examples, added, strict=True):
         if key not in (None, example.key):
-            raise ValueError(
+            raise ArgumentError(
                 f"--data must have masks and boxes of the same images, got {example.key} for {key}"
             )
         r = fit(r[None], example.image.shape[1:])[0]  # a universal one's size is its own

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..engine import frozen
 from ..engine.stream import Sample
+from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import derangement
 from ..optional import optional_import
 from . import fold
@@ -109,7 +110,7 @@ class Detector(nn.Module, abc.ABC):
     def check_at(self, at: Tensor | None, images: Tensor) -> None:
         """Raise unless an attack's `at` fits this detector."""
         if at is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"at must be None, as a {type(self.network).__name__} has targets of its own, "
                 f"got a tensor of shape {tuple(at.shape)}"
             )
@@ -161,7 +162,7 @@ class Detector(nn.Module, abc.ABC):
         """
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
+            raise ArgumentError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
         for name, value in (
             ("nms_threshold", nms_threshold),
             ("min_iou", min_iou),
@@ -170,12 +171,12 @@ class Detector(nn.Module, abc.ABC):
         ):
             checks.number(name, value)
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+                raise ArgumentError(f"{name} must lie in [0, 1], got {value}")
         checks.integer("max_proposals", max_proposals, at_least=1)
         checks.integer("ignore_index", ignore_index)
         checks.choice("adversarial", adversarial, KINDS)
         if ground_truth is not None and len(ground_truth) != len(images):
-            raise ValueError(
+            raise ArgumentError(
                 f"ground_truth must have an entry for each of {len(images)} images, "
                 f"got {len(ground_truth)}"
             )
@@ -186,7 +187,7 @@ class Detector(nn.Module, abc.ABC):
                 ground_truth = [self.confident(one, confidence, images) for one in detections]
         num_classes = found[0][1].shape[1] if found else 0
         if 0 <= ignore_index < num_classes:
-            raise ValueError(
+            raise ArgumentError(
                 f"ignore_index must be no class, of which there are {num_classes}, "
                 f"got {ignore_index}"
             )
@@ -250,7 +251,7 @@ class Detector(nn.Module, abc.ABC):
         for key in ("boxes", "labels"):
             known = truth.get(key) if isinstance(truth, Mapping) else getattr(truth, key, None)
             if known is None:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} must have 'boxes' and 'labels', got {type(truth).__name__} "
                     f"without {key!r}"
                 )
@@ -259,13 +260,13 @@ class Detector(nn.Module, abc.ABC):
         checks.tensor(f"{name} boxes", boxes, checks.FLOAT_DTYPES)
         checks.tensor(f"{name} labels", labels, checks.LABEL_DTYPES)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"{name} boxes must have shape (K, 4), got {tuple(boxes.shape)}")
+            raise ArgumentError(f"{name} boxes must have shape (K, 4), got {tuple(boxes.shape)}")
         checks.shape(f"{name} labels", labels, (len(boxes),), "its boxes")
         boxes, labels = boxes.to(images.device, images.dtype), labels.to(images.device).long()
         check_boxes(f"{name} boxes", boxes, images)
         wrong = (labels < 0) | (labels >= num_classes) | (labels == self.background)
         if bool(wrong.any()):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} labels must be classes below {num_classes} other than the background "
                 f"({self.background}), got {int(labels[wrong][0])}"
             )
@@ -285,7 +286,7 @@ class Detector(nn.Module, abc.ABC):
         classes = self._objects(num_classes).to(labels.device)
         if len(classes) < 2:
             if bool(counted.any()):
-                raise ValueError(
+                raise ArgumentError(
                     f"adversarial={kind!r} needs at least 2 object classes, there are "
                     f"{len(classes)}: use 'vanish'"
                 )
@@ -345,7 +346,7 @@ def check_boxes(name: str, boxes: Tensor, images: Tensor) -> None:
     for required, wrong in faults.items():
         if bool(wrong.any()):
             where = tuple(int(i) for i in wrong.nonzero()[0])
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must {required}, got {boxes[where].tolist()} at {list(where)}"
             )
 
@@ -384,7 +385,7 @@ def detector(network: nn.Module, classes: Sequence[str] | None = None, **options
                 classes = getattr(network, "classes", None)
             victim: Detector = kind(network, classes, **options)
             return victim
-    raise TypeError(
+    raise ArgumentTypeError(
         "network must be a detector of torchvision (two-stage or one-stage) or transformers' DETR, "
         f"got {type(network).__module__}.{type(network).__qualname__}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ArgumentError, ArgumentTypeError
 from .segmentation import Victim
 
 UNDERSTOOD = (
@@ -58,7 +59,7 @@ def low_resolution(model: nn.Module) -> nn.Module:
     """
     found = find(model)
     if found is None:
-        raise TypeError(
+        raise ArgumentTypeError(
             f"model must be one of {UNDERSTOOD}, got {type(model).__module__}."
             f"{type(model).__qualname__} (where it wraps such a network, call low_resolution on "
             "the network inside)"
@@ -87,7 +88,7 @@ def find(model: nn.Module) -> nn.Module | None:
     if found is not None and (
         "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
     ):
-        raise TypeError(
+        raise ArgumentTypeError(
             "model must have its class's own forward and no forward hooks, which low_resolution "
             f"goes past, got a {type(model).__name__} with others"
         )
@@ -161,7 +162,7 @@ class EncoderDecoder(LowResolution):
         super().__init__(network)
         parameters = inspect.signature(self.network.decoder.forward).parameters.values()
         if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            raise TypeError(
+            raise ArgumentTypeError(
                 "model must be of segmentation_models_pytorch 0.4 or later, got one of an older "
                 "release, whose decoder takes each feature map as an argument"
             )
@@ -179,7 +180,7 @@ class EncoderDecoder(LowResolution):
         """The align_corners of the head's enlargement; raise where it is something else."""
         head = self.network.segmentation_head
         if not isinstance(head, nn.Sequential) or len(head) != 3:
-            raise TypeError(
+            raise ArgumentTypeError(
                 "model's segmentation_head must be convolution, upsampling and activation, "
                 f"got {type(head).__name__}"
             )
@@ -188,7 +189,7 @@ class EncoderDecoder(LowResolution):
         if isinstance(enlarge, nn.Identity):
             return False
         if not isinstance(enlarge, nn.Upsample) or enlarge.mode != "bilinear":
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"model's segmentation_head must enlarge bilinearly or not at all, got {enlarge}"
             )
         return bool(enlarge.align_corners)
@@ -213,7 +214,7 @@ class EncoderDecoderDPT(EncoderDecoder):
 def _check_activation(module: nn.Module) -> None:
     activation = getattr(module, "activation", module)
     if not isinstance(activation, nn.Identity):
-        raise ValueError(
+        raise ArgumentError(
             "model must end in scores before softmax (activation=None), "
             f"got activation {type(activation).__name__}"
         )

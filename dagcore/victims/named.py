@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, detector, is_detector
 from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, fit, read_state
@@ -69,7 +70,7 @@ def load(
     own = [entry.name for entry in zoo.ENTRIES]
     victim: Victim | Detector
     if weights is not None and (spec == "demo" or ":" in spec):
-        raise ValueError(f"weights must be None for model {spec!r}, which brings its own")
+        raise ArgumentError(f"weights must be None for model {spec!r}, which brings its own")
     if spec == "demo":
         victim = _demo()
     elif ":" in spec:
@@ -87,7 +88,7 @@ def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim 
     known = models.list_models(module=models.segmentation)
     detectors = models.list_models(module=models.detection)
     if name not in (*known, *detectors):
-        raise ValueError(
+        raise ArgumentError(
             "model must be 'demo', 'package.module:function' or one of "
             f"{', '.join([*others, *known, *detectors])}, got {name!r}"
         )
@@ -102,7 +103,7 @@ def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim 
     state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
     last = next((state[key] for key in LAST_LAYERS if key in state), None)
     if last is None or last.dim() != 4:
-        raise ValueError(f"weights must be a state dict of {name}, {source} has no classifier")
+        raise ArgumentError(f"weights must be a state dict of {name}, {source} has no classifier")
     network = models.get_model(
         name, weights=None, weights_backbone=None, num_classes=len(last), aux_loss=None
     )
@@ -124,7 +125,7 @@ def _torchvision_detector(
         own = built(COCO_CLASSES).state_dict()
     layer = next((key for key in DETECTION_LAYERS if key in own and key in state), None)
     if layer is None:
-        raise ValueError(f"weights must be a state dict of {name}, {source} has no classifier")
+        raise ArgumentError(f"weights must be a state dict of {name}, {source} has no classifier")
     num_classes = COCO_CLASSES * len(state[layer]) // len(own[layer])
     network = built(num_classes)
     fit(network, state, f"{source} and {name} of {num_classes} classes")
@@ -168,18 +169,20 @@ def _custom(spec: str) -> Victim | Detector:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(
+        raise ArgumentError(
             f"model {spec!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"model {spec!r}: {module_name} has no function {name!r}")
+        raise ArgumentError(f"model {spec!r}: {module_name} has no function {name!r}")
     try:
         network = function()
     except Exception as error:  # the user's own code fails in any way at all
-        raise ValueError(f"model {spec!r} failed with {type(error).__name__}: {error}") from error
+        raise ArgumentError(
+            f"model {spec!r} failed with {type(error).__name__}: {error}"
+        ) from error
     if not callable(network):
-        raise ValueError(
+        raise ArgumentError(
             f"model {spec!r} must return a callable that maps images to scores, "
             f"got {type(network).__name__}"
         )

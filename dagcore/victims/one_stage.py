@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, rescale
 
@@ -54,7 +55,7 @@ class OneStage(Detector):
         super().__init__(network, classes)
         self.threshold = _sigmoid_threshold(network)
         if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"network must have a score_thresh in (0, 1), got {network.score_thresh}"
             )
 

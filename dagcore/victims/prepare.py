@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..engine import read_scores
+from ..errors import ArgumentError, ArgumentTypeError
 from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
@@ -129,7 +130,7 @@ def prepare(
         RuntimeError: folding or merging changed the scores (a layer that is not what it seems).
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
     network = copy.deepcopy(model).eval().requires_grad_(False)
@@ -166,7 +167,7 @@ def _rewrite(
     try:
         before = _scores(network, images)
     except Exception as error:
-        raise ValueError(
+        raise ArgumentError(
             f"example must be images that the network takes, {tuple(images.shape)} fails: "
             f"{type(error).__name__}: {error} (give example=images, or fold_batch_norm=False and "
             "merge_linear=False)"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..optional import optional_import
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -85,7 +86,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights fail in any way at all
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise ArgumentError(
             f"weights file {path} cannot be read as a state dict, .safetensors or by "
             f"torch.load(weights_only=True): {type(error).__name__}: {reason}"
         ) from error
@@ -95,7 +96,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise ValueError(f"weights file {path} must hold a state dict (names and tensors)")
+        raise ArgumentError(f"weights file {path} must hold a state dict (names and tensors)")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
@@ -113,5 +114,5 @@ def fit(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     }
     found = [f"{len(keys)} {fault} ({keys[0]}, ...)" for fault, keys in faults.items() if keys]
     if found:
-        raise ValueError(f"weights must fit the network, {what} differ: {', '.join(found)}")
+        raise ArgumentError(f"weights must fit the network, {what} differ: {', '.join(found)}")
     network.load_state_dict({**own, **state})

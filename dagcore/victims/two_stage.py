@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, check_boxes, rescale
 
@@ -56,7 +57,7 @@ class TwoStage(Detector):
     def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
         """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
         if at is None:
-            raise ValueError("at must be boxes (N, P, 4) for a two-stage detector, got None")
+            raise ArgumentError("at must be boxes (N, P, 4) for a two-stage detector, got None")
         transformed, _ = self.network.transform(list(images))
         maps = self._maps(transformed.tensors)
         sizes = transformed.image_sizes
@@ -124,11 +125,11 @@ class TwoStage(Detector):
     def check_at(self, at: Tensor | None, images: Tensor) -> None:
         """Raise unless `at` are boxes (N, P, 4) inside the images, or rows of NaN."""
         if at is None:
-            raise ValueError(
+            raise ArgumentError(
                 "at must be boxes (N, P, 4), as dense_targets(...).at has them, got None"
             )
         if at.dim() != 3 or at.shape[2] != 4:
-            raise ValueError(f"at must be boxes of shape (N, P, 4), got {tuple(at.shape)}")
+            raise ArgumentError(f"at must be boxes of shape (N, P, 4), got {tuple(at.shape)}")
         padding = at.isnan().all(-1)
         whole = at.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
         check_boxes("at", torch.where(padding[..., None], whole, at), images)

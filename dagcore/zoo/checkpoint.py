@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..optional import optional_import
 from ..victims.segmentation import Victim
 
@@ -39,12 +40,12 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {path}")
+        raise ArgumentError(f"path must end in .safetensors, got {path}")
     state = {key: _stored(key, value) for key, value in inside(network).state_dict().items()}
     try:
         text = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata must hold values that JSON can hold: {error}") from error
+        raise ArgumentError(f"metadata must hold values that JSON can hold: {error}") from error
     save_file = optional_import("safetensors.torch", "cli").save_file
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -66,7 +67,7 @@ def _stored(key: str, value: Tensor) -> Tensor:
     if value.is_floating_point() and value.dim() > 1:
         value = value.to(torch.float16)
     if value.is_floating_point() and not value.isfinite().all():
-        raise ValueError(f"network must have weights that are finite in float16, {key} has not")
+        raise ArgumentError(f"network must have weights that are finite in float16, {key} has not")
     return value
 
 
@@ -84,7 +85,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
     except Exception as error:  # bytes that are no weights fail in any way at all
-        raise ValueError(f"weights file {path} cannot be read as .safetensors: {error}") from error
+        raise ArgumentError(
+            f"weights file {path} cannot be read as .safetensors: {error}"
+        ) from error
     found = {}
     for key, value in text.items():
         try:

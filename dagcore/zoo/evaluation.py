@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..data import Example, Scenes
+from ..errors import ArgumentError
 from ..metrics import PROTOCOLS, AveragePrecision, MeanIoU, Score
 from ..victims import Victim
 from .registry import VOC_CLASSES, Entry, load
@@ -66,7 +67,7 @@ def _segmentation(
     device = _device(network)
     for example in examples:
         if example.mask is None:
-            raise ValueError(f"examples must have masks, {example.key} has none")
+            raise ArgumentError(f"examples must have masks, {example.key} has none")
         scores = network(example.image[None].to(device))
         size = example.mask.shape
         measure.update(ops.argmax_bilinear(scores, (size[0], size[1]))[0], example.mask.to(device))

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..errors import ArgumentError
 from ..victims.segmentation import Victim, fit, read_state
 from . import detection, segmentation
 from .checkpoint import inside, read_metadata
@@ -107,7 +108,7 @@ def find(name: str) -> Entry:
         return ENTRIES[known.index(name)]
     near = difflib.get_close_matches(str(name).upper(), [k.upper() for k in known], n=1)
     hint = [f"; did you mean {k}?" for k in known if k.upper() in near]
-    raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}{''.join(hint)}")
+    raise ArgumentError(f"name must be one of {', '.join(known)}, got {name!r}{''.join(hint)}")
 
 
 def build(

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..data import SCENE_CLASSES, Scenes
 from ..data.scenes import VOID
+from ..errors import ArgumentError
 from ..files import atomic_write
 from .backbones import fold
 from .checkpoint import save_weights
@@ -306,12 +307,12 @@ class Training:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = state["settings"]
         except Exception as error:  # bytes that are no checkpoint fail in any way at all
-            raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+            raise ArgumentError(f"checkpoint {path} cannot be read: {error}") from error
         wanted = self.settings
         other = {key: settings.get(key) for key in wanted if settings.get(key) != wanted[key]}
         if other:
             wanted = {key: wanted[key] for key in other}
-            raise ValueError(
+            raise ArgumentError(
                 f"out must not hold another training's checkpoint, {path} has {other} instead of "
                 f"{wanted}: remove it or choose another folder"
             )
