@@ -1,23 +1,39 @@
 """dagcore: Dense Adversary Generation (Xie et al., ICCV 2017) on fused C++/CUDA kernels."""
 
-from . import labels, ops, perturbation, reference, victims, zoo
-from .attacks.dag import DAG, Result, Status
-from .attacks.joint import JointResult, Part, joint_attack
-from .attacks.universal import UniversalResult, universal_perturbation
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import attacks, labels, losses, ops, perturbation, reference, victims, zoo
+from .attacks import (
+    DAG,
+    Attack,
+    Part,
+    Result,
+    Status,
+    joint_attack,
+    joint_stream,
+    universal_perturbation,
+)
 from .engine import freed_memory_kept
 from .engine.stream import Sample
 
 __all__ = [
     "DAG",
-    "JointResult",
+    "Attack",
     "Part",
     "Result",
     "Sample",
     "Status",
-    "UniversalResult",
+    "attacks",
+    "data",
     "freed_memory_kept",
     "joint_attack",
+    "joint_stream",
     "labels",
+    "losses",
+    "metrics",
     "ops",
     "perturbation",
     "reference",
@@ -26,3 +42,10 @@ __all__ = [
     "zoo",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`dagcore.data` and `dagcore.metrics`, imported when they are first asked for."""
+    if name in ("data", "metrics"):
+        return importlib.import_module(f"dagcore.{name}")
+    raise AttributeError(f"module 'dagcore' has no attribute {name!r}")

@@ -228,6 +228,25 @@ def label_range(name: str, labels: Tensor, num_classes: int, ignore_index: int) 
         )
 
 
+def target_labels(
+    num_classes: int, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
+) -> None:
+    """Raise for a label of a target that counts and is out of range. Reads values."""
+    label_range("labels", labels, num_classes, ignore_index)
+    if adversarial_labels is None:
+        return
+    read = labels.long() != ignore_index  # a uint8 would be compared modulo 256
+    aims = adversarial_labels.long()
+    aims = torch.where(read & (aims != ignore_index), aims, 0)
+    label_range("adversarial_labels", aims, num_classes, ignore_index)
+
+
+def callback(value: object) -> None:
+    """Raise unless `value` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise ArgumentTypeError(f"callback must be callable, got {type(value).__name__}")
+
+
 def step_arguments(
     images: Tensor,
     origin: Tensor,

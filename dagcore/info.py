@@ -40,8 +40,8 @@ def facts() -> dict[str, str]:
     """Everything `dagcore info` prints, by name."""
     found = {name: version or "none" for name, version in versions().items()}
     for backend in BACKENDS:
-        native_ops = [op for op in ops.__all__ if registered(op, backend)]
-        others = [op for op in ops.__all__ if op not in native_ops]
+        native_ops = [op for op in ops.OPS if registered(op, backend)]
+        others = [op for op in ops.OPS if op not in native_ops]
         rest = f"; on the reference: {', '.join(others)}" if others else ""
         found[f"native ops on {backend}"] = (", ".join(native_ops) or "none") + rest
     module = native.module
@@ -73,7 +73,7 @@ def show(require_cuda_kernels: bool = False) -> int:
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:<{width}}  {value}")
-    missing = [op for op in ops.__all__ if not registered(op, "CUDA")]
+    missing = [op for op in ops.OPS if not registered(op, "CUDA")]
     if require_cuda_kernels and missing:
         print(f"dagcore info: no CUDA kernel for {', '.join(missing)}", file=sys.stderr)
         return 1

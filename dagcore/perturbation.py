@@ -68,19 +68,46 @@ def _check_maps(perturbation: Tensor) -> None:
         )
 
 
-def perceptibility(perturbation: Tensor, value_range: float = 1.0) -> Tensor:
+def value_range(images: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
+    """The width of the valid range of each clean image, (N,) float64.
+
+    It is that of the bounds. Without bounds it is told from each image's own values: 1 where they
+    lie in [0, 1], 2 in [-1, 1], 255 where they are spread over more than 8, as of 8-bit images
+    with or without a mean subtracted; else, as of images in units of a deviation, their spread.
+
+    Args:
+        images: (N, *) clean images.
+        bounds: (lower, upper), None where there are none.
+    """
+    width = images.new_ones(len(images), dtype=torch.float64)
+    if bounds is not None:
+        return width * (float(bounds[1]) - float(bounds[0]))
+    if not images.numel():
+        return width
+    low, high = images.detach().double().reshape(len(images), -1).aminmax(dim=1)
+    spread = torch.where(high - low > 8, 255.0, high - low)
+    spread = torch.where((low >= -1) & (high <= 1), 2.0, spread)
+    return torch.where((low >= 0) & (high <= 1), 1.0, spread)
+
+
+def perceptibility(perturbation: Tensor, value_range: float | Tensor = 1.0) -> Tensor:
     """The paper's p = sqrt(1/K sum_k ||r_k||_2^2) over the K pixels, (N, C, H, W) -> (N,).
 
     Args:
         perturbation: (N, C, *pixels).
-        value_range: width of the images' range (255 for 0..255): p is in units of [0, 1].
+        value_range: width of the images' range (255 for 0..255), also of each image, (N,): p is a
+            fraction of it.
     """
     checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() < 2:
         raise ArgumentError(
             f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
         )
-    checks.number("value_range", value_range, above=0)
+    if isinstance(value_range, Tensor):
+        checks.shape("value_range", value_range, perturbation.shape[:1], "perturbation")
+        value_range = value_range.view(-1, *[1] * (perturbation.dim() - 1))
+    else:
+        checks.number("value_range", value_range, above=0)
     if not perturbation.numel():
         return perturbation.new_zeros(len(perturbation))
     squares = (perturbation.double() / value_range).square().sum(1)

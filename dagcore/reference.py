@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +13,16 @@ from . import checks
 from .errors import ArgumentError
 from .labels import assign
 
-CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
-
 
 class Trace(NamedTuple):
-    """What an attack loop leaves behind, for N images and at most M updates."""
+    """What the attack leaves behind, for N images and at most M updates."""
 
     images: Tensor  # (N, *) attacked images
     iterations: Tensor  # (N,) int32, updates applied
-    status: Tensor  # (N,) int8: CONVERGED, BUDGET or STALLED
+    status: list[str]  # N of "converged", "budget" or "stalled"
     active: Tensor  # (M + 1, N) int32, active targets at each evaluation, -1 once stopped
     targets: Tensor  # (N,) int32, those that count
-    adversarial_labels: Tensor | None  # (N, *T), None for the runner-up
+    adversarial_labels: Tensor | str  # (N, *T), or "runner-up"
 
 
 def dag(
@@ -44,51 +40,52 @@ def dag(
     ignore_index: int = 255,
     align_corners: bool = False,
     generator: torch.Generator | None = None,
-    at: Tensor | None = None,  # (N, *)
+    boxes: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
 ) -> Trace:
     """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
 
     `scores_of` maps images (N, *) to scores (N, C, *T), or to smaller maps (N, C, h, w) that are
-    enlarged to the labels. Where there is an `at`, it is called with that as well.
+    enlarged to the labels. Where there are boxes, it is called with those as well.
     """
     lower, upper = bounds or (None, None)
     begin = images if start is None else start
     x = begin.detach().clone(memory_format=torch.contiguous_format)
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    status = torch.full((len(x),), BUDGET, dtype=torch.int8, device=x.device)
+    status = ["budget"] * len(x)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
     live = torch.arange(len(x), device=x.device)  # the images that still run
-    allowed = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    counted = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    total = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    l_adv = adversarial_labels
 
     for m in range(max_iter + 1 if len(x) else 0):
         x_m = x[live]
         with torch.enable_grad():
             x_m.requires_grad_()
-            scores = scores_of(x_m) if at is None else scores_of(x_m, at[live])
+            scores = scores_of(x_m) if boxes is None else scores_of(x_m, boxes[live])
         if m == 0:
-            adversarial_labels = assign(
-                adversarial_labels, labels, scores.shape[1], ignore_index, generator
-            )
-            counted = targets(scores.shape[1], labels, adversarial_labels, goal, ignore_index)
-            allowed = allowance(counted, tolerance)
+            l_adv = assign(adversarial_labels, labels, scores.shape[1], ignore_index, generator)
+            given = None if isinstance(l_adv, str) else l_adv
+            counts = _counted(scores.shape[1], labels, given, ignore_index)
+            if goal == "leave" and given is not None:
+                counts = counts & (given != labels)
+            total = counts.flatten(1).sum(1) if counts.dim() > 1 else counts.long()
         # line 3: T_m = {t : argmax_c f_c(X_m, t) = l_t}
-        l_adv = adversarial_labels
-        seed, active = seed_op(sys.modules[__name__], scores, labels, align_corners)(
-            scores,
-            labels[live],
-            l_adv if isinstance(l_adv, str) else l_adv[live],
-            goal=goal,
-            ignore_index=ignore_index,
-        )
+        arguments = (scores, labels[live], l_adv if isinstance(l_adv, str) else l_adv[live])
+        if scores.shape[2:] == labels.shape[1:]:
+            seed, active = dag_seed(*arguments, goal=goal, ignore_index=ignore_index)
+        else:
+            seed, active = dag_seed_bilinear(
+                *arguments, goal=goal, ignore_index=ignore_index, align_corners=align_corners
+            )
         history[m, live] = active
-        done = active <= allowed[live]
-        status[live[done]] = CONVERGED
+        done = active / total[live].clamp(min=1).double() <= tolerance
+        for n in live[done].tolist():
+            status[n] = "converged"
         if m == max_iter or done.all():
             break
         # line 4: r_m = sum over T_m of grad f_l' - grad f_l
-        r = input_gradient(scores, x_m, seed)
+        r = _gradient(scores, x_m, seed)
         # lines 5 to 7: X_{m+1} = X_m + gamma / ||r_m||_inf r_m
         x_m = x_m.detach()
         norms = linf_step_(
@@ -102,84 +99,14 @@ def dag(
             epsilon=epsilon,
         )
         x[live] = x_m
-        moved = step_scale(norms, gamma) > 0
-        status[live[~done & ~moved]] = STALLED
+        moved = _scale(norms, gamma) > 0
+        for n in live[~done & ~moved].tolist():
+            status[n] = "stalled"
         live = live[moved]
         iterations[live] += 1
         if not len(live):
             break
-
-    drawn = None if isinstance(adversarial_labels, str) else adversarial_labels
-    return Trace(x, iterations, status, history, counted.int(), drawn)
-
-
-def seed_op(
-    module: Any, scores: Tensor, labels: Tensor, align_corners: bool
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The seed op of `module` (this one or `dagcore.ops`) for scores at, or below, labels' size."""
-    if scores.shape[2:] == labels.shape[1:]:
-        direct: Callable[..., tuple[Tensor, Tensor]] = module.dag_seed
-        return direct
-    return functools.partial(module.dag_seed_bilinear, align_corners=align_corners)
-
-
-def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
-    """The backward pass from a seed at the scores to the images."""
-    if not scores.requires_grad:
-        raise ArgumentError(
-            "model must compute its scores from the images differentiably, got scores without a "
-            "gradient (does it run under torch.no_grad, or detach?)"
-        )
-    (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
-    if gradient is None:
-        raise ArgumentError(
-            "model must compute its scores from the images, got scores of other input"
-        )
-    return gradient
-
-
-def allowance(targets: Tensor, tolerance: float) -> Tensor:
-    """The largest count k of each image with k / targets <= tolerance, exactly: (N,) float64."""
-    count = targets.double()
-    k = (tolerance * count).floor()
-    return torch.where((k + 1) / count <= tolerance, k + 1, k)
-
-
-def counted_targets(
-    num_classes: int, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
-) -> Tensor:
-    """Which targets can count, (N, *T) bool: not ignored. Raises ValueError for a bad label."""
-    checks.label_range("labels", labels, num_classes, ignore_index)
-    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
-    if adversarial_labels is None:
-        return counted & (num_classes > 1)
-    void = adversarial_labels.long() == ignore_index
-    checks.label_range(
-        "adversarial_labels",
-        torch.where(counted & ~void, adversarial_labels.long(), 0),
-        num_classes,
-        ignore_index,
-    )
-    return counted & ~void if not 0 <= ignore_index < num_classes else counted
-
-
-def targets(
-    num_classes: int,
-    labels: Tensor,
-    adversarial_labels: Tensor | str,
-    goal: str,
-    ignore_index: int,
-) -> Tensor:
-    """Number of targets of each image that count, (N,): what `tolerance` is a fraction of."""
-    adversarial = None if isinstance(adversarial_labels, str) else adversarial_labels
-    counted = counted_targets(num_classes, labels, adversarial, ignore_index)
-    if goal == "leave" and adversarial is not None:
-        counted = counted & (adversarial != labels)
-    return (
-        counted.reshape(len(counted), -1).sum(1)
-        if counted.numel()
-        else counted.new_zeros(len(counted), dtype=torch.int64)
-    )
+    return Trace(x, iterations, status, history, total.int(), l_adv)
 
 
 def dag_seed(
@@ -194,39 +121,24 @@ def dag_seed(
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    with torch.inference_mode(False), torch.enable_grad():
-        plus, minus, active = verdicts(scores, labels, adversarial, goal, ignore_index)
-        f = _leaf(scores)
-        f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
-        (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
-
-    laid_out = torch.empty_like(scores)
-    if laid_out.stride() != seed.stride():
-        seed = laid_out.copy_(seed)
-    return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
-
-
-def verdicts(
-    scores: Tensor,
-    labels: Tensor,
-    adversarial: Tensor | None,
-    goal: str,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
-    counted = counted_targets(scores.shape[1], labels, adversarial, ignore_index)
+    counted = _counted(scores.shape[1], labels, adversarial, ignore_index)
     true = torch.where(counted, labels, 0).long()
     top, winner = scores.detach().max(dim=1)
     if adversarial is None:
-        plus = runner_up(scores.detach(), true)
+        plus = _runner_up(scores.detach(), true)
     else:
         plus = torch.where(counted, adversarial, 0).long()
-
     if goal == "leave":
-        active = counted & (plus != true) & ((winner == true) | top.isnan())
-        return plus, true, active
-    active = counted & ((winner != plus) | top.isnan())
-    return plus, winner, active
+        minus, active = true, (plus != true) & (winner == true)
+        active = active | (plus != true) & top.isnan()
+    else:
+        minus, active = winner, (winner != plus) | top.isnan()
+    active = active & counted
+    with torch.inference_mode(False), torch.enable_grad():
+        f = _leaf(scores)
+        f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
+        (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
+    return _like(scores, seed), active.reshape(len(active), -1).sum(1, dtype=torch.int32)
 
 
 def dag_seed_bilinear(
@@ -245,15 +157,12 @@ def dag_seed_bilinear(
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     with torch.inference_mode(False), torch.enable_grad():
         low = _leaf(scores)
-        high = enlarge(low, labels.shape[1:], align_corners)
+        high = _enlarged(low, labels.shape[1:], align_corners)
         seed, active = dag_seed(
             high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
         )
         (gradient,) = torch.autograd.grad(high, low, seed)
-    laid_out = torch.empty_like(scores)
-    if laid_out.stride() != gradient.stride():
-        gradient = laid_out.copy_(gradient)
-    return gradient, active
+    return _like(scores, gradient), active
 
 
 def argmax_bilinear(
@@ -268,26 +177,7 @@ def argmax_bilinear(
     checks.boolean("align_corners", align_corners)
     if not len(scores) * height * width:
         return scores.new_zeros((len(scores), height, width), dtype=torch.int64)
-    return enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)
-
-
-def enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """Scores (N, C, h, w) at a larger size, in the precision in which they are compared."""
-    return torch.nn.functional.interpolate(
-        scores.to(norm_dtype(scores)), tuple(size), mode="bilinear", align_corners=align_corners
-    )
-
-
-def _leaf(scores: Tensor) -> Tensor:
-    """The scores as the start of a graph of their own."""
-    return (scores.clone() if scores.is_inference() else scores.detach()).requires_grad_()
-
-
-def runner_up(scores: Tensor, labels: Tensor) -> Tensor:
-    """The strongest class other than the label: (N, C, *T), (N, *T) -> (N, *T) int64."""
-    others = scores.scatter(1, labels.unsqueeze(1), -math.inf).argmax(dim=1)
-    # Where all others are -inf too, the label itself can come out, as class 0: the next is meant.
-    return torch.where(others == labels, min(1, scores.shape[1] - 1), others)
+    return _enlarged(scores.detach(), (height, width), align_corners).argmax(dim=1)
 
 
 def linf_step_(
@@ -303,13 +193,13 @@ def linf_step_(
 ) -> Tensor:
     """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
     limits = checks.step_arguments(images, origin, gradient, active, gamma, lower, upper, epsilon)
-    real = norm_dtype(images)
-    low, high, ball = (representable(limit, real) for limit in limits)
+    real = _real(images)
+    low, high, ball = (_representable(limit, real) for limit in limits)
     if images.numel() == 0:
         return images.new_zeros(len(images), dtype=real)
     x, x0, r = images.detach().to(real), origin.detach().to(real), gradient.detach().to(real)
     norms = torch.where(active > 0, r.abs().reshape(len(r), -1).amax(1), 0)
-    scale = step_scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
+    scale = _scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
     moved = x + scale * r
     for least, most in ((x0 - ball, x0 + ball), (x.new_tensor(low), x.new_tensor(high))):
         moved = torch.where(moved < least, least, moved)
@@ -318,17 +208,68 @@ def linf_step_(
     return norms
 
 
-def step_scale(norms: Tensor, gamma: float) -> Tensor:
+def _counted(
+    num_classes: int, labels: Tensor, adversarial: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Which targets can count, (N, *T) bool: not ignored. Raises for a label out of range."""
+    checks.target_labels(num_classes, labels, adversarial, ignore_index)
+    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
+    if adversarial is None:
+        return counted & (num_classes > 1)
+    is_class = 0 <= ignore_index < num_classes
+    return counted & ((adversarial.long() != ignore_index) | is_class)
+
+
+def _runner_up(scores: Tensor, labels: Tensor) -> Tensor:
+    """The strongest class other than the label: (N, C, *T), (N, *T) -> (N, *T) int64."""
+    others = scores.scatter(1, labels.unsqueeze(1), -math.inf).argmax(dim=1)
+    # Where all others are -inf too, the label itself can come out, as class 0: the next is meant.
+    return torch.where(others == labels, min(1, scores.shape[1] - 1), others)
+
+
+def _enlarged(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Scores (N, C, h, w) at a larger size, in the precision in which they are compared."""
+    return torch.nn.functional.interpolate(
+        scores.to(_real(scores)), tuple(size), mode="bilinear", align_corners=align_corners
+    )
+
+
+def _leaf(scores: Tensor) -> Tensor:
+    """The scores as the start of a graph of their own."""
+    return (scores.clone() if scores.is_inference() else scores.detach()).requires_grad_()
+
+
+def _like(scores: Tensor, seed: Tensor) -> Tensor:
+    """A seed laid out like the scores."""
+    laid_out = torch.empty_like(scores)
+    return seed if laid_out.stride() == seed.stride() else laid_out.copy_(seed)
+
+
+def _gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+    if not scores.requires_grad:
+        raise ArgumentError(
+            "model must compute its scores from the images differentiably, got scores without a "
+            "gradient (does it run under torch.no_grad, or detach?)"
+        )
+    (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
+    if gradient is None:
+        raise ArgumentError(
+            "model must compute its scores from the images, got scores of other input"
+        )
+    return gradient
+
+
+def _scale(norms: Tensor, gamma: float) -> Tensor:
     """gamma / norm, (N,); 0 where the image must stay: norm 0, not finite, or quotient infinite."""
-    scale = torch.full_like(norms, representable(gamma, norms.dtype)) / norms
+    scale = torch.full_like(norms, _representable(gamma, norms.dtype)) / norms
     return torch.where(norms.isfinite() & scale.isfinite(), scale, 0)
 
 
-def representable(value: float, dtype: torch.dtype) -> float:
+def _representable(value: float, dtype: torch.dtype) -> float:
     """A number as `dtype` takes it: infinite beyond its largest."""
     return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
-def norm_dtype(images: Tensor) -> torch.dtype:
-    """The dtype in which images are stepped, and their norms returned."""
-    return torch.float64 if images.dtype == torch.float64 else torch.float32
+def _real(values: Tensor) -> torch.dtype:
+    """The dtype in which values are compared and stepped."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

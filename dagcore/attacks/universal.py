@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, ops
-from ..engine import ScoreModel, frozen
-from ..engine.memory import freed_memory_kept
-from ..engine.stream import Sample, stacked
+from .. import checks
+from ..engine.loop import Evaluation, Outcome, Slots, State
+from ..engine.networks import input_gradient, normalised
+from ..engine.readback import LAG
+from ..engine.scores import ScoreModel
+from ..engine.stream import Sample, form
 from ..errors import ArgumentError, ArgumentTypeError
-from ..labels import assign
-from ..perturbation import fit, perceptibility
-from ..reference import allowance, input_gradient, seed_op, step_scale, targets
+from ..perturbation import fit, perceptibility, value_range
+from .base import Callback, check_sample, held
 from .dag import DAG
-from .joint import normalised
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class UniversalResult:
-    """A perturbation that was made on several images."""
-
-    perturbation: Tensor
-    """(3, H, W), of the largest height and width among the images."""
-    iterations: int
-    """Updates applied."""
-    active: list[float]
-    """Share of the targets that was active in each batch that was looked at, the last included."""
-    perceptibility: float
-    """In units of the [0, 1] range."""
+from .result import Result, gather
+from .schedules import UntilFooled
+from .steps import NormalisedStep
 
 
 def universal_perturbation(
@@ -43,7 +31,9 @@ def universal_perturbation(
     samples: Sequence[Sample],
     batch_size: int = 8,
     generator: torch.Generator | None = None,
-) -> UniversalResult:
+    *,
+    callback: Callback | None = None,
+) -> Result:
     """Make one perturbation for all images, in the manner of Moosavi-Dezfooli et al., CVPR 2017.
 
     Each update looks at the next `batch_size` of the samples, which come round again and again,
@@ -56,112 +46,186 @@ def universal_perturbation(
         attack: the settings. Its bounds hold for the images, its epsilon for the perturbation:
             without one nothing limits it but the number of updates. Its backend does not matter.
         model: as for `DAG.__call__`.
-        samples: the images and their targets, at least one, looked up again in each round. Where
+        samples: the images and their targets, at least one, read once in each round. Where
             adversarial labels are not given, or "permutation", one permutation of the classes
             without fixed points holds for all of them.
         batch_size: samples an update.
         generator: source of the random choices.
+        callback: called with (update, active targets (1,) of the batch that was looked at).
+
+    Returns:
+        A `Result` whose perturbation, (1, 3, H, W), has the largest height and width among the
+        images; `dagcore.perturbation.fit` cuts it to an image.
 
     Raises:
         TypeError, ValueError: the argument, what was required and what came.
     """
     checks.integer("batch_size", batch_size, at_least=1)
+    checks.generator(generator)
+    checks.callback(callback)
     if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise ArgumentTypeError(f"samples must be a sequence, got {type(samples).__name__}")
     if not len(samples):
         raise ArgumentError("samples must have at least one image, got none")
-    for k, sample in enumerate(samples):
-        if not isinstance(sample, Sample):
-            raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
-        if sample.start is not None:
-            raise ArgumentError(f"samples[{k}]: start must be None for a universal perturbation")
-        attack._check_sample(model, sample, f"samples[{k}]")
-        like = samples[0].image
-        if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
-            raise ArgumentError(
-                f"samples[{k}]: image must have shape ({like.shape[0]}, H, W), "
-                f"got {tuple(sample.image.shape)}"
-            )
-        checks.tensor(f"samples[{k}]: image", sample.image, (like.dtype,))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        if samples[0].image.device.type == "cpu":
-            stack.enter_context(freed_memory_kept())
-        stack.enter_context(torch.inference_mode(False))
-        return _run(attack, ScoreModel(model), samples, batch_size, generator)
+    rounds = Rounds(attack, model, samples, batch_size, generator)
+
+    def report(update: int, _: list[Any], counts: Tensor) -> None:
+        if callback is not None:
+            callback(update, counts[:, 0])
+
+    first = rounds.batch[0].image
+    with held([model], first.device), torch.inference_mode(False):
+        slots = Slots(
+            rounds,
+            NormalisedStep(attack.gamma, None, attack.epsilon),
+            UntilFooled(attack.max_iter, attack.tolerance, patience=rounds.batches),
+            1,
+            first,
+            report,
+        )
+        slots.admit([None], torch.zeros_like(first)[None])
+        outcomes: list[Outcome] = []
+        while not outcomes:
+            slots.iterate()
+            outcomes = slots.collect()
+    result = gather(outcomes, attack.bounds)
+    return dataclasses.replace(
+        result, perceptibility=perceptibility(result.perturbation, rounds.value_range[None])
+    )
 
 
-def _run(
-    attack: DAG,
-    reader: ScoreModel,
-    samples: Sequence[Sample],
-    batch_size: int,
-    generator: torch.Generator | None,
-) -> UniversalResult:
-    lower, upper = attack.bounds or (None, None)
-    first = samples[0].image
-    size = tuple(max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
-    r = first.new_zeros((1, first.shape[0], *size))
-    table: Tensor | None = None
-    shares: list[float] = []
-    batches = -(-len(samples) // batch_size)  # of one round
-    fooled = stuck = 0  # batches in a row
-    updates = 0
-    for k in itertools.count():
-        begin = k % batches * batch_size
-        batch = [samples[n] for n in range(begin, min(begin + batch_size, len(samples)))]
-        total = torch.zeros_like(r)
-        left, counted, done = 0, 0, True
-        for _, images, labels, aims, at in stacked(batch):
-            moved = images + fit(r, images.shape[2:])
-            leaf = moved.clamp(lower, upper) if attack.bounds else moved
+class Rounds:
+    """Looks at one batch of images after the other, all under one perturbation."""
+
+    networks = 1
+    capturable = False
+    states: Sequence[State] = ()
+
+    def __init__(
+        self,
+        attack: DAG,
+        model: Callable[..., Any],
+        samples: Sequence[Sample],
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.attack, self.samples, self.generator = attack, samples, generator
+        self.model = ScoreModel(model)
+        self.objective = attack.objective()
+        self.schedule = attack.schedule()
+        self.batch_size = batch_size
+        self.batches = -(-len(samples) // batch_size)  # of one round
+        self.looks = 0
+        self.batch = self._read(0)
+        device = self.batch[0].image.device
+        self.fooled = torch.zeros(1, dtype=torch.int64, device=device)  # batches in a row
+        self.targets = torch.zeros(1, dtype=torch.int64, device=device)
+        self.value_range = torch.zeros((), dtype=torch.float64, device=device)
+        self.table: Tensor | None = None  # the permutation of the classes
+        self.recent: deque[tuple[int, Tensor, Tensor | str]] = deque(maxlen=0)
+
+    def _read(self, look: int) -> list[Sample]:
+        """The samples of a look, checked."""
+        begin = look % self.batches * self.batch_size
+        batch: list[Sample] = []
+        for k in range(begin, min(begin + self.batch_size, len(self.samples))):
+            sample, name = self.samples[k], f"samples[{k}]"
+            if not isinstance(sample, Sample):
+                raise ArgumentTypeError(
+                    f"samples must be dagcore.Sample, got {type(sample).__name__}"
+                )
+            if sample.start is not None:
+                raise ArgumentError(f"{name}: start must be None for a universal perturbation")
+            check_sample([self.attack], [self.model.model], sample, name)
+            like = self.batch[0].image if look else (batch or [sample])[0].image
+            if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
+                raise ArgumentError(
+                    f"{name}: image must have shape ({like.shape[0]}, H, W), "
+                    f"got {tuple(sample.image.shape)}"
+                )
+            checks.tensor(f"{name}: image", sample.image, (like.dtype,))
+            batch.append(sample)
+        return batch
+
+    def advance(self, state: State) -> None:
+        """Read the next batch; the perturbation grows with the images."""
+        if self.looks:
+            self.batch = self._read(self.looks)
+        self.looks += 1
+        sizes = [state["x"].shape[2:], *(sample.image.shape[1:] for sample in self.batch)]
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        if (height, width) != tuple(state["x"].shape[2:]):
+            for name in ("x", "origin"):
+                state[name] = fit(state[name], (height, width))
+        self.recent = deque(self.recent, maxlen=(LAG + 1) * len(self.batch))
+
+    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+        """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
+        r = state["x"]
+        total, left, wanted = None, [], []
+        for images, labels, aims, boxes in _stacked(self.batch):
+            leaf = images + fit(r, images.shape[2:])
+            if self.attack.bounds:
+                leaf = leaf.clamp(*self.attack.bounds)
             leaf = leaf.detach().requires_grad_()
             with torch.enable_grad():
-                scores = reader(leaf, labels, at)
-            classes, ignored = scores.shape[1], attack.ignore_index
-            if aims is None or aims == "permutation":
-                if table is None:
-                    every = torch.arange(classes, device=labels.device)[None]
-                    drawn = assign("permutation", every, classes, -1, generator)
-                    assert isinstance(drawn, Tensor)
-                    table = drawn[0]
-                aims = torch.where(labels == ignored, labels, table[labels.long() % classes])
-            else:
-                aims = assign(aims, labels, classes, ignored, generator)
-            seed, active = seed_op(ops, scores, labels, reader.align_corners)(
-                scores, labels, aims, goal=attack.goal, ignore_index=ignored
+                scores = self.model(leaf, labels, boxes)
+            classes = scores.shape[1]
+            adversarial = self._assign(aims, labels, classes)
+            self.recent.append((classes, labels, adversarial))
+            seed, active = self.objective.seed(
+                scores, labels, adversarial, align_corners=self.model.align_corners, state=state
             )
-            whole = targets(classes, labels, aims, attack.goal, ignored)
-            wanted = active > allowance(whole, attack.tolerance)
-            left, counted = left + int(active.sum()), counted + int(whole.sum())
-            if updates < attack.max_iter and bool(wanted.any()):
-                done = False
-                own = normalised(input_gradient(scores, leaf, seed), wanted)
-                total += fit(own.sum(0, keepdim=True), size)
-        shares.append(left / max(1, counted))
-        fooled = fooled + 1 if done else 0
-        if updates == attack.max_iter or fooled == batches:
-            break
-        if done:
-            continue
-        norms = ops.linf_step_(
-            r,
-            torch.zeros_like(r),
-            total,
-            torch.ones(1, dtype=torch.int32, device=r.device),
-            gamma=attack.gamma,
-            lower=None,
-            upper=None,
-            epsilon=attack.epsilon,
+            counted = self.objective.count(classes, labels, adversarial)
+            if self.looks <= self.batches:
+                self.targets += counted.sum()
+                own = value_range(images, self.attack.bounds).max()
+                self.value_range = torch.maximum(self.value_range, own)
+            own_wanted = active > self.schedule.allowed(counted)
+            left.append(active)
+            wanted.append(own_wanted)
+            if not synchronous or bool((may_move & own_wanted).any()):
+                gradient = normalised(input_gradient(scores, leaf, seed), own_wanted)
+                part = fit(gradient.sum(0, keepdim=True), r.shape[2:])
+                total = part if total is None else total.add_(part)
+        active, any_wanted = torch.cat(left), torch.cat(wanted).any(0, keepdim=True)
+        bad = active.min()  # below 0 where a label is out of range
+        count = torch.where(bad < 0, bad, active.sum(dtype=torch.int32))
+        self.fooled = torch.where(any_wanted, 0, self.fooled + 1)
+        return Evaluation(count.view(1, 1), any_wanted, self.fooled >= self.batches, total)
+
+    def _assign(self, wanted: Tensor | str | None, labels: Tensor, classes: int) -> Tensor | str:
+        if isinstance(wanted, Tensor) or wanted not in (None, "permutation"):
+            return self.objective.assign(wanted, labels, classes, self.generator)
+        if self.table is None:
+            every = torch.arange(classes, device=labels.device)[None]
+            rule = dataclasses.replace(self.attack, ignore_index=-1).objective()
+            drawn = rule.assign("permutation", every, classes, self.generator)
+            assert isinstance(drawn, Tensor)
+            self.table = drawn[0]
+        ignored = self.attack.ignore_index
+        return torch.where(labels == ignored, labels, self.table[labels.long() % classes])
+
+    def refuse(self, slot: int) -> None:
+        """Raise for a label of the last batches that is out of range."""
+        for classes, labels, adversarial in self.recent:
+            self.objective.refuse(classes, labels, adversarial)
+
+    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
+        """Targets of all samples that were looked at, and the permutation of the classes."""
+        return self.targets.clone(), ("given" if self.table is None else self.table,)
+
+
+def _stacked(samples: Sequence[Sample]) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:
+    """Images, labels, adversarial labels and boxes, those of one form together."""
+    groups: dict[Any, list[tuple[Any, ...]]] = {}
+    for sample in samples:
+        aims = sample.adversarial_labels
+        values = (sample.image, sample.labels, aims, sample.boxes)
+        key = (*map(form, values), None if isinstance(aims, Tensor) else aims)
+        groups.setdefault(key, []).append(values)
+    for group in groups.values():
+        yield tuple(  # type: ignore[misc]
+            torch.stack(list(own)) if isinstance(own[0], Tensor) else own[0]
+            for own in zip(*group, strict=True)
         )
-        stepped = bool((step_scale(norms, attack.gamma) > 0).all())
-        stuck = 0 if stepped else stuck + 1
-        if stuck == batches:
-            break  # no image has a gradient any more
-        updates += stepped
-    return UniversalResult(
-        perturbation=r[0],
-        iterations=updates,
-        active=shares,
-        perceptibility=float(perceptibility(r, attack._range())[0]),
-    )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
-if TYPE_CHECKING:
-    from .loop import Slots
-
 
 class Graph:
-    """An iteration of full slots as a CUDA graph, captured at its first replay."""
+    """An iteration as a CUDA graph, captured at its first replay."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, iteration: Callable[[], None]) -> None:
+        self.iteration = iteration
         self.captured: torch.cuda.CUDAGraph | None = None
         self.refused = False
 
@@ -26,14 +23,14 @@ class Graph:
         if self.captured is not None:
             self.captured.replay()
         else:
-            self.slots.evaluate_and_update()
+            self.iteration()
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, which load images, may go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.slots.evaluate_and_update()
+                self.iteration()
         except RuntimeError as error:
             self.refused = True
             reason = str(error).splitlines()[0]

@@ -1,71 +1,141 @@
-"""The attack loop on the fused ops: `reference.dag` in slots, without waiting for the device.
+"""Images under attack in slots, each on its own, without waiting for the device.
 
-A slot holds one image under attack. All state of an image (its iterate, its counts, whether it
-still runs) stays on the device, and an iteration changes it in place, so that iterations can follow
-each other without a synchronisation and be replayed as a CUDA graph. An image that has stopped is
-not touched any more; learning of it late changes no result.
+An attack is an objective, a step and a schedule (`Objective`, `Step`, `Schedule`); the loop runs
+any of them and knows nothing else. A slot holds one image. All state of an image is rows of named
+tensors on the device, and an iteration changes them in place, so that iterations can follow each
+other without a synchronisation and be replayed as a CUDA graph. An image that has stopped is not
+touched any more; learning of it late changes no result.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import checks, ops
-from ..errors import ArgumentError
-from ..reference import (
-    BUDGET,
-    CONVERGED,
-    STALLED,
-    allowance,
-    counted_targets,
-    input_gradient,
-    seed_op,
-    step_scale,
-    targets,
-)
 from .graph import Graph
-from .memory import freed_memory_kept
 from .readback import Readback
-from .scores import ScoreModel
-
-# Called with (update, active targets of each image, -1 where it has stopped).
-Callback = Callable[[int, Tensor], None]
 
 EAGER = 3  # iterations before a CUDA graph is captured: libraries settle on their kernels
+CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
+
+State = dict[str, Tensor]
+"""Named tensors, a row for each slot."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings of an attack; see `dagcore.DAG`."""
+class Objective(Protocol):
+    """What counts at the scores of a network, and what to seed its backward pass with."""
 
-    gamma: float = 0.5 / 255
-    max_iter: int = 200
-    goal: str = "leave"
-    bounds: tuple[float, float] | None = (0.0, 1.0)
-    epsilon: float | None = None
-    tolerance: float = 0.0
-    ignore_index: int = 255
-    backend: str = "native"
+    def assign(
+        self,
+        wanted: Tensor | str | None,  # (N, *T)
+        labels: Tensor,  # (N, *T)
+        num_classes: int,
+        generator: torch.Generator | None,
+    ) -> Tensor | str:
+        """Adversarial labels (N, *T), given or drawn; or a word in their place, as "runner-up"."""
 
-    def __post_init__(self) -> None:
-        checks.number("gamma", self.gamma, above=0)
-        checks.integer("max_iter", self.max_iter, at_least=0, at_most=2**31 - 2)
-        checks.choice("goal", self.goal, checks.GOALS)
-        if self.bounds is not None:
-            checks.bounds(self.bounds)
-        if self.epsilon is not None:
-            checks.number("epsilon", self.epsilon, above=0)
-        checks.number("tolerance", self.tolerance)
-        if not 0 <= self.tolerance < 1:
-            raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
-        checks.integer("ignore_index", self.ignore_index)
-        checks.choice("backend", self.backend, ("native", "reference"))
+    def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
+        """Number of targets that count, (N,) int64; labels out of range are not looked for."""
+
+    def seed(
+        self,
+        scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) below the labels' size
+        labels: Tensor,  # (N, *T)
+        adversarial: Tensor | str,  # (N, *T)
+        *,
+        align_corners: bool,
+        state: State,
+    ) -> tuple[Tensor, Tensor]:
+        """The seed, like scores, and the active targets, (N,) int32.
+
+        A count below 0 tells of a label out of range, without a synchronisation. `state` has the
+        images' rows, such as "updates"; what the objective writes there, the step can read.
+        """
+
+    def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
+        """Raise an error that names the label that is out of range. May synchronise."""
+
+
+class Step(Protocol):
+    """How a gradient moves the images."""
+
+    def begin(self, images: Tensor) -> State:
+        """State of its own for new images (N, *), by names that no other part uses."""
+
+    def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
+        """Move state["x"] in place where `going` (N,), within a distance of state["origin"].
+
+        Returns:
+            (N,) bool: which images took the step; the others are as they were.
+        """
+
+
+class Schedule(Protocol):
+    """How long it goes on."""
+
+    @property
+    def max_iter(self) -> int:
+        """Updates at the most."""
+
+    @property
+    def patience(self) -> int:
+        """An image has stalled when so many steps in a row could not be taken."""
+
+    def begin(self, images: Tensor) -> State:
+        """State of its own for new images, as for a step."""
+
+    def allowed(self, targets: Tensor) -> Tensor:
+        """How many of its targets may be active in an image that is done, (N,) float64."""
+
+
+class Evaluation(NamedTuple):
+    """What the images under attack are like now."""
+
+    active: Tensor
+    """(N, K) int32, active targets at each of K networks."""
+    wanted: Tensor
+    """(N,) bool, whether there is something to gain by a step."""
+    done: Tensor
+    """(N,) bool."""
+    gradient: Tensor | None
+    """(N, *) of the images; None where no image may move."""
+
+
+class Evaluator(Protocol):
+    """Looks at the images: `Networks`, or what an attack brings itself."""
+
+    @property
+    def networks(self) -> int:
+        """K."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a look is the same launches each time, and can be captured as a CUDA graph."""
+
+    @property
+    def states(self) -> Sequence[State]:
+        """Rows of its own for each slot, which move with those of the loop."""
+
+    def advance(self, state: State) -> None:
+        """What the host has to do before a look; may replace tensors of the loop."""
+
+    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+        """Evaluate the first N slots, the rows in `state`.
+
+        Args:
+            state: rows of the images that have a slot.
+            may_move: (N,) bool.
+            synchronous: whether values may be read, to save a backward pass.
+        """
+
+    def refuse(self, slot: int) -> None:
+        """Raise for a label of a slot's image that is out of range."""
+
+    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
+        """Targets (K,) that count and the adversarial labels at each network."""
 
 
 class Outcome(NamedTuple):
@@ -73,211 +143,156 @@ class Outcome(NamedTuple):
 
     tag: Any  # as given to `Slots.admit`
     image: Tensor  # (*)
+    origin: Tensor  # (*)
     iterations: int
     status: int
-    active: Tensor  # (M + 1,)
-    targets: int
-    adversarial_labels: Tensor | None  # (*T), None for the runner-up
+    active: Tensor  # (M + 1, K)
+    targets: Tensor  # (K,)
+    adversarial_labels: tuple[Tensor | str, ...]  # (*T) at each network, or a word
 
 
 class Slots:
-    """Images of one size under attack together, each on its own."""
+    """Images of one size under attack together.
+
+    Args:
+        evaluator: what looks at them.
+        step: how they move.
+        schedule: how long.
+        capacity: number of slots.
+        image: one of the images, for their size, dtype and device.
+        callback: called with (iteration, tags, counts (N, K)) as they become known.
+    """
 
     def __init__(
         self,
-        reader: ScoreModel,
-        settings: Settings,
+        evaluator: Evaluator,
+        step: Step,
+        schedule: Schedule,
         capacity: int,
-        image: Tensor,  # (*): of the size, dtype and device of all
-        labels: Tensor,  # (*T)
-        at: Tensor | None = None,  # (*): likewise
+        image: Tensor,  # (*)
         callback: Callable[[int, list[Any], Tensor], None] | None = None,
     ) -> None:
-        self.reader = reader
-        self.settings = settings
-        self.capacity = capacity
-        self.callback = callback
-        device = image.device
-        self.synchronous = device.type == "cpu"
-        self.x = image.new_zeros((capacity, *image.shape))
-        self.origin = torch.zeros_like(self.x)
-        self.labels = labels.new_zeros((capacity, *labels.shape))
-        self.at = None if at is None else at.new_zeros((capacity, *at.shape))
-        self.adversarial: Tensor | None = None
-        self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.updates = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.status = torch.zeros(capacity, dtype=torch.int8, device=device)
-        self.allowed = torch.zeros(capacity, dtype=torch.float64, device=device)
-        self.history = torch.full(
-            (settings.max_iter + 1, capacity), -1, dtype=torch.int32, device=device
-        )
+        self.evaluator, self.step, self.schedule = evaluator, step, schedule
+        self.capacity, self.callback = capacity, callback
+        self.synchronous = image.device.type == "cpu"
+        self.state = self._rows(image.new_empty((0, *image.shape)))
         self.count = 0  # slots from here on have never been taken, or were closed up
         self.free: list[int] = []  # slots below whose image has stopped and been released
         self.tags: list[Any] = [None] * capacity
         self.since = [0] * capacity  # iteration at which a slot was taken
         self.iteration = 0
-        self.num_classes: int | None = None
-        self.undrawn: list[tuple[int, int, Callable[[Tensor, int], Tensor | str]]] = []
-        self.watch = Readback(device)
-        self.graph: Graph | None = None if self.synchronous else Graph(self)
+        self.readback = Readback(image.device)
+        capturable = evaluator.capturable and not self.synchronous
+        self.graph = Graph(self.evaluate_and_update) if capturable else None
 
     @property
     def in_flight(self) -> int:
         """Number of images under attack."""
         return self.count - len(self.free)
 
-    def admit(
-        self,
-        tags: list[Any],
-        images: Tensor,  # (K, *)
-        labels: Tensor,  # (K, *T)
-        assign: Callable[[Tensor, int], Tensor | str],
-        at: Tensor | None = None,  # (K, *)
-        start: Tensor | None = None,  # (K, *)
-    ) -> None:
-        """Take images into fresh slots, or a single one into a released slot.
+    def _begin(self, images: Tensor, start: Tensor) -> State:
+        """The rows of new images (N, *)."""
+        new, device = len(images), images.device
+        history = (new, self.schedule.max_iter + 1, self.evaluator.networks)
+        return {
+            "x": start,
+            "origin": images,
+            "running": torch.ones(new, dtype=torch.bool, device=device),
+            "updates": torch.zeros(new, dtype=torch.int64, device=device),
+            "stuck": torch.zeros(new, dtype=torch.int64, device=device),
+            "status": torch.zeros(new, dtype=torch.int8, device=device),
+            "history": torch.full(history, -1, dtype=torch.int32, device=device),
+            **self.step.begin(images),
+            **self.schedule.begin(images),
+        }
 
-        `assign(labels, num_classes)` gives their adversarial labels (K, *T), or "runner-up": the
-        same of the two for all images of one `Slots`.
+    def _rows(self, none: Tensor) -> State:
+        rows = self._begin(none, none)
+        return {name: t.new_zeros((self.capacity, *t.shape[1:])) for name, t in rows.items()}
+
+    def admit(self, tags: list[Any], images: Tensor, start: Tensor | None = None) -> slice:
+        """Take images (N, *) into fresh slots, or a single one into a released slot.
+
+        Returns:
+            Their slots, which the evaluator must be told of.
         """
         first = self.free.pop() if self.free and len(tags) == 1 else self.count
-        last = first + len(tags)
-        self.count = max(self.count, last)
-        taken = slice(first, last)
+        taken = slice(first, first + len(tags))
+        self.count = max(self.count, taken.stop)
         self.tags[taken] = tags
         self.since[taken] = [self.iteration] * len(tags)
-        self.x[taken] = (images if start is None else start).detach()
-        self.origin[taken] = images.detach()
-        self.labels[taken] = labels
-        if at is not None:
-            assert self.at is not None
-            self.at[taken] = at.detach()
-        self.running[taken] = True
-        self.updates[taken] = 0
-        self.history[:, taken] = -1
-        self.undrawn.append((first, last, assign))
-        if self.num_classes is not None:
-            self._draw()
-
-    def _draw(self) -> None:
-        """Settle the adversarial labels of newcomers: possible once the classes are known."""
-        assert self.num_classes is not None
-        settings = self.settings
-        for first, last, assign in self.undrawn:
-            labels = self.labels[first:last]
-            drawn = assign(labels, self.num_classes)
-            if isinstance(drawn, Tensor):
-                if self.adversarial is None:
-                    self.adversarial = drawn.new_zeros(self.labels.shape)
-                self.adversarial[first:last] = drawn
-            if settings.tolerance:
-                counted = targets(
-                    self.num_classes, labels, drawn, settings.goal, settings.ignore_index
-                )
-                self.allowed[first:last] = allowance(counted, settings.tolerance)
-        self.undrawn.clear()
+        images = images.detach()
+        begin = images if start is None else start.detach()
+        for name, values in self._begin(images, begin).items():
+            self.state[name][taken] = values
+        return taken
 
     def iterate(self) -> None:
         """One evaluation of every image, and one update of those that still run."""
+        self.evaluator.advance(self.state)
         if self.graph is not None and self.count == self.capacity and self.iteration >= EAGER:
             self.graph.replay()
         else:
             self.evaluate_and_update()
-        counts = torch.where(self.evaluated, self.active, -1)
-        self.watch.add(self.iteration, counts, self.running[: self.count])
+        self.readback.add(self.iteration, self.counts, self.state["running"][: self.count])
         self.iteration += 1
 
     def evaluate_and_update(self) -> None:
         """The device's part of an iteration; no decision of the host's depends on its outcome."""
-        settings, taken = self.settings, slice(0, self.count)
-        x, labels, running, updates = (
-            self.x[taken],
-            self.labels[taken],
-            self.running[taken],
-            self.updates[taken],
+        state = {name: rows[: self.count] for name, rows in self.state.items()}
+        running, updates, status = state["running"], state["updates"], state["status"]
+        budget = updates < self.schedule.max_iter
+        active, wanted, done, gradient = self.evaluator.look(
+            state, running & budget, synchronous=self.synchronous
         )
-        lower, upper = settings.bounds or (None, None)
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
-            scores = self.reader(leaf, labels, None if self.at is None else self.at[taken])
-        if self.num_classes is None:
-            self.num_classes = scores.shape[1]
-            self._draw()
-        adversarial = "runner-up" if self.adversarial is None else self.adversarial[taken]
-        seed, active = seed_op(ops, scores, labels, self.reader.align_corners)(
-            scores, labels, adversarial, goal=settings.goal, ignore_index=settings.ignore_index
-        )
-        self.evaluated, self.active = running.clone(), active
-        history, row = self.history[:, taken], updates[None]
-        history.scatter_(0, row, torch.where(running, active, history.gather(0, row)[0])[None])
-        done = active <= self.allowed[taken]
-        going = running & ~done & (updates < settings.max_iter)
+        self.counts = torch.where(running[:, None], active, -1)
+        row = updates[:, None, None].expand(-1, 1, active.shape[1])
+        before = state["history"].gather(1, row)[:, 0]
+        now = torch.where(running[:, None], active, before)
+        state["history"].scatter_(1, row, now[:, None])
+        going = running & budget & wanted
         moved = going
-        if not self.synchronous or bool(going.any()):
-            gradient = input_gradient(scores, leaf, seed)
-            del scores, seed, leaf  # not to be held through the next forward pass
-            norms = ops.linf_step_(
-                x,
-                self.origin[taken],
-                gradient,
-                torch.where(going, active, 0),
-                gamma=settings.gamma,
-                lower=lower,
-                upper=upper,
-                epsilon=settings.epsilon,
-            )
-            moved = going & (step_scale(norms, settings.gamma) > 0)
-        status = self.status[taken]
+        if gradient is not None:
+            moved = going & self.step.move(state, gradient, going)
+        stalled = going & ~moved
+        if self.schedule.patience > 1:
+            stuck = state["stuck"]
+            stuck.copy_(torch.where(moved, 0, stuck + stalled))
+            stalled = stalled & (stuck >= self.schedule.patience)
         status.masked_fill_(running & done, CONVERGED)
-        status.masked_fill_(running & ~done & ~going, BUDGET)
-        status.masked_fill_(going & ~moved, STALLED)
-        running.copy_(moved)
+        status.masked_fill_(running & ~done & ~budget, BUDGET)
+        status.masked_fill_(stalled, STALLED)
+        running.copy_(running & budget & ~done & ~stalled)
         updates.add_(moved)
 
     def finished(self, *, wait: bool = False) -> list[int]:
         """Slots whose image is known to have stopped, in rising order; with `wait`, all of them."""
         stopped: set[int] = set()
-        for iteration, counts, running in self.watch.known(wait):
+        for iteration, counts, running in self.readback.known(wait):
             known = [
                 k for k in range(len(counts)) if self.since[k] <= iteration and k not in self.free
             ]
-            self._refuse_bad_labels(counts, known)
+            bad = (counts < -1).any(1).tolist()
+            for k in known:
+                if bad[k]:
+                    self.evaluator.refuse(k)
             if self.callback is not None:
                 self.callback(iteration, self.tags, counts)
             going = running.tolist()
             stopped.update(k for k in known if not going[k])
         return sorted(stopped)
 
-    def _refuse_bad_labels(self, counts: Tensor, known: list[int]) -> None:
-        """A count below -1 is how an op reports an out-of-range label without synchronising."""
-        values = counts.tolist()
-        for k in known:
-            if values[k] < -1:
-                assert self.num_classes is not None
-                adversarial = None if self.adversarial is None else self.adversarial[k : k + 1]
-                counted_targets(
-                    self.num_classes,
-                    self.labels[k : k + 1],
-                    adversarial,
-                    self.settings.ignore_index,
-                )
-
     def outcome(self, slot: int) -> Outcome:
         """What became of a finished slot's image, copied out."""
-        assert self.num_classes is not None
-        one, settings = slice(slot, slot + 1), self.settings
-        adversarial = "runner-up" if self.adversarial is None else self.adversarial[one]
-        counted = targets(
-            self.num_classes, self.labels[one], adversarial, settings.goal, settings.ignore_index
-        )
+        state = self.state
         return Outcome(
             self.tags[slot],
-            self.x[slot].clone(),
-            int(self.updates[slot]),
-            int(self.status[slot]),
-            self.history[:, slot].clone(),
-            int(counted),
-            None if self.adversarial is None else self.adversarial[slot].clone(),
+            state["x"][slot].clone(),
+            state["origin"][slot].clone(),
+            int(state["updates"][slot]),
+            int(state["status"][slot]),
+            state["history"][slot].clone(),
+            *self.evaluator.outcome(slot),
         )
 
     def release(self, slots: list[int]) -> None:
@@ -293,47 +308,16 @@ class Slots:
             return
         kept = [k for k in range(self.count) if k not in slots]
         index = torch.tensor(kept, dtype=torch.int64)
-        per_slot = [self.x, self.origin, self.labels, self.running, self.updates, self.status]
-        per_slot += [self.allowed]
-        for tensor in (*per_slot, self.adversarial, self.at):
-            if tensor is not None:
-                tensor[: len(kept)] = tensor[index]
-        self.history[:, : len(kept)] = self.history[:, index]
+        for state in (self.state, *self.evaluator.states):
+            for rows in state.values():
+                rows[: len(kept)] = rows[index]
         self.tags[: len(kept)] = [self.tags[k] for k in kept]
         self.since[: len(kept)] = [self.since[k] for k in kept]
         self.count = len(kept)
 
-
-def run(
-    reader: ScoreModel,
-    settings: Settings,
-    images: Tensor,  # (N, *)
-    labels: Tensor,  # (N, *T)
-    assign: Callable[[Tensor, int], Tensor | str],
-    *,
-    at: Tensor | None = None,  # (N, *)
-    start: Tensor | None = None,  # (N, *)
-    callback: Callback | None = None,
-) -> list[Outcome]:
-    """Algorithm 1 for each image of a batch; outcomes in the order of the images."""
-    if not len(images):
-        return []
-    total = len(images)
-
-    def report(update: int, tags: list[Any], counts: Tensor) -> None:
-        if callback is not None and bool((counts >= 0).any()):
-            of_all = torch.full((total,), -1, dtype=torch.int32)
-            of_all[torch.tensor(tags[: len(counts)])] = counts
-            callback(update, of_all)
-
-    first = None if at is None else at[0]
-    slots = Slots(reader, settings, total, images[0], labels[0], first, report)
-    slots.admit(list(range(total)), images, labels, assign, at, start)
-    outcomes: dict[int, Outcome] = {}
-    with freed_memory_kept() if slots.synchronous else nullcontext():
-        while len(outcomes) < total:
-            slots.iterate()
-            done = slots.finished()
-            outcomes.update({slots.tags[k]: slots.outcome(k) for k in done})
-            slots.release(done)
-    return [outcomes[n] for n in range(total)]
+    def collect(self, *, wait: bool = False) -> list[Outcome]:
+        """Outcomes of the images that have finished, whose slots are free from then on."""
+        done = self.finished(wait=wait)
+        outcomes = [self.outcome(k) for k in done]
+        self.release(done)
+        return outcomes

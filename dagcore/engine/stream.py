@@ -2,99 +2,114 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..errors import ArgumentTypeError
-from .loop import Outcome, ScoreModel, Settings, Slots
+from .loop import Outcome, Schedule, Slots, Step
+from .networks import Assign, Network, Networks, Targets
+
+StreamCallback = Callable[[list[Any], Tensor], None]
+"""Called with the keys of the images under attack and their active targets, -1 where stopped."""
+
+GRACE = 0.02  # seconds in which a fast source can fill the slots of a CPU, before an iteration
+PerNetwork = Tensor | str | Sequence["Tensor | str | None"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One image to attack."""
+    """One image to attack.
+
+    For a joint attack `labels`, `adversarial_labels` and `boxes` are sequences with an entry for
+    each network.
+    """
 
     image: Tensor
     """(3, H, W) floating point."""
-    labels: Tensor
+    labels: Tensor | Sequence[Tensor]
     """(*T) uint8, int32 or int64."""
-    adversarial_labels: Tensor | str | None = None
+    adversarial_labels: PerNetwork = None
     """(*T), or how to choose them; None for "permutation"."""
-    at: Tensor | None = None
-    """What else the model takes for the image, such as boxes; see `DAG.__call__`."""
+    boxes: PerNetwork = None
+    """(P, 4), what a detector's scores are read at; see `DAG.__call__`."""
     start: Tensor | None = None
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
+    look: tuple[Tensor, Tensor] | None = None
+    """The image (1, 3, H, W) as a leaf, and the scores that the model has computed from it, with
+    their graph: saves the first evaluation where the image is alone in its slots."""
+
+    def each(self, networks: int) -> list[tuple[Any, Any, Any]]:
+        """Labels, adversarial labels and boxes at each of so many networks."""
+        columns = []
+        for name in ("labels", "adversarial_labels", "boxes"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, (Tensor, str)):
+                value = [value] * networks
+            if not isinstance(value, Sequence) or len(value) != networks:
+                raise ArgumentTypeError(
+                    f"{name} must be given for each of {networks} networks, "
+                    f"got {type(value).__name__}"
+                )
+            columns.append(value)
+        return list(zip(*columns, strict=True))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same sample with every tensor but the key changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return list(map(changed, value)) if isinstance(value, (list, tuple)) else value
+
+        names = [field.name for field in dataclasses.fields(self)]
+        names = [name for name in names if name not in ("key", "look")]
+        return dataclasses.replace(self, **{name: changed(getattr(self, name)) for name in names})
 
 
-class Stack(NamedTuple):
-    """Samples of one form, one upon another."""
+class Deferred(abc.ABC):
+    """A sample that is made when there is a slot for it, in the thread that attacks."""
 
-    places: list[int]
-    """Where each was among all."""
-    images: Tensor
-    labels: Tensor
-    adversarial_labels: Tensor | str | None
-    at: Tensor | None
-
-
-def stacked(samples: Sequence[Sample]) -> Iterator[Stack]:
-    """Samples as batches for `DAG.__call__`, those of one form together; none has a start."""
-    groups: dict[Any, list[int]] = {}
-    for k, sample in enumerate(samples):
-        forms = (
-            (value.shape, value.dtype) if isinstance(value, Tensor) else value
-            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
-        )
-        groups.setdefault(tuple(forms), []).append(k)
-    for places in groups.values():
-        group = [samples[k] for k in places]
-        aims = [s.adversarial_labels for s in group if isinstance(s.adversarial_labels, Tensor)]
-        at = [s.at for s in group if s.at is not None]
-        yield Stack(
-            places,
-            torch.stack([sample.image for sample in group]),
-            torch.stack([sample.labels for sample in group]),
-            torch.stack(aims) if aims else group[0].adversarial_labels,
-            torch.stack(at) if at else None,
-        )
-
-
-# Called with the keys of the images under attack and their active targets, -1 where one stopped.
-StreamCallback = Callable[[list[Any], Tensor], None]
-Assign = Callable[[Tensor, int], "Tensor | str"]
+    @abc.abstractmethod
+    def sample(self) -> Sample | None:
+        """The sample; None if there is none after all."""
 
 
 class Prefetcher:
     """Samples, fetched by a thread of their own while the device works.
 
-    At most `ahead` of them wait; on a GPU they wait in pinned memory.
+    At most `ahead` of them wait; on a GPU they wait in pinned memory. They are copies: a source may
+    use its buffers again.
     """
 
-    def __init__(self, samples: Iterable[Sample], ahead: int, device: torch.device | None) -> None:
+    def __init__(self, samples: Iterable[Any], ahead: int, device: torch.device | None) -> None:
         self._samples = samples
         self._pin = device is not None and device.type == "cuda"
-        self._queue: queue.Queue[Sample | None] = queue.Queue(maxsize=ahead)
+        self._queue: queue.Queue[Sample | Deferred | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self.error: BaseException | None = None
         self.exhausted = False
-        self._thread = threading.Thread(target=self._fetch, name="dagcore-feed", daemon=True)
+        self._thread = threading.Thread(target=self._fetch, name="dagcore-prefetch", daemon=True)
         self._thread.start()
 
-    def next(self, *, wait: bool) -> Sample | None:
-        """The next sample; None if none is there yet, or, once `exhausted`, none will come."""
+    def next(self, wait: float | None) -> Sample | Deferred | None:
+        """The next sample; None if none is there yet, or, once `exhausted`, none will come.
+
+        `wait` is in seconds; None for as long as it takes.
+        """
         if self.exhausted:
             return None
         try:
-            sample = self._queue.get(block=wait)
+            sample = self._queue.get(block=wait != 0, timeout=wait)
         except queue.Empty:
             return None
         self.exhausted = sample is None
@@ -113,7 +128,7 @@ class Prefetcher:
             for sample in self._samples:
                 if self._closed.is_set():
                     return
-                self._queue.put(self._pinned(sample))
+                self._queue.put(self._copied(sample))
                 if self._closed.is_set():  # before another one is made
                     return
         except BaseException as error:  # handed to the consumer, whatever it is
@@ -122,17 +137,15 @@ class Prefetcher:
             if not self._closed.is_set():
                 self._queue.put(None)
 
-    def _pinned(self, sample: Sample) -> Sample:
-        if not self._pin or not isinstance(sample, Sample):
+    def _copied(self, sample: Any) -> Any:
+        if not isinstance(sample, Sample):
             return sample
-        fields = {
-            field.name: value.pin_memory()
-            for field in dataclasses.fields(sample)
-            if isinstance(value := getattr(sample, field.name), Tensor)
-            and value.device.type == "cpu"
-            and field.name != "key"
-        }
-        return dataclasses.replace(sample, **fields)
+
+        def copied(value: Tensor) -> Tensor:
+            pin = self._pin and value.device.type == "cpu" and value.layout == torch.strided
+            return value.detach().pin_memory() if pin else value.detach().clone()
+
+        return sample.with_tensors(copied)
 
 
 def device_of(model: object) -> torch.device | None:
@@ -144,43 +157,55 @@ def device_of(model: object) -> torch.device | None:
 
 
 class Stream:
-    """The slots of a stream, one group for each size of image."""
+    """The slots of a stream, one group for each form of image.
+
+    Args:
+        parts: the networks, without slots.
+        step: as for `Slots`.
+        schedule: likewise.
+        slots: images under attack at a time.
+        device: where samples are moved; they stay where they are if None.
+        check: raises for a sample that cannot be attacked.
+        assign: how a sample gets its adversarial labels at each network.
+        callback: called with (keys, counts (N, K)).
+    """
 
     def __init__(
         self,
-        reader: ScoreModel,
-        settings: Settings,
+        parts: Sequence[Network],
+        step: Step,
+        schedule: Schedule,
         slots: int,
         device: torch.device | None,
+        *,
         check: Callable[[Sample], None],
-        assign: Callable[[Sample], Assign],
+        assign: Callable[[Sample], list[Assign]],
         callback: StreamCallback | None = None,
     ) -> None:
-        self.reader = reader
-        self.settings = settings
-        self.slots = slots
-        self.device = device
-        self.check = check
-        self.assign = assign
-        self.callback = callback
-        self.groups: dict[Any, Slots] = {}
+        self.parts, self.step, self.schedule = parts, step, schedule
+        self.slots, self.device = slots, device
+        self.check, self.assign, self.callback = check, assign, callback
+        self.grace = GRACE if device is None or device.type == "cpu" else 0.0
+        self.groups: dict[Any, tuple[Slots, Networks]] = {}
 
     @property
     def in_flight(self) -> int:
         """Number of images under attack."""
-        return sum(group.in_flight for group in self.groups.values())
+        return sum(slots.in_flight for slots, _ in self.groups.values())
 
-    def run(self, feed: Prefetcher) -> Iterator[Outcome]:
+    def run(self, prefetcher: Prefetcher) -> Iterator[Outcome]:
         """Outcomes as images finish; an error of the source's once all before it have."""
         error: BaseException | None = None
         while True:
             while error is None and self.in_flight < self.slots:
-                sample = feed.next(wait=self.in_flight == 0)
+                sample = prefetcher.next(self.grace if self.in_flight else None)
                 if sample is None:
-                    error = feed.error
+                    error = prefetcher.error
                     break
                 try:
-                    self.admit(sample)
+                    made = sample.sample() if isinstance(sample, Deferred) else sample
+                    if made is not None:
+                        self.admit(made)
                 except (TypeError, ValueError) as refused:
                     error = refused
             if not self.in_flight:
@@ -190,77 +215,58 @@ class Stream:
             raise error
 
     def admit(self, sample: Sample) -> None:
-        """Take a sample into a slot of its size."""
+        """Take a sample into a slot of its form."""
         if not isinstance(sample, Sample):
             raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         self.check(sample)
-        image, labels, adversarial, at, start = (
-            value.to(self.device, non_blocking=True)
-            if isinstance(value, Tensor) and self.device is not None
-            else value
-            for value in (
-                sample.image,
-                sample.labels,
-                sample.adversarial_labels,
-                sample.at,
-                sample.start,
-            )
-        )
-        assert isinstance(image, Tensor)
-        assert isinstance(labels, Tensor)
-        assert at is None or isinstance(at, Tensor)
-        assert start is None or isinstance(start, Tensor)
-        moved = dataclasses.replace(
-            sample, image=image, labels=labels, adversarial_labels=adversarial, start=start
-        )
-        kind = adversarial.dtype if isinstance(adversarial, Tensor) else adversarial == "runner-up"
-        more = None if at is None else (at.shape, at.dtype)
-        key = (image.shape, image.dtype, image.device, labels.shape, labels.dtype, kind, more)
-        if key not in self.groups:
-            # Sizes that nobody has any more make room, or memory would grow with their number.
-            self.groups = {k: group for k, group in self.groups.items() if group.in_flight}
-            with torch.inference_mode(False):
-                self.groups[key] = Slots(
-                    self.reader, self.settings, self.slots, image, labels, at, self._report
-                )
+        if self.device is not None:
+            device = self.device
+            sample = sample.with_tensors(lambda value: value.to(device, non_blocking=True))
+        each = sample.each(len(self.parts))
+        key = (form(sample.image), *(tuple(map(form, one)) for one in each))
         with torch.inference_mode(False):
-            self.groups[key].admit(
-                [sample],
-                image[None],
-                labels[None],
-                self.assign(moved),
-                at=None if at is None else at[None],
-                start=None if start is None else start[None],
-            )
+            if key not in self.groups:
+                # Forms that nobody has any more make room, or memory would grow with their number.
+                self.groups = {k: one for k, one in self.groups.items() if one[0].in_flight}
+                opened = [
+                    part.open(self.slots, labels, boxes)
+                    for part, (labels, _, boxes) in zip(self.parts, each, strict=True)
+                ]
+                networks = Networks(opened)
+                slots = Slots(
+                    networks, self.step, self.schedule, self.slots, sample.image, self._report
+                )
+                self.groups[key] = slots, networks
+            slots, networks = self.groups[key]
+            start = None if sample.start is None else sample.start[None]
+            taken = slots.admit([sample.key], sample.image[None], start)
+            targets = [
+                Targets(labels[None], assign, None if boxes is None else boxes[None], sample.look)
+                for (labels, _, boxes), assign in zip(each, self.assign(sample), strict=True)
+            ]
+            networks.admit(taken, targets)
 
-    def _report(self, _: int, tags: list[Any], counts: Tensor) -> None:
+    def _report(self, _: int, keys: list[Any], counts: Tensor) -> None:
         if self.callback is not None:
-            going = [(tag.key, k) for k, tag in enumerate(tags[: len(counts)]) if tag is not None]
-            places = torch.tensor([k for _, k in going], dtype=torch.int64)
-            self.callback([key for key, _ in going], counts[places])
+            self.callback(keys[: len(counts)], counts)
 
     def iterate(self) -> Iterator[Outcome]:
         """One iteration of every group."""
-        for group in list(self.groups.values()):
-            if not group.in_flight:
+        for slots, _ in list(self.groups.values()):
+            if not slots.in_flight:
                 continue
             try:
                 with torch.inference_mode(False):
-                    group.iterate()
+                    slots.iterate()
             except BaseException:
-                for other in self.groups.values():  # what had finished is not lost
-                    yield from self.collect(other, wait=True)
+                for other, _ in self.groups.values():  # what had finished is not lost
+                    yield from other.collect(wait=True)
                 raise
-            yield from self.collect(group)
-
-    def collect(self, group: Slots, *, wait: bool = False) -> Iterator[Outcome]:
-        """Outcomes of a group's finished images, whose slots are free from then on."""
-        done = group.finished(wait=wait)
-        outcomes = [group.outcome(k) for k in done]
-        group.release(done)
-        yield from outcomes
+            yield from slots.collect()
 
 
-def validate_slots(slots: object) -> None:
-    """Raise unless there is at least one slot."""
-    checks.integer("slots", slots, at_least=1)
+def form(value: object) -> Any:
+    """What the values of images that share slots have in common."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    return value == "runner-up"

@@ -1,22 +1,24 @@
 """The fused ops: schemas, public wrappers and what torch needs to know of them.
 
-The native module registers CPU and CUDA kernels; `dagcore.reference` is every op's default kernel,
-so that everything runs where there is no native one, after one warning.
+The native module registers CPU and CUDA kernels; `fallback` has every op's default kernel, so that
+everything runs where there is no native one, after one warning.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import checks, reference
-from . import native
+from .. import checks
+from . import fallback
+from .fallback import step_scale
 
-__all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"]
+__all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "step_scale"]
+
+OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_")
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -38,7 +40,6 @@ _library.define(
     "float lower, float upper, float epsilon) -> Tensor norms",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_warned: set[str] = set()
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
@@ -50,84 +51,8 @@ def _fake(op: str) -> Callable[[_Kernel], _Kernel]:
     return register
 
 
-def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference as an op's default kernel, which says once per device that it is in use."""
-
-    def run(*args: Any) -> Any:
-        device = args[0].device.type
-        if device not in _warned:
-            _warned.add(device)
-            why = (
-                "dagcore's native module is not built"
-                if native.module is None
-                else f"dagcore's native module was built without kernels for {device}"
-            )
-            warnings.warn(
-                f"{why}: running the slower PyTorch reference (see README, Building)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return kernel(*args)
-
-    return run
-
-
-# Autograd does not reach inside an op: the defaults write out what the reference gets from it.
-def _seed_default(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    seed = torch.zeros_like(scores)
-    if scores.numel() == 0:
-        return seed, scores.new_zeros(len(scores), dtype=torch.int32)
-    plus, minus, active = reference.verdicts(
-        scores, labels, adversarial, "reach" if reach else "leave", ignore_index
-    )
-    one = active.unsqueeze(1).to(seed.dtype)
-    seed.scatter_add_(1, plus.unsqueeze(1), one).scatter_add_(1, minus.unsqueeze(1), -one)
-    return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
-
-
-def _seed_bilinear_default(
-    scores: Tensor,
-    labels: Tensor,
-    adversarial: Tensor | None,
-    reach: bool,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    if labels.numel() == 0:
-        return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    high = reference.enlarge(scores, labels.shape[1:], align_corners)
-    seed, active = _seed_default(high, labels, adversarial, reach, ignore_index)
-    gradient = torch.ops.aten.upsample_bilinear2d_backward(
-        seed, labels.shape[1:], scores.shape, align_corners
-    )
-    return torch.empty_like(scores).copy_(gradient), active
-
-
-def _argmax_default(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
-    return reference.argmax_bilinear(scores, (height, width), align_corners=align_corners)
-
-
-def _step_default(
-    images: Tensor,
-    origin: Tensor,
-    gradient: Tensor,
-    active: Tensor,
-    gamma: float,
-    lower: float,
-    upper: float,
-    epsilon: float,
-) -> Tensor:
-    return reference.linf_step_(
-        images, origin, gradient, active, gamma=gamma, lower=lower, upper=upper, epsilon=epsilon
-    )
-
-
-_library.impl("dag_seed", _fall_back(_seed_default), "CompositeExplicitAutograd")
-_library.impl("dag_seed_bilinear", _fall_back(_seed_bilinear_default), "CompositeExplicitAutograd")
-_library.impl("argmax_bilinear", _fall_back(_argmax_default), "CompositeExplicitAutograd")
-_library.impl("linf_step_", _fall_back(_step_default), "CompositeExplicitAutograd")
+for _op in OPS:
+    _library.impl(_op, fallback.warned(getattr(fallback, _op)), "CompositeExplicitAutograd")
 
 
 def _check_one_device(*tensors: Tensor) -> None:
@@ -138,7 +63,7 @@ def _check_one_device(*tensors: Tensor) -> None:
 
 @_fake("dag_seed")
 def _seed_fake(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
+    scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     _check_one_device(scores, labels, *(() if adversarial is None else (adversarial,)))
     return torch.empty_like(scores), scores.new_empty(scores.shape[:1], dtype=torch.int32)
@@ -149,11 +74,11 @@ def _seed_bilinear_fake(
     scores: Tensor,
     labels: Tensor,
     adversarial: Tensor | None,
-    reach: bool,
+    objective: str,
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _seed_fake(scores, labels, adversarial, reach, ignore_index)
+    return _seed_fake(scores, labels, adversarial, objective, ignore_index)
 
 
 @_fake("argmax_bilinear")
@@ -173,7 +98,7 @@ def _step_fake(
     epsilon: float,
 ) -> Tensor:
     _check_one_device(images, origin, gradient, active)
-    return images.new_empty(images.shape[:1], dtype=reference.norm_dtype(images))
+    return images.new_empty(images.shape[:1], dtype=fallback.real(images))
 
 
 def dag_seed(
@@ -220,9 +145,7 @@ def dag_seed(
         scores.detach(), labels, adversarial, goal == "reach", ignore_index
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
-        reference.counted_targets(
-            scores.shape[1], labels, adversarial, ignore_index
-        )  # names the label
+        checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
     return seed, active
 
 
@@ -265,9 +188,7 @@ def dag_seed_bilinear(
         scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
-        reference.counted_targets(
-            scores.shape[1], labels, adversarial, ignore_index
-        )  # names the label
+        checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
     return seed, active
 
 

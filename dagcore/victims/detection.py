@@ -54,7 +54,7 @@ class Targets:
                 image=images[n],
                 labels=self.labels[n],
                 adversarial_labels=self.adversarial_labels[n],
-                at=None if self.at is None else self.at[n],
+                boxes=None if self.at is None else self.at[n],
                 key=n if keys is None else keys[n],
             )
 

@@ -1,0 +1,400 @@
+"""What all attacks share: `Attack`, an objective, a step and a schedule behind one call."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..engine import frozen
+from ..engine.loop import Objective, Schedule, Slots, Step
+from ..engine.memory import freed_memory_kept
+from ..engine.networks import Assign, Network, Networks, Targets
+from ..engine.scores import ScoreModel
+from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
+from ..errors import ArgumentError, ArgumentTypeError
+from .result import Result, gather
+
+Callback = Callable[[int, Tensor], None]
+"""Called with (update, active targets (N,) of each image, -1 where it has stopped)."""
+
+
+class Attack(abc.ABC):
+    """An attack on images, each on its own.
+
+    A subclass says what its objective, step and schedule are, and which settings it checks.
+    """
+
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    """Valid range of the images, None for no clipping."""
+    epsilon: float | None = None
+    """Radius of the ball around the clean image, None for none."""
+    ignore_index: int = 255
+    """Label of the targets that never count."""
+
+    @abc.abstractmethod
+    def objective(self) -> Objective:
+        """What counts at the scores, and what to seed."""
+
+    @abc.abstractmethod
+    def step(self) -> Step:
+        """How a gradient moves the images."""
+
+    @abc.abstractmethod
+    def schedule(self) -> Schedule:
+        """How long it goes on."""
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        images: Tensor,  # (N, 3, H, W)
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str | None = None,  # (N, *T)
+        generator: torch.Generator | None = None,
+        *,
+        boxes: Tensor | None = None,  # (N, P, 4)
+        start: Tensor | None = None,  # (N, 3, H, W)
+        callback: Callback | None = None,
+    ) -> Result:
+        """Attack a batch of images, each on its own.
+
+        Args:
+            model: maps images (N, 3, H, W) to scores (N, C, *T) before softmax: any callable. An
+                nn.Module is run in eval mode without gradients of its parameters, and put back
+                as it was. {"out": scores} and .logits are understood. Scores (N, C, h, w) below
+                the labels' size are read through bilinear interpolation (with corners aligned if
+                the model has a true attribute `align_corners`).
+            images: (N, 3, H, W) floating point, within `bounds`; left as they are.
+            labels: (N, *T) uint8, int32 or int64: true classes, or `ignore_index`.
+            adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
+                default), "random" or "runner-up"; see `dagcore.labels.assign`.
+            generator: source of the random choices.
+            boxes: the boxes that a detector's scores are read at, (N, P, 4) floating point, or
+                whatever else (N, *) the model takes for each image: it is then called as
+                model(images, boxes). See `dagcore.victims.Detector`.
+            start: where to begin, (N, 3, H, W) like `images` and within `epsilon` of them, if not
+                at the images themselves: say, what an attack on a faster victim ended with (then
+                pass its result's `adversarial_labels` too). The perturbation and `epsilon` count
+                from `images` all the same.
+            callback: called with (update, active targets (N,)) as they become known, on a GPU a
+                few iterations late.
+
+        Raises:
+            TypeError, ValueError: the argument, what was required and what came.
+        """
+        self.check(model, images, labels, adversarial_labels, boxes, generator)
+        self.check_start(start, images)
+        checks.callback(callback)
+        targets = Targets(labels, self.assign(adversarial_labels, generator), boxes)
+        return run_batch(self, [self.network(model)], images, [targets], start, callback)
+
+    def stream(
+        self,
+        model: Callable[..., Any],
+        samples: Iterable[Sample],
+        slots: int = 8,
+        generator: torch.Generator | None = None,
+        *,
+        callback: StreamCallback | None = None,
+    ) -> Iterator[Result]:
+        """Attack images one by one as they come, `slots` at a time, results as they finish.
+
+        As soon as an image stops, the next takes its slot, so that no image waits for a slower
+        one. Each result equals what the image would give alone, up to the network's own
+        arithmetic. Samples are fetched and copied by a thread of their own; images may differ in
+        size. The model is in eval mode, and on the CPU freed memory stays with the process (see
+        `dagcore.freed_memory_kept`), until the iterator ends or is closed.
+
+        Args:
+            model: as for a batch. Samples are moved to the device of its parameters.
+            samples: an iterable of `dagcore.Sample`, a DataLoader with `batch_size=None` included.
+            slots: images under attack at a time.
+            generator: source of the random choices, which do not depend on `slots`.
+            callback: called with (keys of the images under attack, active targets of each) as they
+                become known, on a GPU a few iterations late; -1 for an image that has stopped.
+
+        Yields:
+            A `Result` of one image (N = 1), with the sample's `key`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument or sample. An error of the source or of a
+                sample is raised once all images before it have finished; an error of the model,
+                after all results that were already there.
+        """
+        return run_stream(self, [self.network(model)], samples, slots, generator, callback)
+
+    def count_active(
+        self,
+        model: Callable[..., Any],
+        images: Tensor,  # (N, 3, H, W)
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str,  # (N, *T)
+        boxes: Tensor | None = None,  # (N, P, 4)
+    ) -> Tensor:
+        """Active targets of given images, (N,) int32: say, after rounding them to 8 bits.
+
+        Arguments as for the attack itself; pass a result's `adversarial_labels`.
+        """
+        self.check(model, images, labels, adversarial_labels, boxes, None)
+        scores_of = ScoreModel(model)
+        with frozen(model), torch.no_grad():
+            scores = scores_of(images, labels, boxes)
+        return self.active_targets(
+            scores, labels, adversarial_labels, align_corners=scores_of.align_corners
+        )
+
+    def active_targets(
+        self,
+        scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) below the labels' size
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str,  # (N, *T)
+        *,
+        align_corners: bool = False,
+    ) -> Tensor:
+        """Active targets at scores that are there already, (N,) int32."""
+        objective = self.objective()
+        adversarial = objective.assign(adversarial_labels, labels, scores.shape[1], None)
+        return objective.seed(scores, labels, adversarial, align_corners=align_corners, state={})[1]
+
+    def network(self, model: Callable[..., Any]) -> Network:
+        """A network as this attack looks at it."""
+        return Network(model, self.objective(), self.schedule())
+
+    def assign(self, wanted: Tensor | str | None, generator: torch.Generator | None) -> Assign:
+        """Adversarial labels, given or drawn once the number of classes is known."""
+        objective = self.objective()
+        return lambda labels, num_classes: objective.assign(wanted, labels, num_classes, generator)
+
+    def check(
+        self,
+        model: object,
+        images: Any,
+        labels: Any,
+        adversarial_labels: Any,
+        boxes: Any,
+        generator: Any = None,
+    ) -> None:
+        """Raise unless a batch can be attacked."""
+        checks.tensor("images", images, checks.FLOAT_DTYPES)
+        if images.dim() < 2:
+            raise ArgumentError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
+        checks.tensor("labels", labels, checks.LABEL_DTYPES)
+        if labels.dim() < 1 or len(labels) != len(images):
+            raise ArgumentError(
+                f"labels must have one map for each of {len(images)} images, "
+                f"got shape {tuple(labels.shape)}"
+            )
+        checks.device("labels", labels, "images", images)
+        if isinstance(adversarial_labels, Tensor):
+            checks.tensor("adversarial_labels", adversarial_labels, checks.LABEL_DTYPES)
+            checks.shape("adversarial_labels", adversarial_labels, tuple(labels.shape), "labels")
+            checks.device("adversarial_labels", adversarial_labels, "images", images)
+        elif adversarial_labels is not None:
+            self.check_kind(adversarial_labels)
+        checks.generator(generator)
+        self.check_pixels("images", images)
+        check_boxes(model, boxes, images)
+
+    def check_kind(self, adversarial_labels: Any) -> None:
+        """Raise unless adversarial labels can be chosen in a way that is named."""
+        raise ArgumentTypeError(
+            "adversarial_labels must be a torch.Tensor or None, "
+            f"got {type(adversarial_labels).__name__}"
+        )
+
+    def check_pixels(self, name: str, images: Tensor) -> None:
+        """Raise unless images are finite and within the bounds. Reads values: synchronises."""
+        if not images.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(images.detach()))
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise ArgumentError(f"{name} must be finite, got a NaN or an infinity")
+        limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
+        if low < limits[0] or high > limits[1]:
+            raise ArgumentError(
+                f"{name} must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
+            )
+        self.check_spacing(torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high)), images)
+
+    def check_spacing(self, spacing: float, images: Tensor) -> None:  # noqa: B027
+        """Raise where steps would be lost between neighbouring numbers of the images' dtype."""
+
+    def check_start(self, start: Any, images: Tensor) -> None:
+        """Raise unless an attack on images can begin at `start`."""
+        if start is None:
+            return
+        checks.tensor("start", start, (images.dtype,))
+        checks.shape("start", start, tuple(images.shape), "images")
+        checks.device("start", start, "images", images)
+        self.check_pixels("start", start)
+        if self.epsilon is None or not images.numel():
+            return
+        away = float((start.double() - images.double()).abs().max())
+        rounding = torch.finfo(images.dtype).eps * float(images.abs().max())
+        if away > self.epsilon + rounding:
+            raise ArgumentError(
+                f"start must lie within epsilon={self.epsilon:g} of images, got {away:g} away"
+            )
+
+
+def check_sample(
+    attacks: Sequence[Attack], models: Sequence[object], sample: Sample, name: str
+) -> None:
+    """Raise unless a sample can be attacked at networks, by the attack of each."""
+
+    def batched(value: Any) -> Any:
+        return value[None] if isinstance(value, Tensor) else value
+
+    try:
+        each = sample.each(len(models))
+        for attack, model, one in zip(attacks, models, each, strict=True):
+            labels, adversarial, boxes = map(batched, one)
+            attack.check(model, batched(sample.image), labels, adversarial, boxes)
+        attacks[0].check_start(sample.start, sample.image)
+    except (ArgumentTypeError, ArgumentError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
+    """Raise unless `boxes` are what the model takes, as far as that can be told."""
+    if boxes is not None:
+        checks.tensor("boxes", boxes, checks.FLOAT_DTYPES)
+        if boxes.dim() < 1 or len(boxes) != len(images):
+            raise ArgumentError(
+                f"boxes must have one entry for each of {len(images)} images, "
+                f"got shape {tuple(boxes.shape)}"
+            )
+        checks.device("boxes", boxes, "images", images)
+    own = getattr(model, "check_boxes", None)
+    if own is not None:
+        own(boxes, images)
+
+
+@contextlib.contextmanager
+def held(models: Iterable[object], device: torch.device | None) -> Iterator[None]:
+    """Models in eval mode, and on the CPU freed memory kept, while they are attacked."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(frozen(model))
+        if device is None or device.type == "cpu":
+            stack.enter_context(freed_memory_kept())
+        yield
+
+
+def run_batch(
+    attack: Attack,
+    networks: Sequence[Network],
+    images: Tensor,  # (N, *)
+    targets: Sequence[Targets],
+    start: Tensor | None,
+    callback: Callback | None,
+    *,
+    joint: bool = False,
+) -> Result:
+    """Attack images, whose arguments have been checked, at one network or several."""
+    total = len(images)
+    models = [network.model.model for network in networks]
+
+    def report(update: int, places: list[Any], counts: Tensor) -> None:
+        if callback is not None and bool((counts >= 0).any()):
+            of_all = torch.full((total, len(networks)), -1, dtype=torch.int32)
+            of_all[torch.tensor(places[: len(counts)])] = counts
+            callback(update, of_all.T if joint else of_all[:, 0])
+
+    if not total:
+        return _nothing(attack, images, targets, joint=joint)
+    with held(models, images.device), torch.inference_mode(False):
+        opened = Networks(
+            [
+                network.open(total, own.labels[0], None if own.boxes is None else own.boxes[0])
+                for network, own in zip(networks, targets, strict=True)
+            ]
+        )
+        slots = Slots(opened, attack.step(), attack.schedule(), total, images[0], report)
+        opened.admit(slots.admit(list(range(total)), images, start), targets)
+        outcomes = {}
+        while len(outcomes) < total:
+            slots.iterate()
+            outcomes.update({outcome.tag: outcome for outcome in slots.collect()})
+        return gather([outcomes[n] for n in range(total)], attack.bounds, joint=joint)
+
+
+def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, joint: bool) -> Result:
+    """The result of no images."""
+    networks = len(targets)
+    history = attack.schedule().max_iter + 1
+    count = images.new_zeros(0, dtype=torch.int32)
+    active = count.new_zeros((history, networks, 0))
+    aims = tuple(own.assign(own.labels, 2) for own in targets)
+    return Result(
+        adversarial=images.detach().clone(),
+        perturbation=images.detach().clone(),
+        iterations=count,
+        converged=count.bool(),
+        status=(),
+        active=active if joint else active[:, 0],
+        perceptibility=images.new_zeros(0, dtype=torch.promote_types(images.dtype, torch.float32)),
+        targets=count.new_zeros((networks, 0)) if joint else count,
+        adversarial_labels=aims if joint else aims[0],
+    )
+
+
+def run_stream(
+    attack: Attack,
+    networks: Sequence[Network],
+    samples: Iterable[Sample],
+    slots: int,
+    generator: torch.Generator | None,
+    callback: StreamCallback | None,
+    *,
+    attacks: Sequence[Attack] | None = None,
+) -> Iterator[Result]:
+    """Attack samples at one network, or with `attacks`, one of each, at several."""
+    checks.integer("slots", slots, at_least=1)
+    checks.generator(generator)
+    checks.callback(callback)
+    joint, rules = attacks is not None, attacks or [attack]
+    models = [network.model.model for network in networks]
+
+    def check(sample: Sample) -> None:
+        check_sample(rules, models, sample, f"sample {sample.key!r}")
+
+    def assign(sample: Sample) -> list[Assign]:
+        # A seed of its own for each sample: slots finish in any order.
+        own = generator
+        wanted = [adversarial for _, adversarial, _ in sample.each(len(networks))]
+        if not all(isinstance(one, Tensor) for one in wanted):
+            device = "cpu" if generator is None else generator.device
+            seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+            own = torch.Generator().manual_seed(int(seed))
+        return [rule.assign(one, own) for rule, one in zip(rules, wanted, strict=True)]
+
+    def report(keys: list[Any], counts: Tensor) -> None:
+        assert callback is not None
+        callback(keys, counts if joint else counts[:, 0])
+
+    def results() -> Iterator[Result]:
+        device = next(filter(None, map(device_of, models)), None)
+        work = Stream(
+            networks,
+            attack.step(),
+            attack.schedule(),
+            slots,
+            device,
+            check=check,
+            assign=assign,
+            callback=None if callback is None else report,
+        )
+        with (
+            held(models, device),
+            contextlib.closing(Prefetcher(samples, slots, device)) as prefetcher,
+        ):
+            for outcome in work.run(prefetcher):
+                yield gather([outcome], attack.bounds, joint=joint, key=outcome.tag)
+
+    return results()

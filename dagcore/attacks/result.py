@@ -1,0 +1,109 @@
+"""What attacks find."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.loop import BUDGET, CONVERGED, STALLED, Outcome
+from ..perturbation import perceptibility, value_range
+
+
+class Status(str, Enum):
+    """Why an image stopped."""
+
+    CONVERGED = "converged"  # no more active targets than the tolerance allows
+    BUDGET = "budget"  # max_iter updates were applied, and targets are left
+    STALLED = "stalled"  # the gradient was zero or not finite
+
+    def __str__(self) -> str:
+        return self.value
+
+
+STATUS = {CONVERGED: Status.CONVERGED, BUDGET: Status.BUDGET, STALLED: Status.STALLED}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What an attack on N images found.
+
+    A joint attack on K networks has an entry for each of them in `active`, `targets` and
+    `adversarial_labels`. A universal perturbation is the result of one image of zeros (N = 1).
+    """
+
+    adversarial: Tensor
+    """(N, 3, H, W) attacked images; always the last iterate, whatever the status."""
+    perturbation: Tensor
+    """(N, 3, H, W) adversarial - images."""
+    iterations: Tensor
+    """(N,) int32, updates applied."""
+    converged: Tensor
+    """(N,) bool."""
+    status: tuple[Status, ...]
+    """Why each image stopped."""
+    active: Tensor
+    """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 once an image stopped.
+
+    Joint: (max_iter + 1, K, N). Universal: of the batch that was looked at."""
+    perceptibility: Tensor
+    """(N,) sqrt(mean over pixels of ||r_k||_2^2), as a fraction of the images' valid range.
+
+    Where the attack has no bounds, the range is told from each clean image: see
+    `dagcore.perturbation.value_range`."""
+    targets: Tensor
+    """(N,) int32, targets that count: neither ignored nor, for "leave", meant for their label.
+
+    An image that has none is left alone: it is converged from the start. Joint: (K, N).
+    Universal: of all samples together, as far as they were looked at."""
+    adversarial_labels: Tensor | str | tuple[Tensor | str, ...]
+    """The adversarial labels (N, *T), given or drawn, or "runner-up": what a second call takes.
+
+    Joint: a tuple of K. Universal: the permutation of the classes (C,) that was drawn, or
+    "given"."""
+    key: Any = None
+    """The sample's key, for results of a stream."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{status.value} after {int(m)} updates (p={float(p):.2e})"
+            for status, m, p in zip(self.status, self.iterations, self.perceptibility, strict=True)
+        )
+        return f"Result({shown})"
+
+
+def gather(
+    outcomes: Sequence[Outcome],
+    bounds: tuple[float, float] | None,
+    *,
+    joint: bool = False,
+    key: Any = None,
+) -> Result:
+    """The result of a batch from the outcomes of its images, at least one."""
+    adversarial = torch.stack([o.image for o in outcomes])
+    origin = torch.stack([o.origin for o in outcomes])
+    device = adversarial.device
+    status = tuple(STATUS[o.status] for o in outcomes)
+    active = torch.stack([o.active for o in outcomes], dim=-1)  # (M + 1, K, N)
+    targets = torch.stack([o.targets for o in outcomes], dim=-1).int()  # (K, N)
+    labels: list[Tensor | str] = []
+    for own in zip(*(o.adversarial_labels for o in outcomes), strict=True):
+        maps = [one for one in own if isinstance(one, Tensor)]
+        labels.append(torch.stack(maps) if maps else own[0])
+    perturbation = adversarial - origin
+    return Result(
+        adversarial=adversarial,
+        perturbation=perturbation,
+        iterations=torch.tensor([o.iterations for o in outcomes], dtype=torch.int32, device=device),
+        converged=torch.tensor([s is Status.CONVERGED for s in status], device=device),
+        status=status,
+        active=active if joint else active[:, 0],
+        perceptibility=perceptibility(perturbation, value_range(origin, bounds)),
+        targets=targets if joint else targets[0],
+        adversarial_labels=tuple(labels) if joint else labels[0],
+        key=key,
+    )

@@ -1,0 +1,35 @@
+"""Schedules: how long an attack goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..engine.loop import State
+
+
+@dataclasses.dataclass(frozen=True)
+class UntilFooled:
+    """Until no more targets are active than the tolerance allows.
+
+    Args:
+        max_iter: updates at the most.
+        tolerance: the fraction of an image's targets that may be left active.
+        patience: an image has stalled when so many steps in a row could not be taken.
+    """
+
+    max_iter: int
+    tolerance: float = 0.0
+    patience: int = 1
+
+    def begin(self, images: Tensor) -> State:
+        """No state of its own."""
+        return {}
+
+    def allowed(self, targets: Tensor) -> Tensor:
+        """The largest count k with k / targets <= tolerance, exactly: (N,) float64."""
+        count = targets.double()
+        k = (self.tolerance * count).floor()
+        return torch.where((k + 1) / count <= self.tolerance, k + 1, k)

@@ -1,0 +1,197 @@
+"""Networks that look at images under attack, each with an objective at targets of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .loop import Evaluation, Objective, Schedule, State
+from .scores import ScoreModel
+
+Assign = Callable[[Tensor, int], "Tensor | str"]
+"""Adversarial labels of labels (N, *T) at scores of so many classes."""
+
+
+class Targets(NamedTuple):
+    """What images are attacked at, for one network."""
+
+    labels: Tensor  # (N, *T)
+    assign: Assign
+    boxes: Tensor | None = None  # (N, *), what else the model takes for each image
+    look: tuple[Tensor, Tensor] | None = None  # of a single image: itself as a leaf, its scores
+
+
+class Network:
+    """One network with its targets in the slots.
+
+    The adversarial labels of new images are drawn at the next look, once the classes are known.
+    """
+
+    def __init__(self, model: Callable[..., Any], objective: Objective, schedule: Schedule) -> None:
+        self.model, self.objective, self.schedule = ScoreModel(model), objective, schedule
+        self.state: State = {}
+        self.capacity = 0
+        self.num_classes: int | None = None
+        self.kept = ""  # what stands for adversarial labels where there are none, as "runner-up"
+        self.undrawn: list[tuple[slice, Assign]] = []
+        self.known: tuple[Tensor, Tensor] | None = None  # the look of the image admitted last
+
+    def open(self, capacity: int, labels: Tensor, boxes: Tensor | None) -> Network:
+        """The same network with slots for targets like those of an image: (*T), (*)."""
+        opened = Network(self.model.model, self.objective, self.schedule)
+        opened.capacity = capacity
+        opened.state["labels"] = labels.new_zeros((capacity, *labels.shape))
+        if boxes is not None:
+            opened.state["boxes"] = boxes.new_zeros((capacity, *boxes.shape))
+        for name, dtype in (("targets", torch.int64), ("allowed", torch.float64)):
+            opened.state[name] = torch.zeros(capacity, dtype=dtype, device=labels.device)
+        return opened
+
+    def admit(self, taken: slice, targets: Targets) -> None:
+        """Take the targets of new images."""
+        self.state["labels"][taken] = targets.labels
+        if targets.boxes is not None:
+            self.state["boxes"][taken] = targets.boxes.detach()
+        self.undrawn.append((taken, targets.assign))
+        self.known = targets.look
+        if self.num_classes is not None:
+            self._draw(self.num_classes)
+
+    def _draw(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        for taken, assign in self.undrawn:
+            labels = self.state["labels"][taken]
+            drawn = assign(labels, num_classes)
+            if not isinstance(drawn, Tensor):
+                self.kept = drawn
+            else:
+                if "adversarial" not in self.state:
+                    rows = (self.capacity, *labels.shape[1:])
+                    self.state["adversarial"] = drawn.new_zeros(rows)
+                self.state["adversarial"][taken] = drawn
+            counted = self.objective.count(num_classes, labels, drawn)
+            self.state["targets"][taken] = counted
+            self.state["allowed"][taken] = self.schedule.allowed(counted)
+        self.undrawn.clear()
+
+    def _adversarial(self, rows: slice) -> Tensor | str:
+        return self.state["adversarial"][rows] if "adversarial" in self.state else self.kept
+
+    def look(
+        self, state: State, may_move: Tensor, *, synchronous: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Active targets (N,), whether that is too many, and the gradient (N, *) if any may move.
+
+        It is 0, or anything at all, for images that may not move or that have no active targets.
+        """
+        x = state["x"]
+        taken = slice(0, len(x))
+        labels, boxes = self.state["labels"][taken], self.state.get("boxes")
+        known, self.known = self.known, None
+        if synchronous and known is not None and torch.equal(known[0], x):
+            leaf, scores = known
+        else:
+            leaf = x.detach().requires_grad_()
+            with torch.enable_grad():
+                scores = self.model(leaf, labels, None if boxes is None else boxes[taken])
+        if self.num_classes is None:
+            self._draw(scores.shape[1])
+        seed, active = self.objective.seed(
+            scores,
+            labels,
+            self._adversarial(taken),
+            align_corners=self.model.align_corners,
+            state=state,
+        )
+        wanted = active > self.state["allowed"][taken]
+        if synchronous and not bool((may_move & wanted).any()):
+            return active, wanted, None
+        return active, wanted, input_gradient(scores, leaf, seed)
+
+    def refuse(self, slot: int) -> None:
+        """Raise for a label of a slot's image that is out of range."""
+        assert self.num_classes is not None
+        one = slice(slot, slot + 1)
+        self.objective.refuse(self.num_classes, self.state["labels"][one], self._adversarial(one))
+
+    def adversarial_labels(self, slot: int) -> Tensor | str:
+        """A copy of an image's adversarial labels (*T), or what stands for them."""
+        rows = self._adversarial(slice(slot, slot + 1))
+        return rows[0].clone() if isinstance(rows, Tensor) else rows
+
+
+class Networks:
+    """One network, or several that are to be fooled by the same image.
+
+    The gradient of each of several networks is divided by its L-infinity norm before they are
+    added, so that no network outweighs the others.
+    """
+
+    capturable = True
+
+    def __init__(self, parts: Sequence[Network]) -> None:
+        self.parts = parts
+        self.networks = len(parts)
+        self.states = [part.state for part in parts]
+
+    def admit(self, taken: slice, targets: Sequence[Targets]) -> None:
+        """Take the targets of new images at each network."""
+        for part, own in zip(self.parts, targets, strict=True):
+            part.admit(taken, own)
+
+    def advance(self, state: State) -> None:
+        """Nothing: all that a look needs is in the slots."""
+
+    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+        """Evaluate the images at every network; see `loop.Evaluator`."""
+        total: Tensor | None = None
+        actives, wanteds = [], []
+        for part in self.parts:
+            active, wanted, gradient = part.look(state, may_move, synchronous=synchronous)
+            actives.append(active)
+            wanteds.append(wanted)
+            if gradient is None:
+                continue
+            if len(self.parts) > 1:
+                gradient = normalised(gradient, wanted)
+            total = gradient if total is None else total.add_(gradient)
+        wanted = torch.stack(wanteds).any(0)
+        return Evaluation(torch.stack(actives, 1), wanted, ~wanted, total)
+
+    def refuse(self, slot: int) -> None:
+        """Raise for a label of a slot's image that is out of range."""
+        for part in self.parts:
+            part.refuse(slot)
+
+    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
+        """Targets (K,) that count, and the adversarial labels at each network."""
+        targets = torch.stack([part.state["targets"][slot] for part in self.parts])
+        return targets, tuple(part.adversarial_labels(slot) for part in self.parts)
+
+
+def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+    """The backward pass from a seed at the scores to the images."""
+    if not scores.requires_grad:
+        raise ArgumentError(
+            "model must compute its scores from the images differentiably, got scores without a "
+            "gradient (does it run under torch.no_grad, or detach?)"
+        )
+    (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
+    if gradient is None:
+        raise ArgumentError(
+            "model must compute its scores from the images, got scores of other input"
+        )
+    return gradient
+
+
+def normalised(gradient: Tensor, wanted: Tensor) -> Tensor:
+    """Each image's gradient over its L-infinity norm; 0 where that cannot be, or is not wanted."""
+    norms = gradient.abs().flatten(1).amax(1)
+    usable = wanted & norms.isfinite() & (1 / norms).isfinite()
+    rows = (-1, *[1] * (gradient.dim() - 1))
+    scale = torch.where(usable, 1 / norms, 0).view(rows)
+    return torch.where(usable.view(rows), gradient, 0) * scale
