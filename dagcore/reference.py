@@ -44,13 +44,13 @@ def dag(
     ignore_index: int = 255,
     align_corners: bool = False,
     generator: torch.Generator | None = None,
-    at: Tensor | None = None,  # (N, *)
+    boxes: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
 ) -> Trace:
     """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
 
     `scores_of` maps images (N, *) to scores (N, C, *T), or to smaller maps (N, C, h, w) that are
-    enlarged to the labels. Where there is an `at`, it is called with that as well.
+    enlarged to the labels. Where there are `boxes`, it is called with them as well.
     """
     lower, upper = bounds or (None, None)
     begin = images if start is None else start
@@ -66,7 +66,7 @@ def dag(
         x_m = x[live]
         with torch.enable_grad():
             x_m.requires_grad_()
-            scores = scores_of(x_m) if at is None else scores_of(x_m, at[live])
+            scores = scores_of(x_m) if boxes is None else scores_of(x_m, boxes[live])
         if m == 0:
             adversarial_labels = assign(
                 adversarial_labels, labels, scores.shape[1], ignore_index, generator

@@ -110,7 +110,7 @@ class DAG(engine.Settings):
         adversarial_labels: Tensor | str | None = None,  # (N, *T)
         generator: torch.Generator | None = None,
         *,
-        at: Tensor | None = None,  # (N, *)
+        boxes: Tensor | None = None,  # (N, *)
         start: Tensor | None = None,  # (N, 3, H, W)
         callback: engine.Callback | None = None,
     ) -> Result:
@@ -127,9 +127,9 @@ class DAG(engine.Settings):
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
                 default), "random" or "runner-up"; see `dagcore.labels.assign`.
             generator: source of the random choices.
-            at: what else the model takes for each image, (N, *) floating point, if anything: it is
-                then called as model(images, at). Detectors take the boxes that their scores are
-                read at; see `dagcore.victims.Detector`.
+            boxes: of a detector, (N, P, 4) in pixels, as `dagcore.victims.Detector.dense_targets`
+                finds them; the model is called as model(images, boxes). None for any other model.
+                A model of your own may take any floating tensor (N, *) in their place.
             start: where to begin, (N, 3, H, W) like `images` and within `epsilon` of them, if not
                 at the images themselves: say, what an attack on a faster victim ended with (then
                 pass its result's `adversarial_labels` too, or others are drawn). The perturbation
@@ -141,7 +141,7 @@ class DAG(engine.Settings):
             TypeError, ValueError: the argument, what was required and what came.
         """
         self._check(images, labels, adversarial_labels, generator)
-        check_at(model, at, images)
+        check_boxes(model, boxes, images)
         if start is not None:
             self._check_start(start, images)
         if callback is not None and not callable(callback):
@@ -156,7 +156,7 @@ class DAG(engine.Settings):
                     images,
                     labels,
                     self._assign(wanted, generator),
-                    at=at,
+                    boxes=boxes,
                     start=start,
                     callback=callback,
                 )
@@ -168,13 +168,13 @@ class DAG(engine.Settings):
             settings = dataclasses.asdict(self)
             del settings["backend"]
             trace = reference.dag(
-                lambda x, at=None: reader(x, labels, at),
+                lambda x, boxes=None: reader(x, labels, boxes),
                 images,
                 labels,
                 wanted,
                 align_corners=reader.align_corners,
                 generator=generator,
-                at=at,
+                boxes=boxes,
                 start=start,
                 **settings,
             )
@@ -259,17 +259,17 @@ class DAG(engine.Settings):
         images: Tensor,  # (N, 3, H, W)
         labels: Tensor,  # (N, *T)
         adversarial_labels: Tensor | str,  # (N, *T)
-        at: Tensor | None = None,  # (N, *)
+        boxes: Tensor | None = None,  # (N, *)
     ) -> Tensor:
         """Active targets of given images, (N,) int32: say, after rounding them to 8 bits.
 
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
         self._check(images, labels, adversarial_labels, None)
-        check_at(model, at, images)
+        check_boxes(model, boxes, images)
         reader = ScoreModel(model)
         with frozen(model), torch.no_grad():
-            scores = reader(images, labels, at)
+            scores = reader(images, labels, boxes)
             adversarial = assign(adversarial_labels, labels, scores.shape[1], self.ignore_index)
             module = ops if self.backend == "native" else reference
             _, active = reference.seed_op(module, scores, labels, reader.align_corners)(
@@ -341,13 +341,13 @@ class DAG(engine.Settings):
         self._check_pixels("images", images)
 
     def _check_sample(self, model: object, sample: Sample, name: str) -> None:
-        image, labels, adversarial, at = (
+        image, labels, adversarial, boxes = (
             value[None] if isinstance(value, Tensor) else value
-            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
+            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.boxes)
         )
         try:
             self._check(image, labels, adversarial, None)
-            check_at(model, at, sample.image[None])
+            check_boxes(model, boxes, sample.image[None])
             if sample.start is not None:
                 self._check_start(sample.start, sample.image)
         except (TypeError, ValueError) as error:
@@ -386,16 +386,16 @@ class DAG(engine.Settings):
             )
 
 
-def check_at(model: object, at: Any, images: Tensor) -> None:
-    """Raise unless `at` is what the model takes, as far as that can be told."""
-    if at is not None:
-        checks.tensor("at", at, checks.FLOAT_DTYPES)
-        if at.dim() < 1 or len(at) != len(images):
+def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
+    """Raise unless the boxes are what the model takes, as far as that can be told."""
+    if boxes is not None:
+        checks.tensor("boxes", boxes, checks.FLOAT_DTYPES)
+        if boxes.dim() < 1 or len(boxes) != len(images):
             raise ArgumentError(
-                f"at must have one entry for each of {len(images)} images, "
-                f"got shape {tuple(at.shape)}"
+                f"boxes must have one entry for each of {len(images)} images, "
+                f"got shape {tuple(boxes.shape)}"
             )
-        checks.device("at", at, "images", images)
+        checks.device("boxes", boxes, "images", images)
     own = getattr(model, "check_at", None)
     if own is not None:
-        own(at, images)
+        own(boxes, images)

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import assign
 from ..perturbation import perceptibility
 from ..reference import allowance, input_gradient, seed_op, step_scale, targets
-from .dag import DAG, Status, check_at
+from .dag import DAG, Status, check_boxes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class Part:
     """(N, *T)."""
     adversarial_labels: Tensor | str = "permutation"
     """(N, *T), or how to choose them."""
-    at: Tensor | None = None
-    """(N, *), what else the model takes for each image."""
+    boxes: Tensor | None = None
+    """(N, P, 4) that a detector takes."""
     goal: str | None = None
     """"leave" or "reach"; the attack's if None."""
 
@@ -89,7 +89,7 @@ def joint_attack(
         rule = attack if part.goal is None else dataclasses.replace(attack, goal=part.goal)
         try:
             rule._check(images, part.labels, part.adversarial_labels, generator)
-            check_at(part.model, part.at, images)
+            check_boxes(part.model, part.boxes, images)
         except (TypeError, ValueError) as error:
             raise type(error)(f"parts[{k}]: {error}") from error
         rules.append(rule)
@@ -128,7 +128,7 @@ def _run(
             leaf = x[live].requires_grad_()
             labels = part.labels[live]
             with torch.enable_grad():
-                scores = reader(leaf, labels, None if part.at is None else part.at[live])
+                scores = reader(leaf, labels, None if part.boxes is None else part.boxes[live])
             if m == 0:
                 classes, ignored = scores.shape[1], rule.ignore_index
                 aims[k] = assign(aims[k], part.labels, classes, ignored, generator)

@@ -112,12 +112,12 @@ def _run(
         batch = [samples[n] for n in range(begin, min(begin + batch_size, len(samples)))]
         total = torch.zeros_like(r)
         left, counted, done = 0, 0, True
-        for _, images, labels, aims, at in stacked(batch):
+        for _, images, labels, aims, boxes in stacked(batch):
             moved = images + fit(r, images.shape[2:])
             leaf = moved.clamp(lower, upper) if attack.bounds else moved
             leaf = leaf.detach().requires_grad_()
             with torch.enable_grad():
-                scores = reader(leaf, labels, at)
+                scores = reader(leaf, labels, boxes)
             classes, ignored = scores.shape[1], attack.ignore_index
             if aims is None or aims == "permutation":
                 if table is None:

@@ -90,7 +90,7 @@ class Slots:
         capacity: int,
         image: Tensor,  # (*): of the size, dtype and device of all
         labels: Tensor,  # (*T)
-        at: Tensor | None = None,  # (*): likewise
+        boxes: Tensor | None = None,  # (*): likewise
         callback: Callable[[int, list[Any], Tensor], None] | None = None,
     ) -> None:
         self.reader = reader
@@ -102,7 +102,7 @@ class Slots:
         self.x = image.new_zeros((capacity, *image.shape))
         self.origin = torch.zeros_like(self.x)
         self.labels = labels.new_zeros((capacity, *labels.shape))
-        self.at = None if at is None else at.new_zeros((capacity, *at.shape))
+        self.boxes = None if boxes is None else boxes.new_zeros((capacity, *boxes.shape))
         self.adversarial: Tensor | None = None
         self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.updates = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -132,7 +132,7 @@ class Slots:
         images: Tensor,  # (K, *)
         labels: Tensor,  # (K, *T)
         assign: Callable[[Tensor, int], Tensor | str],
-        at: Tensor | None = None,  # (K, *)
+        boxes: Tensor | None = None,  # (K, *)
         start: Tensor | None = None,  # (K, *)
     ) -> None:
         """Take images into fresh slots, or a single one into a released slot.
@@ -149,9 +149,9 @@ class Slots:
         self.x[taken] = (images if start is None else start).detach()
         self.origin[taken] = images.detach()
         self.labels[taken] = labels
-        if at is not None:
-            assert self.at is not None
-            self.at[taken] = at.detach()
+        if boxes is not None:
+            assert self.boxes is not None
+            self.boxes[taken] = boxes.detach()
         self.running[taken] = True
         self.updates[taken] = 0
         self.history[:, taken] = -1
@@ -199,7 +199,7 @@ class Slots:
         lower, upper = settings.bounds or (None, None)
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            scores = self.reader(leaf, labels, None if self.at is None else self.at[taken])
+            scores = self.reader(leaf, labels, None if self.boxes is None else self.boxes[taken])
         if self.num_classes is None:
             self.num_classes = scores.shape[1]
             self._draw()
@@ -295,7 +295,7 @@ class Slots:
         index = torch.tensor(kept, dtype=torch.int64)
         per_slot = [self.x, self.origin, self.labels, self.running, self.updates, self.status]
         per_slot += [self.allowed]
-        for tensor in (*per_slot, self.adversarial, self.at):
+        for tensor in (*per_slot, self.adversarial, self.boxes):
             if tensor is not None:
                 tensor[: len(kept)] = tensor[index]
         self.history[:, : len(kept)] = self.history[:, index]
@@ -311,7 +311,7 @@ def run(
     labels: Tensor,  # (N, *T)
     assign: Callable[[Tensor, int], Tensor | str],
     *,
-    at: Tensor | None = None,  # (N, *)
+    boxes: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
     callback: Callback | None = None,
 ) -> list[Outcome]:
@@ -326,9 +326,9 @@ def run(
             of_all[torch.tensor(tags[: len(counts)])] = counts
             callback(update, of_all)
 
-    first = None if at is None else at[0]
+    first = None if boxes is None else boxes[0]
     slots = Slots(reader, settings, total, images[0], labels[0], first, report)
-    slots.admit(list(range(total)), images, labels, assign, at, start)
+    slots.admit(list(range(total)), images, labels, assign, boxes, start)
     outcomes: dict[int, Outcome] = {}
     with freed_memory_kept() if slots.synchronous else nullcontext():
         while len(outcomes) < total:

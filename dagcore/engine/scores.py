@@ -48,12 +48,12 @@ class ScoreModel:
         self.model = model
         self.align_corners = bool(getattr(model, "align_corners", False))
 
-    def __call__(self, images: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
 
-        `at` (N, *) is what else the model takes for each image, None where it takes images alone.
+        `boxes` (N, *) is what a detector takes beside the images; None for other models.
         """
-        output = self.model(images) if at is None else self.model(images, at)
+        output = self.model(images) if boxes is None else self.model(images, boxes)
         scores = read_scores(output, images)
         checks.device("scores of model", scores, "labels", labels)
         score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ArgumentTypeError
-from .loop import Outcome, ScoreModel, Settings, Slots
+from .loop import Outcome, Settings, Slots
+from .scores import ScoreModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +28,8 @@ class Sample:
     """(*T) uint8, int32 or int64."""
     adversarial_labels: Tensor | str | None = None
     """(*T), or how to choose them; None for "permutation"."""
-    at: Tensor | None = None
-    """What else the model takes for the image, such as boxes; see `DAG.__call__`."""
+    boxes: Tensor | None = None
+    """(P, 4) that a detector takes; see `DAG.__call__`."""
     start: Tensor | None = None
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
@@ -43,7 +44,7 @@ class Stack(NamedTuple):
     images: Tensor
     labels: Tensor
     adversarial_labels: Tensor | str | None
-    at: Tensor | None
+    boxes: Tensor | None
 
 
 def stacked(samples: Sequence[Sample]) -> Iterator[Stack]:
@@ -52,19 +53,19 @@ def stacked(samples: Sequence[Sample]) -> Iterator[Stack]:
     for k, sample in enumerate(samples):
         forms = (
             (value.shape, value.dtype) if isinstance(value, Tensor) else value
-            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.at)
+            for value in (sample.image, sample.labels, sample.adversarial_labels, sample.boxes)
         )
         groups.setdefault(tuple(forms), []).append(k)
     for places in groups.values():
         group = [samples[k] for k in places]
         aims = [s.adversarial_labels for s in group if isinstance(s.adversarial_labels, Tensor)]
-        at = [s.at for s in group if s.at is not None]
+        boxes = [s.boxes for s in group if s.boxes is not None]
         yield Stack(
             places,
             torch.stack([sample.image for sample in group]),
             torch.stack([sample.labels for sample in group]),
             torch.stack(aims) if aims else group[0].adversarial_labels,
-            torch.stack(at) if at else None,
+            torch.stack(boxes) if boxes else None,
         )
 
 
@@ -194,7 +195,7 @@ class Stream:
         if not isinstance(sample, Sample):
             raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
         self.check(sample)
-        image, labels, adversarial, at, start = (
+        image, labels, adversarial, boxes, start = (
             value.to(self.device, non_blocking=True)
             if isinstance(value, Tensor) and self.device is not None
             else value
@@ -202,26 +203,26 @@ class Stream:
                 sample.image,
                 sample.labels,
                 sample.adversarial_labels,
-                sample.at,
+                sample.boxes,
                 sample.start,
             )
         )
         assert isinstance(image, Tensor)
         assert isinstance(labels, Tensor)
-        assert at is None or isinstance(at, Tensor)
+        assert boxes is None or isinstance(boxes, Tensor)
         assert start is None or isinstance(start, Tensor)
         moved = dataclasses.replace(
             sample, image=image, labels=labels, adversarial_labels=adversarial, start=start
         )
         kind = adversarial.dtype if isinstance(adversarial, Tensor) else adversarial == "runner-up"
-        more = None if at is None else (at.shape, at.dtype)
+        more = None if boxes is None else (boxes.shape, boxes.dtype)
         key = (image.shape, image.dtype, image.device, labels.shape, labels.dtype, kind, more)
         if key not in self.groups:
             # Sizes that nobody has any more make room, or memory would grow with their number.
             self.groups = {k: group for k, group in self.groups.items() if group.in_flight}
             with torch.inference_mode(False):
                 self.groups[key] = Slots(
-                    self.reader, self.settings, self.slots, image, labels, at, self._report
+                    self.reader, self.settings, self.slots, image, labels, boxes, self._report
                 )
         with torch.inference_mode(False):
             self.groups[key].admit(
@@ -229,7 +230,7 @@ class Stream:
                 image[None],
                 labels[None],
                 self.assign(moved),
-                at=None if at is None else at[None],
+                boxes=None if boxes is None else boxes[None],
                 start=None if start is None else start[None],
             )
 
