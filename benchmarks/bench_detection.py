@@ -44,7 +44,7 @@ def attack(options: argparse.Namespace) -> None:
         network = zoo.load(name, device=options.device)
         sides = {side: victims.detector(network, **given) for side, given in SIDES.items()}
         for side in ("all", "both"):
-            sides[f"{side}, prepared"] = victims.prepare_detector(sides[side])
+            sides[f"{side}, prepared"] = victims.prepare(sides[side])
         aims = [
             sides["all"].dense_targets(
                 images[k : k + 4], scenes[k : k + 4], generator=torch.Generator().manual_seed(k)
@@ -55,7 +55,13 @@ def attack(options: argparse.Namespace) -> None:
         def run(victim: Any, aims: list[Any] = aims) -> Callable[[], object]:
             def whole() -> list[dagcore.Result]:
                 return [
-                    dag(victim, images[4 * k :][:4], aim.labels, aim.adversarial_labels, at=aim.at)
+                    dag(
+                        victim,
+                        images[4 * k :][:4],
+                        aim.labels,
+                        aim.adversarial_labels,
+                        boxes=aim.boxes,
+                    )
                     for k, aim in enumerate(aims)
                 ]
 
@@ -100,7 +106,7 @@ def measure(sides: str) -> None:
     boxes = torch.cat([corner, corner + 50 + 250 * torch.rand(1, 3000, 2, generator=generator)], 2)
     labels = victim(image, boxes).argmax(1)  # all of them active
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    dagcore.DAG(max_iter=1)(victim, image, labels, "runner-up", at=boxes)
+    dagcore.DAG(max_iter=1)(victim, image, labels, "runner-up", boxes=boxes)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"before": before / 1024, "peak": after / 1024}))
 

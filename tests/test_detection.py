@@ -11,7 +11,8 @@ from torch import nn
 import dagcore
 from dagcore import DAG, Sample, victims, zoo
 from dagcore.data import Scenes
-from dagcore.victims.detection import check_boxes, match
+from dagcore.victims.detection.targets import PADDED_TO, check_inside, match
+from dagcore.victims.detection.two_stage import without_repeats
 
 detection = pytest.importorskip("torchvision.models.detection")
 
@@ -194,7 +195,7 @@ def test_attack_equals_the_reference(name):
     images, boxes = some_images(3), some_boxes(3)
     labels, adversarial = aim(victim, images, boxes)
     results = [
-        DAG(max_iter=6, backend=backend)(victim, images, labels, adversarial, at=boxes)
+        DAG(max_iter=6, backend=backend)(victim, images, labels, adversarial, boxes=boxes)
         for backend in ("native", "reference")
     ]
     assert torch.equal(results[0].active, results[1].active)
@@ -209,14 +210,14 @@ def test_batch_and_stream_equal_each_image_alone():
     labels, adversarial = aim(victim, images, boxes)
     labels[1] = torch.where(labels[1] == 255, 255, (labels[1] + 2) % CLASSES)  # wrong at once
     attack = DAG(max_iter=8)
-    together = attack(victim, images, labels, adversarial, at=boxes)
+    together = attack(victim, images, labels, adversarial, boxes=boxes)
     samples = [
-        Sample(images[n], labels[n], adversarial[n], at=boxes[n], key=n) for n in range(len(images))
+        Sample(images[n], labels[n], adversarial[n], boxes=boxes[n], key=n) for n in range(len(images))
     ]
     streamed = {r.key: r for r in attack.stream(victim, samples, slots=2)}
     for n in range(len(images)):
         one = slice(n, n + 1)
-        alone = attack(victim, images[one], labels[one], adversarial[one], at=boxes[one])
+        alone = attack(victim, images[one], labels[one], adversarial[one], boxes=boxes[one])
         for other in (streamed[n], dataclasses.replace(together, active=together.active[:, one])):
             assert torch.equal(alone.active, other.active)
         torch.testing.assert_close(streamed[n].adversarial, alone.adversarial, rtol=0, atol=1e-5)
@@ -229,8 +230,8 @@ def test_count_active_at_boxes():
     images, boxes = some_images(), some_boxes()
     labels, adversarial = aim(victim, images, boxes)
     attack = DAG(max_iter=3)
-    result = attack(victim, images, labels, adversarial, at=boxes)
-    count = attack.count_active(victim, images, labels, adversarial, at=boxes)
+    result = attack(victim, images, labels, adversarial, boxes=boxes)
+    count = attack.count_active(victim, images, labels, adversarial, boxes=boxes)
     assert count.tolist() == result.active[0].tolist() == [6, 4]
 
 
@@ -243,7 +244,7 @@ def test_a_detector_is_left_as_it_was():
     victim.dense_targets(images, min_score=0.0, confidence=0.0)
     labels, adversarial = aim(victim.eval(), images, boxes)
     victim.train()
-    DAG(max_iter=2)(victim, images, labels, adversarial, at=boxes)
+    DAG(max_iter=2)(victim, images, labels, adversarial, boxes=boxes)
     assert network.training
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -299,13 +300,13 @@ def test_dense_targets_are_the_region_networks_proposals():
     assert int(dense.counts[0]) > int(sparse.counts[0]) > 0
     assert int(dense.proposals[0]) > int(sparse.proposals[0])
     assert dense.counts[1] == 0
-    assert dense.boxes.shape[1] % victims.detection.PADDED_TO == 0
+    assert dense.boxes.shape[1] % PADDED_TO == 0
     assert bool((dense.labels[0, : dense.counts[0]] == 2).all())
     assert bool((dense.labels[0, dense.counts[0] :] == 255).all())
     assert bool(dense.boxes[0, dense.counts[0] :].isnan().all())
     few = victim.dense_targets(images, truth, max_proposals=5, min_score=0.0)
     assert few.proposals.tolist() == [5, 5]
-    result = DAG(max_iter=3)(victim, images, dense.labels, dense.adversarial_labels, at=dense.at)
+    result = DAG(max_iter=3)(victim, images, dense.labels, dense.adversarial_labels, boxes=dense.boxes)
     assert result.targets[1] == 0
     assert bool(result.converged[1])
     assert torch.equal(result.adversarial[1], images[1])
@@ -318,7 +319,7 @@ def test_without_objects_at_all():
     targets = victim.dense_targets(images, [nothing] * 2)
     assert targets.boxes.shape == (2, 0, 4)
     result = DAG(max_iter=3)(
-        victim, images, targets.labels, targets.adversarial_labels, at=targets.at
+        victim, images, targets.labels, targets.adversarial_labels, boxes=targets.boxes
     )
     assert torch.equal(result.adversarial, images)
     assert result.targets.tolist() == [0, 0]
@@ -402,18 +403,18 @@ def test_bad_boxes(fault):
         victim.dense_targets(images, truth)
     at = torch.tensor([[[1.0, 1, 9, 9], boxes[0]]])
     labels = torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match=rf"at must {message}.*, got \[.*\] at \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"boxes must {message}.*, got \[.*\] at \[0, 1\]"):
         DAG()(victim, images, labels, labels, at=at)
-    with pytest.raises(ValueError, match=rf"sample 'k': at must {message}"):
+    with pytest.raises(ValueError, match=rf"sample 'k': boxes must {message}"):
         list(DAG().stream(victim, [Sample(images[0], labels[0], at=at[0], key="k")]))
 
 
 def test_nan_in_part_of_a_box_is_no_padding():
-    with pytest.raises(ValueError, match="at must be finite"):
-        victims.detector(made(TWO_STAGE["FR-ZF"])).check_at(
+    with pytest.raises(ValueError, match="boxes must be finite"):
+        victims.detector(made(TWO_STAGE["FR-ZF"])).check_boxes(
             torch.tensor([[[1.0, float("nan"), 9, 9]]]), some_images(1)
         )
-    check_boxes("boxes", torch.tensor([[0.0, 0, 96, 72]]), some_images(1))  # the whole image
+    check_inside("boxes", torch.tensor([[0.0, 0, 96, 72]]), some_images(1))  # the whole image
 
 
 GOOD = {"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1])}
@@ -459,7 +460,7 @@ def test_bad_at():
             DAG()(victim, images, labels, labels, at=at)
     boxes = torch.tensor([[[1.0, 1, 9, 9]]])
     with pytest.raises(ValueError, match=r"labels must have shape \(1, 1\)"):
-        DAG()(victim, images, labels, at=boxes)
+        DAG()(victim, images, labels, boxes=boxes)
     with pytest.raises(TypeError, match="network must be a detector of torchvision"):
         victims.detector(nn.Conv2d(3, 3, 1))
     with pytest.raises(ValueError, match="rows must be at least 1"):
@@ -486,7 +487,7 @@ def test_one_stage_scores_and_gradient(name):
     (gradient,) = torch.autograd.grad(victim(x)[:, 2].sum(), x)
     assert float(gradient.abs().max()) > 0
     with pytest.raises(ValueError, match="at must be None, as a"):
-        DAG()(victim, images, torch.zeros(2, scores.shape[2]).long(), at=some_boxes())
+        DAG()(victim, images, torch.zeros(2, scores.shape[2]).long(), boxes=some_boxes())
 
 
 @pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
@@ -634,7 +635,7 @@ def test_boxes_of_the_same_cells_are_read_once(name):
         each = victim.read(maps, [boxes[0]], sizes)
     assert seen[0] < seen[1] == 300
     torch.testing.assert_close(once, each, rtol=1e-5, atol=1e-6)
-    kept, again = victims.two_stage.without_repeats([boxes[0], boxes[0]], 16)
+    kept, again = without_repeats([boxes[0], boxes[0]], 16)
     assert [len(own) for own in kept] == [seen[0]] * 2
     assert torch.equal(again[300:], again[:300] + seen[0])
 
@@ -645,7 +646,7 @@ def test_a_prepared_detector_is_the_same(name):
     victim = victims.detector(network)
     images, boxes = some_images(), some_boxes()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    prepared = victims.prepare_detector(victim)
+    prepared = victims.prepare(victim)
     norms = [m for m in prepared.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not norms
     with torch.no_grad():
@@ -655,7 +656,7 @@ def test_a_prepared_detector_is_the_same(name):
     assert network.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     labels, adversarial = aim(victim, images, boxes)
-    result = DAG(max_iter=2)(prepared, images, labels, adversarial, at=boxes)
+    result = DAG(max_iter=2)(prepared, images, labels, adversarial, boxes=boxes)
     assert int(result.iterations.min()) == 2
 
 

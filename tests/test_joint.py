@@ -99,11 +99,11 @@ def test_a_segmenter_and_a_detector_at_once():
     )
     boxes = torch.tensor([[[4.0, 4, 40, 40], [20, 10, 90, 60]]]).expand(2, 2, 4).contiguous()
     parts = []
-    for model, at in ((segmenter, None), (detector, boxes)):
+    for model, own in ((segmenter, None), (detector, boxes)):
         with torch.no_grad():
-            scores = model(images) if at is None else model(images, at)
+            scores = model(images) if own is None else model(images, own)
         labels = scores.argmax(1)
-        parts.append(Part(model, labels, (labels + 1) % 5, at=at))
+        parts.append(Part(model, labels, (labels + 1) % 5, boxes=own))
     joint = joint_attack(DAG(max_iter=5), parts, images)
     assert int(joint.active[0].min()) > 0
     assert bool((joint.iterations > 0).all())
@@ -131,7 +131,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"parts\[1\]: labels must have one map"):
         joint_attack(DAG(), [Part(net, labels), Part(net, labels[:2])], images)
     with pytest.raises(ValueError, match=r"parts\[0\]: at must have one entry for each of 3"):
-        joint_attack(DAG(), [Part(net, labels, at=torch.zeros(4, 2))], images)
+        joint_attack(DAG(), [Part(net, labels, boxes=torch.zeros(4, 2))], images)
     with pytest.raises(ValueError, match=r"parts\[0\]: adversarial_labels must be given or drawn"):
         joint_attack(DAG(), [Part(net, labels, "runner-up", goal="reach")], images)
     assert dagcore.joint_attack is joint_attack

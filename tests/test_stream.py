@@ -334,4 +334,4 @@ def test_samples_of_one_form_are_stacked() -> None:
     assert torch.equal(first.images, torch.stack([given[0].image, given[2].image]))
     assert torch.equal(second.labels, given[1].labels[None])
     assert first.adversarial_labels == "runner-up"
-    assert first.at is None
+    assert first.boxes is None

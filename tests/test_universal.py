@@ -171,14 +171,14 @@ def test_the_model_is_put_back():
         ({"labels": torch.zeros(3, 3)}, TypeError, r"samples\[0\]: labels must be uint8"),
         ({"image": torch.full((3, 12, 16), 2.0)}, ValueError, r"samples\[0\]: images must lie"),
         ({"start": torch.zeros(3, 12, 16)}, ValueError, r"samples\[0\]: start must be None"),
-        ({"at": 3}, TypeError, "at must be a torch.Tensor"),
+        ({"boxes": 3}, TypeError, "boxes must be a torch.Tensor"),
     ],
 )
 def test_bad_input(change, error, message):
     net = network()
     (sample,) = some_samples(net, 1)
     fields = {"image": sample.image, "labels": sample.labels, "start": None}
-    fields |= {k: v for k, v in change.items() if k in ("image", "labels", "start", "at")}
+    fields |= {k: v for k, v in change.items() if k in ("image", "labels", "start", "boxes")}
     arguments = {"samples": [Sample(**fields)]}
     arguments |= {k: v for k, v in change.items() if k in ("samples", "batch_size")}
     with pytest.raises(error, match=message):

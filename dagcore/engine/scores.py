@@ -51,7 +51,7 @@ class ScoreModel:
     def __call__(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
 
-        `boxes` (N, *) are what else the model takes for each image, if anything.
+        `boxes` (N, *) is what a detector takes beside the images; None for other models.
         """
         output = self.model(images) if boxes is None else self.model(images, boxes)
         scores = read_scores(output, images)

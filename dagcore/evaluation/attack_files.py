@@ -68,7 +68,7 @@ class Plan:
                 image[None],
                 aim.labels[None],
                 aim.adversarial if isinstance(aim.adversarial, str) else aim.adversarial[None],
-                at=None if aim.at is None else aim.at[None],
+                boxes=None if aim.at is None else aim.at[None],
                 names=[job.image.stem],
                 generator=generator,
                 callback=partial(_tell, callback, index),

@@ -24,7 +24,7 @@ Colour = tuple[float, float, float]
 
 SHOWN_CLASSES = 12  # in the legend
 SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
-VOC_CLASSES = 64  # beyond, VOC's colours are too much alike
+VOC_COLOURS = 64  # beyond, VOC's colours are too much alike
 PANEL_WIDTH, GAP, LEGEND_ROW = 3.4, 0.1, 0.24  # inches
 DOTS_PER_INCH = 150
 
@@ -73,8 +73,8 @@ def class_colours(
     if palette is not None and highest < len(palette):
         colours = np.array(palette, dtype=np.uint8)
         order = {c: c for c in table}
-    elif highest < VOC_CLASSES:
-        colours = voc_palette(VOC_CLASSES)
+    elif highest < VOC_COLOURS:
+        colours = voc_palette(VOC_COLOURS)
         order = {c: c for c in table}
     else:
         colours = rank_palette(len(table))
@@ -161,7 +161,7 @@ def detection_figure(
         {key: value.detach().cpu() for key, value in one.items()} for one in (predicted, attacked)
     ]
     highest = max((int(one["labels"].max()) for one in seen if len(one["labels"])), default=0)
-    colours = voc_palette(max(highest + 1, VOC_CLASSES))
+    colours = voc_palette(max(highest + 1, VOC_COLOURS))
     for axis, one in zip((axes[1], axes[3]), seen, strict=True):
         order = one["scores"].argsort(stable=True).tolist()  # the best on top
         for d in order:

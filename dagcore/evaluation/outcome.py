@@ -111,14 +111,16 @@ def attack_images(
     labels: Tensor,  # (N, *T)
     adversarial_labels: Tensor | str,  # (N, *T)
     *,
-    at: Tensor | None = None,  # (N, *)
+    boxes: Tensor | None = None,  # (N, *)
     names: Sequence[str],
     generator: torch.Generator,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> list[Outcome]:
     """Attack a batch of images and measure what came of each."""
-    result = attack(victim, images, labels, adversarial_labels, generator, at=at, callback=callback)
-    return measure(attack, victim, images, labels, result, at=at, names=names)
+    result = attack(
+        victim, images, labels, adversarial_labels, generator, boxes=boxes, callback=callback
+    )
+    return measure(attack, victim, images, labels, result, boxes=boxes, names=names)
 
 
 def measure(
@@ -128,13 +130,13 @@ def measure(
     labels: Tensor,  # (N, *T)
     result: Result,
     *,
-    at: Tensor | None = None,  # (N, *)
+    boxes: Tensor | None = None,  # (N, *)
     names: Sequence[str],
 ) -> list[Outcome]:
     """What came of each image of an attack."""
     drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
     rounded = round_to_8_bits(result.adversarial)
-    left = attack.count_active(victim, rounded, labels, drawn, at=at)
+    left = attack.count_active(victim, rounded, labels, drawn, boxes=boxes)
     size = tuple(labels.shape[1:])
     predicted, attacked = (look(victim, x, size) for x in (images, result.adversarial))
     rounded_perceptibility = perceptibility(rounded - images)

@@ -23,7 +23,7 @@ from ..engine.stream import Sample
 from ..errors import ArgumentError
 from ..labels import assign
 from ..perturbation import round_to_8_bits
-from ..victims import Detector, load, prepare, prepare_detector
+from ..victims import Detector, load, prepare
 from .outcome import Outcome, draw, look, measure
 from .ranks import Ranks, connect
 from .settings import Settings
@@ -90,9 +90,8 @@ class Work:
                     f"--model {self.settings.model} must be a network that can be copied: {error}"
                 ) from error
         try:
-            if isinstance(self.victim, Detector):
-                return prepare_detector(self.victim)
-            return prepare(self.victim, low_resolution=False if self.victim.cells else None)
+            cells = getattr(self.victim, "cells", False)
+            return prepare(self.victim, low_resolution=False if cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
@@ -186,7 +185,7 @@ class Work:
                 one.generator,
             )
             adversarial = drawn if isinstance(drawn, str) else drawn[0]
-        return Sample(one.image, one.aim.labels, adversarial, at=one.aim.at, key=one)
+        return Sample(one.image, one.aim.labels, adversarial, boxes=one.aim.at, key=one)
 
     def failed(self, number: int, name: str, reason: str) -> None:
         """Put on record that an image cannot be attacked."""
@@ -217,7 +216,7 @@ class Work:
             one.image[None],
             one.aim.labels[None],
             result,
-            at=None if one.aim.at is None else one.aim.at[None],
+            boxes=None if one.aim.at is None else one.aim.at[None],
             names=[one.name],
         )
         return outcome, self.record(one, outcome)

@@ -19,7 +19,7 @@ from ..data.voc import read_voc_boxes
 from ..engine import frozen
 from ..errors import ArgumentError
 from ..victims import Detector, Targets, Victim
-from ..victims.detection import KINDS as BOX_KINDS
+from ..victims.detection import ADVERSARIAL_KINDS as BOX_KINDS
 from .adversary import Adversary, find_class, is_pattern
 from .outcome import predict, see
 
@@ -279,7 +279,7 @@ class BoxAims(Aims):
             record["class"] = self.goal
         elif kind == "runner-up":
             adversarial = kind
-        at = None if targets.at is None else targets.at[0]
+        at = targets.boxes[0] if targets.boxes_needed else None
         return ImageTarget(labels, adversarial, record, at, truth)
 
     def _targets(

@@ -101,7 +101,7 @@ def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
         DAG(max_iter=UPDATES, ignore_index=IGNORE),
         [
             Part(segmenter, labels[None].long(), aim[None]),
-            Part(detector, targets.labels, targets.adversarial_labels, at=targets.at),
+            Part(detector, targets.labels, targets.adversarial_labels, boxes=targets.boxes),
         ],
         image[None],
     )

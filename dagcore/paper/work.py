@@ -34,7 +34,7 @@ from ..labels import assign
 from ..metrics import Score
 from ..perturbation import fit
 from ..processes import cores, pool
-from ..victims import Detector, Victim, load, prepare, prepare_detector
+from ..victims import Detector, Victim, load, prepare
 from ..zoo.evaluation import evaluate
 
 CHUNK = 5  # images that a process attacks together
@@ -295,7 +295,7 @@ def run(
 def _victim(setup: Setup, network: str) -> Any:
     """A victim, prepared, and kept for the next images."""
     victim = setup.victim(network)
-    return prepare_detector(victim) if isinstance(victim, Detector) else prepare(victim)
+    return prepare(victim)
 
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
@@ -314,7 +314,9 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
     examples = [setup.examples(zoo.find(network).task)[index] for index in indexes]
     aims = [aim(setup, attack, victim, *one) for one in zip(examples, indexes, strict=True)]
     for stack in stacked([sample for sample, _ in aims]):
-        result = dag(victim, stack.images, stack.labels, stack.adversarial_labels, at=stack.at)
+        result = dag(
+            victim, stack.images, stack.labels, stack.adversarial_labels, boxes=stack.boxes
+        )
         for n, k in enumerate(stack.places):
             active, (_, proposals) = result.active[:, n], aims[k]
             _keep(setup, attack, indexes[k], examples[k], result, active, proposals, n)
@@ -336,8 +338,8 @@ def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
         proposals += count
         aims = sample.adversarial_labels
         assert isinstance(aims, Tensor)
-        at = None if sample.at is None else sample.at[None]
-        parts.append(Part(victim, sample.labels[None], aims[None], at=at))
+        boxes = None if sample.boxes is None else sample.boxes[None]
+        parts.append(Part(victim, sample.labels[None], aims[None], boxes=boxes))
     result = joint_attack(dag, parts, sample.image[None])
     # -1 where the image has stopped, for every network alike.
     active = torch.where(result.active[:, 0] >= 0, result.active.sum(1), -1)[:, 0]

@@ -1,9 +1,9 @@
 """Networks to attack: images in [0, 1] in, scores before softmax out."""
 
-from .detection import Detector, Targets, detector, prepare_detector
-from .low_resolution import low_resolution
-from .named import load
+from .detection import Detector, Targets, detector
+from .load import load
 from .prepare import prepare
+from .prepare.low_resolution import low_resolution
 from .segmentation import Victim
 
 __all__ = [
@@ -14,5 +14,4 @@ __all__ = [
     "load",
     "low_resolution",
     "prepare",
-    "prepare_detector",
 ]

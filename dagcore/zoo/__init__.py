@@ -1,4 +1,4 @@
-"""The paper's twelve networks by name, at any width: built, loaded, saved."""
+"""The paper's twelve networks and an FCOS by name, at any width: built, loaded, saved."""
 
 from .backbones import fold
 from .checkpoint import read_metadata, save_weights

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from ..optional import optional_import
-from ..victims import fold as folding
+from ..victims.prepare.fold import fold as fold_batch_norms
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 VGG_DEPTHS = (2, 2, 3, 3, 3)
@@ -94,8 +95,8 @@ def fold(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, Plain):
-            first = next(module.parameters())
-            folding.fold(module, first.new_zeros(1, module.in_channels, 32, 32))
+            zeros = next(module.parameters()).new_zeros(1, module.in_channels, 32, 32)
+            fold_batch_norms(module, partial(module, zeros))
     return network
 
 

@@ -12,7 +12,7 @@ from ..data import Example, Scenes
 from ..errors import ArgumentError
 from ..metrics import PROTOCOLS, AveragePrecision, MeanIoU, Score
 from ..victims import Victim
-from .registry import VOC_CLASSES, Entry, load
+from .registry import NUM_CLASSES, Entry, load
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
     network.eval()
     try:
         with torch.no_grad():
-            return measure(network, examples, len(classes) if classes else VOC_CLASSES, protocol)
+            return measure(network, examples, len(classes) if classes else NUM_CLASSES, protocol)
     finally:
         network.train(training)
 

@@ -1,4 +1,4 @@
-"""The paper's twelve networks by name, and a one-stage detector beside them.
+"""Thirteen networks by name: the paper's twelve, and a one-stage detector beside them.
 
 Parameters in millions at width 1 with VOC's 21 classes, without the batch norms that serve
 training, beside the numbers published (~: usually quoted for the authors' models):
@@ -18,9 +18,9 @@ fcos-vgg, which is not in the paper, has 33.7.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..errors import ArgumentError
-from ..victims.segmentation import Victim, fit, read_state
+from ..victims.load import find_name, register
+from ..victims.segmentation import Victim
+from ..victims.weights import load_state, read_state
 from . import detection, segmentation
 from .checkpoint import inside, read_metadata
 
-VOC_CLASSES = 21
+NUM_CLASSES = 21  # VOC's, the background included
 WEIGHTS = Path(__file__).with_name("weights")
 
 
@@ -98,23 +99,19 @@ RESIDUAL = ("dl-rn101", "r-fcn-rn50", "r-fcn-rn101")
 
 
 def find(name: str) -> Entry:
-    """The entry of a name.
+    """The entry of a name, in any case and spelling of hyphens; "-star" is the "*".
 
     Raises:
         ValueError: no such name; the message has those that there are.
     """
-    known = [entry.name for entry in ENTRIES]
-    if name in known:
-        return ENTRIES[known.index(name)]
-    near = difflib.get_close_matches(str(name).upper(), [k.upper() for k in known], n=1)
-    hint = [f"; did you mean {k}?" for k in known if k.upper() in near]
-    raise ArgumentError(f"name must be one of {', '.join(known)}, got {name!r}{''.join(hint)}")
+    found = find_name(name, [entry.name for entry in ENTRIES])
+    return next(entry for entry in ENTRIES if entry.name == found)
 
 
 def build(
     name: str,
     *,
-    num_classes: int = VOC_CLASSES,
+    num_classes: int = NUM_CLASSES,
     width: float | None = None,
     norm: bool = False,
     **options: Any,
@@ -122,7 +119,7 @@ def build(
     """An untrained network, in training mode, its weights drawn from torch's global generator.
 
     Args:
-        name: as in the paper's tables, such as "FCN-VGG*".
+        name: as in the paper's tables, such as "FCN-VGG*"; see `find`.
         num_classes: with the background, which is class 0.
         width: multiplies the channels: 1 is the paper's size; the shipped network's if None.
         norm: whether a batch norm follows each convolution of AlexNet, ZF and VGG-16, as training
@@ -174,7 +171,7 @@ def load(
     """A trained network, in eval mode and float32.
 
     Args:
-        name: as in the paper's tables, such as "FCN-VGG*".
+        name: as in the paper's tables, such as "FCN-VGG*"; see `find`.
         weights: the shipped ones if None; else a file, .safetensors or a state dict made by
             torch.save, of the network that `build` makes with norm=False.
         device: where it shall run.
@@ -193,7 +190,8 @@ def load(
     path = entry.path if weights is None else Path(weights)
     if weights is None and not path.is_file():
         raise FileNotFoundError(
-            f"{name} has no weights in {path.parent}: `dagcore zoo train '{name}'` makes them"
+            f"{entry.name} has no weights in {path.parent}: "
+            f"`dagcore zoo train '{entry.name}'` makes them"
         )
     state = read_state(path)
     known = read_metadata(path) if path.suffix == ".safetensors" else {}
@@ -201,9 +199,13 @@ def load(
     classes = tuple(classes) if isinstance(classes, list) else None
     width = known.get("width", 1) if width is None else width
     if num_classes is None:
-        num_classes = len(classes) if classes else VOC_CLASSES
-    network = build(name, num_classes=num_classes, width=width, **options)
-    what = f"{path} and {name} of width {width:g} with {num_classes} classes"
-    fit(inside(network), state, what)
+        num_classes = len(classes) if classes else NUM_CLASSES
+    network = build(entry.name, num_classes=num_classes, width=width, **options)
+    what = f"{path} and {entry.name} of width {width:g} with {num_classes} classes"
+    load_state(inside(network), state, what)
     network.classes = classes  # type: ignore[assignment]
     return network.eval().to(device)
+
+
+for _entry in ENTRIES:
+    register(_entry.name, partial(load, _entry.name))

@@ -126,7 +126,7 @@ def train(
     """
     entry = find(name)
     recipe = RECIPES[entry.architecture]
-    seed = seed_of(name) if seed is None else seed
+    seed = seed_of(entry.name) if seed is None else seed
     samples = recipe.samples if samples is None else samples
     checks.integer("seed", seed, at_least=0)
     checks.integer("samples", samples, at_least=1)
@@ -146,7 +146,7 @@ def train(
                 training.save(folder)
             if callback is not None:
                 seen, total = (k * recipe.batch for k in (training.step, training.steps))
-                callback(Progress(name, seen, total, loss))
+                callback(Progress(entry.name, seen, total, loss))
         return finish(training, folder / f"{entry.slug}.safetensors", test_scenes)
 
 

@@ -8,55 +8,24 @@ boxes, and only where many overlapping boxes were led astray do the new ones fal
 from __future__ import annotations
 
 import abc
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..engine import frozen
-from ..engine.stream import Sample
-from ..errors import ArgumentError, ArgumentTypeError
-from ..labels import derangement
-from ..optional import optional_import
-from . import fold
-
-KINDS = ("permutation", "random", "vanish")
-PADDED_TO = 128  # numbers of boxes are multiples of it, so that images share slots of a stream
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Targets:
-    """What an attack on N images aims at, P targets each (padding included)."""
-
-    boxes: Tensor
-    """(N, P, 4) left, top, right, bottom in pixels of the images; NaN where padded."""
-    labels: Tensor
-    """(N, P) int64, the class of the true object; the ignore label where there is none."""
-    adversarial_labels: Tensor
-    """(N, P) int64; the ignore label likewise."""
-    at: Tensor | None
-    """What the attack hands on to the detector: the boxes, or None where it has targets itself."""
-    proposals: Tensor
-    """(N,) int64, boxes that were looked at."""
-    num_classes: int
-    """C, the background included."""
-    counts: Tensor
-    """(N,) int64, targets with a label: 0 for an image without objects, which is left alone."""
-
-    def samples(self, images: Tensor, keys: Sequence[Any] | None = None) -> Iterator[Sample]:
-        """The images (N, 3, H, W), one by one, for `DAG.stream`; keys are their numbers if None."""
-        for n in range(len(images)):
-            yield Sample(
-                image=images[n],
-                labels=self.labels[n],
-                adversarial_labels=self.adversarial_labels[n],
-                boxes=None if self.at is None else self.at[n],
-                key=n if keys is None else keys[n],
-            )
+from ... import checks
+from ...engine import frozen
+from ...errors import ArgumentError
+from ...optional import optional_import
+from .targets import (
+    ADVERSARIAL_KINDS,
+    Targets,
+    check_inside,
+    draw_adversarial_labels,
+    match,
+    stack,
+)
 
 
 class Detector(nn.Module, abc.ABC):
@@ -66,17 +35,22 @@ class Detector(nn.Module, abc.ABC):
 
         targets = victim.dense_targets(images, ground_truth)
         result = dagcore.DAG(max_iter=150)(
-            victim, images, targets.labels, targets.adversarial_labels, at=targets.at)
+            victim, images, targets.labels, targets.adversarial_labels, boxes=targets.boxes)
         detections = victim.detect(result.adversarial)
 
     Attributes:
         network: the detector itself.
         classes: names of the classes, None where unknown.
         background: index of the background class in the scores.
+        has_own_targets: whether the targets are the same for every image, so that scores need no
+            boxes.
+        preparation: what `dagcore.victims.prepare` did, None for a detector that it did not make.
     """
 
     network: Any
     background = 0
+    has_own_targets = False
+    preparation: Any = None
 
     def __init__(self, network: nn.Module, classes: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -85,8 +59,11 @@ class Detector(nn.Module, abc.ABC):
         self.training = network.training
 
     @abc.abstractmethod
-    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
-        """Scores (N, C, P) before softmax, of images (N, 3, H, W) at P targets each."""
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Scores (N, C, P) before softmax, of images (N, 3, H, W) at P targets each.
+
+        The targets are `boxes` (N, P, 4), unless the detector has targets of its own.
+        """
 
     @abc.abstractmethod
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
@@ -107,12 +84,11 @@ class Detector(nn.Module, abc.ABC):
         """Probabilities (P, C) of scores (P, C)."""
         return scores.softmax(-1)
 
-    def check_at(self, at: Tensor | None, images: Tensor) -> None:
-        """Raise unless an attack's `at` fits this detector."""
-        if at is not None:
+    def check_boxes(self, boxes: Tensor | None, images: Tensor) -> None:
+        """Raise unless an attack's boxes fit images (N, 3, H, W): (N, P, 4), or None."""
+        if boxes is not None and (boxes.dim() != 3 or boxes.shape[::2] != (len(images), 4)):
             raise ArgumentError(
-                f"at must be None, as a {type(self.network).__name__} has targets of its own, "
-                f"got a tensor of shape {tuple(at.shape)}"
+                f"boxes must have shape ({len(images)}, P, 4), got {tuple(boxes.shape)}"
             )
 
     def dense_targets(
@@ -174,7 +150,7 @@ class Detector(nn.Module, abc.ABC):
                 raise ArgumentError(f"{name} must lie in [0, 1], got {value}")
         checks.integer("max_proposals", max_proposals, at_least=1)
         checks.integer("ignore_index", ignore_index)
-        checks.choice("adversarial", adversarial, KINDS)
+        checks.choice("adversarial", adversarial, ADVERSARIAL_KINDS)
         if ground_truth is not None and len(ground_truth) != len(images):
             raise ArgumentError(
                 f"ground_truth must have an entry for each of {len(images)} images, "
@@ -206,21 +182,23 @@ class Detector(nn.Module, abc.ABC):
             if not self.has_own_targets:
                 boxes, labels = boxes[labels != ignore_index], labels[labels != ignore_index]
             rows.append((boxes, labels))
-        boxes, labels = _stack(rows, images, ignore_index, pad=not self.has_own_targets)
+        boxes, labels = stack(rows, images, ignore_index, pad=not self.has_own_targets)
         return Targets(
             boxes=boxes,
             labels=labels,
-            adversarial_labels=self._adversarial(
-                labels, num_classes, adversarial, ignore_index, generator
+            adversarial_labels=draw_adversarial_labels(
+                labels,
+                adversarial,
+                self._objects(num_classes).to(labels.device),
+                background=self.background,
+                ignore_index=ignore_index,
+                generator=generator,
             ),
-            at=None if self.has_own_targets else boxes,
             proposals=torch.tensor([len(b) for b, _ in found], device=images.device),
             num_classes=num_classes,
             counts=(labels != ignore_index).sum(1),
+            boxes_needed=not self.has_own_targets,
         )
-
-    has_own_targets = False
-    """Whether the targets are the same for every image, and `at` is not needed."""
 
     def confident(
         self, found: Mapping[str, Tensor], least: float, images: Tensor
@@ -263,7 +241,7 @@ class Detector(nn.Module, abc.ABC):
             raise ArgumentError(f"{name} boxes must have shape (K, 4), got {tuple(boxes.shape)}")
         checks.shape(f"{name} labels", labels, (len(boxes),), "its boxes")
         boxes, labels = boxes.to(images.device, images.dtype), labels.to(images.device).long()
-        check_boxes(f"{name} boxes", boxes, images)
+        check_inside(f"{name} boxes", boxes, images)
         wrong = (labels < 0) | (labels >= num_classes) | (labels == self.background)
         if bool(wrong.any()):
             raise ArgumentError(
@@ -272,172 +250,11 @@ class Detector(nn.Module, abc.ABC):
             )
         return boxes, labels
 
-    def _adversarial(
-        self,
-        labels: Tensor,  # (N, P)
-        num_classes: int,
-        kind: str,
-        ignore_index: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        counted = labels != ignore_index
-        if kind == "vanish":
-            return torch.where(counted, self.background, ignore_index)
-        classes = self._objects(num_classes).to(labels.device)
-        if len(classes) < 2:
-            if bool(counted.any()):
-                raise ArgumentError(
-                    f"adversarial={kind!r} needs at least 2 object classes, there are "
-                    f"{len(classes)}: use 'vanish'"
-                )
-            return labels.clone()
-        # Ranks among the object classes; a label that is none of them gets the rank after its own.
-        ranks = torch.bucketize(torch.where(counted, labels, 0), classes).clamp_(
-            0, len(classes) - 1
-        )
-        if kind == "permutation":
-            tables = [derangement(len(classes), generator) for _ in range(len(labels))]
-            drawn = torch.stack(tables).to(labels.device).gather(1, ranks) if tables else ranks
-        else:
-            device = "cpu" if generator is None else generator.device
-            shift = torch.randint(
-                1, len(classes), labels.shape, generator=generator, device=device
-            ).to(labels.device)
-            drawn = (ranks + shift) % len(classes)
-        return torch.where(counted, classes[drawn], ignore_index)
-
     def _objects(self, num_classes: int) -> Tensor:
         """The classes of objects: not the background, nor those that a data set left unused."""
         names = self.classes or ()
         unused = {k for k, name in enumerate(names) if name == "N/A"} | {self.background}
         return torch.tensor([c for c in range(num_classes) if c not in unused], dtype=torch.int64)
-
-
-def match(
-    boxes: Tensor,  # (P, 4)
-    probabilities: Tensor,  # (P, C)
-    true_boxes: Tensor,  # (K, 4)
-    true_labels: Tensor,  # (K,)
-    *,
-    min_iou: float,
-    min_score: float,
-    none: int,
-) -> Tensor:
-    """The label of each box, `none` where it is no target: (P,) int64."""
-    if not len(true_boxes) or not len(boxes):
-        return torch.full((len(boxes),), none, dtype=torch.int64, device=boxes.device)
-    overlap = optional_import("torchvision.ops", "vision").box_iou(boxes, true_boxes)
-    fits = (overlap > min_iou) & (probabilities[:, true_labels] > min_score)
-    best = torch.where(fits, overlap, -1).argmax(1)
-    return torch.where(fits.any(1), true_labels[best], none)
-
-
-def check_boxes(name: str, boxes: Tensor, images: Tensor) -> None:
-    """Raise unless boxes (*, 4) lie inside images (N, 3, H, W) and have an area. Reads values."""
-    height, width = images.shape[-2:]
-    left, top, right, bottom = boxes.unbind(-1)
-    faults = {
-        "be finite": ~boxes.isfinite().all(-1),
-        "have left < right and top < bottom": (left >= right) | (top >= bottom),
-        f"lie inside the image ({width} x {height} pixels)": (
-            (left < 0) | (top < 0) | (right > width) | (bottom > height)
-        ),
-    }
-    for required, wrong in faults.items():
-        if bool(wrong.any()):
-            where = tuple(int(i) for i in wrong.nonzero()[0])
-            raise ArgumentError(
-                f"{name} must {required}, got {boxes[where].tolist()} at {list(where)}"
-            )
-
-
-def _stack(
-    rows: list[tuple[Tensor, Tensor]], images: Tensor, ignore_index: int, *, pad: bool
-) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) and labels (N, P) of all images."""
-    most = max((len(labels) for _, labels in rows), default=0)
-    size = -(-most // PADDED_TO) * PADDED_TO if pad else most
-    boxes = images.new_full((len(images), size, 4), torch.nan)
-    labels = torch.full((len(images), size), ignore_index, dtype=torch.int64, device=images.device)
-    for n, (own_boxes, own_labels) in enumerate(rows):
-        boxes[n, : len(own_boxes)], labels[n, : len(own_labels)] = own_boxes, own_labels
-    return boxes, labels
-
-
-def detector(network: nn.Module, classes: Sequence[str] | None = None, **options: Any) -> Detector:
-    """The victim around a detector.
-
-    Args:
-        network: torchvision's Faster R-CNN, Mask R-CNN and Keypoint R-CNN, and the zoo's R-FCN
-            (two stages: the targets are proposals); its RetinaNet, FCOS, SSD and SSDlite (one
-            stage: the targets are the anchors or points); or transformers'
-            ...ForObjectDetection of the DETR kind (the targets are the object queries).
-            It shares its parameters with the victim.
-        classes: names of the classes; the network's own `classes` or config if None.
-        options: see `TwoStage`, `OneStage` and `Queries`.
-
-    Raises:
-        TypeError: a network that is not understood.
-    """
-    for understands, kind in _kinds():
-        if understands(network):
-            if classes is None:
-                classes = getattr(network, "classes", None)
-            victim: Detector = kind(network, classes, **options)
-            return victim
-    raise ArgumentTypeError(
-        "network must be a detector of torchvision (two-stage or one-stage) or transformers' DETR, "
-        f"got {type(network).__module__}.{type(network).__qualname__}"
-    )
-
-
-def prepare_detector(
-    victim: Detector, *, fold_batch_norm: bool = True, channels_last: bool = True
-) -> Detector:
-    """A faster copy of a detector, to be attacked in its place; see `prepare`.
-
-    Scores, gradients and detections stay within float32 rounding of the detector's own, which is
-    never changed.
-
-    Args:
-        victim: as `detector` makes it.
-        fold_batch_norm: fold each batch norm into the convolution before it where a run of the
-            whole detector on an image of noise shows that this changes nothing.
-        channels_last: lay out the weights of convolutions with the channels last in memory.
-    """
-    copied = copy.deepcopy(victim).eval().requires_grad_(False)
-    if fold_batch_norm:
-        fold.thaw(copied)
-        first = next(copied.network.parameters())
-        noise = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        fold.fold(_Whole(copied), noise.to(first))
-    return copied.to(memory_format=torch.channels_last) if channels_last else copied
-
-
-class _Whole(nn.Module):
-    """A detector from images to detections."""
-
-    def __init__(self, victim: Detector) -> None:
-        super().__init__()
-        self.victim = victim
-
-    def forward(self, images: Tensor) -> Any:
-        return self.victim.detect(images)
-
-
-def is_detector(network: nn.Module) -> bool:
-    """Whether `detector` understands a network."""
-    return any(understands(network) for understands, _ in _kinds())
-
-
-def _kinds() -> list[tuple[Callable[[nn.Module], bool], Any]]:
-    from . import one_stage, queries, two_stage
-
-    return [
-        (queries.understands, queries.Queries),
-        (two_stage.understands, two_stage.TwoStage),
-        (one_stage.understands, one_stage.OneStage),
-    ]
 
 
 def rescale(

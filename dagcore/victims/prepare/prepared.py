@@ -1,0 +1,71 @@
+"""Networks as `prepare` makes them, and what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...engine import read_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What `prepare` did to a network."""
+
+    low_resolution: bool
+    """Whether the scores come before the last enlargement."""
+    folded: int
+    """Batch norms folded into the convolutions before them."""
+    left: dict[str, str]
+    """Batch norms that stay, by name, and why."""
+    merged: int
+    """Decode heads of SegFormer whose linear layers were multiplied out."""
+    channels_last: bool
+    bf16: bool
+    compiled: bool
+
+
+class Prepared(nn.Module):
+    """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
+
+    def __init__(self, network: nn.Module, preparation: Preparation, *, like: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.preparation = preparation
+        self.align_corners = bool(getattr(like, "align_corners", False))
+        self.classes: tuple[str, ...] | None = getattr(like, "classes", None)
+        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(like, "palette", None)
+        self.cells = bool(getattr(like, "cells", False))
+        super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
+        lower = self.preparation.bf16
+        x = images.float() if lower else images  # autocast leaves float64 alone
+        with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
+            output = self.network(x)
+        return read_scores(output, images).to(images.dtype)
+
+    def train(self, mode: bool = True) -> Prepared:
+        """Stay in eval mode: a folded network cannot be trained."""
+        return self
+
+    def extra_repr(self) -> str:
+        """What was done."""
+        return str(self.preparation)
+
+
+class ChannelsLast(nn.Module):
+    """A network that computes with the channels last in memory."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Any:
+        """What the network returns."""
+        return self.network(images.contiguous(memory_format=torch.channels_last))
