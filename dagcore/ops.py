@@ -19,12 +19,12 @@ __all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"]
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
     "int ignore_index) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
     "int ignore_index, bool align_corners) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -73,14 +73,12 @@ def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 # Autograd does not reach inside an op: the defaults write out what the reference gets from it.
 def _seed_default(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
+    scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     seed = torch.zeros_like(scores)
     if scores.numel() == 0:
         return seed, scores.new_zeros(len(scores), dtype=torch.int32)
-    plus, minus, active = reference.verdicts(
-        scores, labels, adversarial, "reach" if reach else "leave", ignore_index
-    )
+    plus, minus, active = reference.verdicts(scores, labels, adversarial, objective, ignore_index)
     one = active.unsqueeze(1).to(seed.dtype)
     seed.scatter_add_(1, plus.unsqueeze(1), one).scatter_add_(1, minus.unsqueeze(1), -one)
     return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
@@ -90,14 +88,14 @@ def _seed_bilinear_default(
     scores: Tensor,
     labels: Tensor,
     adversarial: Tensor | None,
-    reach: bool,
+    objective: str,
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
     if labels.numel() == 0:
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     high = reference.enlarge(scores, labels.shape[1:], align_corners)
-    seed, active = _seed_default(high, labels, adversarial, reach, ignore_index)
+    seed, active = _seed_default(high, labels, adversarial, objective, ignore_index)
     gradient = torch.ops.aten.upsample_bilinear2d_backward(
         seed, labels.shape[1:], scores.shape, align_corners
     )
@@ -137,7 +135,7 @@ def _check_one_device(*tensors: Tensor) -> None:
 
 @_fake("dag_seed")
 def _seed_fake(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, reach: bool, ignore_index: int
+    scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     _check_one_device(scores, labels, *(() if adversarial is None else (adversarial,)))
     return torch.empty_like(scores), scores.new_empty(scores.shape[:1], dtype=torch.int32)
@@ -148,11 +146,11 @@ def _seed_bilinear_fake(
     scores: Tensor,
     labels: Tensor,
     adversarial: Tensor | None,
-    reach: bool,
+    objective: str,
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _seed_fake(scores, labels, adversarial, reach, ignore_index)
+    return _seed_fake(scores, labels, adversarial, objective, ignore_index)
 
 
 @_fake("argmax_bilinear")
@@ -216,7 +214,7 @@ def dag_seed(
     """
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     seed, active = torch.ops.dagcore.dag_seed(
-        scores.detach(), labels, adversarial, goal == "reach", ignore_index
+        scores.detach(), labels, adversarial, goal, ignore_index
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         reference.counted_targets(
@@ -261,7 +259,7 @@ def dag_seed_bilinear(
     )
     checks.boolean("align_corners", align_corners)
     seed, active = torch.ops.dagcore.dag_seed_bilinear(
-        scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
+        scores.detach(), labels, adversarial, goal, ignore_index, align_corners
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         reference.counted_targets(
