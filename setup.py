@@ -1,10 +1,15 @@
-"""Builds dagcore's native module; see README.md, "Building", for the switches.
+"""Builds dagcore's native module. Every decision is printed; the environment switches:
 
-DAGCORE_NATIVE=0        no native code: everything runs on the PyTorch reference
-DAGCORE_CUDA=1 | 0      CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
-DAGCORE_SANITIZE=1      CPU kernels with address and undefined-behaviour checks: `make sanitize`
-TORCH_CUDA_ARCH_LIST    architectures, as for any torch extension
-MAX_JOBS                parallel compilations
+DAGCORE_NATIVE=0         no native code: everything runs on the PyTorch reference
+DAGCORE_CUDA=1 | 0       CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
+DAGCORE_SANITIZE=1       CPU kernels with address and undefined-behaviour checks: `make sanitize`
+DAGCORE_PTXAS_VERBOSE=1  print registers and spills of each CUDA kernel: see benchmarks/resources.py
+TORCH_CUDA_ARCH_LIST     GPU architectures, as for any torch extension. Unset: those of the GPUs in
+                         this machine; without one, the first of each generation from 8.0 on that
+                         nvcc lists (8.0, 9.0, 10.0, ...), the last with PTX for GPUs to come
+CUDA_HOME or CUDA_PATH   the CUDA toolkit; unset: nvcc on PATH, then /usr/local/cuda
+CC, CXX                  the host compilers
+MAX_JOBS                 parallel compilations; unset: one a core
 """
 
 from __future__ import annotations
@@ -16,12 +21,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
-OLDEST_ARCHITECTURES = "8.0;9.0"  # compiled, with the newest, where there is no GPU to ask
+OLDEST_GENERATION = 8  # of GPUs, where there is none to ask
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
@@ -50,10 +56,29 @@ def cuda_home(nvcc: str) -> Path:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
-def newest_architecture(nvcc: str, supported: set[str]) -> str:
+def choose_architectures(nvcc: str, torch_cuda: ModuleType) -> list[str]:
+    """What to compile for where TORCH_CUDA_ARCH_LIST is unset, as it would spell them."""
+    if torch_cuda.is_available():
+        seen = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
+        return [f"{major}.{minor}" for major, minor in sorted(seen)]
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-    known = [f"{code[:-1]}.{code[-1]}" for code in re.findall(r"sm_(\d+)\b", codes)]
-    return max((a for a in known if a in supported), key=lambda a: tuple(map(int, a.split("."))))
+    first: dict[int, int] = {}
+    for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", codes):
+        first[int(major)] = min(int(minor), first.get(int(major), 9))
+    chosen = [f"{n}.{first[n]}" for n in sorted(first) if n >= OLDEST_GENERATION]
+    if not chosen:
+        raise SystemExit(f"dagcore: {nvcc} --list-gpu-code lists no sm_80 or later: {codes!r}")
+    return [*chosen[:-1], f"{chosen[-1]}+PTX"]
+
+
+def architecture_flags(architectures: list[str]) -> list[str]:
+    flags = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def choose_cuda(torch_cuda: str | None) -> str | None:
@@ -103,40 +128,31 @@ def native_extension() -> dict[str, object]:
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-unknown-pragmas",
+        "-g1" if sanitize else "-g0",  # Python's own flags ask for -g: half the module's size
     ]
     macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", STABLE_ABI)]
     include = [pybind11.get_include()]
     compile_args: dict[str, list[str]] = {"cxx": flags}
     link_args: list[str] = []
     if sanitize:
-        flags += [*SANITIZERS, "-fno-omit-frame-pointer", "-g1"]
+        flags += [*SANITIZERS, "-fno-omit-frame-pointer"]
         link_args += SANITIZERS
-    architectures = ""
     kind = cpp_extension.CppExtension
     if nvcc:
         kind = cpp_extension.CUDAExtension
         sources += sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))
-        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            if torch.cuda.is_available():
-                seen = {
-                    torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())
-                }
-                listed = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
-            else:
-                supported = set(
-                    re.findall(r"\d+\.\d+", source_of(cpp_extension._get_cuda_arch_flags))
-                )
-                listed = f"{OLDEST_ARCHITECTURES};{newest_architecture(nvcc, supported)}+PTX"
-            os.environ["TORCH_CUDA_ARCH_LIST"] = listed
-        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        cuda_flags = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if not architectures:
+            chosen = choose_architectures(nvcc, torch.cuda)
+            cuda_flags += architecture_flags(chosen)
+            architectures = ";".join(chosen)
         log(f"CUDA architectures: {architectures}")
+        if switch("DAGCORE_PTXAS_VERBOSE"):
+            cuda_flags.append("-Xptxas=-v")
+            log("registers and spills of each CUDA kernel: printed")
         macros += [("USE_CUDA", None), ("DAGCORE_CUDA_ARCHS", f'"{architectures}"')]
-        compile_args["nvcc"] = [
-            "-O3",
-            "--fmad=false",
-            "-Xptxas=-v",
-            "-Xcompiler=-fvisibility=hidden",
-        ]
+        compile_args["nvcc"] = cuda_flags
         include += pip_cuda_headers(Path(os.environ["CUDA_HOME"]))
         link_args += pip_cuda_runtime(Path(os.environ["CUDA_HOME"]))
 
@@ -155,16 +171,10 @@ def native_extension() -> dict[str, object]:
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=[p.as_posix() for p in Path("csrc").rglob("*.h")],
+        depends=["setup.py", *sorted(p.as_posix() for p in Path("csrc").rglob("*.*"))],
     )
     log(f"building for torch {torch.__version__} and later")
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
-
-
-def source_of(function: object) -> str:
-    import inspect
-
-    return inspect.getsource(function)  # type: ignore[arg-type]
 
 
 def pip_cuda(*parts: str) -> list[Path]:

@@ -34,7 +34,7 @@ sanitize() { # TOOL: the op tests on CUDA under one of compute-sanitizer's tools
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' || exit 2
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/gpu.log"
 rm -rf build
-step build 120 env DAGCORE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-}" "$PYTHON" setup.py \
+step build 120 env DAGCORE_CUDA=1 DAGCORE_PTXAS_VERBOSE=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-}" "$PYTHON" setup.py \
     build_ext --inplace --force
 step info 20 "$PYTHON" -m dagcore.info --require-cuda-kernels
 step resources 20 bash -c "'$PYTHON' benchmarks/resources.py <'$OUT/build.log' >'$OUT/resources.md'"

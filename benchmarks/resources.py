@@ -1,6 +1,7 @@
 """Registers, stack and spills of every CUDA kernel, from the compiler's report of a build.
 
-    python setup.py build_ext --inplace --force 2>&1 | python benchmarks/resources.py
+    DAGCORE_PTXAS_VERBOSE=1 python setup.py build_ext --inplace --force 2>&1 |
+        python benchmarks/resources.py
 
 Exits 1 if a kernel spills or keeps a stack frame (local memory), 2 if there is no report.
 """
@@ -33,7 +34,10 @@ def readable(kernels: list[str]) -> list[str]:
 def main() -> int:
     entries = [match.groupdict() for match in ENTRY.finditer(sys.stdin.read())]
     if not entries:
-        print("no kernels in the report: was anything compiled for CUDA?", file=sys.stderr)
+        print(
+            "no kernels in the report: was the build for CUDA, with DAGCORE_PTXAS_VERBOSE=1?",
+            file=sys.stderr,
+        )
         return 2
     names = readable([entry["kernel"] for entry in entries])
     columns = ("architecture", "registers", "stack", "stores", "loads")

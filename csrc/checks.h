@@ -2,7 +2,6 @@
 // the argument, what was required and what came.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -50,15 +49,20 @@ inline void check_labels(const char* name, const Tensor& labels, const Tensor& s
                   " without its class dimension, got ", shape(labels));
 }
 
+inline void check_adversarial_given(const std::optional<Tensor>& adversarial, Objective objective) {
+  STD_TORCH_CHECK(adversarial || objective != Objective::reach,
+                  "adversarial_labels must be given for the objective reach");
+}
+
 inline void check_seed_arguments(const Tensor& scores, const Tensor& labels,
-                                 const std::optional<Tensor>& adversarial, bool reach) {
+                                 const std::optional<Tensor>& adversarial, Objective objective) {
   STD_TORCH_CHECK(scores.dim() >= 2, "scores must have shape (N, C, *targets), got ",
                   shape(scores));
   STD_TORCH_CHECK(scores.size(1) >= 1, "scores must have at least one class, got ", shape(scores));
   STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
   check_labels("labels", labels, scores);
   if (adversarial) check_labels("adversarial_labels", *adversarial, scores);
-  STD_TORCH_CHECK(adversarial || !reach, "adversarial_labels must be given for the goal reach");
+  check_adversarial_given(adversarial, objective);
 }
 
 inline void check_step_arguments(const Tensor& images, const Tensor& origin, const Tensor& gradient,

@@ -12,20 +12,21 @@ enum SeedOperand { kScores, kSeed, kLabels, kAdversarial, kSeedOperands };
 struct SeedCall {
   Tensor scores, labels;
   Tensor adversarial;  // where the runner-up is asked for: labels, not read as adversarial ones
-  bool runner_up, reach;
+  bool runner_up;
+  Objective objective;
   LabelRule rule;
   Tensor seed;    // laid out like scores
   Tensor active;  // (N,) int32, zero so far
   Walk<kSeedOperands> walk;
 
   SeedCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
-           bool reach, int64_t ignore_index)
+           Objective objective, int64_t ignore_index)
       : scores(scores),
         labels(labels),
         adversarial(adversarial ? *adversarial : labels),
         runner_up(!adversarial),
-        reach(reach) {
-    check_seed_arguments(scores, labels, adversarial, reach);
+        objective(objective) {
+    check_seed_arguments(scores, labels, adversarial, objective);
     rule = {scores.size(1), ignore_index};
     seed = torch::stable::empty_like(scores);
     active = torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int);

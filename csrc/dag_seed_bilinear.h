@@ -1,45 +1,40 @@
-// The part of the bilinear ops that is the same on every device: checks and outputs.
+// The part of dag_seed_bilinear that is the same on every device: checks and outputs.
 #pragma once
 
 #include "bilinear.h"
-#include "checks.h"
+#include "score_maps.h"
 
 namespace dagcore {
 
 // scores (N, C, h, w), labels and adversarial (N, H, W)
-struct BilinearCall {
+struct BilinearSeedCall {
   Tensor scores, labels;
   Tensor adversarial;  // where the runner-up is asked for: labels, not read as adversarial ones
-  bool runner_up, reach, align_corners;
+  bool runner_up, align_corners;
+  Objective objective;
   LabelRule rule;
   Tensor seed;    // laid out like scores
   Tensor active;  // (N,) int32, zero so far
 
-  BilinearCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
-               bool reach, int64_t ignore_index, bool align_corners)
+  BilinearSeedCall(const Tensor& scores, const Tensor& labels,
+                   const std::optional<Tensor>& adversarial, Objective objective,
+                   int64_t ignore_index, bool align_corners)
       : scores(scores),
         labels(labels),
         adversarial(adversarial ? *adversarial : labels),
         runner_up(!adversarial),
-        reach(reach),
-        align_corners(align_corners) {
-    check_maps(scores);
+        align_corners(align_corners),
+        objective(objective) {
+    check_score_maps(scores);
     check_label_maps("labels", labels, scores, labels);
     if (adversarial) check_label_maps("adversarial_labels", *adversarial, scores, labels);
-    STD_TORCH_CHECK(adversarial || !reach, "adversarial_labels must be given for the goal reach");
+    check_adversarial_given(adversarial, objective);
     rule = {scores.size(1), ignore_index};
     seed = torch::stable::empty_like(scores);
     active = torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int);
   }
 
-  static void check_maps(const Tensor& scores) {
-    STD_TORCH_CHECK(
-        scores.dim() == 4 && scores.size(1) >= 1 && scores.size(2) >= 1 && scores.size(3) >= 1,
-        "scores must have shape (N, C, h, w) with at least one class and pixel, got ",
-        shape(scores));
-    STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31),
-                    "scores must have fewer than 2^31 classes");
-  }
+  ScoreMaps maps() const { return {scores, labels.size(1), labels.size(2), align_corners}; }
 
   static void check_label_maps(const char* name, const Tensor& maps, const Tensor& scores,
                                const Tensor& labels) {

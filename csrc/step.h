@@ -37,12 +37,13 @@ struct Pixel<BFloat16> {
   using Real = float;
   using Bits = uint32_t;
   DAGCORE_INLINE static float load(BFloat16 value) {
-    return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+    return bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
   }
   DAGCORE_INLINE static BFloat16 store(float value) {  // round to nearest, ties to even
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+    return BFloat16(static_cast<uint16_t>(value != value ? 0x7fc0u : rounded),
+                    BFloat16::from_bits());
   }
 };
 
@@ -51,8 +52,8 @@ struct Pixel<Half> {
   using Real = float;
   using Bits = uint32_t;
   DAGCORE_INLINE static float load(Half value) {
-    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-    const uint32_t magnitude = value.bits & 0x7fffu;
+    const uint32_t sign = static_cast<uint32_t>(value.x & 0x8000u) << 16;
+    const uint32_t magnitude = value.x & 0x7fffu;
     // Normal, infinite and NaN: move the fields, then rebias the exponent (twice where it is full).
     const uint32_t moved = (magnitude << 13) + 0x38000000u;
     const uint32_t large = magnitude >= 0x7c00u ? moved + 0x38000000u : moved;
@@ -69,7 +70,8 @@ struct Pixel<Half> {
     const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t finite = magnitude < 0x38800000u ? small : normal;
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+    return Half(static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite)),
+                Half::from_bits());
   }
 };
 

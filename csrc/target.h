@@ -2,7 +2,12 @@
 // Included by the CPU loops and by the CUDA kernels, so that both compute the same thing.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
+
+#include "objective.h"
 
 #if defined(__CUDACC__)
 #define DAGCORE_INLINE __host__ __device__ __forceinline__
@@ -12,12 +17,11 @@
 
 namespace dagcore {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+// torch's types for their bits: no kernel goes through their conversions to and from float, which
+// differ from one compiler's target to the next in the bits of a NaN, and which vectorise less
+// well.
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 // Scores are compared through keys: `beats` is torch.argmax's order, in which NaN is the largest
 // value and the first of equals wins. `Index` is the integer as wide as the key, so that keys and
@@ -47,15 +51,16 @@ struct ShortScore {
   using Index = int16_t;
   static constexpr int16_t kNan = 0x7fff;
   DAGCORE_INLINE static Key key(T value) {
-    const int16_t magnitude = static_cast<int16_t>(value.bits & 0x7fff);
+    const int16_t magnitude = static_cast<int16_t>(value.x & 0x7fff);
     const int16_t ordered =
-        static_cast<int16_t>(value.bits) < 0 ? static_cast<int16_t>(-magnitude) : magnitude;
+        static_cast<int16_t>(value.x) < 0 ? static_cast<int16_t>(-magnitude) : magnitude;
     return magnitude > kInfinity ? kNan : ordered;
   }
   DAGCORE_INLINE static bool is_nan(Key key) { return key == kNan; }
   DAGCORE_INLINE static bool beats(Key key, Key best) { return key > best; }
   DAGCORE_INLINE static T from_int(int value) {
-    return T{static_cast<uint16_t>(value == 0 ? 0 : (value > 0 ? kOne : kOne | 0x8000))};
+    return T(static_cast<uint16_t>(value == 0 ? 0 : (value > 0 ? kOne : kOne | 0x8000)),
+             T::from_bits());
   }
 };
 template <>
@@ -99,8 +104,9 @@ struct Verdict {
 
 // `label` and `adversarial` come from read_label and read_adversarial, `top` is the argmax.
 template <typename Index>
-DAGCORE_INLINE Verdict<Index> judge(bool reach, Index label, Index adversarial, Index top,
+DAGCORE_INLINE Verdict<Index> judge(Objective objective, Index label, Index adversarial, Index top,
                                     bool top_is_nan) {
+  const bool reach = objective == Objective::reach;
   const bool counts = (label >= 0) & (adversarial >= 0) & (reach | (label != adversarial));
   const bool holds = reach ? top != adversarial : top == label;
   const bool active = counts & (holds | top_is_nan);

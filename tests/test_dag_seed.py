@@ -494,7 +494,7 @@ def test_label_out_of_range_makes_the_ops_count_negative(
     scores[:, 2] = 1  # every target of goal "reach" is active, so that the count is large
     given = spoiled(name, 4, device)
     seed, active = torch.ops.dagcore.dag_seed(
-        scores, given["labels"], given["adversarial_labels"], goal == "reach", 255
+        scores, given["labels"], given["adversarial_labels"], goal, 255
     )
     assert int(active[0]) == (150 if goal == "reach" else 0)
     assert int(active[1]) < 0
@@ -609,18 +609,19 @@ def test_hyper_parameters_are_keyword_only() -> None:
 
 
 PAST_THE_WRAPPER = {
-    "scores dtype": ((S.int(), L, L, False), "scores must be float16"),
-    "scores shape": ((torch.zeros(3), L, L, False), r"scores must have shape .* got \(3\)"),
-    "scores scalar": ((torch.zeros(()), L, L, False), "scores must have shape"),
-    "zero classes": ((S[:, :0], L, L, False), "scores must have at least one class"),
-    "labels dtype": ((S, L.short(), L, False), "labels must be uint8, int32 or int64"),
-    "labels float": ((S, L.float(), L, False), "labels must be uint8, int32 or int64"),
-    "labels shape": ((S, L[..., :4], L, False), r"labels must have the shape .*got \(2, 3, 4\)"),
-    "labels dims": ((S, L[..., 0], L, False), r"labels must have the shape .*got \(2, 3\)"),
-    "labels scalar": ((S, L[0, 0, 0], L, False), "labels must have the shape"),
-    "adversarial dtype": ((S, L, L.double(), False), "adversarial_labels must be uint8"),
-    "adversarial shape": ((S, L, L[:1], False), r"adversarial_labels must have the shape"),
-    "nothing to reach": ((S, L, None, True), "adversarial_labels must be given"),
+    "scores dtype": ((S.int(), L, L, "leave"), "scores must be float16"),
+    "scores shape": ((torch.zeros(3), L, L, "leave"), r"scores must have shape .* got \(3\)"),
+    "scores scalar": ((torch.zeros(()), L, L, "leave"), "scores must have shape"),
+    "zero classes": ((S[:, :0], L, L, "leave"), "scores must have at least one class"),
+    "labels dtype": ((S, L.short(), L, "leave"), "labels must be uint8, int32 or int64"),
+    "labels float": ((S, L.float(), L, "leave"), "labels must be uint8, int32 or int64"),
+    "labels shape": ((S, L[..., :4], L, "leave"), r"labels must have the shape .*got \(2, 3, 4\)"),
+    "labels dims": ((S, L[..., 0], L, "leave"), r"labels must have the shape .*got \(2, 3\)"),
+    "labels scalar": ((S, L[0, 0, 0], L, "leave"), "labels must have the shape"),
+    "adversarial dtype": ((S, L, L.double(), "leave"), "adversarial_labels must be uint8"),
+    "adversarial shape": ((S, L, L[:1], "leave"), r"adversarial_labels must have the shape"),
+    "nothing to reach": ((S, L, None, "reach"), "adversarial_labels must be given"),
+    "objective": ((S, L, L, "stay"), "objective must be one of leave, reach, got stay"),
 }
 
 
@@ -637,14 +638,14 @@ def test_mixed_devices_past_the_wrapper(which: int) -> None:
     given = [S, L, L]
     given[which] = given[which].to("meta")
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.dagcore.dag_seed(*given, False, 255)
+        torch.ops.dagcore.dag_seed(*given, "leave", 255)
 
 
 def test_mixed_devices_with_cuda(cuda: torch.device) -> None:
     with pytest.raises(ValueError, match=r"labels must be on the device of scores \(cuda:0\)"):
         ops.dag_seed(S.to(cuda), L, L.to(cuda))
     with pytest.raises(RuntimeError, match="adversarial_labels must be on the device of scores"):
-        torch.ops.dagcore.dag_seed(S.to(cuda), L.to(cuda), L, False, 255)
+        torch.ops.dagcore.dag_seed(S.to(cuda), L.to(cuda), L, "leave", 255)
 
 
 @BOTH

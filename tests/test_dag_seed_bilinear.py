@@ -651,7 +651,7 @@ def test_label_out_of_range_makes_the_ops_count_negative(
     scores[:, 2] = 1  # every target of goal "reach" is active, so that the count is large
     given = spoiled(name, 4, device)
     seed, active = torch.ops.dagcore.dag_seed_bilinear(
-        scores, given["labels"], given["adversarial_labels"], goal == "reach", 255, False
+        scores, given["labels"], given["adversarial_labels"], goal, 255, False
     )
     assert int(active[0]) == (550 if goal == "reach" else 0)
     assert int(active[1]) < 0
@@ -745,17 +745,18 @@ def test_hyper_parameters_are_keyword_only(module: object) -> None:
 
 
 PAST_THE_WRAPPER = {
-    "scores dtype": ((S.int(), L, L, False), "scores must be float16"),
-    "scores dims": ((S[0], L, L, False), "scores must have shape (N, C, h, w)"),
-    "zero classes": ((S[:, :0], L, L, False), "got (2, 0, 3, 5)"),
-    "no rows": ((S[:, :, :0], L, L, False), "got (2, 4, 0, 5)"),
-    "labels dtype": ((S, L.short(), L, False), "labels must be uint8, int32 or int64"),
-    "labels dims": ((S, L[0], L[0], False), "labels must have shape (2, H, W), got (6, 11)"),
-    "labels batch": ((S, L[:1], L, False), "labels must have shape (2, H, W), got (1, 6, 11)"),
-    "adversarial dtype": ((S, L, L.double(), False), "adversarial_labels must be uint8"),
-    "adversarial dims": ((S, L, L[0], False), "adversarial_labels must have shape"),
-    "adversarial shape": ((S, L, L[:, :5], False), "adversarial_labels must have shape"),
-    "nothing to reach": ((S, L, None, True), "adversarial_labels must be given"),
+    "scores dtype": ((S.int(), L, L, "leave"), "scores must be float16"),
+    "scores dims": ((S[0], L, L, "leave"), "scores must have shape (N, C, h, w)"),
+    "zero classes": ((S[:, :0], L, L, "leave"), "got (2, 0, 3, 5)"),
+    "no rows": ((S[:, :, :0], L, L, "leave"), "got (2, 4, 0, 5)"),
+    "labels dtype": ((S, L.short(), L, "leave"), "labels must be uint8, int32 or int64"),
+    "labels dims": ((S, L[0], L[0], "leave"), "labels must have shape (2, H, W), got (6, 11)"),
+    "labels batch": ((S, L[:1], L, "leave"), "labels must have shape (2, H, W), got (1, 6, 11)"),
+    "adversarial dtype": ((S, L, L.double(), "leave"), "adversarial_labels must be uint8"),
+    "adversarial dims": ((S, L, L[0], "leave"), "adversarial_labels must have shape"),
+    "adversarial shape": ((S, L, L[:, :5], "leave"), "adversarial_labels must have shape"),
+    "nothing to reach": ((S, L, None, "reach"), "adversarial_labels must be given"),
+    "objective": ((S, L, L, "stay"), "objective must be one of leave, reach, got stay"),
 }
 
 
@@ -772,7 +773,7 @@ def test_mixed_devices_past_the_wrapper(which: int) -> None:
     given = [S, L, L]
     given[which] = given[which].to("meta")
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.dagcore.dag_seed_bilinear(*given, False, 255, False)
+        torch.ops.dagcore.dag_seed_bilinear(*given, "leave", 255, False)
 
 
 def test_garbage_between_the_scores_is_not_read(kernels: torch.device) -> None:

@@ -36,53 +36,53 @@ def step_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple
 # --- opcheck
 
 SEED_CHECKS = {
-    "leave": ((2, 5, 7, 9), torch.float32, "contiguous", False, False),
-    "reach": ((2, 5, 7, 9), torch.float64, "class-last", False, True),
-    "runner-up": ((2, 5, 7, 9), torch.bfloat16, "transposed", True, False),
-    "no target dimensions": ((3, 4), torch.float16, "contiguous", False, False),
-    "gaps": ((2, 3, 4, 5, 6), torch.float32, "gaps", False, True),
-    "expanded": ((2, 3, 20), torch.float32, "expanded", True, False),
-    "no targets": ((2, 3, 0), torch.float32, "contiguous", False, False),
-    "no images": ((0, 3, 5), torch.float32, "contiguous", True, False),
+    "leave": ((2, 5, 7, 9), torch.float32, "contiguous", False, "leave"),
+    "reach": ((2, 5, 7, 9), torch.float64, "class-last", False, "reach"),
+    "runner-up": ((2, 5, 7, 9), torch.bfloat16, "transposed", True, "leave"),
+    "no target dimensions": ((3, 4), torch.float16, "contiguous", False, "leave"),
+    "gaps": ((2, 3, 4, 5, 6), torch.float32, "gaps", False, "reach"),
+    "expanded": ((2, 3, 20), torch.float32, "expanded", True, "leave"),
+    "no targets": ((2, 3, 0), torch.float32, "contiguous", False, "leave"),
+    "no images": ((0, 3, 5), torch.float32, "contiguous", True, "leave"),
 }
 
 
 @pytest.mark.parametrize("name", SEED_CHECKS)
 def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
-    shape, dtype, layout, runner_up, reach = SEED_CHECKS[name]
+    shape, dtype, layout, runner_up, objective = SEED_CHECKS[name]
     scores, labels, adversarial = random_case(shape, 0, dtype=dtype)
     if scores.numel():
         scores = lay_out(scores, layout)
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
-    arguments = (scores, labels.to(device), other, reach, 255)
+    arguments = (scores, labels.to(device), other, objective, 255)
     results = torch.library.opcheck(torch.ops.dagcore.dag_seed.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
 BILINEAR_CHECKS = {
-    "leave": ((2, 5, 4, 6), (9, 13), torch.float32, "contiguous", False, False),
-    "reach": ((2, 5, 4, 6), (9, 13), torch.float64, "class-last", False, True),
-    "runner-up": ((2, 5, 4, 6), (9, 13), torch.bfloat16, "transposed", True, False),
-    "whole factor": ((1, 3, 2, 2), (16, 16), torch.float16, "contiguous", False, False),
-    "smaller": ((2, 5, 9, 8), (4, 3), torch.float32, "gaps", False, True),
-    "expanded": ((2, 5, 4, 6), (9, 13), torch.float32, "expanded", True, False),
-    "no pixels": ((2, 3, 4, 5), (0, 7), torch.float32, "contiguous", False, False),
-    "no images": ((0, 3, 4, 5), (8, 9), torch.float32, "contiguous", True, False),
+    "leave": ((2, 5, 4, 6), (9, 13), torch.float32, "contiguous", False, "leave"),
+    "reach": ((2, 5, 4, 6), (9, 13), torch.float64, "class-last", False, "reach"),
+    "runner-up": ((2, 5, 4, 6), (9, 13), torch.bfloat16, "transposed", True, "leave"),
+    "whole factor": ((1, 3, 2, 2), (16, 16), torch.float16, "contiguous", False, "leave"),
+    "smaller": ((2, 5, 9, 8), (4, 3), torch.float32, "gaps", False, "reach"),
+    "expanded": ((2, 5, 4, 6), (9, 13), torch.float32, "expanded", True, "leave"),
+    "no pixels": ((2, 3, 4, 5), (0, 7), torch.float32, "contiguous", False, "leave"),
+    "no images": ((0, 3, 4, 5), (8, 9), torch.float32, "contiguous", True, "leave"),
 }
 
 
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 @pytest.mark.parametrize("name", BILINEAR_CHECKS)
 def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) -> None:
-    shape, size, dtype, layout, runner_up, reach = BILINEAR_CHECKS[name]
+    shape, size, dtype, layout, runner_up, objective = BILINEAR_CHECKS[name]
     scores, *_ = random_case(shape, 0, dtype=dtype)
     if scores.numel():
         scores = lay_out(scores, layout)
     _, labels, adversarial = random_case((shape[0], shape[1], *size), 0)
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
-    arguments = (scores, labels.to(device), other, reach, 255, align_corners)
+    arguments = (scores, labels.to(device), other, objective, 255, align_corners)
     results = torch.library.opcheck(torch.ops.dagcore.dag_seed_bilinear.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
     arguments = (scores, *size, align_corners)

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "../registration.h"
 #include "simd.h"
 
 namespace dagcore {
@@ -61,10 +62,10 @@ void step_all(const StepCall& call, const int32_t* active) {
   const bool ball = call.step.epsilon < std::numeric_limits<double>::infinity();
   const Simd simd = simd_in_use();
   const Walk<kStepOperands>& walk = call.walk;
-  T* images = static_cast<T*>(call.images.data_ptr());
-  const T* origin = static_cast<const T*>(call.origin.data_ptr());
-  const T* gradient = static_cast<const T*>(call.gradient.data_ptr());
-  Real* norms = static_cast<Real*>(call.norms.data_ptr());
+  T* images = static_cast<T*>(call.images.mutable_data_ptr());
+  const T* origin = static_cast<const T*>(call.origin.const_data_ptr());
+  const T* gradient = static_cast<const T*>(call.gradient.const_data_ptr());
+  Real* norms = static_cast<Real*>(call.norms.mutable_data_ptr());
   const int64_t batch[kStepOperands] = {call.images.stride(0), call.origin.stride(0),
                                         call.gradient.stride(0)};
   int64_t strides[kStepOperands];
@@ -126,7 +127,7 @@ Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, d
   if (images.numel() == 0) return call.norms;
   std::vector<int32_t> counts(images.size(0));
   for (int64_t n = 0; n < images.size(0); ++n) {
-    counts[n] = static_cast<const int32_t*>(active.data_ptr())[n * active.stride(0)];
+    counts[n] = static_cast<const int32_t*>(active.const_data_ptr())[n * active.stride(0)];
   }
   for_float_type("images", images.scalar_type(),
                  [&](auto type) { step_all<decltype(type)>(call, counts.data()); });
@@ -135,8 +136,6 @@ Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dagcore, CPU, library) {
-  library.impl("linf_step_", TORCH_BOX(&linf_step));
-}
+DAGCORE_REGISTER(CPU, "linf_step_", linf_step)
 
 }  // namespace dagcore

@@ -2,6 +2,7 @@
 #include "../dag_seed.h"
 #include "labels.cuh"
 #include "launch.h"
+#include "pack.cuh"
 
 namespace dagcore {
 namespace {
@@ -12,21 +13,21 @@ constexpr int kRows = 128;         // targets a block, where each target's class
 constexpr int kColumns = 32;       // classes of a row read at once
 constexpr int kUnroll = 4;         // classes loaded before the first is compared
 
-struct Args {
+struct SeedArgs {
   const void* scores;
   void* seed;
   int64_t scores_batch, scores_class, seed_batch, seed_class;
-  Labels labels, adversarial;
+  LabelSource labels, adversarial;
   LabelRule rule;
-  bool reach;
+  Objective objective;
   uint32_t* active;
   int64_t targets;           // of an image
   int64_t blocks_per_image;  // a block works on one image, so that it counts for one
   Walk<kSeedOperands> walk;
 
-  explicit Args(const SeedCall& call)
-      : scores(call.scores.data_ptr()),
-        seed(call.seed.data_ptr()),
+  explicit SeedArgs(const SeedCall& call)
+      : scores(call.scores.const_data_ptr()),
+        seed(call.seed.mutable_data_ptr()),
         scores_batch(call.scores.stride(0)),
         scores_class(call.scores.stride(1)),
         seed_batch(call.seed.stride(0)),
@@ -34,8 +35,8 @@ struct Args {
         labels(call.labels),
         adversarial(call.adversarial),
         rule(call.rule),
-        reach(call.reach),
-        active(static_cast<uint32_t*>(call.active.data_ptr())),
+        objective(call.objective),
+        active(static_cast<uint32_t*>(call.active.mutable_data_ptr())),
         targets(call.walk.rows() * call.walk.inner()),
         blocks_per_image(0),
         walk(call.walk) {}
@@ -52,16 +53,16 @@ __device__ void locate(const Walk<kSeedOperands>& walk, int64_t target,
 }
 
 template <typename T, bool kRunnerUp>
-__device__ Verdict<int32_t> judge_target(const Args& args, int64_t n, int64_t label_at,
+__device__ Verdict<int32_t> judge_target(const SeedArgs& args, int64_t n, int64_t label_at,
                                          int64_t adversarial_at,
                                          const Top<T, int32_t, kRunnerUp>& top, uint32_t* sum,
                                          bool* bad) {
-  const int32_t label = static_cast<int32_t>(read_label(args.labels.at(n, label_at), args.rule));
+  const int32_t label = static_cast<int32_t>(read_label(args.labels.read(n, label_at), args.rule));
   const int32_t adversarial = kRunnerUp ? top.runner_up(label)
                                         : static_cast<int32_t>(read_adversarial(
-                                              args.adversarial.at(n, adversarial_at), args.rule));
-  const Verdict<int32_t> verdict =
-      judge<int32_t>(args.reach, label, adversarial, top.best_class, Score<T>::is_nan(top.best));
+                                              args.adversarial.read(n, adversarial_at), args.rule));
+  const Verdict<int32_t> verdict = judge<int32_t>(args.objective, label, adversarial,
+                                                  top.best_class, Score<T>::is_nan(top.best));
   *sum += verdict.plus >= 0;
   *bad |= is_out_of_range(label, adversarial);
   return verdict;
@@ -71,7 +72,7 @@ __device__ Verdict<int32_t> judge_target(const Args& args, int64_t n, int64_t la
 // memory and packs are aligned; with V = 1 strides are free.
 template <typename T, bool kRunnerUp, int V>
 __global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerUnit)
-    seed_planes(const __grid_constant__ Args args) {
+    seed_planes(const __grid_constant__ SeedArgs args) {
   const int64_t n = blockIdx.x / args.blocks_per_image;
   const int64_t first =
       (blockIdx.x % args.blocks_per_image * kThreads + static_cast<int64_t>(threadIdx.x)) * V;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerU
 // writes are whole lines while each thread still sees one target's classes in order.
 template <typename T, bool kRunnerUp>
 __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
-    seed_rows(const __grid_constant__ Args args) {
+    seed_rows(const __grid_constant__ SeedArgs args) {
   __shared__ T tile[kRows][kColumns + 1];
   __shared__ int64_t scores_at[kRows], seed_at_row[kRows];
   __shared__ Verdict<int32_t> verdicts[kRows];
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
 
 // Whether packs of V targets are whole and aligned in both the scores and the seed.
 template <typename T>
-bool packs_fit(const Args& args) {
+bool packs_fit(const SeedArgs& args) {
   constexpr int V = kPackSize<T>;
   bool fit = aligned(args.scores) && aligned(args.seed) && args.walk.inner() % V == 0 &&
              args.scores_batch % V == 0 && args.scores_class % V == 0 && args.seed_batch % V == 0 &&
@@ -195,47 +196,41 @@ bool packs_fit(const Args& args) {
 }
 
 template <typename T, bool kRunnerUp>
-void launch(const SeedCall& call, cudaStream_t stream) {
-  Args args(call);
-  const int64_t images = call.scores.size(0);
-  const auto blocks = [&](int64_t per_block) {
+void seed_targets(const SeedCall& call, const Launcher& launch) {
+  SeedArgs args(call);
+  // Sets how many blocks of `per_block` targets an image takes; returns all images' blocks.
+  const auto blocks_of = [&](int64_t per_block) {
     args.blocks_per_image = ceil_div(args.targets, per_block);
-    const int64_t all = images * args.blocks_per_image;
-    STD_TORCH_CHECK(all < (int64_t{1} << 31), "scores have too many targets for one launch, got ",
-                    images * args.targets);
-    return static_cast<unsigned>(all);
+    return call.scores.size(0) * args.blocks_per_image;
   };
-  const bool rows = args.scores_class == 1 && args.seed_class == 1 && args.rule.classes > 1;
-  if (rows) {
-    const unsigned grid = blocks(kRows);
-    seed_rows<T, kRunnerUp><<<grid, kRows, 0, stream>>>(args);
+  constexpr int V = kPackSize<T>;
+  if (args.scores_class == 1 && args.seed_class == 1 && args.rule.classes > 1) {
+    const int64_t blocks = blocks_of(kRows);
+    launch(seed_rows<T, kRunnerUp>, blocks, kRows, args);
   } else if (packs_fit<T>(args)) {
-    const unsigned grid = blocks(kThreads * kPackSize<T>);
-    seed_planes<T, kRunnerUp, kPackSize<T>><<<grid, kThreads, 0, stream>>>(args);
+    const int64_t blocks = blocks_of(kThreads * V);
+    launch(seed_planes<T, kRunnerUp, V>, blocks, kThreads, args);
   } else {
-    const unsigned grid = blocks(kThreads);
-    seed_planes<T, kRunnerUp, 1><<<grid, kThreads, 0, stream>>>(args);
+    const int64_t blocks = blocks_of(kThreads);
+    launch(seed_planes<T, kRunnerUp, 1>, blocks, kThreads, args);
   }
 }
 
 // scores (N, C, *T), labels and adversarial (N, *T); see the CPU's.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
-                                    bool reach, int64_t ignore_index) {
-  const Launch on(scores);
-  const SeedCall call(scores, labels, adversarial, reach, ignore_index);
+                                    std::string objective, int64_t ignore_index) {
+  const Launcher launch("dag_seed", scores);
+  const SeedCall call(scores, labels, adversarial, objective_named(objective), ignore_index);
   if (scores.numel() == 0) return {call.seed, call.active};
   for_float_type("scores", scores.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    call.runner_up ? launch<T, true>(call, on.stream()) : launch<T, false>(call, on.stream());
+    call.runner_up ? seed_targets<T, true>(call, launch) : seed_targets<T, false>(call, launch);
   });
-  on.check("dag_seed");
   return {call.seed, call.active};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dagcore, CUDA, library) {
-  library.impl("dag_seed", TORCH_BOX(&dag_seed));
-}
+DAGCORE_REGISTER(DAGCORE_CUDA_KEY, "dag_seed", dag_seed)
 
 }  // namespace dagcore

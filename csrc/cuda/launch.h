@@ -1,45 +1,54 @@
-// What every launch needs: the tensor's device, torch's current stream, an answer if it fails.
+// The one way to launch a kernel: on the tensor's device, on torch's current stream, with an error
+// if it fails. Nothing here or in the kernels needs CUDA's own syntax, so that the same files
+// compile for the host where CUDA's words are defined away.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <utility>
+
 #include "../checks.h"
+#include "../registration.h"
 
 namespace dagcore {
 
-// Makes the tensor's device current for its lifetime and knows its current stream.
-class Launch {
+// Makes the tensor's device current for its lifetime, and launches there.
+class Launcher {
  public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  Launcher(const char* op, const Tensor& tensor)
+      : op_(op), guard_(tensor.get_device_index()), stream_(nullptr) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  cudaStream_t stream() const { return stream_; }
-  void check(const char* op) const {
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, op,
-                    " could not be launched: ", cudaGetErrorString(error));
+
+  // kernel(arguments...) on `blocks` > 0 blocks of `threads` threads.
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  Arguments&&... arguments) const {
+    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op_, " needs ", blocks,
+                    " blocks, and CUDA launches fewer than 2^31: pass fewer images at once");
+    const cudaLaunchConfig_t config{dim3(static_cast<unsigned>(blocks)),
+                                    dim3(static_cast<unsigned>(threads)),
+                                    /*dynamicSmemBytes=*/0,
+                                    stream_,
+                                    /*attrs=*/nullptr,
+                                    /*numAttrs=*/0};
+    const cudaError_t error =
+        cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // reported here, not once more by whoever asks next
+    STD_TORCH_CHECK(false, op_, " could not be launched: ", cudaGetErrorString(error));
   }
 
  private:
+  const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
-
-// V neighbours, loaded and stored at once.
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T value[V];
-};
-
-template <typename T>
-constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
-
-inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

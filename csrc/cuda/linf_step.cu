@@ -4,33 +4,43 @@
 
 #include "../linf_step.h"
 #include "launch.h"
+#include "pack.cuh"
 
 namespace dagcore {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocks = 4096;  // at most, over all images: beyond, blocks take several packs
+// Over all images: beyond, threads take several packs each. Every image has a block at least.
+constexpr int64_t kBlocks = 4096;
 
-struct Args {
+struct StepArgs {
   void* images;
   const void *origin, *gradient;
   const int32_t* active;
   int64_t active_stride;
   void* norms;
   int64_t batch[kStepOperands];
-  int64_t pixels;  // of an image
+  int64_t pixels;            // of an image
+  int64_t blocks_per_image;  // a block works on one image
   Walk<kStepOperands> walk;
 
-  explicit Args(const StepCall& call)
-      : images(call.images.data_ptr()),
-        origin(call.origin.data_ptr()),
-        gradient(call.gradient.data_ptr()),
-        active(static_cast<const int32_t*>(call.active.data_ptr())),
+  explicit StepArgs(const StepCall& call)
+      : images(call.images.mutable_data_ptr()),
+        origin(call.origin.const_data_ptr()),
+        gradient(call.gradient.const_data_ptr()),
+        active(static_cast<const int32_t*>(call.active.const_data_ptr())),
         active_stride(call.active.stride(0)),
-        norms(call.norms.data_ptr()),
+        norms(call.norms.mutable_data_ptr()),
         batch{call.images.stride(0), call.origin.stride(0), call.gradient.stride(0)},
         pixels(call.walk.rows() * call.walk.inner()),
+        blocks_per_image(0),
         walk(call.walk) {}
+
+  // A thread's first pack of its image, and from one to the next.
+  __device__ int64_t first_pack() const {
+    return blockIdx.x % blocks_per_image * kThreads + static_cast<int64_t>(threadIdx.x);
+  }
+  __device__ int64_t pack_step() const { return blocks_per_image * kThreads; }
 
   __device__ bool is_active(int64_t n) const { return active[n * active_stride] > 0; }
 
@@ -54,16 +64,16 @@ __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
 
 // ||gradient||_inf as bits, an integer maximum: the order of the blocks does not matter.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) largest_magnitude(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads)
+    largest_magnitude(const __grid_constant__ StepArgs args) {
   using Bits = typename Pixel<T>::Bits;
-  const int64_t n = blockIdx.y;
+  const int64_t n = blockIdx.x / args.blocks_per_image;
   if (!args.is_active(n)) return;
   const T* gradient = static_cast<const T*>(args.gradient);
   const int64_t packs = args.pixels / V;
   Bits most = 0;
 #pragma unroll 4
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < packs;
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
+  for (int64_t i = args.first_pack(); i < packs; i += args.pack_step()) {
     int64_t at[kStepOperands];
     args.locate(n, i, V, at);
     const Pack<T, V> r = *reinterpret_cast<const Pack<T, V>*>(gradient + at[kGradient]);
@@ -83,15 +93,14 @@ __global__ void __launch_bounds__(kThreads) largest_magnitude(const __grid_const
 
 template <typename T, int V, bool kBall>
 __global__ void __launch_bounds__(kThreads)
-    update(const __grid_constant__ Args args, Step<typename Pixel<T>::Real> step) {
+    update(const __grid_constant__ StepArgs args, Step<typename Pixel<T>::Real> step) {
   using Real = typename Pixel<T>::Real;
-  const int64_t n = blockIdx.y;
+  const int64_t n = blockIdx.x / args.blocks_per_image;
   const Real scale = step_scale(step.gamma, static_cast<const Real*>(args.norms)[n]);
   if (!args.is_active(n) || scale == 0) return;
   const int64_t packs = args.pixels / V;
 #pragma unroll 2
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < packs;
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
+  for (int64_t i = args.first_pack(); i < packs; i += args.pack_step()) {
     int64_t at[kStepOperands];
     args.locate(n, i, V, at);
     Pack<T, V>* image = reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.images) + at[kImages]);
@@ -115,50 +124,46 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int V>
-void launch_packed(const StepCall& call, const Args& args, cudaStream_t stream) {
-  using Real = typename Pixel<T>::Real;
+void step_packs(const StepCall& call, StepArgs args, const Launcher& launch) {
   const int64_t images = call.images.size(0);
-  STD_TORCH_CHECK(images < 65536, "images must be fewer than 65536 in one call, got ", images);
-  const int64_t blocks =
-      std::max<int64_t>(1, std::min(ceil_div(args.pixels, kThreads * V), kBlocks / images));
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(images));
-  largest_magnitude<T, V><<<grid, kThreads, 0, stream>>>(args);
+  const int64_t needed = ceil_div(args.pixels, kThreads * V);
+  args.blocks_per_image = std::max<int64_t>(1, std::min(needed, kBlocks / images));
+  const int64_t blocks = images * args.blocks_per_image;
+  const auto step = call.step_as<typename Pixel<T>::Real>();
+  launch(largest_magnitude<T, V>, blocks, kThreads, args);
   if (call.step.epsilon < std::numeric_limits<double>::infinity()) {
-    update<T, V, true><<<grid, kThreads, 0, stream>>>(args, call.step_as<Real>());
+    launch(update<T, V, true>, blocks, kThreads, args, step);
   } else {
-    update<T, V, false><<<grid, kThreads, 0, stream>>>(args, call.step_as<Real>());
+    launch(update<T, V, false>, blocks, kThreads, args, step);
   }
 }
 
 template <typename T>
-void launch(const StepCall& call, cudaStream_t stream) {
+void step_images(const StepCall& call, const Launcher& launch) {
   constexpr int V = kPackSize<T>;
-  const Args args(call);
+  const StepArgs args(call);
   bool packs = args.walk.inner() % V == 0 && aligned(args.images) && aligned(args.origin) &&
                aligned(args.gradient);
   for (int k = 0; k < kStepOperands; ++k) {
     packs = packs && args.walk.inner_stride(k) == 1 && args.batch[k] % V == 0;
     for (int d = 0; d < args.walk.dims - 1; ++d) packs = packs && args.walk.stride[d][k] % V == 0;
   }
-  packs ? launch_packed<T, V>(call, args, stream) : launch_packed<T, 1>(call, args, stream);
+  packs ? step_packs<T, V>(call, args, launch) : step_packs<T, 1>(call, args, launch);
 }
 
 // images, origin, gradient (N, *); active (N,); see the CPU's.
 Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
                  double lower, double upper, double epsilon) {
-  const Launch on(images);
+  const Launcher launch("linf_step_", images);
   const StepCall call(images, origin, gradient, active, {gamma, lower, upper, epsilon});
   if (images.numel() == 0) return call.norms;
   for_float_type("images", images.scalar_type(),
-                 [&](auto type) { launch<decltype(type)>(call, on.stream()); });
-  on.check("linf_step_");
+                 [&](auto type) { step_images<decltype(type)>(call, launch); });
   return call.norms;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dagcore, CUDA, library) {
-  library.impl("linf_step_", TORCH_BOX(&linf_step));
-}
+DAGCORE_REGISTER(DAGCORE_CUDA_KEY, "linf_step_", linf_step)
 
 }  // namespace dagcore

@@ -22,12 +22,12 @@ OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_")
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
     "int ignore_index) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, bool reach, "
+    "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
     "int ignore_index, bool align_corners) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -142,7 +142,7 @@ def dag_seed(
     """
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     seed, active = torch.ops.dagcore.dag_seed(
-        scores.detach(), labels, adversarial, goal == "reach", ignore_index
+        scores.detach(), labels, adversarial, goal, ignore_index
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
@@ -185,7 +185,7 @@ def dag_seed_bilinear(
     )
     checks.boolean("align_corners", align_corners)
     seed, active = torch.ops.dagcore.dag_seed_bilinear(
-        scores.detach(), labels, adversarial, goal == "reach", ignore_index, align_corners
+        scores.detach(), labels, adversarial, goal, ignore_index, align_corners
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label

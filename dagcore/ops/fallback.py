@@ -59,7 +59,7 @@ def dag_seed(
         void = (adversarial.long() == ignore_index) & (not 0 <= ignore_index < classes)
         counted = counted & ~void
         plus = torch.where(counted, adversarial.long(), 0)
-    if objective in ("leave", False):
+    if objective == "leave":
         minus, holds = label, (winner == label) | best.isnan()
         counted = counted & (plus != label)
     else:

@@ -1,26 +1,9 @@
-// Labels of any integer type, as class indices.
+// Rows of labels of any integer type, as class indices.
 #pragma once
 
-#include <type_traits>
-
-#include "../checks.h"
+#include "../labels.h"
 
 namespace dagcore {
-
-// (N, *T) uint8, int32 or int64; the offset of a target within its image is the caller's.
-struct LabelSource {
-  const void* data;
-  ScalarType type;
-  int64_t batch_stride;
-
-  explicit LabelSource(const Tensor& labels)
-      : data(labels.data_ptr()), type(labels.scalar_type()), batch_stride(labels.stride(0)) {}
-
-  const void* at(int64_t n, int64_t offset) const {
-    const int64_t width = type == ScalarType::Byte ? 1 : type == ScalarType::Int ? 4 : 8;
-    return static_cast<const char*>(data) + (n * batch_stride + offset) * width;
-  }
-};
 
 // `count` labels in a row, `stride` apart, through read_label or read_adversarial.
 template <typename Index, bool kIsAdversarial>

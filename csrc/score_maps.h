@@ -1,0 +1,38 @@
+// Low-resolution scores and the enlarged map that reads them: what every bilinear op starts from.
+#pragma once
+
+#include "checks.h"
+
+namespace dagcore {
+
+inline void check_score_maps(const Tensor& scores) {
+  STD_TORCH_CHECK(
+      scores.dim() == 4 && scores.size(1) >= 1 && scores.size(2) >= 1 && scores.size(3) >= 1,
+      "scores must have shape (N, C, h, w) with at least one class and pixel, got ", shape(scores));
+  STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
+}
+
+struct ScoreMaps {
+  const void* data;
+  int64_t batch_stride, class_stride, row_stride, column_stride;
+  int64_t images, classes, height, width;
+  int64_t out_height, out_width;
+  bool align_corners;
+
+  ScoreMaps(const Tensor& scores,  // (N, C, h, w)
+            int64_t out_height, int64_t out_width, bool align_corners)
+      : data(scores.const_data_ptr()),
+        batch_stride(scores.stride(0)),
+        class_stride(scores.stride(1)),
+        row_stride(scores.stride(2)),
+        column_stride(scores.stride(3)),
+        images(scores.size(0)),
+        classes(scores.size(1)),
+        height(scores.size(2)),
+        width(scores.size(3)),
+        out_height(out_height),
+        out_width(out_width),
+        align_corners(align_corners) {}
+};
+
+}  // namespace dagcore
