@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dagcore.cli.bench import alternate, seconds, spread
 from dagcore.ops import native
+from dagcore.timing import alternate, seconds, spread
 
 __all__ = ["alternate", "seconds", "spread"]  # and what is defined here
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's if None); return the exit status."""
     try:
-        from .cli import run
+        from . import cli
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dagcore"):
             raise
         print(f'dagcore: {error.name} is missing: pip install "dagcore[cli]"', file=sys.stderr)
         return 2
-    return run(sys.argv[1:] if argv is None else argv)
+    return cli.main(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

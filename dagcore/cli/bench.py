@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from .. import ops, reference
@@ -17,55 +20,25 @@ from ..attacks.dag import DAG
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
 from ..errors import ArgumentError
+from ..evaluation.targets import find_device
 from ..files import atomic_write
 from ..info import versions
 from ..reference import input_gradient
+from ..timing import Sides, alternate, spread
 from ..victims import Detector, Victim, load, prepare
+from . import faults, options
 
-Sides = Mapping[str, Callable[[], object]]
 Row = dict[str, Any]
 
-SHAPES = ((1, 21, 512, 512), (4, 21, 512, 512), (1, 150, 512, 512))
+Shape = tuple[int, int, int, int]
+SHAPES: tuple[Shape, ...] = ((1, 21, 512, 512), (4, 21, 512, 512), (1, 150, 512, 512))
 UPDATES = 4
 
 
-def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's work included."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def alternate(
-    sides: Sides, rounds: int, warmup: int = 1, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
-    for _ in range(warmup):
-        for run in sides.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            times[name].append(seconds(run, device))
-    return times
-
-
-def spread(values: list[float], scale: float = 1.0) -> str:
-    """Median (lower to upper quartile)."""
-    if len(values) < 2:
-        return f"{values[0] * scale:.2f}"
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{statistics.median(values) * scale:.2f} ({low * scale:.2f} to {high * scale:.2f})"
-
-
-def measure_ops(rounds: int, device: str) -> list[Row]:
+def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
     """Each op beside the reference, and beside `clone` of what it must read."""
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         generator = torch.Generator().manual_seed(0)
         scores = torch.randn(shape, generator=generator)
         right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
@@ -122,10 +95,11 @@ def measure_updates(
     model: str,
     weights: Path | None,
     shape: tuple[int, int, int],  # (N, H, W)
+    updates: int,
     rounds: int,
     device: str,
 ) -> Row:
-    """One update of an attack on a segmentation network, beside its bare gradient.
+    """One of some updates of an attack on a segmentation network, beside its bare gradient.
 
     The images are noise, and their labels what the network sees, so that most targets are active.
 
@@ -153,37 +127,33 @@ def measure_updates(
     except RuntimeError as error:
         raise ArgumentError(f"--model {model} cannot be prepared: {error}") from error
     sides: Sides = {
-        "bare network": lambda: _bare(victim, images, labels),
-        "reference": lambda: _attack(victim, images, labels, "reference"),
-        "native": lambda: _attack(victim, images, labels, "native"),
-        "native, prepared": lambda: _attack(prepared, images, labels, "native"),
+        "bare network": lambda: _bare(victim, images, labels, updates),
+        "reference": lambda: _attack(victim, images, labels, updates, "reference"),
+        "native": lambda: _attack(victim, images, labels, updates, "native"),
+        "native, prepared": lambda: _attack(prepared, images, labels, updates, "native"),
     }
     times = alternate(sides, rounds, device=device)
-    per_update = {name: [s / UPDATES for s in found] for name, found in times.items()}
+    per_update = {name: [s / updates for s in found] for name, found in times.items()}
     return {"what": model, "case": "x".join(map(str, images.shape)), "seconds": per_update}
 
 
-def _bare(victim: Victim, images: Tensor, labels: Tensor) -> None:
+def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
     """The network's forward pass and input gradient, as often as an attack evaluates them."""
     reader = ScoreModel(victim)
     with frozen(victim):
-        for _ in range(UPDATES):
+        for _ in range(updates):
             leaf = images.detach().requires_grad_()
             scores = reader(leaf, labels)
             input_gradient(scores, leaf, torch.ones_like(scores))
 
 
-def _attack(model: Any, images: Tensor, labels: Tensor, backend: str) -> None:
+def _attack(model: Any, images: Tensor, labels: Tensor, updates: int, backend: str) -> None:
     """An attack of some updates; its last evaluation makes it one forward pass more."""
-    DAG(max_iter=UPDATES, backend=backend)(model, images, labels, "runner-up")
+    DAG(max_iter=updates, backend=backend)(model, images, labels, "runner-up")
 
 
 def report(rows: list[Row], device: str, path: Path | None) -> None:
     """Print medians in ms with ratios, and keep all times where a path is given."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     for first in ("dag_seed", None):  # the ops' sides, then the updates'
         chosen = [row for row in rows if ("floor" in row["seconds"]) == (first is not None)]
         if not chosen:
@@ -212,10 +182,39 @@ def bench(
     rounds: int,
     device: str,
     path: Path | None,
+    *,
+    shapes: Sequence[Shape] = SHAPES,
+    updates: int = UPDATES,
 ) -> None:
-    """Time the ops, and with a model its updates, and show them."""
-    with freed_memory_kept():
-        rows = measure_ops(rounds, device)
+    """Time the ops on scores of some shapes, and with a model its updates, and show them."""
+    with freed_memory_kept(), faults.of_model(model):
+        rows = measure_ops(shapes, rounds, device)
         if model is not None:
-            rows.append(measure_updates(model, weights, shape, rounds, device))
+            rows.append(measure_updates(model, weights, shape, updates, rounds, device))
     report(rows, device, path)
+
+
+@click.command("bench")
+@options.model(note=" Without it only the ops are timed; detectors are not.")
+@click.option(
+    "--size", type=options.Size(), default="512x512", help="Size of the images for the network."
+)
+@options.count("--batch", default=1, help="Images at a time.")
+@options.count("--rounds", default=9, help="How often each side is timed.")
+@options.device
+@click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Keep all times there.")
+def command(
+    model: str | None,
+    weights: Path | None,
+    size: tuple[int, int],
+    batch: int,
+    rounds: int,
+    device: str | None,
+    path: Path | None,
+) -> None:
+    """Time the ops on this machine, and with a --model an attack's updates on its network.
+
+    Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
+    bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
+    """
+    bench(model, weights, (batch, *size), rounds, str(find_device(device)), path)

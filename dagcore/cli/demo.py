@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -21,7 +21,8 @@ from ..evaluation.outcome import Outcome, attack_images, output_files, predict, 
 from ..info import versions
 from ..optional import optional_import
 from ..victims import Victim, load
-from .progress import Reporter, show_table
+from . import options
+from .progress import ImageProgress, Row, show_table
 
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket")
 SIZE = (384, 256)  # width, height: 96 targets
@@ -47,32 +48,30 @@ What to look at:
 rounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the attack does."""
 
 
-def photographs() -> Tensor:
-    """The photographs, cut to one size: (N, 3, H, W) in [0, 1]."""
+def photographs(names: Sequence[str], size: tuple[int, int]) -> Tensor:
+    """Photographs, cut to one size (width, height): (N, 3, H, W) in [0, 1]."""
     data = optional_import("skimage.data", "demo")
     pixels = [
-        np.array(ImageOps.fit(Image.fromarray(getattr(data, name)()), SIZE)) for name in PHOTOGRAPHS
+        np.array(ImageOps.fit(Image.fromarray(getattr(data, name)()), size)) for name in names
     ]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 class Demo:
-    """The demo network and the photographs, attacked into a folder."""
+    """The demo network and photographs, attacked into a folder."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, images: Tensor, progress: ImageProgress) -> None:
+        self.out, self.images, self.progress = out, images, progress
+        self.done = 0
         victim = load("demo")
         assert isinstance(victim, Victim)
         self.victim = victim
-        self.images = photographs()
         self.labels = predict(self.victim, self.images).argmax(1).int()
         assert self.victim.classes is not None
         self.target = find_class(TARGET, len(self.victim.classes), self.victim.classes)
         make_folder(out)
 
-    def attack(
-        self, what: str, adversary: Adversary, photos: Sequence[str], reporter: Reporter
-    ) -> list[Outcome]:
+    def attack(self, what: str, adversary: Adversary, photos: Sequence[str]) -> list[Outcome]:
         """Attack some of the photographs in one batch, and write what comes of it."""
         assert self.victim.classes is not None
         count = len(photos)
@@ -91,7 +90,9 @@ class Demo:
             torch.stack(maps) if maps else adversary.kind,
             names=[f"{photo}-{what}" for photo in photos],
             generator=generator,
-            callback=lambda m, active: reporter.update(what, m, int(active.clamp(min=0).sum())),
+            callback=lambda m, active: self.progress.update(
+                what, m, int(active.clamp(min=0).sum())
+            ),
         )
         for outcome, (_, classes) in zip(outcomes, chosen, strict=True):
             record = {
@@ -102,46 +103,50 @@ class Demo:
                 "versions": versions(),
             }
             write(outcome, self.out, self.victim, goal=dag.goal, record=record | classes)
-        reporter.finished(outcomes)
+            self.finished(outcome)
         return outcomes
 
+    def attack_scene(self) -> list[tuple[str, Outcome]]:
+        """Attack a scene with networks of the zoo, as `dagcore attack` does."""
+        path = self.out / "scene.png"
+        files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
+        rows = []
+        for name in SCENE_NETWORKS:
+            work = plan(Request(images=[path], out=self.out / name.lower(), model=name))
+            for outcome in work.run(
+                lambda _, *where, name=name: self.progress.update(name, *where)
+            ):
+                self.finished(outcome)
+                rows.append((name, outcome))
+        return rows
 
-def _tell(reporter: Reporter, what: str, _: int, update: int, active: int) -> None:
-    reporter.update(what, update, active)
+    def finished(self, outcome: Outcome) -> None:
+        """Count an image."""
+        self.done += 1
+        self.progress.finished(self.done, outcome.line())
 
 
-def attack_scene(out: Path, reporter: Reporter) -> list[tuple[str, Outcome]]:
-    """Attack a scene with networks of the zoo, as `dagcore attack` does."""
-    path = out / "scene.png"
-    files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
-    rows = []
-    for name in SCENE_NETWORKS:
-        work = plan(Request(images=[path], out=out / name.lower(), model=name))
-        for outcome in work.run(partial(_tell, reporter, name)):
-            reporter.finished([outcome])
-            rows.append((name, outcome))
-    return rows
-
-
-def run(out: Path) -> None:
-    """Attack, write, print."""
-    demo = Demo(out)
+def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = SIZE) -> None:
+    """Attack photographs of scikit-image, cut to a size (width, height), and a scene."""
+    progress = ImageProgress(transient=True)
+    demo = Demo(out, photographs(names, size), progress)
     background = int(demo.labels[0].flatten().mode().values)
     attacks = {
-        "permutation": (Adversary("permutation"), PHOTOGRAPHS),
-        "one-class": (Adversary("class", demo.target), PHOTOGRAPHS),
-        "pattern": (Adversary(PATTERN, demo.target, background), PHOTOGRAPHS[:1]),
+        "permutation": (Adversary("permutation"), names),
+        "one-class": (Adversary("class", demo.target), names),
+        "pattern": (Adversary(PATTERN, demo.target, background), names[:1]),
     }
-    rows = []
+    rows: list[tuple[Row, Outcome]] = []
     total = sum(len(photos) for _, photos in attacks.values()) + len(SCENE_NETWORKS)
-    with Reporter(total) as reporter:
+    progress.begin(total, total)
+    with progress:
         for what, (adversary, photos) in attacks.items():
-            outcomes = demo.attack(what, adversary, photos, reporter)
+            outcomes = demo.attack(what, adversary, photos)
             rows += [((p, what), outcome) for p, outcome in zip(photos, outcomes, strict=True)]
-        rows += [((f"scene, {name}", "permutation"), o) for name, o in attack_scene(out, reporter)]
+        rows += [((f"scene, {name}", "permutation"), o) for name, o in demo.attack_scene()]
     show_table(("image", "attack"), rows)
     assert demo.victim.classes is not None
-    first = PHOTOGRAPHS[0]
+    first = names[0]
     print(
         LOOK_AT.format(
             permutation=output_files(out, f"{first}-permutation")["figure"],
@@ -155,3 +160,10 @@ def run(out: Path) -> None:
             ),
         )
     )
+
+
+@click.command("demo")
+@options.out("Folder for the output.", default="demo")
+def command(out: Path) -> None:
+    """Attack the photographs of scikit-image and a scene, and say what to look at."""
+    run(out)

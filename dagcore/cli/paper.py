@@ -1,8 +1,9 @@
-"""The bodies of `dagcore paper`."""
+"""`dagcore paper all`, `table` and `figure`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from ..paper.fancy import fancy
 from ..paper.reading import findings, text
 from ..paper.tables import TABLES, measure
 from ..paper.work import Setup
+from . import options
 from .progress import Counter
 
 DIAGNOSES = {
@@ -23,8 +25,44 @@ DIAGNOSES = {
 }
 
 
-def table(name: str, setup: Setup) -> None:
-    """Make a table, and say where it is."""
+@click.group("paper")
+def command() -> None:
+    """The paper's experiments, on the zoo's networks."""
+
+
+experiment = options.all_of(
+    options.out(
+        "Folder for the results. Perturbations that it has are used again.", default="paper"
+    ),
+    options.count("--images", default=100, help="Images to attack."),
+    options.seed(),
+    options.device,
+    click.option(
+        "--data",
+        default="scenes",
+        metavar="scenes|DIR",
+        help="The test scenes, or the test images of VOC2007 in a VOCdevkit folder.",
+    ),
+    click.option(
+        "--weights",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Folder with NETWORK.safetensors or NETWORK.pth.  [default: the zoo's own]",
+    ),
+    options.count("--jobs", help="Processes side by side.  [default: one per core, one on a GPU]"),
+)
+
+
+@command.command("table")
+@click.argument("name", type=click.Choice(tuple(TABLES)))
+@experiment
+def table(name: str, **given: Any) -> None:
+    """Make one of the paper's tables.
+
+    Networks attacked by their own perturbations and by others', alone, added up and permuted. It
+    is shown beside the paper's own numbers.
+    """
+    setup = Setup(**given)
     with Counter() as counter:
         made = measure(setup, name, counter)
     paths = made.write(setup)
@@ -33,8 +71,14 @@ def table(name: str, setup: Setup) -> None:
     click.echo(f"written to {', '.join(map(str, paths))}")
 
 
-def everything(setup: Setup) -> None:
-    """Make all tables, figures and examples, and the page."""
+@command.command("all")
+@experiment
+def everything(**given: Any) -> None:
+    """Make every table, figure and example, and one page with all of them, index.html.
+
+    What is already there is used again; a run that was interrupted goes on where it stopped.
+    """
+    setup = Setup(**given)
     with Counter() as counter:
         scores, made = {}, []
         for name in TABLES:
@@ -62,8 +106,19 @@ def write_fancy(setup: Setup, rows: list[Row]) -> Path:
     return path
 
 
-def figure(name: str, setup: Setup, networks: tuple[str, ...]) -> None:
-    """Make a figure and its table, or the fancy examples, and say where they are."""
+@command.command("figure")
+@click.argument("name", type=click.Choice((*DIAGNOSES, "fancy")))
+@click.argument("networks", nargs=-1, metavar="[NETWORK]...")
+@experiment
+def figure(name: str, networks: tuple[str, ...], **given: Any) -> None:
+    """Make a figure with its table, of NETWORKs or of the paper's.
+
+    denseness: two-stage detectors attacked with more and less dense proposals. convergence: active
+    targets against updates, and which images do not end within the budget. perceptibility: how
+    visible each network's perturbations are. fancy: prescribed segmentations, several networks
+    fooled at once, noise that is seen as an object.
+    """
+    setup = Setup(**given)
     with Counter() as counter:
         if name == "fancy":
             if networks:

@@ -15,7 +15,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -30,6 +29,9 @@ from ..evaluation.outcome import Outcome
 if TYPE_CHECKING:
     from typing_extensions import Self  # in Python 3.10
 
+    from ..zoo import training
+
+
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
@@ -37,18 +39,34 @@ LINE_SECONDS = 15  # from one plain line to the next
 
 
 class Bars:
-    """Progress on stderr: bars where it is a terminal, shown while a `with` block runs."""
+    """Progress on stderr while a `with` block runs: bars on a terminal, lines elsewhere.
 
-    def __init__(
-        self, *columns: ProgressColumn, transient: bool = False, silent: bool = False
-    ) -> None:
-        console = Console(stderr=True)
+    Pieces of work are called by names, one bar each.
+    """
+
+    def __init__(self, *, transient: bool = False) -> None:
+        self.transient, self.silent = transient, False
         self.bars: Progress | None = None
-        if console.is_terminal and not silent:
-            self.bars = Progress(*columns, console=console, transient=transient)
+        self.tasks: dict[str, TaskID] = {}
+        self.done: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if self.bars is not None:
+        console = Console(stderr=True)
+        if console.is_terminal and not self.silent:
+            self.bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}", markup=False),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=self.transient,
+            )
             self.bars.start()
         return self
 
@@ -61,125 +79,148 @@ class Bars:
         if self.bars is not None:
             self.bars.stop()
 
+    def begun(self, what: str, total: int, done: int) -> None:
+        """Take up a piece of work, of which some may be done already."""
+        self.total[what], self.done[what] = total, done
+        self._began[what] = time.monotonic(), done
 
-class Reporter(Bars):
-    """Images done, update and active targets: a bar on a terminal, a line per image elsewhere."""
+    def rate(self, what: str) -> float:
+        """How much is done a second."""
+        begin, before = self._began[what]
+        return (self.done[what] - before) / max(time.monotonic() - begin, 1e-9)
 
-    def __init__(self, total: int) -> None:
-        super().__init__(
-            TextColumn("images"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            transient=True,
-        )
-        self.total, self.done = total, 0
+    def left(self, what: str) -> str:
+        """The time that is left."""
+        rate = self.rate(what)
+        if not rate:
+            return ""
+        seconds = round((self.total[what] - self.done[what]) / rate)
+        return f"{datetime.timedelta(seconds=seconds)} left"
+
+    def draw(self, what: str, state: str = "") -> None:
+        """Bring a bar up to date, where there are bars."""
+        if self.bars is None:
+            return
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=self.total[what], state="")
+        self.bars.update(self.tasks[what], completed=self.done[what], state=state)
+
+    def show(self, what: str, state: str = "") -> None:
+        """Show how far a piece of work is; in lines only now and then, and at its end."""
+        self.draw(what, state)
+        now, ended = time.monotonic(), self.done[what] == self.total[what]
+        if self.bars is None and (
+            ended or now - self._told.get(what, -LINE_SECONDS) >= LINE_SECONDS
+        ):
+            self._told[what] = now
+            count = f"{what}: {self.done[what]}/{self.total[what]}"
+            self.tell("  ".join(filter(None, (count, state, "" if ended else self.left(what)))))
+
+    def tell(self, line: str) -> None:
+        """Print a line, above the bars where there are bars."""
         if self.bars is not None:
-            self.task = self.bars.add_task("", total=total)
-
-    def update(self, what: str, update: int, active: int) -> None:
-        """Show where an attack stands."""
-        if self.bars is not None:
-            text = f"{what}: update {update}, {active} targets active"
-            self.bars.update(self.task, description=text.replace("[", r"\["))
-
-    def finished(self, outcomes: Sequence[Outcome]) -> None:
-        """Count finished images."""
-        for outcome in outcomes:
-            self.done += 1
-            if self.bars is None:
-                line = f"[{self.done}/{self.total}] {outcome.line()}"
-                print(line, file=sys.stderr, flush=True)
-        if self.bars is not None:
-            self.bars.update(self.task, completed=self.done)
+            self.bars.console.print(line, markup=False, highlight=False, emoji=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
-class RunReporter(Bars):
-    """Images done of all ranks' and a second, active targets, time left; lines elsewhere.
+class Counter(Bars):
+    """How far several pieces of work are: the `Progress` of the paper's experiments."""
 
-    On a terminal what happened to an image is a line only where it was passed over; elsewhere
-    each image has one.
+    def add(self, what: str, total: int, *, done: int = 0) -> None:
+        """Announce a piece of work, of which some may be done already."""
+        self.begun(what, total, done)
+        self.draw(what)
+
+    def advance(self, what: str, count: int = 1) -> None:
+        """Count what has been done."""
+        self.done[what] += count
+        self.show(what)
+
+
+class TrainingProgress(Bars):
+    """How far trainings are, by the names of their networks."""
+
+    def update(self, progress: training.Progress) -> None:
+        """Show where a training stands."""
+        name = progress.name
+        if name not in self.total:
+            self.begun(name, progress.total, progress.samples)
+        self.done[name] = progress.samples
+        self.show(name, f"loss {progress.loss:.3f}  {self.rate(name):.0f} images/s")
+
+
+class ImageProgress(Bars):
+    """Images done of all ranks' and a second, active targets, time left.
+
+    On a terminal what happened to an image is a line only where it was passed over; elsewhere each
+    image has one.
     """
 
-    def __init__(self, *, silent: bool = False) -> None:
-        super().__init__(
-            TextColumn("images"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            silent=silent,
-        )
-        self.silent = silent
-        self.total, self.before, self.started = 0, 0, 0.0
-        self.speed, self.active = "", ""
+    before = 0
+    active = ""
 
-    def begin(self, total: int, missing: int) -> None:
-        """Announce the images, of which some are done already."""
-        self.total, self.before, self.started = total, total - missing, time.monotonic()
-        if self.bars is not None:
-            self.task = self.bars.add_task("", total=total, completed=self.before)
+    def begin(self, total: int, missing: int, *, silent: bool = False) -> None:
+        """Announce the images, of which some are done already; all but the first rank is silent."""
+        self.silent, self.before = silent, total - missing
+        self.begun("images", total, self.before)
+
+    def update(self, name: str, update: int, active: int) -> None:
+        """Show where the attack on an image stands."""
+        self._draw(f"{name}: update {update}, {active} targets active")
 
     def watched(self, keys: Sequence[object], active: Tensor) -> None:
         """Hear of the active targets of the images under attack, -1 of those that stopped."""
         if self.bars is not None:
-            self.active = f"{int(active.clamp(min=0).sum())} targets active"
-            self._describe()
+            self._draw(f"{int(active.clamp(min=0).sum())} targets active")
 
     def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
         """Hear what became of an image, of which so many have been finished by all ranks."""
-        if self.silent:
+        self.done["images"] = self.before + count
+        if self.silent or self.bars is not None:
             if passed_over:
-                print(what, file=sys.stderr, flush=True)
-            return
-        done, seconds = self.before + count, time.monotonic() - self.started
-        rate = count / seconds
-        left = datetime.timedelta(seconds=round((self.total - done) / rate))
-        self.speed = f"{rate:.2f} images/s"
-        if self.bars is None:
-            line = f"[{done}/{self.total}] {what} · {self.speed}, {left} left"
-            print(line, file=sys.stderr, flush=True)
-            return
-        if passed_over:
-            self.bars.console.print(what, markup=False, highlight=False, emoji=False)
-        self.bars.update(self.task, completed=done)
-        self._describe()
+                self.tell(what)
+        else:
+            speed = f"{self.rate('images'):.2f} images/s, {self.left('images')}"
+            self.tell(f"[{self.done['images']}/{self.total['images']}] {what} · {speed}")
+        self._draw(self.active)
 
-    def _describe(self) -> None:
-        assert self.bars is not None
-        text = " · ".join(filter(None, (self.speed, self.active)))
-        self.bars.update(self.task, description=text)
+    def _draw(self, active: str) -> None:
+        self.active = active
+        speed = f"{self.rate('images'):.2f} images/s" if self.done["images"] > self.before else ""
+        self.draw("images", " · ".join(filter(None, (speed, active))))
+
+    def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
+        """Print the summary of a run, and how many images were attacked a second."""
+        table = Table(box=box.SIMPLE_HEAD, show_header=False)
+        table.add_column(style="dim")
+        table.add_column()
+        for name, value in summary.items():
+            if name == "failed":
+                continue
+            told = str(value)
+            if isinstance(value, float):
+                told = f"{value:.1f}"
+            elif isinstance(value, Mapping) and "before" in value:
+                told = ", ".join(
+                    f"{stage.replace('_', ' ')} {one['mean']:.1f} %"
+                    for stage, one in value.items()
+                    if one["mean"] is not None
+                )
+            elif isinstance(value, Mapping):
+                form = ".2e" if name.startswith("perceptibility") else ".4g"
+                told = ", ".join(f"{what} {number:{form}}" for what, number in value.items())
+            if value is not None and told:
+                table.add_row(name, told)
+        if speed is not None:
+            table.add_row("images/s", f"{speed:.3g}")
+        if summary["failed"]:
+            table.add_row("passed over", f"{len(summary['failed'])}, with reasons in images.jsonl")
+        print_table(table)
 
 
-def show_summary(summary: Mapping[str, Any], speed: float | None) -> None:
-    """Print the summary of a run."""
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in summary.items():
-        if name == "failed":
-            continue
-        told = str(value)
-        if isinstance(value, float):
-            told = f"{value:.1f}"
-        elif isinstance(value, Mapping) and "before" in value:
-            told = ", ".join(
-                f"{stage.replace('_', ' ')} {one['mean']:.1f} %"
-                for stage, one in value.items()
-                if one["mean"] is not None
-            )
-        elif isinstance(value, Mapping):
-            form = ".2e" if name.startswith("perceptibility") else ".4g"
-            told = ", ".join(f"{what} {number:{form}}" for what, number in value.items())
-        if value is not None and told:
-            table.add_row(name, told)
-    if speed is not None:
-        table.add_row("images/s", f"{speed:.3g}")
-    if summary["failed"]:
-        table.add_row("passed over", f"{len(summary['failed'])}, with reasons in images.jsonl")
+def print_table(table: Table) -> None:
+    """Print a table on stdout, wide enough where that is no terminal."""
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
@@ -207,39 +248,4 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
         table.add_column(name, justify="left" if name == "status" else "right")
     for row, outcome in rows:
         table.add_row(*map(Text, row), *figures_of(outcome))
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(table)
-
-
-class Counter(Bars):
-    """How far several pieces of work are: a bar for each on a terminal, lines elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.total: dict[str, int] = {}
-        self.done: dict[str, int] = {}
-        self.told = 0.0
-        self.tasks: dict[str, TaskID] = {}
-
-    def add(self, what: str, total: int, *, done: int = 0) -> None:
-        """Announce a piece of work, of which some may be done already."""
-        self.total[what], self.done[what] = total, done
-        if self.bars is not None:
-            self.tasks[what] = self.bars.add_task(what, total=total, completed=done)
-
-    def advance(self, what: str, count: int = 1) -> None:
-        """Count what has been done."""
-        self.done[what] += count
-        if self.bars is not None:
-            self.bars.update(self.tasks[what], completed=self.done[what])
-            return
-        now = time.monotonic()
-        if self.done[what] == self.total[what] or now - self.told >= LINE_SECONDS:
-            self.told = now
-            print(f"{what}: {self.done[what]}/{self.total[what]}", file=sys.stderr, flush=True)
+    print_table(table)

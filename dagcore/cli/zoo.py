@@ -1,4 +1,4 @@
-"""The bodies of `dagcore zoo list`, `train` and `evaluate`."""
+"""`dagcore zoo list`, `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import math
 import multiprocessing
 import queue
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..data import SCENE_CLASSES
 from ..evaluation.targets import find_device
 from ..files import atomic_write
-from ..metrics import Score
+from ..metrics import PROTOCOLS, Score
 from ..processes import cores, pool
 from ..zoo import training
 from ..zoo.checkpoint import read_metadata
 from ..zoo.evaluation import evaluate
 from ..zoo.registry import ENTRIES, Entry, build, find, load
-from .progress import LINE_SECONDS, PLAIN_WIDTH, Bars
+from . import options
+from .progress import TrainingProgress, print_table
 
 TELL_SECONDS = 0.5  # from one message of a process to the next
 
@@ -71,8 +70,15 @@ def measure_of(entry: Entry, protocol: str = "voc2007") -> str:
     return "mIoU" if entry.task == "segmentation" else f"mAP ({protocol})"
 
 
+@click.group("zoo")
+def command() -> None:
+    """The zoo's networks, the paper's twelve and FCOS-VGG: list, train and measure them."""
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_list(as_json: bool) -> None:
-    """Print what there is."""
+    """Show the networks, and what is known about their weights."""
     rows = [facts(entry) for entry in ENTRIES]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -94,7 +100,7 @@ def show_list(as_json: bool) -> None:
             percent(row["score"]),
             "not trained yet" if missing else row["sha256"][:12],
         )
-    console().print(table)
+    print_table(table)
 
 
 def percent(value: float | None) -> str:
@@ -102,13 +108,21 @@ def percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def console() -> Console:
-    """Stdout, wide enough where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+@command.command("evaluate")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@options.count("--images", default=200, help="Test scenes.")
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default=PROTOCOLS[0],
+    help="Protocol of the detectors' average precision.",
+)
+@options.device
+def show_scores(names: tuple[str, ...], images: int, protocol: str, device: str | None) -> None:
+    """Measure networks on unseen scenes, all of the zoo where none is named.
 
-
-def show_scores(names: Sequence[str], images: int, protocol: str, device: str | None) -> None:
-    """Measure networks and print their scores beside those in their files."""
+    The scores are shown beside those in the files of the weights.
+    """
     where = find_device(device)
     # All of them before the first is measured.
     loaded = [(entry, load(entry.name, device=where)) for entry in entries(names)]
@@ -131,7 +145,7 @@ def show_scores(names: Sequence[str], images: int, protocol: str, device: str | 
             percent(before),
             worst(score, known["classes"]),
         )
-    console().print(table)
+    print_table(table)
 
 
 def worst(score: Score, classes: Sequence[str]) -> str:
@@ -140,9 +154,29 @@ def worst(score: Score, classes: Sequence[str]) -> str:
     return "-" if not known else f"{min(known)[1]} ({min(known)[0]:.1f})"
 
 
+@command.command("train")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@options.out(
+    "Folder for checkpoints, losses and weights. A training that it has begun goes on.",
+    default="zoo",
+)
+@options.count(
+    "--jobs",
+    help="Networks trained side by side, the cores shared among them.  [default: one per core]",
+)
+@options.seed(default=None, note="  [default: each network's own, made from its name]")
+@options.count(
+    "--samples",
+    help="Images that each network sees.  [default: as many as the shipped one has seen]",
+)
+@options.device
+@click.option(
+    "--install/--no-install",
+    default=True,
+    help="Put the weights into the package, where their names find them.",
+)
 def train(
-    names: Sequence[str],
-    *,
+    names: tuple[str, ...],
     out: Path,
     jobs: int | None,
     seed: int | None,
@@ -150,21 +184,25 @@ def train(
     device: str | None,
     install: bool,
 ) -> None:
-    """Train networks side by side, each in a process of its own, and install their weights."""
+    """Train networks from scratch on scenes, all of the zoo where none is named.
+
+    Each in a process of its own. For each NAME the folder gets checkpoint, losses (NAME.jsonl,
+    NAME.png) and NAME.safetensors.
+    """
     chosen, where = entries(names), str(find_device(device))
     jobs = min(jobs or cores(), len(chosen))
-    options = {"out": out, "seed": seed, "samples": samples, "device": where}
+    settings = {"out": out, "seed": seed, "samples": samples, "device": where}
     messages: Any = multiprocessing.get_context("spawn").Queue()
-    with Watch() as watch, pool(jobs, prepare, (messages,)) as processes:
-        running = {processes.submit(work, entry.name, options): entry for entry in chosen}
+    with TrainingProgress() as progress, pool(jobs, prepare, (messages,)) as processes:
+        running = {processes.submit(work, entry.name, settings): entry for entry in chosen}
         while running:
             done, _ = wait(running, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
-            drain(messages, watch)
+            drain(messages, progress)
             for future in done:
-                collect(future, running.pop(future), install, watch)
+                collect(future, running.pop(future), install, progress)
 
 
-def collect(future: Future[Path], entry: Entry, install: bool, watch: Watch) -> None:
+def collect(future: Future[Path], entry: Entry, install: bool, progress: TrainingProgress) -> None:
     """Take a finished training's weights."""
     path = future.result()
     known = read_metadata(path)
@@ -173,14 +211,15 @@ def collect(future: Future[Path], entry: Entry, install: bool, watch: Watch) -> 
         with atomic_write(entry.path) as temporary:
             shutil.copyfile(path, temporary)
     where = entry.path if install else path
-    watch.finished(entry.name, f"{measure_of(entry)} {percent(known['score'])}, written to {where}")
+    score = f"{measure_of(entry)} {percent(known['score'])}"
+    progress.tell(f"{entry.name}: {score}, written to {where}")
 
 
-def drain(messages: Any, watch: Watch) -> None:
+def drain(messages: Any, progress: TrainingProgress) -> None:
     """Show what the processes have told."""
     while True:
         try:
-            watch.update(messages.get_nowait())
+            progress.update(messages.get_nowait())
         except queue.Empty:
             return
 
@@ -194,7 +233,7 @@ def prepare(messages: Any) -> None:
     _messages = messages
 
 
-def work(name: str, options: dict[str, Any]) -> Path:
+def work(name: str, settings: dict[str, Any]) -> Path:
     """Train one network in a process of its own."""
     told = 0.0
 
@@ -205,46 +244,4 @@ def work(name: str, options: dict[str, Any]) -> Path:
             told = now
             _messages.put(progress)
 
-    return training.train(name, callback=tell, **options)
-
-
-class Watch(Bars):
-    """Shows trainings on stderr: bars on a terminal, else a line for each now and then."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
-            TimeRemainingColumn(),
-        )
-        self.tasks: dict[str, Any] = {}
-        self.first: dict[str, tuple[float, int]] = {}
-        self.line: dict[str, float] = {}
-
-    def update(self, progress: training.Progress) -> None:
-        """Show where a training stands."""
-        now, name = time.monotonic(), progress.name
-        start, before = self.first.setdefault(name, (now, progress.samples))
-        speed = (progress.samples - before) / (now - start) if now > start else 0.0
-        text = f"loss {progress.loss:.3f}  {speed:.0f} images/s"
-        if self.bars is not None:
-            if name not in self.tasks:
-                self.tasks[name] = self.bars.add_task(name, total=progress.total, text="")
-            self.bars.update(self.tasks[name], completed=progress.samples, text=text)
-        elif now - self.line.get(name, -math.inf) >= LINE_SECONDS:
-            self.line[name] = now
-            left = (progress.total - progress.samples) / speed if speed else math.nan
-            rest = "" if math.isnan(left) else f"  {left / 60:.1f} min left"
-            self.tell(f"{name}: {progress.samples}/{progress.total}  {text}{rest}")
-
-    def finished(self, name: str, text: str) -> None:
-        """Say how a training ended."""
-        self.tell(f"{name}: {text}")
-
-    def tell(self, line: str) -> None:
-        """Print a line, above the bars where there are bars."""
-        if self.bars is not None:
-            self.bars.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+    return training.train(name, callback=tell, **settings)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from .. import info
 from ..attacks.dag import Result
-from ..cli.progress import RunReporter, show_summary
 from ..engine.stream import Sample
 from ..errors import ArgumentError
 from ..labels import assign
 from ..perturbation import round_to_8_bits
 from ..victims import Detector, load, prepare
 from .outcome import Outcome, draw, look, measure
+from .progress import ImageProgress
 from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import Source, source_of
@@ -60,8 +60,8 @@ class Claimed(NamedTuple):
 class Work:
     """What every rank of a run has."""
 
-    def __init__(self, settings: Settings, ranks: Ranks) -> None:
-        self.settings, self.ranks = settings, ranks
+    def __init__(self, settings: Settings, ranks: Ranks, progress: ImageProgress) -> None:
+        self.settings, self.ranks, self.progress = settings, ranks, progress
         own = ranks.device() if settings.device in (None, "cuda") else None
         self.device = find_device(own or settings.device)
         self.attack = settings.attack()
@@ -71,7 +71,6 @@ class Work:
         self.attacked = self._prepared()
         self.slots = settings.slots or (1 if self.device.type == "cpu" else 8)
         self.folder = Folder(settings.out)
-        self.reporter = RunReporter(silent=ranks.rank > 0)
         # The victim looks at images in two threads, one of which prepares the next image.
         self.looking = threading.Lock()
         self.in_flight: set[str] = set()
@@ -191,7 +190,7 @@ class Work:
         """Put on record that an image cannot be attacked."""
         record = {"number": number, "name": name, "status": FAILED, "reason": reason}
         self.folder.write_record(number, record)
-        self.reporter.finished(
+        self.progress.finished(
             self.ranks.count(), f"{name}: passed over: {reason}", passed_over=True
         )
 
@@ -270,7 +269,7 @@ def digest(victim: object) -> str:
     return total.hexdigest()
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, progress: ImageProgress) -> int:
     """Attack a data set; what an earlier run of the same settings has done is not done again.
 
     Returns:
@@ -282,7 +281,7 @@ def run(settings: Settings) -> int:
     ranks = connect()
     with contextlib.ExitStack() as stack:
         try:
-            work = agreed(ranks, lambda: begin(settings, ranks))
+            work = agreed(ranks, lambda: begin(settings, ranks, progress))
             missing = agreed(ranks, lambda: missing_images(work, stack))
             missing = ranks.gather(missing)[0]
             started = time.monotonic()
@@ -317,9 +316,9 @@ def agreed(ranks: Ranks, step: Callable[[], T]) -> T:
     return made[0]
 
 
-def begin(settings: Settings, ranks: Ranks) -> Work:
+def begin(settings: Settings, ranks: Ranks, progress: ImageProgress) -> Work:
     """Load what is needed, and see whether it goes together."""
-    work = Work(settings, ranks)
+    work = Work(settings, ranks, progress)
     with work.models_faults():
         work.probe()
     return work
@@ -341,16 +340,16 @@ def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
 def attack_all(work: Work, missing: list[int]) -> int:
     """Attack the images that this rank gets to; how many these were."""
     count = 0
-    work.reporter.begin(len(work.source.names), len(missing))
-    with work.reporter, work.models_faults():
+    work.progress.begin(len(work.source.names), len(missing), silent=work.ranks.rank > 0)
+    with work.progress, work.models_faults():
         results = work.attack.stream(
-            work.attacked, work.claimed(missing), work.slots, callback=work.reporter.watched
+            work.attacked, work.claimed(missing), work.slots, callback=work.progress.watched
         )
         try:
             for result in results:
                 outcome = work.keep(result)
                 count += 1
-                work.reporter.finished(work.ranks.count(), outcome.line())
+                work.progress.finished(work.ranks.count(), outcome.line())
         finally:
             work.stopping.set()
             results.close()  # type: ignore[attr-defined]  # it is a generator
@@ -382,7 +381,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
                 **work.versions(),
             }
         )
-    show_summary(summary, attacked / seconds if attacked else None)
+    work.progress.summary(summary, attacked / seconds if attacked else None)
     print(f"written to {work.folder.out}")
     if not summary["attacked"]:
         first = summary["failed"][0]

@@ -77,7 +77,7 @@ class ImageTarget:
     """A detector's truth, its own detections where none was given."""
 
 
-class Unfit(ValueError):
+class Unfit(ArgumentError):
     """An image that a network cannot take."""
 
 

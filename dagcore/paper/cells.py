@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cli.progress import Counter
+from ..evaluation.progress import Progress
 from ..files import atomic_write
 from ..perturbation import combine, permute
 from ..zoo import find
@@ -43,7 +43,7 @@ class Cell:
 
 
 def measure_cells(
-    setup: Setup, cells: Sequence[Cell], counter: Counter, what: str
+    setup: Setup, cells: Sequence[Cell], counter: Progress, what: str
 ) -> dict[Cell, float]:
     """The scores of some cells in percent, measured where they are not kept yet.
 

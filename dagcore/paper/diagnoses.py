@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .. import zoo
-from ..cli.progress import Counter
 from ..errors import ArgumentError
+from ..evaluation.progress import Progress
 from ..files import atomic_write
 from ..info import versions
 from .cells import Cell, keep, measure_cells, read_kept
@@ -61,7 +61,7 @@ class Diagnosis:
         return paths
 
 
-def denseness(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
+def denseness(setup: Setup, counter: Progress, networks: Sequence[str] | None = None) -> Diagnosis:
     """Detectors attacked with targets from region networks of several NMS thresholds."""
     networks = networks or DENSENESS
     for name in networks:
@@ -111,7 +111,9 @@ def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack,
     return {one: float(known["seconds"]) for one, known in found.items() if known is not None}
 
 
-def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None = None) -> Diagnosis:
+def convergence(
+    setup: Setup, counter: Progress, networks: Sequence[str] | None = None
+) -> Diagnosis:
     """How many images end within the budget, and how many targets are active on the way."""
     networks = networks or CONVERGENCE
     attacks = {name: Attack.of(name) for name in networks}
@@ -141,7 +143,7 @@ def convergence(setup: Setup, counter: Counter, networks: Sequence[str] | None =
 
 
 def perceptibility(
-    setup: Setup, counter: Counter, networks: Sequence[str] | None = None
+    setup: Setup, counter: Progress, networks: Sequence[str] | None = None
 ) -> Diagnosis:
     """How visible each network's perturbations are: the slides' p, over the images."""
     networks = networks or CONVERGENCE

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..attacks.dag import DAG
 from ..attacks.joint import Part, joint_attack
-from ..cli.progress import Counter
 from ..data import Example
 from ..errors import ArgumentError
 from ..evaluation import figures
 from ..evaluation.outcome import look, see
+from ..evaluation.progress import Progress
 from ..evaluation.targets import find_device
 from ..labels import derangement, paint, pattern
 from ..perturbation import perceptibility
@@ -140,7 +140,7 @@ SCENARIOS = (
 )
 
 
-def fancy(setup: Setup, counter: Counter) -> list[Row]:
+def fancy(setup: Setup, counter: Progress) -> list[Row]:
     """Make the examples that are not there yet; their rows, with the paths of the pictures."""
     names = [scenario.name for scenario in SCENARIOS]
     missing = [name for name in names if _known(setup, name) is None]

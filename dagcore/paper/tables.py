@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.progress import Counter
+from ..evaluation.progress import Progress
 from ..files import atomic_write
 from ..info import versions
 from . import published
@@ -151,7 +151,7 @@ def named(row: str) -> str:
     return f"{row}, {SOURCES[source]}" if source in SOURCES else row
 
 
-def measure(setup: Setup, name: str, counter: Counter) -> Scores:
+def measure(setup: Setup, name: str, counter: Progress) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
     table = TABLES[name]
     make_perturbations(setup, sources([table]), counter)

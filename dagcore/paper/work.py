@@ -23,10 +23,10 @@ from .. import zoo
 from ..attacks.dag import DAG, Result
 from ..attacks.joint import JointResult, Part, joint_attack
 from ..attacks.universal import universal_perturbation
-from ..cli.progress import Counter
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..engine.stream import Sample, stacked
 from ..errors import ArgumentError
+from ..evaluation.progress import Progress
 from ..evaluation.targets import find_device
 from ..files import atomic_write
 from ..info import versions
@@ -244,7 +244,7 @@ def read(setup: Setup, attack: Attack, index: int) -> Record:
     return Record(perturbation=load_file(path)["perturbation"], **known)
 
 
-def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Counter) -> None:
+def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progress) -> None:
     """Make the perturbations of every image by every attack that are not kept yet."""
     for network in {network for attack in attacks for network in attack.networks}:
         setup.victim(network)  # what is wrong with it is told before any work

@@ -1,0 +1,46 @@
+"""`dagcore attack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..evaluation.attack_files import Request, plan
+from . import faults, options
+from .progress import ImageProgress, show_table
+
+EXAMPLES = """
+\b
+Examples:
+  dagcore attack cat.jpg --model demo --out attacked
+  dagcore attack *.png --model fcn_resnet50 --weights fcn.pth --out attacked
+  dagcore attack street.png --model mynets.fcn:make --labels street_labels.png \\
+      --adversarial runner-up --out attacked
+  dagcore attack cat.jpg --model demo --adversarial "text:DAG" --foreground 9 \\
+      --tolerance 0.01 --out attacked
+"""
+
+
+@click.command("attack", epilog=EXAMPLES)
+@click.argument("images", nargs=-1, required=True, type=options.FILE, metavar="IMAGE...")
+@options.out("Folder for the output.", required=True)
+@options.attack(required=True)
+def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
+    """Attack images, each on its own.
+
+    For each IMAGE the folder gets NAME.png (the attacked image), NAME.perturbation.safetensors,
+    NAME.json (the numbers and all settings) and NAME.figure.png.
+    """
+    outcomes = []
+    with faults.of_model(model):
+        work = plan(Request(images=images, model=model, **settings))
+        names = [job.image.name for job in work.jobs]
+        with ImageProgress(transient=True) as progress:
+            progress.begin(len(names), len(names))
+            for outcome in work.run(lambda k, *where: progress.update(names[k], *where)):
+                outcomes.append(outcome)
+                progress.finished(len(outcomes), outcome.line())
+    show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
+    click.echo(f"written to {work.request.out}")

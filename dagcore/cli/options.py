@@ -1,0 +1,162 @@
+"""Options that several commands have, each written once, and what their values are read by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checks import GOALS, fraction
+
+Decorator = Callable[[Any], Any]
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
+    """A number, also written as a fraction: 0.5/255."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        try:
+            return fraction("it" if param is None else str(param.name), value)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A size WIDTHxHEIGHT, as (height, width)."""
+
+    name = "WIDTHxHEIGHT"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """As it is written."""
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if not isinstance(value, str):
+            return value
+        width, _, height = value.partition("x")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            self.fail(f"{value!r} is no size like 512x384.", param, ctx)
+        return int(height), int(width)
+
+
+def all_of(*options: Decorator) -> Decorator:
+    """Several options in order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def count(name: str, *, least: int = 1, **settings: Any) -> Decorator:
+    """An integer that is at least `least`."""
+    return click.option(name, type=click.IntRange(min=least), metavar="NUMBER", **settings)
+
+
+def out(content: str, **settings: Any) -> Decorator:
+    """The folder that a command writes to."""
+    return click.option("--out", type=FOLDER, metavar="DIR", help=content, **settings)
+
+
+def seed(default: int | None = 0, note: str = "") -> Decorator:
+    """The seed of everything that is drawn."""
+    return count("--seed", least=0, default=default, help=f"Seed of all random choices.{note}")
+
+
+device = click.option(
+    "--device",
+    metavar="NAME",
+    help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]",
+)
+
+
+def model(*, note: str = "", **settings: Any) -> Decorator:
+    """The network, and its weights."""
+    return all_of(
+        click.option(
+            "--model",
+            metavar="SPEC",
+            help="The network: one of the zoo's (DL-VGG, R-FCN-RN50, ...: see dagcore zoo list), a "
+            "segmentation network or detector of torchvision (fcn_resnet50, "
+            f"fasterrcnn_resnet50_fpn, ...), demo, or package.module:function for your own.{note}",
+            **settings,
+        ),
+        click.option(
+            "--weights",
+            type=FILE,
+            metavar="FILE",
+            help="State dict for a network of the zoo or of torchvision (.pth or .safetensors).  "
+            "[default: the zoo's own, torchvision's download]",
+        ),
+    )
+
+
+def attack(*, required: bool) -> Decorator:
+    """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
+    return all_of(
+        model(required=required),
+        click.option(
+            "--labels",
+            type=FOLDER,
+            metavar="FILE|DIR",
+            help="True labels: a folder with NAME.png for each image, whose values are classes "
+            "(255: ignored), or the file of a single image; for detectors NAME.xml as in VOC, or "
+            "one .json as in COCO.  [default: what the network sees in the clean image]",
+        ),
+        click.option(
+            "--adversarial",
+            default="permutation",
+            metavar="HOW",
+            help="Adversarial labels: permutation (of the classes, at random), random (each "
+            "target), runner-up, a class (its number or name), vanish (for detectors: the "
+            "background), or a pattern: circle, square, stripes, text:WORDS, mask:FILE. A pattern "
+            "implies --goal reach.",
+        ),
+        click.option(
+            "--foreground",
+            metavar="CLASS",
+            help="Class inside the pattern.  [default: one that is not in the image, at random]",
+        ),
+        click.option(
+            "--background",
+            metavar="CLASS",
+            help="Class outside the pattern.  [default: the most frequent label]",
+        ),
+        click.option(
+            "--gamma",
+            type=Number(),
+            default="0.5/255",
+            help="Step length, for images in 0..1.",
+        ),
+        count("--max-iter", least=0, default=200, help="Updates at the most."),
+        click.option(
+            "--goal",
+            type=click.Choice(GOALS),
+            help="Until no target is right, or until all are at their adversarial label.  "
+            "[default: leave, reach for a pattern]",
+        ),
+        click.option(
+            "--epsilon",
+            type=Number(),
+            help="Largest change of a pixel, for images in 0..1.  [default: none]",
+        ),
+        click.option(
+            "--tolerance",
+            type=Number(),
+            default="0",
+            help="Fraction of the targets that may be left active.",
+        ),
+        device,
+        seed(),
+    )

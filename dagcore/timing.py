@@ -1,0 +1,44 @@
+"""Times of several sides of one comparison."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Sides = Mapping[str, Callable[[], object]]
+
+
+def seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def alternate(
+    sides: Sides, rounds: int, warmup: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def spread(values: list[float], scale: float = 1.0) -> str:
+    """Median (lower to upper quartile)."""
+    if len(values) < 2:
+        return f"{values[0] * scale:.2f}"
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values) * scale:.2f} ({low * scale:.2f} to {high * scale:.2f})"
