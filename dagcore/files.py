@@ -41,6 +41,14 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
+def probe_image(path: Path) -> None:
+    """Raise where the file of an image is missing or none, from its first bytes; see `read_image`.
+
+    What is broken further on shows when it is decoded.
+    """
+    _open(path, load=False)
+
+
 def read_label_map(path: Path) -> Tensor:
     """A palette or grey image as (H, W) int32 class indices.
 
@@ -63,13 +71,18 @@ def read_label_map(path: Path) -> Tensor:
 
 def decode(path: Path) -> Image.Image:
     """An image file as Pillow reads it; errors as for `read_image`."""
+    return _open(path, load=True)
+
+
+def _open(path: Path, *, load: bool) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             # Of 16 bits a colour Pillow reads the upper 8 only.
             cut = not image.mode.startswith("I") and any(";16" in str(one[3]) for one in image.tile)
             if pixels <= MAX_PIXELS and not cut:
-                image.load()
+                if load:
+                    image.load()
                 return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
@@ -117,3 +130,13 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder for the output; raise where nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out} must be a folder that can be written to")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import frozen
-from ..engine.loop import Objective, Schedule, Slots, Step
+from ..engine.loop import Objective, Outcome, Schedule, Slots, Step
 from ..engine.memory import freed_memory_kept
 from ..engine.networks import Assign, Network, Networks, Targets
 from ..engine.scores import ScoreModel
@@ -317,7 +317,7 @@ def run_batch(
         )
         slots = Slots(opened, attack.step(), attack.schedule(), total, images[0], report)
         opened.admit(slots.admit(list(range(total)), images, start), targets)
-        outcomes = {}
+        outcomes: dict[int, Outcome] = {}
         while len(outcomes) < total:
             slots.iterate()
             outcomes.update({outcome.tag: outcome for outcome in slots.collect()})

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..evaluation.attack_files import Request, plan
+from ..evaluation.attack_files import Plan, Request
 from . import faults, options
 from .progress import ImageProgress, show_table
 
@@ -35,8 +35,8 @@ def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
     """
     outcomes = []
     with faults.of_model(model):
-        work = plan(Request(images=images, model=model, **settings))
-        names = [job.image.name for job in work.jobs]
+        work = Plan(Request(images=images, model=model, **settings))
+        names = work.source.keys
         with ImageProgress(transient=True) as progress:
             progress.begin(len(names), len(names))
             for outcome in work.run(lambda k, *where: progress.update(names[k], *where)):

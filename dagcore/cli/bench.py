@@ -16,14 +16,14 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import ops, reference
-from ..attacks.dag import DAG
+from ..attacks import DAG
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
+from ..engine.networks import input_gradient
 from ..errors import ArgumentError
-from ..evaluation.targets import find_device
+from ..evaluation.options import find_device
 from ..files import atomic_write
 from ..info import versions
-from ..reference import input_gradient
 from ..timing import Sides, alternate, spread
 from ..victims import Detector, Victim, load, prepare
 from . import faults, options

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -13,14 +16,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import files
-from ..attacks.dag import DAG
 from ..data import Scenes
-from ..evaluation.adversary import Adversary, find_class
-from ..evaluation.attack_files import Request, make_folder, plan
-from ..evaluation.outcome import Outcome, attack_images, output_files, predict, write
+from ..evaluation.attack_files import Plan, Request
+from ..evaluation.driver import Driver, Job
+from ..evaluation.options import AttackOptions
+from ..evaluation.outcome import Outcome, output_files, write
+from ..evaluation.sources import Source
+from ..evaluation.targets import ImageTarget
 from ..info import versions
 from ..optional import optional_import
-from ..victims import Victim, load
+from ..victims import load
 from . import options
 from .progress import ImageProgress, Row, show_table
 
@@ -48,103 +53,87 @@ What to look at:
 rounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the attack does."""
 
 
-def photographs(names: Sequence[str], size: tuple[int, int]) -> Tensor:
-    """Photographs, cut to one size (width, height): (N, 3, H, W) in [0, 1]."""
-    data = optional_import("skimage.data", "demo")
-    pixels = [
-        np.array(ImageOps.fit(Image.fromarray(getattr(data, name)()), size)) for name in names
-    ]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255
+class Photographs(Source):
+    """Photographs of scikit-image, cut to one size (width, height)."""
+
+    def __init__(self, names: Sequence[str], size: tuple[int, int]) -> None:
+        self.names, self.size = names, size
+        self.data = optional_import("skimage.data", "demo")
+
+    def read(self, index: int) -> tuple[Tensor, None]:
+        """A photograph; what the network sees in it serves as its labels."""
+        photograph = Image.fromarray(getattr(self.data, self.names[index])())
+        pixels = np.array(ImageOps.fit(photograph, self.size))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, None
 
 
 class Demo:
     """The demo network and photographs, attacked into a folder."""
 
-    def __init__(self, out: Path, images: Tensor, progress: ImageProgress) -> None:
-        self.out, self.images, self.progress = out, images, progress
-        self.done = 0
-        victim = load("demo")
-        assert isinstance(victim, Victim)
-        self.victim = victim
-        self.labels = predict(self.victim, self.images).argmax(1).int()
-        assert self.victim.classes is not None
-        self.target = find_class(TARGET, len(self.victim.classes), self.victim.classes)
-        make_folder(out)
+    def __init__(self, out: Path, source: Photographs, progress: ImageProgress) -> None:
+        self.out, self.source, self.progress = out, source, progress
+        self.victim = load("demo")
+        self.rows: list[tuple[Row, Outcome]] = []
 
-    def attack(self, what: str, adversary: Adversary, photos: Sequence[str]) -> list[Outcome]:
-        """Attack some of the photographs in one batch, and write what comes of it."""
-        assert self.victim.classes is not None
-        count = len(photos)
-        dag = DAG(goal="reach" if adversary.paints else "leave", ignore_index=files.IGNORE)
-        generator = torch.Generator().manual_seed(0)
-        chosen = [
-            adversary.choose(labels, len(self.victim.classes), generator)
-            for labels in self.labels[:count]
-        ]
-        maps = [labels for labels, _ in chosen if isinstance(labels, Tensor)]
-        outcomes = attack_images(
-            dag,
-            self.victim,
-            self.images[:count],
-            self.labels[:count],
-            torch.stack(maps) if maps else adversary.kind,
-            names=[f"{photo}-{what}" for photo in photos],
-            generator=generator,
-            callback=lambda m, active: self.progress.update(
-                what, m, int(active.clamp(min=0).sum())
-            ),
-        )
-        for outcome, (_, classes) in zip(outcomes, chosen, strict=True):
+    def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
+        """Attack the first photographs, and write what comes of them; what the first aimed at."""
+        settings = AttackOptions(model="demo", **options)
+        cpu = torch.device("cpu")
+        driver = Driver(settings, self.victim, self.source, cpu, slots=count)
+        updates = itertools.count()
+
+        def tell(_: list[Job], active: Tensor) -> None:
+            self.progress.update(what, next(updates), int(active.clamp(min=0).sum()))
+
+        found = sorted(driver.run(range(count), callback=tell), key=lambda one: one[0].number)
+        for job, outcome in found:
             record = {
                 "model": "demo",
-                "adversarial": adversary.kind,
-                "settings": dataclasses.asdict(dag),
-                "seed": 0,
+                "adversarial": settings.adversarial,
+                "settings": dataclasses.asdict(driver.attack),
+                "seed": settings.seed,
                 "versions": versions(),
             }
-            write(outcome, self.out, self.victim, goal=dag.goal, record=record | classes)
-            self.finished(outcome)
-        return outcomes
+            named = dataclasses.replace(outcome, name=f"{job.name}-{what}")
+            write(
+                named,
+                self.out,
+                self.victim,
+                goal=driver.attack.goal,
+                record=record | job.target.record,
+            )
+            self.finished((job.name, what), named)
+        return found[0][0].target
 
-    def attack_scene(self) -> list[tuple[str, Outcome]]:
+    def attack_scene(self) -> None:
         """Attack a scene with networks of the zoo, as `dagcore attack` does."""
         path = self.out / "scene.png"
         files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
-        rows = []
         for name in SCENE_NETWORKS:
-            work = plan(Request(images=[path], out=self.out / name.lower(), model=name))
-            for outcome in work.run(
-                lambda _, *where, name=name: self.progress.update(name, *where)
-            ):
-                self.finished(outcome)
-                rows.append((name, outcome))
-        return rows
+            work = Plan(Request(images=[path], out=self.out / name.lower(), model=name))
+            tell = partial(self.progress.update, name)
+            for outcome in work.run(lambda _, *where, tell=tell: tell(*where)):
+                self.finished((f"scene, {name}", "permutation"), outcome)
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, row: Row, outcome: Outcome) -> None:
         """Count an image."""
-        self.done += 1
-        self.progress.finished(self.done, outcome.line())
+        self.rows.append((row, outcome))
+        self.progress.finished(len(self.rows), outcome.line())
 
 
 def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = SIZE) -> None:
     """Attack photographs of scikit-image, cut to a size (width, height), and a scene."""
+    files.make_folder(out)
     progress = ImageProgress(transient=True)
-    demo = Demo(out, photographs(names, size), progress)
-    background = int(demo.labels[0].flatten().mode().values)
-    attacks = {
-        "permutation": (Adversary("permutation"), names),
-        "one-class": (Adversary("class", demo.target), names),
-        "pattern": (Adversary(PATTERN, demo.target, background), names[:1]),
-    }
-    rows: list[tuple[Row, Outcome]] = []
-    total = sum(len(photos) for _, photos in attacks.values()) + len(SCENE_NETWORKS)
+    demo = Demo(out, Photographs(names, size), progress)
+    total = 2 * len(names) + 1 + len(SCENE_NETWORKS)
     progress.begin(total, total)
     with progress:
-        for what, (adversary, photos) in attacks.items():
-            outcomes = demo.attack(what, adversary, photos)
-            rows += [((p, what), outcome) for p, outcome in zip(photos, outcomes, strict=True)]
-        rows += [((f"scene, {name}", "permutation"), o) for name, o in demo.attack_scene()]
-    show_table(("image", "attack"), rows)
+        demo.attack("permutation", len(names))
+        demo.attack("one-class", len(names), adversarial=TARGET)
+        pattern = demo.attack("pattern", 1, adversarial=PATTERN, foreground=TARGET)
+        demo.attack_scene()
+    show_table(("image", "attack"), demo.rows)
     assert demo.victim.classes is not None
     first = names[0]
     print(
@@ -154,7 +143,7 @@ def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = S
             one_class=output_files(out, f"{first}-one-class")["figure"],
             pattern=output_files(out, f"{first}-pattern")["figure"],
             target=TARGET,
-            background=demo.victim.classes[background],
+            background=demo.victim.classes[pattern.record["background"]],
             scenes=" and ".join(
                 str(output_files(out / name.lower(), "scene")["figure"]) for name in SCENE_NETWORKS
             ),

@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 
 from ..data import SCENE_CLASSES
-from ..evaluation.targets import find_device
+from ..evaluation.options import find_device
 from ..files import atomic_write
 from ..metrics import PROTOCOLS, Score
 from ..processes import cores, pool

@@ -83,6 +83,10 @@ class Deferred(abc.ABC):
     def sample(self) -> Sample | None:
         """The sample; None if there is none after all."""
 
+    def refused(self, error: Exception) -> bool:
+        """Whether an error of the sample's has been dealt with, and the stream is to go on."""
+        return False
+
 
 class Prefetcher:
     """Samples, fetched by a thread of their own while the device works.
@@ -207,7 +211,8 @@ class Stream:
                     if made is not None:
                         self.admit(made)
                 except (TypeError, ValueError) as refused:
-                    error = refused
+                    if not (isinstance(sample, Deferred) and sample.refused(refused)):
+                        error = refused
             if not self.in_flight:
                 break
             yield from self.iterate()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import labels as label_maps
 from ..errors import ArgumentError
 from ..files import IGNORE
-from ..labels import KINDS, PATTERNS
+from ..labels import KINDS, PATTERNS, assign
 
 
 def is_pattern(name: str) -> bool:
@@ -101,9 +101,10 @@ class Adversary:
         num_classes: int,
         generator: torch.Generator,
     ) -> tuple[Tensor | str, dict[str, Any]]:
-        """Adversarial labels (h, w) of one image, or their kind, and the classes for the record."""
+        """Adversarial labels (h, w) of one image or "runner-up", and classes for the record."""
         if self.kind in KINDS:
-            return self.kind, {}
+            drawn = assign(self.kind, labels[None], num_classes, IGNORE, generator)
+            return (drawn if isinstance(drawn, str) else drawn[0]), {}
         if not self.paints:
             return torch.full_like(labels, self.foreground or 0), {"class": self.foreground}
         counts = torch.bincount(labels[labels != IGNORE].long().cpu(), minlength=num_classes)

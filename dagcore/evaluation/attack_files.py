@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import files
 from ..errors import ArgumentError
 from ..info import versions
-from ..victims import Detector, Victim, load
-from .outcome import Outcome, attack_images, output_files, write
-from .targets import AttackOptions, Truth, TruthFiles, aims_of, find_device, seed_of, size_of
+from ..victims import load
+from .driver import Driver, Job
+from .options import AttackOptions, find_device
+from .outcome import Outcome, output_files, write
+from .sources import ImageFiles
 
 # Called with (index of the image, update, active targets).
 Callback = Callable[[int, int, int], None]
@@ -32,124 +31,79 @@ class Request(AttackOptions):
     labels: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One image, with its true labels or None for what the network sees in it."""
-
-    image: Path
-    labels: Path | None
-
-
 class Plan:
-    """A request whose input has been checked; made by `plan`."""
-
-    def __init__(self, request: Request, victim: Victim | Detector, device: torch.device) -> None:
-        self.request, self.victim, self.device = request, victim, device
-        self.attack = request.attack()
-        self.aims = aims_of(request, victim)
-        self.truths = None if request.labels is None else TruthFiles(request.labels, victim)
-        self.jobs = [Job(path, self._find_labels(path)) for path in request.images]
-        check_outputs(request.out, self.jobs)
-        for job in self.jobs:
-            image = self._read(job)
-            self.aims.settle(str(job.image), image)
-            self.aims.check(str(job.image), image, self._truth(job, image))
-
-    def run(self, callback: Callback) -> Iterator[Outcome]:
-        """Attack each image alone, in order, and write what comes of it."""
-        for index, job in enumerate(self.jobs):
-            image = self._read(job)
-            seed = seed_of(self.request.seed, index)
-            generator = torch.Generator().manual_seed(seed)
-            aim = self.aims.aim(str(job.image), image, self._truth(job, image), generator)
-            (outcome,) = attack_images(
-                self.attack,
-                self.victim,
-                image[None],
-                aim.labels[None],
-                aim.adversarial if isinstance(aim.adversarial, str) else aim.adversarial[None],
-                boxes=None if aim.at is None else aim.at[None],
-                names=[job.image.stem],
-                generator=generator,
-                callback=partial(_tell, callback, index),
-            )
-            record = self._record(job, index, seed) | aim.record
-            write(outcome, self.request.out, self.victim, goal=self.attack.goal, record=record)
-            yield outcome
-
-    def _read(self, job: Job) -> Tensor:
-        return files.read_image(job.image).to(self.device)
-
-    def _find_labels(self, image: Path) -> Path | None:
-        if self.truths is None:
-            return None
-        if len(self.request.images) > 1 and not self.truths.of_many:
-            raise ArgumentError(
-                f"--labels must be a folder with NAME.{self.truths.ending} for each of "
-                f"{len(self.request.images)} images, got the file {self.request.labels}"
-            )
-        return self.truths.find(image.name)
-
-    def _truth(self, job: Job, image: Tensor) -> Truth:
-        return None if self.truths is None else self.truths.read(job.image.name, size_of(image))
-
-    def _record(self, job: Job, index: int, generator_seed: int) -> dict[str, Any]:
-        request = self.request
-        return {
-            "file": str(job.image),
-            "labels": "prediction" if job.labels is None else str(job.labels),
-            "model": request.model,
-            "weights": None if request.weights is None else str(request.weights),
-            "adversarial": request.adversarial,
-            "settings": dataclasses.asdict(self.attack),
-            "seed": request.seed,
-            "index": index,
-            "generator_seed": generator_seed,
-            "device": str(self.device),
-            "versions": versions(),
-        }
-
-
-def plan(request: Request) -> Plan:
-    """Check a request and load its network.
+    """A request whose input has been checked.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: what is wrong, and with which argument.
     """
-    request.attack()
-    device = find_device(request.device)
-    for path in request.images:
-        files.read_image(path)
-    made = Plan(request, load(request.model, request.weights, device), device)
-    make_folder(request.out)
-    return made
 
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        request.attack()
+        self.device = find_device(request.device)
+        paths = list(request.images)
+        for path in paths:
+            files.probe_image(path)
+        victim = load(request.model, request.weights, self.device)
+        names = [path.name for path in paths]
+        self.source = ImageFiles(paths, list(map(str, paths)), names, request.labels, victim)
+        self._check_outputs()
+        self.driver = Driver(request, victim, self.source, self.device)
+        self.driver.probe(range(1))
+        self.driver.check(budget=files.MAX_PIXELS)
+        files.make_folder(request.out)
 
-def _tell(callback: Callback, index: int, update: int, active: Tensor) -> None:
-    callback(index, update, int(active[0]))
+    def run(self, callback: Callback) -> Iterator[Outcome]:
+        """Attack each image alone, in order, and write what comes of it."""
+        updates = [0] * len(self.source.paths)
 
+        def tell(jobs: list[Job], active: Tensor) -> None:
+            for job, count in zip(jobs, active.tolist(), strict=True):
+                callback(job.number, updates[job.number], count)
+                updates[job.number] += 1
 
-def check_outputs(out: Path, jobs: Sequence[Job]) -> None:
-    """Raise if two images would be written to one file, or one over its input."""
-    inputs = {path.resolve() for job in jobs for path in (job.image, job.labels) if path}
-    taken: dict[Path, Path] = {}
-    for job in jobs:
-        for path in output_files(out, job.image.stem).values():
-            if path.resolve() in inputs:
-                raise ArgumentError(f"--out {out}: {path} is an input and would be overwritten")
-            if path in taken:
-                raise ArgumentError(
-                    f"{taken[path]} and {job.image} would both be written to {path}: "
-                    "attack them into different folders"
-                )
-            taken[path] = job.image
+        numbers = range(len(self.source.paths))
+        for job, outcome in self.driver.run(numbers, callback=tell):
+            outcome = dataclasses.replace(outcome, name=self.source.paths[job.number].stem)
+            write(
+                outcome,
+                self.request.out,
+                self.driver.victim,
+                goal=self.driver.attack.goal,
+                record=self._record(job) | job.target.record,
+            )
+            yield outcome
 
+    def _record(self, job: Job) -> dict[str, Any]:
+        request, labels = self.request, self.source.truth_file(job.number)
+        return {
+            "file": job.name,
+            "labels": "prediction" if labels is None else str(labels),
+            "model": request.model,
+            "weights": None if request.weights is None else str(request.weights),
+            "adversarial": request.adversarial,
+            "settings": dataclasses.asdict(self.driver.attack),
+            "seed": request.seed,
+            "index": job.number,
+            "generator_seed": job.seed,
+            "device": str(self.device),
+            "versions": versions(),
+        }
 
-def make_folder(out: Path) -> None:
-    """Make the folder for the output; raise where nothing can be written to it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--out {out} cannot be made a folder: {error.strerror}") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out} must be a folder that can be written to")
+    def _check_outputs(self) -> None:
+        """Raise if two images would be written to one file, or one over its input."""
+        out, paths = self.request.out, self.source.paths
+        labels = map(self.source.truth_file, range(len(paths)))
+        inputs = {path.resolve() for path in (*paths, *labels) if path is not None}
+        taken: dict[Path, Path] = {}
+        for given in paths:
+            for path in output_files(out, given.stem).values():
+                if path.resolve() in inputs:
+                    raise ArgumentError(f"--out {out}: {path} is an input and would be overwritten")
+                if path in taken:
+                    raise ArgumentError(
+                        f"{taken[path]} and {given} would both be written to {path}: "
+                        "attack them into different folders"
+                    )
+                taken[path] = given

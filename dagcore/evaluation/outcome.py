@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
-from ..attacks.dag import DAG, Result, Status
-from ..engine import frozen, read_scores
-from ..ops import argmax_bilinear
-from ..perturbation import perceptibility, round_to_8_bits
+from ..attacks import Status
 from ..victims import Detector, Victim
 from . import figures
-
-Seen = Tensor | Mapping[str, Tensor]  # a label map, or detections
+from .predict import Prediction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,10 +25,10 @@ class Outcome:
     name: str
     image: Tensor
     adversarial: Tensor
-    predicted: Seen
+    predicted: Prediction
     """What the network sees in the clean image: a label map (h, w), or detections."""
-    attacked: Seen
-    """What it sees in the attacked image."""
+    attacked: Prediction
+    """What it sees in the attacked image as its 8-bit file holds it."""
     status: Status
     iterations: int
     active: list[int]
@@ -82,81 +77,6 @@ class Outcome:
             f"{self.active_after_rounding} after rounding to 8 bits · "
             f"perceptibility {self.perceptibility:.2e}"
         )
-
-
-def predict(victim: Victim, images: Tensor) -> Tensor:
-    """Scores of images (N, 3, H, W) without gradients: (N, C, *T)."""
-    with frozen(victim), torch.no_grad():
-        return read_scores(victim(images), images)
-
-
-def look(victim: Victim | Detector, images: Tensor, size: tuple[int, ...]) -> Sequence[Seen]:
-    """What a network sees in each image: detections, or a label map of a size."""
-    if isinstance(victim, Detector):
-        with frozen(victim), torch.no_grad():
-            found = victim.detect(images)
-        return [{key: value.cpu() for key, value in one.items()} for one in found]
-    return list(see(victim, images, (size[0], size[1])).cpu())
-
-
-def see(victim: Victim, images: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the network sees in images (N, 3, H, W), at any size: (N, *size) int64."""
-    return argmax_bilinear(predict(victim, images), size, align_corners=victim.align_corners)
-
-
-def attack_images(
-    attack: DAG,
-    victim: Victim | Detector,
-    images: Tensor,  # (N, 3, H, W)
-    labels: Tensor,  # (N, *T)
-    adversarial_labels: Tensor | str,  # (N, *T)
-    *,
-    boxes: Tensor | None = None,  # (N, *)
-    names: Sequence[str],
-    generator: torch.Generator,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> list[Outcome]:
-    """Attack a batch of images and measure what came of each."""
-    result = attack(
-        victim, images, labels, adversarial_labels, generator, boxes=boxes, callback=callback
-    )
-    return measure(attack, victim, images, labels, result, boxes=boxes, names=names)
-
-
-def measure(
-    attack: DAG,
-    victim: Victim | Detector,
-    images: Tensor,  # (N, 3, H, W)
-    labels: Tensor,  # (N, *T)
-    result: Result,
-    *,
-    boxes: Tensor | None = None,  # (N, *)
-    names: Sequence[str],
-) -> list[Outcome]:
-    """What came of each image of an attack."""
-    drawn = "runner-up" if result.adversarial_labels is None else result.adversarial_labels
-    rounded = round_to_8_bits(result.adversarial)
-    left = attack.count_active(victim, rounded, labels, drawn, boxes=boxes)
-    size = tuple(labels.shape[1:])
-    predicted, attacked = (look(victim, x, size) for x in (images, result.adversarial))
-    rounded_perceptibility = perceptibility(rounded - images)
-    return [
-        Outcome(
-            name=name,
-            image=images[n].cpu(),
-            adversarial=result.adversarial[n].cpu(),
-            predicted=predicted[n],
-            attacked=attacked[n],
-            status=result.status[n],
-            iterations=int(result.iterations[n]),
-            active=[count for count in result.active[:, n].tolist() if count >= 0],
-            targets=int(result.targets[n]),
-            active_after_rounding=int(left[n]),
-            perceptibility=float(result.perceptibility[n]),
-            perceptibility_after_rounding=float(rounded_perceptibility[n]),
-        )
-        for n, name in enumerate(names)
-    ]
 
 
 def output_files(folder: Path, name: str) -> dict[str, Path]:

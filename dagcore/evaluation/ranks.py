@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import ArgumentError
 
 BEYOND = 2**40  # images
-PATIENCE = datetime.timedelta(days=7)  # from one rank's last image to the next one's
+TIMEOUT = datetime.timedelta(days=7)  # from one rank's last image to the next one's
 
 
 class Ranks:
@@ -75,7 +75,7 @@ class Torchrun(Ranks):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, self.rank, self.world = next(iter(rendezvous("env://")))
         distributed.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
         self._store = PrefixStore("dagcore", store)
 

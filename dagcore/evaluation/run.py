@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import signal
 import sys
@@ -11,28 +10,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import info
-from ..attacks.dag import Result
-from ..engine.stream import Sample
-from ..errors import ArgumentError
-from ..labels import assign
-from ..perturbation import round_to_8_bits
+from ..errors import ArgumentError, ArgumentTypeError
 from ..victims import Detector, load, prepare
-from .outcome import Outcome, draw, look, measure
+from .driver import Driver, Job
+from .options import find_device
+from .outcome import Outcome, draw
 from .progress import ImageProgress
 from .ranks import Ranks, connect
 from .settings import Settings
-from .sources import Source, source_of
+from .sources import source_of
 from .store import FAILED, Folder, Record
 from .summary import STAGES, summarise, tally
-from .targets import ImageTarget, Truth, Unfit, aims_of, find_device, seed_of
 
-PATIENCE = 5  # seconds from a signal to the next that counts
+RECORDS = 2  # raised where old records cannot be gone on from
+SIGNAL_SECONDS = 5  # from a signal to the next that counts
 
 T = TypeVar("T")
 
@@ -45,18 +42,6 @@ class Interrupted(BaseException):
         self.number = number
 
 
-class Claimed(NamedTuple):
-    """An image that this rank attacks."""
-
-    number: int
-    name: str
-    image: Tensor
-    aim: ImageTarget
-    seed: int
-    generator: torch.Generator
-    """From the seed on, as far as the aim has drawn."""
-
-
 class Work:
     """What every rank of a run has."""
 
@@ -64,17 +49,17 @@ class Work:
         self.settings, self.ranks, self.progress = settings, ranks, progress
         own = ranks.device() if settings.device in (None, "cuda") else None
         self.device = find_device(own or settings.device)
-        self.attack = settings.attack()
         self.victim = load(settings.model, settings.weights, self.device)
-        self.source: Source = source_of(settings, self.victim)
-        self.aims = aims_of(settings, self.victim)
-        self.attacked = self._prepared()
-        self.slots = settings.slots or (1 if self.device.type == "cpu" else 8)
+        self.source = source_of(settings, self.victim)
+        self.driver = Driver(
+            settings,
+            self.victim,
+            self.source,
+            self.device,
+            attacked=self._prepared(),
+            slots=settings.slots or (1 if self.device.type == "cpu" else 8),
+        )
         self.folder = Folder(settings.out)
-        # The victim looks at images in two threads, one of which prepares the next image.
-        self.looking = threading.Lock()
-        self.in_flight: set[str] = set()
-        self.stopping = threading.Event()
         count = len(self.source.names)
         wanted = min(settings.figures, count)
         self.drawn = {k * count // wanted for k in range(wanted)}
@@ -82,15 +67,11 @@ class Work:
     def _prepared(self) -> Any:
         """The network as it is attacked."""
         if not self.settings.prepare:
-            try:
-                return copy.deepcopy(self.victim)  # another thread looks at images with the victim
-            except Exception as error:  # a module may hold anything
-                raise ArgumentError(
-                    f"--model {self.settings.model} must be a network that can be copied: {error}"
-                ) from error
+            return self.victim
         try:
-            cells = getattr(self.victim, "cells", False)
-            return prepare(self.victim, low_resolution=False if cells else None)
+            if isinstance(self.victim, Detector):
+                return prepare(self.victim)
+            return prepare(self.victim, low_resolution=False if self.victim.cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
@@ -100,6 +81,7 @@ class Work:
     def made_with(self) -> dict[str, Any]:
         """What results follow from beside the settings."""
         return {
+            "form of the records": RECORDS,
             "images": len(self.source.names),
             "names and sizes of the images": self.source.digest(),
             "digest of the weights": digest(self.victim),
@@ -111,147 +93,86 @@ class Work:
         known = {name: version for name, version in info.versions().items() if version}
         return {**known, "device": device}
 
-    def probe(self) -> None:
-        """Raise where the rules do not go with the network, before any work.
-
-        What the first image shows that the network takes; one after the other is tried.
-        """
-        for number, name in enumerate(self.source.names):
-            try:
-                image = self.source.read(number)[0].to(self.device)
-            except (OSError, ValueError):
-                continue
-            with contextlib.suppress(Unfit):
-                self.aims.settle(name, image)
-                return
-
     @contextlib.contextmanager
-    def models_faults(self) -> Iterator[None]:
+    def model_faults(self) -> Iterator[None]:
         """Tell of errors of the model, which is the user's own and fails in any way at all.
 
         Raises:
-            ValueError: the error, with the images that the model may have failed on.
+            ArgumentError: the error, with the images that the model may have failed on.
         """
         try:
             yield
-        except (OSError, TypeError, ValueError):
+        except (OSError, ArgumentTypeError, ArgumentError):
             raise
         except Exception as error:
-            at = ", ".join(sorted(self.in_flight)) or "the next images"
+            at = ", ".join(sorted(self.driver.in_flight)) or "the next images"
             raise ArgumentError(
                 f"--model {self.settings.model} failed with {type(error).__name__}: {error}, at "
                 f"one of {at}"
             ) from error
 
-    def claimed(self, missing: list[int]) -> Iterator[Sample]:
-        """Images as this rank gets to them; those that cannot be attacked are put on record."""
-        while not self.stopping.is_set() and (place := self.ranks.claim()) < len(missing):
+    def claimed(self, missing: list[int]) -> Iterator[int]:
+        """Images as this rank gets to them."""
+        while (place := self.ranks.claim()) < len(missing):
             number = missing[place]
-            name = self.source.names[number]
             try:
-                self.folder.check_name(name)
-                image, truth = self.source.read(number)
-                with self.looking:
-                    one = self._aim(number, name, image.to(self.device), truth)
-                sample = self._sample(one)
-                self.attack._check_sample(self.attacked, sample, name)
-            except (OSError, TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())
+                self.folder.check_name(self.source.names[number])
+            except ArgumentError as error:
                 if self.settings.strict:
-                    raise ArgumentError(f"{name}: {reason}") from error
-                self.failed(number, name, reason)
+                    raise
+                self.failed(number, str(error))
                 continue
-            self.in_flight.add(name)
-            yield sample
+            yield number
 
-    def _aim(self, number: int, name: str, image: Tensor, truth: Truth) -> Claimed:
-        self.aims.settle(name, image)
-        self.aims.check(name, image, truth)
-        seed = seed_of(self.settings.seed, number)
-        generator = torch.Generator().manual_seed(seed)
-        aim = self.aims.aim(name, image, truth, generator)
-        return Claimed(number, name, image, aim, seed, generator)
-
-    def _sample(self, one: Claimed) -> Sample:
-        adversarial = one.aim.adversarial
-        if isinstance(adversarial, str) and adversarial != "runner-up":
-            # Not drawn by the stream, whose images come in any order.
-            drawn = assign(
-                adversarial,
-                one.aim.labels[None],
-                self.aims.num_classes,
-                self.attack.ignore_index,
-                one.generator,
-            )
-            adversarial = drawn if isinstance(drawn, str) else drawn[0]
-        return Sample(one.image, one.aim.labels, adversarial, boxes=one.aim.at, key=one)
-
-    def failed(self, number: int, name: str, reason: str) -> None:
+    def failed(self, number: int, reason: str) -> None:
         """Put on record that an image cannot be attacked."""
+        name = self.source.names[number]
         record = {"number": number, "name": name, "status": FAILED, "reason": reason}
         self.folder.write_record(number, record)
         self.progress.finished(
             self.ranks.count(), f"{name}: passed over: {reason}", passed_over=True
         )
 
-    def keep(self, result: Result) -> Outcome:
-        """Measure and write what came of an image."""
-        one: Claimed = result.key
-        with self.looking:
-            outcome, record = self._measured(one, result)
-        if one.number in self.drawn:
-            path = self.folder.path("figures", one.name, "png")
-            draw(outcome, path, self.victim, note=outcome.note(self.attack.goal))
+    def keep(self, job: Job, outcome: Outcome) -> None:
+        """Write what came of an image."""
+        if job.number in self.drawn:
+            path = self.folder.path("figures", job.name, "png")
+            draw(outcome, path, self.victim, note=outcome.note(self.driver.attack.goal))
         self.folder.write(
-            one.number, one.name, outcome, record, perturbation=self.settings.perturbations
+            job.number,
+            job.name,
+            outcome,
+            self.record(job, outcome),
+            perturbation=self.settings.perturbations,
         )
-        self.in_flight.discard(one.name)
-        return outcome
 
-    def _measured(self, one: Claimed, result: Result) -> tuple[Outcome, Record]:
-        (outcome,) = measure(
-            self.attack,
-            self.victim,
-            one.image[None],
-            one.aim.labels[None],
-            result,
-            boxes=None if one.aim.at is None else one.aim.at[None],
-            names=[one.name],
-        )
-        return outcome, self.record(one, outcome)
-
-    def record(self, one: Claimed, outcome: Outcome) -> Record:
+    def record(self, job: Job, outcome: Outcome) -> Record:
         """The numbers of an image."""
-        numbers = outcome.numbers()
-        size = tuple(one.aim.labels.shape)
-        rounded = round_to_8_bits(outcome.adversarial.to(self.device))[None]
-        (after_rounding,) = look(self.victim, rounded, size)
-        seen = dict(zip(STAGES, (outcome.predicted, outcome.attacked, after_rounding), strict=True))
-        labels = one.aim.labels.cpu()
+        stages = dict(zip(STAGES, (outcome.predicted, outcome.attacked), strict=True))
         judged: Record
-        if isinstance(self.victim, Detector):
+        if job.target.truth is not None:
             found = {
                 stage: {name: values.tolist() for name, values in one.items()}
-                for stage, one in seen.items()
+                for stage, one in stages.items()
                 if isinstance(one, Mapping)
             }
-            assert one.aim.boxes is not None
-            truth = {name: values.tolist() for name, values in one.aim.boxes.items()}
+            truth = {name: values.tolist() for name, values in job.target.truth.items()}
             truth.setdefault("difficult", [False] * len(truth["labels"]))
             judged = {"truth": truth, "seen": found}
         else:
+            labels = job.target.labels.cpu()
             judged = {
                 "pixels": {
                     stage: tally(one, labels)
-                    for stage, one in seen.items()
+                    for stage, one in stages.items()
                     if isinstance(one, Tensor)
                 }
             }
         return {
-            "number": one.number,
-            **numbers,
-            **one.aim.record,
-            "generator_seed": one.seed,
+            "number": job.number,
+            **outcome.numbers(),
+            **job.target.record,
+            "generator_seed": job.seed,
             **judged,
         }
 
@@ -319,8 +240,8 @@ def agreed(ranks: Ranks, step: Callable[[], T]) -> T:
 def begin(settings: Settings, ranks: Ranks, progress: ImageProgress) -> Work:
     """Load what is needed, and see whether it goes together."""
     work = Work(settings, ranks, progress)
-    with work.models_faults():
-        work.probe()
+    with work.model_faults():
+        work.driver.probe(range(len(work.source.names)))
     return work
 
 
@@ -341,18 +262,17 @@ def attack_all(work: Work, missing: list[int]) -> int:
     """Attack the images that this rank gets to; how many these were."""
     count = 0
     work.progress.begin(len(work.source.names), len(missing), silent=work.ranks.rank > 0)
-    with work.progress, work.models_faults():
-        results = work.attack.stream(
-            work.attacked, work.claimed(missing), work.slots, callback=work.progress.watched
+    with work.progress, work.model_faults():
+        finished = work.driver.run(
+            work.claimed(missing),
+            failed=None if work.settings.strict else work.failed,
+            callback=work.progress.watched,
         )
-        try:
-            for result in results:
-                outcome = work.keep(result)
+        with contextlib.closing(finished):  # type: ignore[type-var]  # it is a generator
+            for job, outcome in finished:
+                work.keep(job, outcome)
                 count += 1
                 work.progress.finished(work.ranks.count(), outcome.line())
-        finally:
-            work.stopping.set()
-            results.close()  # type: ignore[attr-defined]  # it is a generator
     return count
 
 
@@ -367,7 +287,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
             f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
             "the folder? The same command goes on from there"
         )
-    summary = summarise(list(records.values()), work.victim.classes, work.attack.tolerance)
+    summary = summarise(list(records.values()), work.victim.classes, work.driver.attack.tolerance)
     work.folder.finish(records, summary)
     if attacked:
         work.folder.add_speed(
@@ -377,7 +297,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
                 "images per second": attacked / seconds,
                 "processes": work.ranks.world,
                 "threads of each": torch.get_num_threads(),
-                "slots of each": work.slots,
+                "slots of each": work.driver.slots,
                 **work.versions(),
             }
         )
@@ -400,7 +320,7 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal first
         now = time.monotonic()
-        if first is None or now - first > PATIENCE:  # the first may have been swallowed
+        if first is None or now - first > SIGNAL_SECONDS:  # the first may have been swallowed
             first = now
             raise Interrupted(number)
 

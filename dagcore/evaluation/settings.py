@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import ArgumentError, ArgumentTypeError
-from .targets import AttackOptions
+from .options import AttackOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,17 +139,3 @@ def to_toml(settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]
 
 def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def differences(had: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
-    """What two runs do not share, in words."""
-    names = [name for name in {**had, **have} if name not in NOT_COMPARED]
-    return [
-        f"{name} was {_told(had, name)} and is {_told(have, name)}"
-        for name in names
-        if had.get(name) != have.get(name)
-    ]
-
-
-def _told(values: Mapping[str, Any], name: str) -> str:
-    return repr(values[name]) if name in values else "not set"

@@ -18,7 +18,7 @@ from ..data.scenes import SPLITS
 from ..errors import ArgumentError
 from ..victims import Detector, Victim
 from .settings import Settings
-from .targets import Truth, TruthFiles, size_of
+from .truth import Truth, TruthFiles, size_of
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SCENES = 200  # unless settings say how many
@@ -40,10 +40,10 @@ class Source(abc.ABC):
 
     def digest(self) -> str:
         """The names of all images, and what else can be told at a glance, in one number."""
-        lines = [f"{name} {self.look(k)}" for k, name in enumerate(self.names)]
+        lines = [f"{name} {self.fingerprint(k)}" for k, name in enumerate(self.names)]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def look(self, index: int) -> str:
+    def fingerprint(self, index: int) -> str:
         """What changes, more likely than not, when an image or its truth does."""
         return ""
 
@@ -117,7 +117,7 @@ class Examples(Source):
         self.examples, self.names = examples, list(names)
         self.boxes = isinstance(victim, Detector)
 
-    def look(self, index: int) -> str:
+    def fingerprint(self, index: int) -> str:
         """The sizes of VOC's files; scenes have none."""
         if not isinstance(self.examples, VOC):
             return ""
@@ -134,28 +134,78 @@ class Examples(Source):
         return example.image, torch.where(example.mask == 255, files.IGNORE, example.mask.int())
 
 
-class Folder(Source):
+class ImageFiles(Source):
+    """Image files, with label files for each or for none.
+
+    Args:
+        paths: the files.
+        names: what results are called.
+        keys: what label files are found by.
+        labels: see `TruthFiles`.
+        victim: the network that they are for.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        names: Sequence[str],
+        keys: Sequence[str],
+        labels: Path | None,
+        victim: Victim | Detector,
+    ) -> None:
+        self.paths, self.names, self.keys = paths, names, keys
+        if labels is not None and not labels.exists():
+            raise FileNotFoundError(f"--labels {labels} does not exist")
+        self.truths = None if labels is None else TruthFiles(labels, victim)
+        if self.truths is not None and not self.truths.of_many and len(paths) > 1:
+            raise ArgumentError(
+                f"--labels must be a folder with NAME.{self.truths.ending} for each of "
+                f"{len(paths)} images, got the file {labels}"
+            )
+
+    def truth_file(self, index: int) -> Path | None:
+        """The file with an image's labels."""
+        return None if self.truths is None else self.truths.find(self.keys[index])
+
+    def fingerprint(self, index: int) -> str:
+        """The sizes of the files."""
+        sizes = [self.paths[index].stat().st_size]
+        with contextlib.suppress(FileNotFoundError):
+            labels = self.truth_file(index)
+            if labels is not None:
+                sizes.append(labels.stat().st_size)
+        return " ".join(map(str, sizes))
+
+    def read(self, index: int) -> tuple[Tensor, Truth]:
+        """An image file and its labels."""
+        image = files.read_image(self.paths[index])
+        if self.truths is None:
+            return image, None
+        return image, self.truths.read(self.keys[index], size_of(image))
+
+
+class Folder(ImageFiles):
     """The image files in a folder and below, in the order of their names.
 
     Hidden ones are left out, and folders that are links.
     """
 
     def __init__(self, root: Path, labels: Path | None, victim: Victim | Detector) -> None:
-        self.paths = sorted(
+        paths = sorted(
             path
             for path in root.rglob("*")
             if path.suffix.lower() in SUFFIXES
             and not any(part.startswith(".") for part in path.relative_to(root).parts)
             and path.is_file()
         )
-        if not self.paths:
+        if not paths:
             raise ArgumentError(
                 f"--data {root} must hold images ({', '.join(sorted(SUFFIXES))}), there are none"
             )
-        self.relative = [path.relative_to(root) for path in self.paths]
-        self.names = [path.with_suffix("").as_posix() for path in self.relative]
+        relative = [path.relative_to(root) for path in paths]
+        names = [path.with_suffix("").as_posix() for path in relative]
         taken: dict[str, Path] = {}
-        for name, path in zip(self.names, self.relative, strict=True):
+        for name, path in zip(names, relative, strict=True):
             if name in taken:
                 raise ArgumentError(
                     f"--data {root}: {taken[name]} and {path} would both be written to {name}.png"
@@ -169,27 +219,4 @@ class Folder(Source):
                         f"--data {root}: {other} would be written to {above}, where {path} needs a "
                         "folder"
                     )
-        if labels is not None and not labels.exists():
-            raise FileNotFoundError(f"--labels {labels} does not exist")
-        self.truths = None if labels is None else TruthFiles(labels, victim)
-        if self.truths is not None and not self.truths.of_many and len(self.paths) > 1:
-            raise ArgumentError(
-                f"--labels must be a folder with NAME.{self.truths.ending} for each of "
-                f"{len(self.paths)} images, got the file {labels}"
-            )
-
-    def look(self, index: int) -> str:
-        """The sizes of the files."""
-        sizes = [self.paths[index].stat().st_size]
-        if self.truths is not None:
-            with contextlib.suppress(FileNotFoundError):
-                name = self.relative[index].as_posix()
-                sizes.append(self.truths.find(name).stat().st_size)
-        return " ".join(map(str, sizes))
-
-    def read(self, index: int) -> tuple[Tensor, Truth]:
-        """An image file and its labels."""
-        image = files.read_image(self.paths[index])
-        if self.truths is None:
-            return image, None
-        return image, self.truths.read(self.relative[index].as_posix(), size_of(image))
+        super().__init__(paths, names, [path.as_posix() for path in relative], labels, victim)

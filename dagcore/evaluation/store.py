@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from .. import files
 from ..errors import ArgumentError
-from .attack_files import make_folder
+from .kept import differences, refuse
 from .outcome import Outcome
-from .settings import Settings, differences, read_toml, to_toml
+from .settings import NOT_COMPARED, Settings, read_toml, to_toml
 
 Record = dict[str, Any]
 
-KINDS = ("images", "perturbations", "figures", "records")
+FOLDERS = ("images", "perturbations", "figures", "records")
 FAILED = "failed"  # status of an image that cannot be attacked
 NUMBERS = (
     "targets",
@@ -73,7 +73,7 @@ class Folder:
             ValueError: a folder that another run is at work in, or that is not a run's.
             OSError: one that cannot be written to or locked.
         """
-        make_folder(self.out)
+        files.make_folder(self.out)
         foreign = sorted(path.name for path in self.out.iterdir() if not _ours(path))
         if foreign and not self._is_a_runs():
             raise ArgumentError(
@@ -100,7 +100,7 @@ class Folder:
 
     def _remove_temporaries(self) -> None:
         """Remove what processes that were killed have left half-written."""
-        for place in (self.out, *(self.out / kind for kind in KINDS)):
+        for place in (self.out, *(self.out / kind for kind in FOLDERS)):
             for path in place.rglob(".*") if place != self.out else place.glob(".*"):
                 if _TEMPORARY.fullmatch(path.name) and path.is_file():
                     path.unlink()
@@ -129,14 +129,10 @@ class Folder:
             self._remove_temporaries()
             return []
         had = [read_toml(self.settings, table) for table in (None, *tables)]
-        differ = [*differences(had[0], settings.record()), *differences(had[1], made_with)]
-        if differ:
-            raise ArgumentError(
-                f"--out {self.out} has results of other settings: {'; '.join(differ)}. Choose "
-                "another folder, or the old settings"
-            )
+        differ = differences(had[0], settings.record(), NOT_COMPARED)
+        refuse(self.out, [*differ, *differences(had[1], made_with, NOT_COMPARED)])
         self._remove_temporaries()
-        return differences(had[2], versions)
+        return differences(had[2], versions, NOT_COMPARED)
 
     def write(
         self, number: int, name: str, outcome: Outcome, record: Record, *, perturbation: bool
@@ -166,7 +162,7 @@ class Folder:
         """Raise ValueError for a name that leads out of the folder, or that is too long."""
         if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
             raise ArgumentError(f"an image's name must leave room for its ending, got {name!r}")
-        for folder in (self.out / kind for kind in KINDS):
+        for folder in (self.out / kind for kind in FOLDERS):
             path = folder / f"{name}.png"
             if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
                 raise ArgumentError(f"an image's name must stay below its folder, got {name!r}")

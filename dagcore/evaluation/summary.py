@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..attacks.schedules import UntilFooled
 from ..metrics import AveragePrecision, Score, iou
-from ..reference import allowance
 from .store import FAILED, Record
 
-STAGES = ("before", "after", "after_rounding")
+STAGES = ("before", "after")  # of the attack, in the files
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
@@ -58,7 +58,7 @@ def summarise(
 
 def succeeded(record: Record, tolerance: float) -> bool:
     """Whether the attacked image is still one after rounding to 8 bits."""
-    allowed = allowance(torch.tensor([record["targets"]]), tolerance)
+    allowed = UntilFooled(0, tolerance).allowed(torch.tensor([record["targets"]]))
     return bool(record["active_after_rounding"] <= allowed)
 
 

@@ -1,67 +1,28 @@
-"""What an attack on an image aims at: from the user's rules, the network and the ground truth."""
+"""What an attack on an image aims at: from the user's options, the network and the truth."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import files
-from ..attacks.dag import DAG
-from ..data.coco import CocoBoxes
-from ..data.voc import read_voc_boxes
-from ..engine import frozen
-from ..errors import ArgumentError
-from ..victims import Detector, Targets, Victim
-from ..victims.detection import ADVERSARIAL_KINDS as BOX_KINDS
+from ..engine import frozen, read_scores
+from ..errors import ArgumentError, ArgumentTypeError
+from ..ops import argmax_bilinear
+from ..victims import Detector
+from ..victims.detection.targets import ADVERSARIAL_KINDS
 from .adversary import Adversary, find_class, is_pattern
-from .outcome import predict, see
+from .options import AttackOptions
+from .predict import Prediction
+from .truth import Truth, size_of
 
 CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
-
-Truth = Tensor | Mapping[str, Tensor] | None
-"""A label map (h, w) int32; "boxes", "labels" and "difficult"; None: what the network sees."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttackOptions:
-    """How images are to be attacked, as users say it."""
-
-    model: str
-    weights: Path | None = None
-    adversarial: str = "permutation"
-    foreground: str | None = None
-    background: str | None = None
-    gamma: float = 0.5 / 255
-    max_iter: int = 200
-    goal: str | None = None
-    epsilon: float | None = None
-    tolerance: float = 0.0
-    device: str | None = None
-    seed: int = 0
-
-    def attack(self) -> DAG:
-        """The attack's settings; ValueError where the rules contradict each other."""
-        paints = is_pattern(self.adversarial)
-        if paints and self.goal == "leave":
-            raise ArgumentError("--goal must be reach for a pattern, got leave")
-        goal = self.goal or ("reach" if paints else "leave")
-        if goal == "reach" and self.adversarial == "runner-up":
-            raise ArgumentError("--adversarial runner-up goes with --goal leave only")
-        return DAG(
-            gamma=self.gamma,
-            max_iter=self.max_iter,
-            goal=goal,
-            epsilon=self.epsilon,
-            tolerance=self.tolerance,
-            ignore_index=files.IGNORE,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,204 +31,247 @@ class ImageTarget:
 
     labels: Tensor
     adversarial: Tensor | str
+    prediction: Prediction
+    """What the network sees in the clean image."""
     record: dict[str, Any]
     """What the image's record says of it."""
-    at: Tensor | None = None
-    boxes: Mapping[str, Tensor] | None = None
-    """A detector's truth, its own detections where none was given."""
+    boxes: Tensor | None = None
+    truth: Mapping[str, Tensor] | None = None
+    """A detector's, its own detections where none was given."""
+    look: tuple[Tensor, Tensor] | None = None
+    """The image as a leaf with its scores; see `dagcore.Sample`."""
 
 
-class Unfit(ArgumentError):
+class UnfitImageError(ArgumentError):
     """An image that a network cannot take."""
 
 
-class Aims(abc.ABC):
-    """Aims at the images of one network, made by `aims_of`.
+class TargetRules(abc.ABC):
+    """The targets of the images of one network, made by `rules_for`.
 
-    What can only be known by running the network is learned from its images, once for each size.
+    The network is run once on each image: its scores serve as labels where none are given, as the
+    prediction on the clean image, and as the attack's first evaluation.
+
+    Args:
+        options: how images are to be attacked.
+        model: the network that is attacked: a `Victim`, a `Detector`, or what `prepare` made.
     """
 
     num_classes: int
 
-    def __init__(self, rules: AttackOptions, victim: Any) -> None:
-        self.rules, self.victim = rules, victim
+    def __init__(self, options: AttackOptions, model: Any) -> None:
+        self.options, self.model = options, model
 
-    @abc.abstractmethod
-    def settle(self, name: str, image: Tensor) -> None:
-        """Learn what the network makes of images (3, H, W) of this size.
+    def target(
+        self,
+        name: str,
+        image: Tensor,  # (3, H, W)
+        truth: Truth,
+        generator: torch.Generator,
+        *,
+        with_graph: bool = False,
+    ) -> ImageTarget:
+        """Run the network on an image, and say what an attack on it aims at.
+
+        Args:
+            name: what messages call it.
+            image: on the network's device.
+            truth: see `Truth`.
+            generator: source of the random choices.
+            with_graph: whether the scores are to be handed on as the attack's first evaluation.
 
         Raises:
-            Unfit: an image that it cannot take.
-            ValueError: a network that cannot be attacked, or rules that do not go with it.
+            UnfitImageError: an image that the network cannot take.
+            ArgumentError: a network that cannot be attacked, options that do not go with it, or
+                truth that does not go with the image.
+        """
+        leaf = image[None].detach().requires_grad_(with_graph)
+        with frozen(self.model), torch.inference_mode(False), torch.set_grad_enabled(with_graph):
+            return self._target(name, leaf, truth, generator)
+
+    @abc.abstractmethod
+    def check(self, name: str, image: Tensor, truth: Truth) -> None:
+        """Raise unless an image (3, H, W) with its truth can be attacked, as far as can be told.
+
+        The network is run on images of sizes that it has not been run on. Raises as `target`.
         """
 
     @abc.abstractmethod
-    def check(self, name: str, image: Tensor, truth: Truth) -> None:
-        """Raise ValueError unless an image that was settled can be attacked with a truth."""
+    def _target(
+        self, name: str, leaf: Tensor, truth: Truth, generator: torch.Generator
+    ) -> ImageTarget: ...
 
-    @abc.abstractmethod
-    def aim(
-        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
-    ) -> ImageTarget:
-        """The targets of an image (3, H, W) that was settled."""
-
-    def _refused(self, name: str, image: Tensor, error: RuntimeError) -> RuntimeError | Unfit:
-        """What to raise: the error itself where it is not the image's."""
-        machine = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
-        if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
-            return error
-        reason = str(error).partition("\n")[0]
-        return Unfit(
-            f"model {self.rules.model!r} cannot take {name} "
-            f"({image.shape[2]} x {image.shape[1]} pixels): {reason}"
-        )
-
-
-def aims_of(rules: AttackOptions, victim: Victim | Detector) -> Aims:
-    """The aims at a network's images."""
-    return BoxAims(rules, victim) if isinstance(victim, Detector) else MapAims(rules, victim)
+    @contextlib.contextmanager
+    def _running(self, name: str, leaf: Tensor) -> Any:
+        """Tell of errors of the network as the image's, where they are."""
+        try:
+            yield
+        except RuntimeError as error:
+            machine = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+            if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise UnfitImageError(
+                f"model {self.options.model!r} cannot take {name} "
+                f"({leaf.shape[3]} x {leaf.shape[2]} pixels): {reason}"
+            ) from error
 
 
-class MapAims(Aims):
+def rules_for(options: AttackOptions, model: Any) -> TargetRules:
+    """The targets of a network's images."""
+    return BoxRules(options, model) if isinstance(model, Detector) else MapRules(options, model)
+
+
+class MapRules(TargetRules):
     """A segmentation network, whose targets are pixels or cells."""
 
-    def __init__(self, rules: AttackOptions, victim: Victim) -> None:
-        super().__init__(rules, victim)
-        self.maps: dict[tuple[int, int], tuple[int, int]] = {}  # (H, W) -> (h, w)
-        self.adversary: Adversary | None = None
+    adversary: Adversary | None = None
 
-    def settle(self, name: str, image: Tensor) -> None:
-        """Learn the size of the score map, and read the rules once the classes are known."""
-        size = size_of(image)
-        if size in self.maps:
-            return
-        try:
-            scores = predict(self.victim, image[None])
-        except RuntimeError as error:
-            raise self._refused(name, image, error) from error
-        shape = tuple(scores.shape[1:])
-        if not bool(scores.isfinite().all()):
-            raise Unfit(
-                f"model {self.rules.model!r} must return finite scores, for {name} it does not"
-            )
-        if len(shape) != 3:
-            raise ArgumentError(
-                f"model {self.rules.model!r} must return scores of shape (N, C, h, w), "
-                f"got {(1, *shape)}"
-            )
-        if self.adversary is None:
-            self.num_classes = shape[0]
-            self.adversary = Adversary.parse(
-                self.rules.adversarial,
-                self.rules.foreground,
-                self.rules.background,
-                self.num_classes,
-                self.victim.classes,
-            )
-        self.maps[size] = (shape[1], shape[2])
+    def __init__(self, options: AttackOptions, model: Any) -> None:
+        super().__init__(options, model)
+        self.maps: dict[tuple[int, int], tuple[int, int]] = {}  # of images, of their scores
 
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
         """Raise unless a label map fits, and a pattern can be painted."""
+        if size_of(image) not in self.maps:
+            with frozen(self.model), torch.no_grad():
+                self._scores(name, image[None])
         assert self.adversary is not None
-        shape = self._targets(size_of(image))
-        if truth is not None:
-            assert isinstance(truth, Tensor)
-            sizes = self._label_sizes(size_of(image))
-            shape = size_of(truth[None])
-            if shape not in sizes:
-                allowed = [f"{w} x {h} pixels, the size of {of}" for (h, w), of in sizes.items()]
-                raise ArgumentError(
-                    f"label map of {name} must have {' or '.join(allowed)}, "
-                    f"got {shape[1]} x {shape[0]}"
-                )
-            counted = truth[truth != files.IGNORE]
-            if counted.numel() and int(counted.max()) >= self.num_classes:
-                raise ArgumentError(
-                    f"label map of {name} must hold classes below {self.num_classes} "
-                    f"(255 is ignored), got {int(counted.max())}"
-                )
-        self.adversary.check(*shape)
+        self.adversary.check(*self._size(name, size_of(image), truth))
 
-    def aim(
-        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
+    def _scores(self, name: str, leaf: Tensor) -> Tensor:
+        """The network's scores of an image; the options are read once the classes are known."""
+        model = self.model
+        with self._running(name, leaf):
+            scores = read_scores(model(leaf), leaf)
+        seen = scores.detach()
+        if not bool(seen.isfinite().all()):
+            raise UnfitImageError(
+                f"model {self.options.model!r} must return finite scores, for {name} it does not"
+            )
+        if seen.dim() != 4:
+            raise ArgumentError(
+                f"model {self.options.model!r} must return scores of shape (N, C, h, w), "
+                f"got {tuple(seen.shape)}"
+            )
+        if self.adversary is None:
+            self.num_classes = seen.shape[1]
+            self.adversary = Adversary.parse(
+                self.options.adversarial,
+                self.options.foreground,
+                self.options.background,
+                self.num_classes,
+                getattr(model, "classes", None),
+            )
+        self.maps[size_of(leaf[0])] = size_of(seen[0])
+        return scores
+
+    def _target(
+        self, name: str, leaf: Tensor, truth: Truth, generator: torch.Generator
     ) -> ImageTarget:
-        """Given labels, or those that the network sees."""
+        scores = self._scores(name, leaf)
+        assert self.adversary is not None
+        size = self._size(name, size_of(leaf[0]), truth)
+        self.adversary.check(*size)
+        align_corners = bool(getattr(self.model, "align_corners", False))
+        prediction = argmax_bilinear(scores.detach(), size, align_corners=align_corners)[0]
         if truth is None:
-            labels = see(self.victim, image[None], self._targets(size_of(image)))[0].int()
+            labels = prediction.int()
         else:
             assert isinstance(truth, Tensor)
-            labels = truth.to(image.device)
-        assert self.adversary is not None
+            labels = truth.to(leaf.device)
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
-        shape = {"num_classes": self.num_classes, "label_map": list(labels.shape)}
-        return ImageTarget(labels, adversarial, shape | chosen)
+        record = {"num_classes": self.num_classes, "label_map": list(labels.shape), **chosen}
+        look = (leaf, scores) if scores.requires_grad else None
+        return ImageTarget(labels, adversarial, prediction.cpu(), record, look=look)
 
-    def _targets(self, size: tuple[int, int]) -> tuple[int, int]:
-        """How many rows and columns of targets an image of a size (H, W) has, without labels."""
-        return list(self._label_sizes(size))[-1 if self.victim.cells else 0]
+    def _size(self, name: str, image: tuple[int, int], truth: Truth) -> tuple[int, int]:
+        """How many rows and columns of targets an image has; raise for a truth of another size."""
+        scores = self.maps[image]
+        fits = scores[0] <= image[0] and scores[1] <= image[1]  # scores are enlarged only
+        sizes = {scores: "the model's score map"}
+        if fits:
+            sizes = {image: "the image"} | sizes
+        if truth is None:
+            return list(sizes)[-1 if getattr(self.model, "cells", False) else 0]
+        assert isinstance(truth, Tensor)
+        given = size_of(truth[None])
+        if given not in sizes:
+            allowed = [f"{w} x {h} pixels, the size of {of}" for (h, w), of in sizes.items()]
+            raise ArgumentError(
+                f"label map of {name} must have {' or '.join(allowed)}, got {given[1]} x {given[0]}"
+            )
+        counted = truth[truth != files.IGNORE]
+        if counted.numel() and int(counted.max()) >= self.num_classes:
+            raise ArgumentError(
+                f"label map of {name} must hold classes below {self.num_classes} "
+                f"(255 is ignored), got {int(counted.max())}"
+            )
+        return given
 
-    def _label_sizes(self, size: tuple[int, int]) -> dict[tuple[int, int], str]:
-        """The sizes that a label map for an image of a size (H, W) may have, and whose they are."""
-        height, width = self.maps[size]
-        of_scores = {(height, width): "the model's score map"}
-        fits = height <= size[0] and width <= size[1]  # scores are enlarged only
-        return {size: "the image"} | of_scores if fits else of_scores
 
-
-class BoxAims(Aims):
+class BoxRules(TargetRules):
     """A detector, whose targets are proposals, anchors or queries near objects."""
 
-    def __init__(self, rules: AttackOptions, victim: Detector) -> None:
-        super().__init__(rules, victim)
-        if is_pattern(rules.adversarial):
-            raise ArgumentError(f"--adversarial {rules.adversarial} goes with segmentation only")
+    def __init__(self, options: AttackOptions, model: Detector) -> None:
+        super().__init__(options, model)
+        if is_pattern(options.adversarial):
+            raise ArgumentError(f"--adversarial {options.adversarial} goes with segmentation only")
         for option, value in (
-            ("--foreground", rules.foreground),
-            ("--background", rules.background),
+            ("--foreground", options.foreground),
+            ("--background", options.background),
         ):
             if value is not None:
                 raise ArgumentError(f"{option} goes with a pattern only")
-        self.sizes: set[tuple[int, int]] = set()
         self.goal: int | None = None
-
-    def settle(self, name: str, image: Tensor) -> None:
-        """See whether the detector takes the size, and read the rules once classes are known."""
-        size = size_of(image)
-        if size in self.sizes:
-            return
-        kind = self.rules.adversarial
-        drawn = kind if kind in BOX_KINDS else "vanish"
-        self.num_classes = self._targets(name, image, None, drawn, None).num_classes
-        if kind not in (*BOX_KINDS, "runner-up"):
-            try:
-                self.goal = find_class(kind, self.num_classes, self.victim.classes)
-            except ValueError as error:
-                raise ArgumentError(
-                    f"--adversarial must be {', '.join(BOX_KINDS)}, runner-up or a class for a "
-                    f"detector: {error}"
-                ) from error
-        self.sizes.add(size)
 
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
         """Raise unless the true boxes are the detector's."""
         if truth is not None:
-            try:
-                self.victim.check_truth(0, truth, image[None], self.num_classes)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+            self._true(name, truth, image[None])
 
-    def aim(
-        self, name: str, image: Tensor, truth: Truth, generator: torch.Generator
+    def _true(self, name: str, truth: Truth, images: Tensor) -> None:
+        try:
+            self.model.check_truth(0, truth, images, self.num_classes)
+        except (ArgumentTypeError, ArgumentError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    def _target(
+        self, name: str, leaf: Tensor, truth: Truth, generator: torch.Generator
     ) -> ImageTarget:
-        """Proposals near true objects, or near those that the detector finds."""
-        kind = self.rules.adversarial
-        drawn = kind if kind in BOX_KINDS else "vanish"
-        if truth is None:
-            with frozen(self.victim), torch.no_grad():
-                (found,) = self.victim.detect(image[None])
-            truth = self.victim.confident(found, CONFIDENT, image[None])
-        assert isinstance(truth, Mapping)
-        targets = self._targets(name, image, truth, drawn, generator)
+        kind, model = self.options.adversarial, self.model
+        with contextlib.ExitStack() as stack:
+            with self._running(name, leaf):
+                stack.enter_context(model.encoded(leaf))
+                with torch.no_grad():
+                    (found,) = model.detect(leaf)
+            if truth is None:
+                truth = model.confident(found, CONFIDENT, leaf)
+            assert isinstance(truth, Mapping)
+            try:
+                with self._running(name, leaf):
+                    targets = model.dense_targets(
+                        leaf.detach(),
+                        [truth],
+                        adversarial=kind if kind in ADVERSARIAL_KINDS else "vanish",
+                        generator=generator,
+                        ignore_index=files.IGNORE,
+                    )
+            except (ArgumentTypeError, ArgumentError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            boxes = None if model.has_own_targets else targets.boxes
+            look = None
+            if leaf.requires_grad and bool(targets.counts[0]):
+                look = leaf, model(leaf, boxes)
+        self.num_classes = targets.num_classes
+        if self.goal is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
+            try:
+                self.goal = find_class(kind, self.num_classes, model.classes)
+            except ArgumentError as error:
+                raise ArgumentError(
+                    f"--adversarial must be {', '.join(ADVERSARIAL_KINDS)}, runner-up or a class "
+                    f"for a detector: {error}"
+                ) from error
         labels = targets.labels[0]
         adversarial: Tensor | str = targets.adversarial_labels[0]
         record: dict[str, Any] = {
@@ -279,105 +283,12 @@ class BoxAims(Aims):
             record["class"] = self.goal
         elif kind == "runner-up":
             adversarial = kind
-        at = targets.boxes[0] if targets.boxes_needed else None
-        return ImageTarget(labels, adversarial, record, at, truth)
-
-    def _targets(
-        self,
-        name: str,
-        image: Tensor,
-        truth: Truth,
-        kind: str,
-        generator: torch.Generator | None,
-    ) -> Targets:
-        try:
-            found: Targets = self.victim.dense_targets(
-                image[None],
-                None if truth is None else [truth],
-                adversarial=kind,
-                generator=generator,
-                ignore_index=files.IGNORE,
-            )
-        except RuntimeError as error:
-            raise self._refused(name, image, error) from error
-        return found
-
-
-class TruthFiles:
-    """Ground truth from files: label maps, for detectors VOC's XML or COCO's JSON.
-
-    Args:
-        given: a folder with NAME.png (NAME.xml) for each image NAME, or one file: of one image, or
-            COCO's, of many.
-        victim: the network that it is for.
-        option: what messages call `given`.
-    """
-
-    def __init__(self, given: Path, victim: Victim | Detector, option: str = "--labels") -> None:
-        self.given, self.option = given, option
-        self.classes = victim.object_classes() if isinstance(victim, Detector) else None
-        self.ending = "xml" if isinstance(victim, Detector) else "png"
-        self.coco: CocoBoxes | None = None
-        if isinstance(victim, Detector) and given.suffix == ".json":
-            self.coco = CocoBoxes(given, self.classes)
-
-    @property
-    def of_many(self) -> bool:
-        """Whether there is ground truth of more than one image."""
-        return self.coco is not None or self.given.is_dir()
-
-    def find(self, name: str) -> Path:
-        """The file with the truth of the image NAME.ending, or sub/folder/NAME.ending."""
-        if not self.given.is_dir():
-            return self.given
-        path = (self.given / name).with_suffix(f".{self.ending}")
-        if not path.is_file():
-            raise FileNotFoundError(f"{self.option}: {path} does not exist, but {name} needs it")
-        return path
-
-    def read(self, name: str, size: tuple[int, int]) -> Truth:
-        """The truth of an image of a size (height, width).
-
-        Raises:
-            FileNotFoundError, ValueError: what is missing or wrong, and in which file.
-        """
-        if self.ending == "png":
-            return files.read_label_map(self.find(name))
-        if self.coco is not None:
-            known = name if name in self.coco.images else Path(name).name
-            boxes, labels, crowd = self.coco(known, size)
-            return {"boxes": boxes, "labels": labels, "difficult": crowd}
-        path = self.find(name)
-        if self.classes is None:
-            raise ArgumentError(f"the model names no classes, which {path} needs")
-        boxes, labels, difficult = read_voc_boxes(path, size, self.classes)
-        return {"boxes": boxes, "labels": labels, "difficult": difficult}
-
-
-def size_of(image: Tensor) -> tuple[int, int]:
-    """Height and width of an image (3, H, W)."""
-    return image.shape[1], image.shape[2]
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device to run on: a GPU where there is one, unless told otherwise."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ArgumentError(
-            f"--device {name} is not there: torch sees {count} CUDA devices, try cpu"
+        return ImageTarget(
+            labels,
+            adversarial,
+            {key: value.cpu() for key, value in found.items()},
+            record,
+            None if boxes is None else boxes[0],
+            truth,
+            look,
         )
-    return device
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of one image's generator: no two images of any two runs share theirs."""
-    (word,) = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
-    return int(word >> np.uint64(1))

@@ -96,9 +96,10 @@ def argmax_bilinear(scores: Tensor, height: int, width: int, align_corners: bool
 
 
 def _enlarged(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
-    return torch.ops.aten.upsample_bilinear2d(
+    high: Tensor = torch.ops.aten.upsample_bilinear2d(
         scores.detach().to(real(scores)), (height, width), align_corners
-    )  # type: ignore[no-any-return]
+    )
+    return high
 
 
 def linf_step_(

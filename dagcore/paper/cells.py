@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..evaluation.kept import keep_json, read_json
 from ..evaluation.progress import Progress
-from ..files import atomic_write
 from ..perturbation import combine, permute
+from ..seeds import generator_of
 from ..zoo import find
-from .work import Attack, Setup, generator_of, read, run, score, settings_of
+from .work import Attack, Setup, read, run, score, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure_cells(
 
 def known(setup: Setup, cell: Cell) -> float | None:
     """A score that is kept, if it still follows from what there is."""
-    kept = read_kept(cell.path(setup), cell.made_of(setup))
+    kept = read_json(cell.path(setup), cell.made_of(setup))
     return None if kept is None else float(kept["score"])
 
 
@@ -71,7 +71,7 @@ def measure_cell(setup: Setup, cell: Cell) -> None:
     """Measure a cell, and keep its score."""
     found = score(setup, cell.network, added(setup, cell) if cell.attacks else None)
     kept = {"score": found.mean, "per_class": found.per_class}
-    keep(cell.path(setup), kept, cell.made_of(setup))
+    keep_json(cell.path(setup), kept, cell.made_of(setup))
 
 
 def added(setup: Setup, cell: Cell) -> Iterator[tuple[str | None, Tensor]]:
@@ -80,20 +80,5 @@ def added(setup: Setup, cell: Cell) -> Iterator[tuple[str | None, Tensor]]:
         records = [read(setup, attack, k) for attack in cell.attacks]
         total = combine(*(record.perturbation for record in records))
         if cell.permuted:
-            total = permute(total[None], generator_of(setup, k, 1))[0]
+            total = permute(total[None], generator_of(setup.seed, 1, k))[0]
         yield records[0].key, total
-
-
-def read_kept(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file keeps, if that still follows from what there is."""
-    if not path.is_file():
-        return None
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept if kept.get("of") == of else None
-
-
-def keep(path: Path, kept: dict[str, Any], of: dict[str, Any]) -> None:
-    """Keep numbers in a file, with what they follow from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**kept, "of": of}) + "\n")

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 
 from .. import zoo
 from ..errors import ArgumentError
+from ..evaluation.kept import keep_json, read_json
 from ..evaluation.progress import Progress
 from ..files import atomic_write
 from ..info import versions
-from .cells import Cell, keep, measure_cells, read_kept
+from .cells import Cell, measure_cells
 from .tables import SOURCES
-from .work import Attack, Record, Setup, kept, make_perturbations, seconds_of, settings_of
+from .work import Attack, Record, Setup, make_perturbations, read_all, seconds_of, settings_of
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TIMED = 8  # images of which the time is taken
@@ -83,7 +84,7 @@ def denseness(setup: Setup, counter: Progress, networks: Sequence[str] | None = 
     rows = []
     for name in networks:
         for threshold in THRESHOLDS:
-            records = kept(setup, attacks[name, threshold])
+            records = read_all(setup, attacks[name, threshold])
             rows.append(
                 {
                     "network": name,
@@ -104,10 +105,10 @@ def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack,
     """Seconds that each attack takes an image, taken once and kept."""
     paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
     of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
-    if any(read_kept(paths[one], of[one]) is None for one in attacks):
+    if any(read_json(paths[one], of[one]) is None for one in attacks):
         for one, spent in seconds_of(setup, attacks, count).items():
-            keep(paths[one], {"seconds": spent, "versions": versions()}, of[one])
-    found = {one: read_kept(paths[one], of[one]) for one in attacks}
+            keep_json(paths[one], {"seconds": spent, "versions": versions()}, of[one])
+    found = {one: read_json(paths[one], of[one]) for one in attacks}
     return {one: float(known["seconds"]) for one, known in found.items() if known is not None}
 
 
@@ -123,7 +124,7 @@ def convergence(
     scores = measure_cells(setup, [*clean.values(), *attacked.values()], counter, "convergence")
     rows = []
     for name in networks:
-        records = [record for record in kept(setup, attacks[name]) if record.targets]
+        records = [record for record in read_all(setup, attacks[name]) if record.targets]
         rows.append(
             {
                 "network": name,
@@ -151,7 +152,7 @@ def perceptibility(
     make_perturbations(setup, list(attacks.values()), counter)
     rows = []
     for name in networks:
-        records = [record for record in kept(setup, attacks[name]) if record.targets]
+        records = [record for record in read_all(setup, attacks[name]) if record.targets]
         every = np.array([record.perceptibility for record in records] or [0.0])
         largest = [float(record.perturbation.abs().max()) for record in records]
         rows.append(

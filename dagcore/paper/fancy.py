@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.dag import DAG
-from ..attacks.joint import Part, joint_attack
+from ..attacks import DAG, Part, joint_attack
 from ..data import Example
 from ..errors import ArgumentError
 from ..evaluation import figures
-from ..evaluation.outcome import look, see
+from ..evaluation.kept import keep_json, read_json
+from ..evaluation.options import find_device
+from ..evaluation.predict import predict
 from ..evaluation.progress import Progress
-from ..evaluation.targets import find_device
 from ..labels import derangement, paint, pattern
 from ..perturbation import perceptibility
+from ..seeds import generator_of
 from ..victims import Detector, prepare
-from .cells import keep, read_kept
-from .work import IGNORE, Setup, generator_of, run
+from .work import IGNORE, Setup, run
 
 NETWORKS = ("FCN-Alex", "FCN-VGG")
 DETECTOR = "FR-VGG-07"
@@ -58,7 +58,7 @@ def painted(setup: Setup, scenario: Scenario) -> list[Row]:
 def noise(setup: Setup, scenario: Scenario) -> list[Row]:
     """An image without content that a network segments as a chosen object (the slides' type 2)."""
     _, image = _image(setup, 0)
-    generator = generator_of(setup, 0, 2)
+    generator = generator_of(setup.seed, 2, 0)
     image = torch.rand(image.shape, generator=generator).to(image.device)
     victim = prepare(setup.victim(scenario.network))
     chosen = 1 + int(torch.randint(len(victim.classes or ()) - 1, (), generator=generator))
@@ -88,7 +88,7 @@ def two_masks(setup: Setup, scenario: Scenario) -> list[Row]:
 def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
     """One perturbed image that fools a detector and a segmentation network."""
     example, image = _image(setup, 3)
-    generator = generator_of(setup, 3, 2)
+    generator = generator_of(setup.seed, 2, 3)
     segmenter, detector = setup.victim("FCN-VGG"), setup.victim(DETECTOR)
     assert isinstance(detector, Detector)
     assert example.mask is not None
@@ -108,7 +108,8 @@ def two_tasks(setup: Setup, scenario: Scenario) -> list[Row]:
     attacked = result.adversarial[0]
     rows = []
     for k, (name, victim) in enumerate((("FCN-VGG", segmenter), (DETECTOR, detector))):
-        before, after = (look(victim, x[None], tuple(labels.shape))[0] for x in (image, attacked))
+        size = (labels.shape[0], labels.shape[1])
+        before, after = (predict(victim, x, size) for x in (image, attacked))
         path = _picture(setup, scenario, name)
         common = {"image": image.cpu(), "adversarial": attacked.cpu(), "classes": victim.classes}
         if isinstance(before, Tensor):
@@ -162,7 +163,7 @@ def _made_of(setup: Setup) -> dict[str, Any]:
 
 def _known(setup: Setup, name: str) -> list[Row] | None:
     """The rows of an example that is kept, if they still follow from what there is."""
-    known = read_kept(_kept(setup, name), _made_of(setup))
+    known = read_json(_kept(setup, name), _made_of(setup))
     return None if known is None else list(known["rows"])
 
 
@@ -170,7 +171,7 @@ def make(setup: Setup, name: str) -> None:
     """Make one example, and keep its numbers."""
     (scenario,) = (one for one in SCENARIOS if one.name == name)
     (setup.out / "fancy").mkdir(parents=True, exist_ok=True)
-    keep(_kept(setup, name), {"rows": scenario.make(setup, scenario)}, _made_of(setup))
+    keep_json(_kept(setup, name), {"rows": scenario.make(setup, scenario)}, _made_of(setup))
 
 
 def _kept(setup: Setup, name: str) -> Path:
@@ -193,7 +194,7 @@ def _absent(setup: Setup, victim: Any, example: Example, purpose: int) -> int:
     assert example.mask is not None
     present = set(example.mask.flatten().tolist())
     free = [c for c in range(1, len(victim.classes or ())) if c not in present]
-    return free[int(torch.randint(len(free), (), generator=generator_of(setup, purpose, 3)))]
+    return free[int(torch.randint(len(free), (), generator=generator_of(setup.seed, 3, purpose)))]
 
 
 def _reach(setup: Setup, scenario: Scenario, victim: Any, image: Tensor, aim: Tensor) -> list[Row]:
@@ -215,8 +216,10 @@ def _seen(
     result: Any,
 ) -> Row:
     size = (aim.shape[0], aim.shape[1])
-    before, after = (see(victim, x[None], size)[0].cpu() for x in (image, attacked))
-    share = float((after == aim.cpu()).float().mean())
+    before, after = (predict(victim, x, size) for x in (image, attacked))
+    assert isinstance(before, Tensor)
+    assert isinstance(after, Tensor)
+    share = float(after.eq(aim.cpu()).float().mean())
     path = _picture(setup, scenario, name)
     figures.attack_figure(
         path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -12,28 +11,24 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Subset
 
 from .. import zoo
-from ..attacks.dag import DAG, Result
-from ..attacks.joint import JointResult, Part, joint_attack
-from ..attacks.universal import universal_perturbation
+from ..attacks import DAG, Part, Result, joint_stream, universal_perturbation
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
-from ..engine.stream import Sample, stacked
+from ..engine.stream import Sample
 from ..errors import ArgumentError
+from ..evaluation import kept
+from ..evaluation.options import find_device
 from ..evaluation.progress import Progress
-from ..evaluation.targets import find_device
-from ..files import atomic_write
 from ..info import versions
 from ..labels import assign
 from ..metrics import Score
 from ..perturbation import fit
 from ..processes import cores, pool
+from ..seeds import generator_of
 from ..victims import Detector, Victim, load, prepare
 from ..zoo.evaluation import evaluate
 
@@ -211,37 +206,22 @@ def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
     }
 
 
-def is_kept(setup: Setup, attack: Attack, index: int) -> bool:
-    """Whether a perturbation is there already.
-
-    Raises:
-        ValueError: one that was made with other settings, or a file that cannot be read.
-    """
-    path = path_of(setup, attack, index)
-    if not path.is_file():
-        return False
-    settings, wanted = _metadata(path)["settings"], settings_of(setup, attack)
-    differ = {k: (settings.get(k), v) for k, v in wanted.items() if settings.get(k) != v}
-    if differ:
-        told = ", ".join(f"{k}: {had!r} instead of {v!r}" for k, (had, v) in differ.items())
-        raise ArgumentError(f"--out has results of other settings: {path} ({told}): choose another")
-    return True
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: json.loads(value) for key, value in file.metadata().items()}
-    except Exception as error:  # bytes that are none of our files fail in any way at all
-        raise ArgumentError(f"--out: {path} cannot be read, remove it: {error}") from error
-
-
 def read(setup: Setup, attack: Attack, index: int) -> Record:
     """A kept perturbation."""
     path = path_of(setup, attack, index)
-    known = _metadata(path)
+    known = kept.known_of(path)
     del known["settings"], known["versions"]
-    return Record(perturbation=load_file(path)["perturbation"], **known)
+    return Record(perturbation=kept.read_tensor(path, "perturbation"), **known)
+
+
+def read_all(setup: Setup, attack: Attack) -> list[Record]:
+    """The perturbations of all images, which must be there."""
+    return [read(setup, attack, k) for k in range(setup.images)]
+
+
+def is_kept(setup: Setup, attack: Attack, index: int) -> bool:
+    """Whether a perturbation is there already; raises for one of other settings."""
+    return kept.is_kept(path_of(setup, attack, index), settings_of(setup, attack))
 
 
 def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progress) -> None:
@@ -263,11 +243,6 @@ def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progres
     ]
     for (attack, indexes), _ in run(setup, attack_images, tasks):
         counter.advance(attack.folder, len(set(indexes) & set(missing[attack])))
-
-
-def kept(setup: Setup, attack: Attack) -> list[Record]:
-    """The perturbations of all images, which must be there."""
-    return [read(setup, attack, k) for k in range(setup.images)]
 
 
 def run(
@@ -294,130 +269,104 @@ def run(
 @lru_cache(maxsize=4)
 def _victim(setup: Setup, network: str) -> Any:
     """A victim, prepared, and kept for the next images."""
-    victim = setup.victim(network)
-    return prepare(victim)
+    return prepare(setup.victim(network))
 
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
     """Attack some images together, and keep what comes of each and is not kept yet."""
-    dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
-    if len(attack.networks) > 1:
-        for index in indexes:
-            if not is_kept(setup, attack, index):
-                _attack_jointly(setup, attack, dag, index)
-        return
-    (network,) = attack.networks
-    if attack.universal:
-        _attack_at_once(setup, attack, network)
-        return
-    victim = _victim(setup, network)
-    examples = [setup.examples(zoo.find(network).task)[index] for index in indexes]
-    aims = [aim(setup, attack, victim, *one) for one in zip(examples, indexes, strict=True)]
-    for stack in stacked([sample for sample, _ in aims]):
-        result = dag(
-            victim, stack.images, stack.labels, stack.adversarial_labels, boxes=stack.boxes
-        )
-        for n, k in enumerate(stack.places):
-            active, (_, proposals) = result.active[:, n], aims[k]
-            _keep(setup, attack, indexes[k], examples[k], result, active, proposals, n)
-
-
-def _attack_jointly(setup: Setup, attack: Attack, dag: DAG, index: int) -> None:
-    """Attack several networks by one perturbation of an image."""
-    parts, proposals = [], 0
-    example: Example | None = None
-    for network in attack.networks:
-        victim = _victim(setup, network)
-        before, example = example, setup.examples(zoo.find(network).task)[index]
-        if before is not None and before.key != example.key:
-            raise ArgumentError(
-                f"--data must have masks and boxes of the same images, number {index} is "
-                f"{before.key} and {example.key}"
-            )
-        sample, count = aim(setup, attack, victim, example, index)
-        proposals += count
-        aims = sample.adversarial_labels
-        assert isinstance(aims, Tensor)
-        boxes = None if sample.boxes is None else sample.boxes[None]
-        parts.append(Part(victim, sample.labels[None], aims[None], boxes=boxes))
-    result = joint_attack(dag, parts, sample.image[None])
-    # -1 where the image has stopped, for every network alike.
-    active = torch.where(result.active[:, 0] >= 0, result.active.sum(1), -1)[:, 0]
-    assert example is not None
-    _keep(setup, attack, index, example, result, active, proposals)
-
-
-def _attack_at_once(setup: Setup, attack: Attack, network: str) -> None:
-    """Make one perturbation on images that are not those of the tables."""
-    victim = _victim(setup, network)
-    samples = []
-    for example in setup.others(zoo.find(network).task, attack.universal):
-        assert example.mask is not None
-        image, labels = (x.to(find_device(setup.device)) for x in (example.image, example.mask))
-        samples.append(Sample(image, labels, "runner-up"))
     dag = DAG(
-        gamma=attack.gamma, max_iter=attack.max_iter, epsilon=attack.epsilon, ignore_index=IGNORE
+        gamma=attack.gamma,
+        max_iter=attack.max_iter,
+        epsilon=attack.epsilon,
+        ignore_index=IGNORE,
     )
-    result = universal_perturbation(dag, victim, samples)
-    known = {
-        "key": None,
-        "iterations": result.iterations,
-        "status": "budget" if result.iterations == attack.max_iter else "converged",
-        "active": result.active,
-        "targets": 1,
-        "proposals": 1,
-        "perceptibility": result.perceptibility,
-    }
-    _write(setup, attack, 0, result.perturbation, known)
+    victims = [_victim(setup, network) for network in attack.networks]
+    if attack.universal:
+        (network,), (victim,) = attack.networks, victims
+        others = setup.others(zoo.find(network).task, attack.universal)
+        _keep(setup, attack, 0, None, universal_perturbation(dag, victim, Plain(setup, others)), 1)
+        return
+    pairs = list(zip(attack.networks, victims, strict=True))
+    targets = {k: [target(setup, attack, *pair, k) for pair in pairs] for k in indexes}
+    for k, own in targets.items():
+        if len({one.key for one in own}) > 1:
+            raise ArgumentError(
+                f"--data must have masks and boxes of the same images, number {k} is "
+                f"{' and '.join(one.key for one in own)}"
+            )
+    if len(victims) == 1:
+        results = dag.stream(victims[0], (targets[k][0].sample for k in indexes), len(indexes))
+    else:
+        missing = [k for k in indexes if not is_kept(setup, attack, k)]
+        samples = (_joint([one.sample for one in targets[k]]) for k in missing)
+        results = joint_stream(dag, [Part(victim) for victim in victims], samples, slots=1)
+    for result in results:
+        if not is_kept(setup, attack, result.key):
+            own = targets[result.key]
+            proposals = sum(one.proposals for one in own)
+            _keep(setup, attack, result.key, own[0].key, result, proposals)
+
+
+def _joint(samples: Sequence[Sample]) -> Sample:
+    """What several networks are attacked at in one image."""
+    names = ("labels", "adversarial_labels", "boxes")
+    columns: dict[str, Any] = {name: [getattr(one, name) for one in samples] for name in names}
+    return dataclasses.replace(samples[0], **columns)
+
+
+class Plain(Sequence[Sample]):
+    """Examples with their masks, each target to leave its class for the runner-up."""
+
+    def __init__(self, setup: Setup, examples: Sequence[Example]) -> None:
+        self.device, self.examples = find_device(setup.device), examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One sample."""
+        example = self.examples[index]
+        assert example.mask is not None
+        return Sample(example.image.to(self.device), example.mask.to(self.device), "runner-up")
 
 
 def _keep(
-    setup: Setup,
-    attack: Attack,
-    index: int,
-    example: Example,
-    result: Result | JointResult,
-    active: Tensor,
-    proposals: int,
-    n: int = 0,
+    setup: Setup, attack: Attack, index: int, key: str | None, result: Result, proposals: int
 ) -> None:
-    """Keep what an attack made of image number n of its batch, if it is not kept yet."""
-    if is_kept(setup, attack, index):
-        return
+    """Keep what an attack made of an image."""
+    active = result.active[..., 0]
+    if active.dim() > 1:  # -1 where the image has stopped, for every network alike
+        active = torch.where(active[:, 0] >= 0, active.sum(1), -1)
     known = {
-        "key": example.key,
-        "iterations": int(result.iterations[n]),
-        "status": str(result.status[n]),
+        "key": key,
+        "iterations": int(result.iterations[0]),
+        "status": str(result.status[0]),
         "active": [count for count in active.tolist() if count >= 0],
-        "targets": int(result.targets[..., n].sum()),
+        "targets": int(result.targets.sum()),
         "proposals": proposals,
-        "perceptibility": float(result.perceptibility[n]),
+        "perceptibility": float(result.perceptibility[0]),
+        "versions": versions(),
     }
-    _write(setup, attack, index, result.perturbation[n], known)
-
-
-def _write(
-    setup: Setup, attack: Attack, index: int, perturbation: Tensor, known: dict[str, Any]
-) -> None:
-    """Write a perturbation (3, H, W) with what is known of it, whole or not at all."""
-    known = {**known, "settings": settings_of(setup, attack), "versions": versions()}
     path = path_of(setup, attack, index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        save_file(
-            {"perturbation": perturbation.cpu().contiguous()},
-            temporary,
-            metadata={name: json.dumps(value) for name, value in known.items()},
-        )
+    kept.keep_tensor(
+        path, "perturbation", result.perturbation[0], known, settings_of(setup, attack)
+    )
 
 
-def aim(
-    setup: Setup, attack: Attack, victim: Any, example: Example, index: int
-) -> tuple[Sample, int]:
-    """What an attack on one image aims at, and how many proposals were looked at."""
-    generator = generator_of(setup, index)
-    device = find_device(setup.device)
-    image = example.image.to(device)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aimed:
+    """An image with its targets at a network."""
+
+    key: str
+    sample: Sample
+    proposals: int
+
+
+def target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) -> Aimed:
+    """What an attack on one image aims at."""
+    example = setup.examples(zoo.find(network).task)[index]
+    generator = generator_of(setup.seed, 0, index)
+    image = example.image.to(find_device(setup.device))
     if isinstance(victim, Detector):
         targets = victim.dense_targets(
             image[None],
@@ -427,14 +376,13 @@ def aim(
             ignore_index=IGNORE,
         )
         (sample,) = targets.samples(image[None], [index])
-        return sample, int(targets.proposals[0])
+        return Aimed(example.key, sample, int(targets.proposals[0]))
     assert example.mask is not None
-    labels = example.mask[None].to(device)
-    num_classes = len(victim.classes)
-    adversarial = assign("permutation", labels, num_classes, IGNORE, generator)
+    labels = example.mask[None].to(image.device)
+    adversarial = assign("permutation", labels, len(victim.classes), IGNORE, generator)
     assert isinstance(adversarial, Tensor)
     sample = Sample(image, labels[0], adversarial[0], key=index)
-    return sample, int((labels != IGNORE).sum())
+    return Aimed(example.key, sample, int((labels != IGNORE).sum()))
 
 
 def seconds_of(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
@@ -444,20 +392,12 @@ def seconds_of(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Atta
         for attack in attacks:
             (network,) = attack.networks
             victim = _victim(setup, network)
-            example = setup.examples(zoo.find(network).task)[index]
             dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
             start = time.perf_counter()
-            sample, _ = aim(setup, attack, victim, example, index)
+            sample = target(setup, attack, network, victim, index).sample
             list(dag.stream(victim, [sample], slots=1))
             spent[attack] += (time.perf_counter() - start) / count
     return spent
-
-
-def generator_of(setup: Setup, index: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one image, the same whatever else is made."""
-    words = np.random.SeedSequence(setup.seed, spawn_key=(purpose, index))
-    (word,) = words.generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def score(

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from ..data import SCENE_CLASSES, Scenes
 from ..data.scenes import VOID
 from ..errors import ArgumentError
 from ..files import atomic_write
+from ..seeds import seed_of
 from .backbones import fold
 from .checkpoint import save_weights
 from .evaluation import evaluate
@@ -82,7 +82,7 @@ class Progress:
     loss: float
 
 
-def seed_of(name: str) -> int:
+def seed_of_name(name: str) -> int:
     """The seed of a network's training: made from its name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
@@ -108,7 +108,7 @@ def train(
     Args:
         name: as in the paper's tables, such as "FCN-VGG*".
         out: the folder, made where it is missing.
-        seed: of weights, order and augmentation; `seed_of` the name if None.
+        seed: of weights, order and augmentation; `seed_of_name` if None.
         samples: images to see, repeats counted, rounded up to whole batches; as in `RECIPES` if
             None.
         width: multiplies the channels; the shipped network's if None.
@@ -126,7 +126,7 @@ def train(
     """
     entry = find(name)
     recipe = RECIPES[entry.architecture]
-    seed = seed_of(entry.name) if seed is None else seed
+    seed = seed_of_name(entry.name) if seed is None else seed
     samples = recipe.samples if samples is None else samples
     checks.integer("seed", seed, at_least=0)
     checks.integer("samples", samples, at_least=1)
@@ -222,8 +222,7 @@ class Training:
 
     def draw(self, *purpose: int) -> None:
         """Seed torch's generators for one purpose: 0, the weights; 1, epoch k; 2, step k."""
-        words = np.random.SeedSequence(self.seed, spawn_key=purpose).generate_state(1)
-        torch.manual_seed(int(words[0]))
+        torch.manual_seed(seed_of(self.seed, *purpose, bits=32))
 
     def chosen(self) -> list[int]:
         """The scenes of the next step: every epoch has all of them, in an order of its own."""

@@ -8,7 +8,9 @@ boxes, and only where many overlapping boxes were led astray do the new ones fal
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +81,30 @@ class Detector(nn.Module, abc.ABC):
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image the boxes (P, 4) that can be targets, in its pixels, and scores (P, C)."""
+
+    @contextlib.contextmanager
+    def encoded(self, images: Tensor) -> Iterator[None]:
+        """Compute the features of images once, for all that is asked of them inside the block.
+
+        Gradients of scores reach `images` as they do outside. torchvision's detectors and those
+        that are built like them; others are run as often as they are asked. For one thread.
+        """
+        network = self.network
+        if not (hasattr(network, "transform") and hasattr(network, "backbone")):
+            yield
+            return
+        transformed = network.transform(list(images))
+        known = copy.copy(network)
+        known._modules = {
+            **network._modules,
+            "transform": Known(transformed, network.transform),
+            "backbone": Known(network.backbone(transformed[0].tensors)),
+        }
+        self.network = known
+        try:
+            yield
+        finally:
+            self.network = network
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Probabilities (P, C) of scores (P, C)."""
@@ -268,3 +294,17 @@ def rescale(
         ]
     )
     return boxes * factors[:, None]
+
+
+class Known(nn.Module):
+    """A module whose output is known already."""
+
+    def __init__(self, output: Any, module: Any = None) -> None:
+        super().__init__()
+        self.output = output
+        if module is not None:
+            self.postprocess = module.postprocess
+
+    def forward(self, *_: Any) -> Any:
+        """The output, whatever comes in."""
+        return self.output

@@ -1,0 +1,248 @@
+"""One path for every command: source -> targets -> stream -> measurement.
+
+Each image is decoded once. The network that is attacked is run once on the clean image, for labels,
+prediction and the attack's first evaluation; the network itself is run once on the image as its
+8-bit file holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks import DAG, Result
+from ..engine import ScoreModel, frozen
+from ..engine.stream import Deferred, Sample
+from ..errors import ArgumentError, ArgumentTypeError
+from ..ops import argmax_bilinear
+from ..perturbation import perceptibility, round_to_8_bits
+from ..seeds import generator_of, seed_of
+from ..victims import Detector, Victim
+from .options import AttackOptions
+from .outcome import Outcome
+from .predict import Prediction
+from .sources import Source
+from .targets import ImageTarget, UnfitImageError, rules_for
+from .truth import Truth
+
+Failed = Callable[[int, str], None]
+"""Called with the number of an image that cannot be attacked, and the reason."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """An image to be attacked."""
+
+    number: int
+    name: str
+    image: Tensor
+    """(3, H, W) on the network's device."""
+    target: ImageTarget
+    seed: int
+    """Of the image's random choices."""
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
+class Driver:
+    """Attacks the images of a source.
+
+    Args:
+        options: how.
+        victim: the network, which judges the attacked images.
+        source: the images.
+        device: where the network is.
+        attacked: the network that is attacked in its place, a faster copy; itself if None.
+        slots: images under attack at a time.
+    """
+
+    def __init__(
+        self,
+        options: AttackOptions,
+        victim: Victim | Detector,
+        source: Source,
+        device: torch.device,
+        *,
+        attacked: Any = None,
+        slots: int = 1,
+    ) -> None:
+        self.attack: DAG = options.attack()
+        self.options, self.victim, self.source, self.device = options, victim, source, device
+        self.attacked = victim if attacked is None else attacked
+        self.rules = rules_for(options, self.attacked)
+        self.slots = slots
+        self.reuse = device.type == "cpu" and slots == 1  # where the engine takes a look as its own
+        self.stopping = threading.Event()
+        self.in_flight: set[str] = set()
+        self._ready: dict[int, Job] = {}
+        self._read: dict[int, tuple[Tensor, Truth]] = {}
+
+    def probe(self, numbers: Sequence[int]) -> None:
+        """Raise where the options do not go with the network, as the first fit image shows."""
+        for number in numbers:
+            try:
+                image, truth = self.source.read(number)
+            except (OSError, ValueError):
+                continue
+            try:
+                self._ready[number] = self.job(number, image, truth)
+            except UnfitImageError:
+                continue
+            return
+
+    def check(self, budget: int) -> None:
+        """Raise for any image that cannot be attacked; keep them, up to so many pixels, decoded."""
+        for number, name in enumerate(self.source.names):
+            if number in self._ready:
+                continue
+            image, truth = self.source.read(number)
+            self.rules.check(name, image.to(self.device), truth)
+            budget -= image[0].numel()
+            if budget >= 0:
+                self._read[number] = (image * 255).round().byte(), truth
+
+    def read(self, number: int) -> tuple[Tensor, Truth]:
+        """An image and its truth, decoded once."""
+        if number not in self._read:
+            return self.source.read(number)
+        levels, truth = self._read.pop(number)
+        return levels.float() / 255, truth
+
+    def job(self, number: int, image: Tensor, truth: Truth) -> Job:
+        """What is to be done with an image (3, H, W).
+
+        Raises:
+            ArgumentError: an image, truth or network that cannot be attacked.
+        """
+        name = self.source.names[number]
+        image, index = image.to(self.device), (self.options.seed, number)
+        target = self.rules.target(name, image, truth, generator_of(index), with_graph=self.reuse)
+        return Job(number, name, image, target, seed_of(index))
+
+    def run(
+        self,
+        numbers: Iterable[int],
+        *,
+        failed: Failed | None = None,
+        callback: Callable[[list[Any], Tensor], None] | None = None,
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """Attack images, and measure what came of each.
+
+        Args:
+            numbers: which, taken one by one as there are slots.
+            failed: told of images that cannot be attacked; they raise if None.
+            callback: called with (jobs under attack, their active targets); see `DAG.stream`.
+
+        Yields:
+            Jobs with their outcomes, as they finish.
+        """
+        results = self.attack.stream(
+            self.attacked, self._samples(numbers, failed), self.slots, callback=callback
+        )
+        try:
+            for result in results:
+                yield result.key, self.measured(result)
+                self.in_flight.discard(result.key.name)
+        finally:
+            self.stopping.set()
+            results.close()  # type: ignore[attr-defined]  # it is a generator
+
+    def _samples(self, numbers: Iterable[int], failed: Failed | None) -> Iterator[Any]:
+        for number in numbers:
+            if self.stopping.is_set():
+                return
+            yield _Image(self, number, failed)
+
+    def measured(self, result: Result) -> Outcome:
+        """What came of an image."""
+        job: Job = result.key
+        written = round_to_8_bits(result.adversarial)
+        active, attacked = self._judge(written, job)
+        return Outcome(
+            name=job.name,
+            image=job.image.cpu(),
+            adversarial=result.adversarial[0].cpu(),
+            predicted=job.target.prediction,
+            attacked=attacked,
+            status=result.status[0],
+            iterations=int(result.iterations[0]),
+            active=[count for count in result.active[:, 0].tolist() if count >= 0],
+            targets=int(result.targets[0]),
+            active_after_rounding=active,
+            perceptibility=float(result.perceptibility[0]),
+            perceptibility_after_rounding=float(perceptibility(written - job.image[None])[0]),
+        )
+
+    def _judge(self, written: Tensor, job: Job) -> tuple[int, Prediction]:
+        """Active targets of an image (1, 3, H, W), and what the network sees in it."""
+        victim, target = self.victim, job.target
+        labels = target.labels[None]
+        adversarial = target.adversarial
+        aims = adversarial if isinstance(adversarial, str) else adversarial[None]
+        boxes = None if target.boxes is None else target.boxes[None]
+        scores_of = ScoreModel(victim)
+        prediction: Prediction
+        with frozen(victim), torch.no_grad():
+            if isinstance(victim, Detector):
+                with victim.encoded(written):
+                    scores = scores_of(written, labels, boxes)
+                    (found,) = victim.detect(written)
+                prediction = {key: value.cpu() for key, value in found.items()}
+            else:
+                scores = scores_of(written, labels)
+                height, width = labels.shape[1:]
+                prediction = argmax_bilinear(
+                    scores, (height, width), align_corners=scores_of.align_corners
+                )[0].cpu()
+        active = self.attack.active_targets(
+            scores, labels, aims, align_corners=scores_of.align_corners
+        )
+        return int(active[0]), prediction
+
+
+class _Image(Deferred):
+    """An image, decoded as it is fetched, looked at when there is a slot for it."""
+
+    def __init__(self, driver: Driver, number: int, failed: Failed | None) -> None:
+        self.driver, self.number, self.failed = driver, number, failed
+        self.error: Exception | None = None
+        self.ready = driver._ready.pop(number, None)
+        self.read: tuple[Tensor, Truth] | None = None
+        if self.ready is None:
+            try:
+                self.read = driver.read(number)
+            except (OSError, ValueError) as error:
+                self.error = error
+
+    def sample(self) -> Sample | None:
+        """The image with its targets; None for one that cannot be attacked."""
+        driver, job = self.driver, self.ready
+        if self.error is not None:
+            raise ArgumentError(str(self.error)) from self.error
+        if job is None:
+            assert self.read is not None
+            try:
+                job = driver.job(self.number, *self.read)
+            except (ArgumentTypeError, ArgumentError) as error:
+                if self.failed is not None:
+                    raise
+                raise type(error)(f"{driver.source.names[self.number]}: {error}") from error
+        driver.in_flight.add(job.name)
+        target = job.target
+        return Sample(
+            job.image, target.labels, target.adversarial, target.boxes, key=job, look=target.look
+        )
+
+    def refused(self, error: Exception) -> bool:
+        """Put on record that the image cannot be attacked; not what is the network's own error."""
+        self.driver.in_flight.discard(self.driver.source.names[self.number])
+        if self.failed is None or not isinstance(error, (ArgumentError, ArgumentTypeError)):
+            return False
+        self.failed(self.number, " ".join(str(error).split()))
+        return True

@@ -1,0 +1,31 @@
+"""What a network sees in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import frozen, read_scores
+from ..ops import argmax_bilinear
+from ..victims import Detector
+
+Prediction = Tensor | Mapping[str, Tensor]
+"""A label map (h, w) int64, or detections: "boxes", "labels" and "scores"."""
+
+
+def predict(
+    victim: Any,
+    image: Tensor,  # (3, H, W)
+    size: tuple[int, int],
+) -> Prediction:
+    """A label map of a size (h, w), or detections, on the CPU."""
+    with frozen(victim), torch.no_grad():
+        if isinstance(victim, Detector):
+            (found,) = victim.detect(image[None])
+            return {key: value.cpu() for key, value in found.items()}
+        scores = read_scores(victim(image[None]), image[None])
+    align_corners = bool(getattr(victim, "align_corners", False))
+    return argmax_bilinear(scores, size, align_corners=align_corners)[0].cpu()

@@ -1,0 +1,73 @@
+"""Ground truth of images, from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import files
+from ..data.coco import CocoBoxes
+from ..data.voc import read_voc_boxes
+from ..errors import ArgumentError
+from ..victims import Detector, Victim
+
+Truth = Tensor | Mapping[str, Tensor] | None
+"""A label map (h, w) int32; "boxes", "labels" and "difficult"; None: what the network sees."""
+
+
+class TruthFiles:
+    """Ground truth from files: label maps, for detectors VOC's XML or COCO's JSON.
+
+    Args:
+        given: a folder with NAME.png (NAME.xml) for each image NAME, or one file: of one image, or
+            COCO's, of many.
+        victim: the network that it is for.
+        option: what messages call `given`.
+    """
+
+    def __init__(self, given: Path, victim: Victim | Detector, option: str = "--labels") -> None:
+        self.given, self.option = given, option
+        self.classes = victim.object_classes() if isinstance(victim, Detector) else None
+        self.ending = "xml" if isinstance(victim, Detector) else "png"
+        self.coco: CocoBoxes | None = None
+        if isinstance(victim, Detector) and given.suffix == ".json":
+            self.coco = CocoBoxes(given, self.classes)
+
+    @property
+    def of_many(self) -> bool:
+        """Whether there is ground truth of more than one image."""
+        return self.coco is not None or self.given.is_dir()
+
+    def find(self, name: str) -> Path:
+        """The file with the truth of the image NAME.ending, or sub/folder/NAME.ending."""
+        if not self.given.is_dir():
+            return self.given
+        path = (self.given / name).with_suffix(f".{self.ending}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.option}: {path} does not exist, but {name} needs it")
+        return path
+
+    def read(self, name: str, size: tuple[int, int]) -> Truth:
+        """The truth of an image of a size (height, width).
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing or wrong, and in which file.
+        """
+        if self.ending == "png":
+            return files.read_label_map(self.find(name))
+        if self.coco is not None:
+            known = name if name in self.coco.images else Path(name).name
+            boxes, labels, crowd = self.coco(known, size)
+            return {"boxes": boxes, "labels": labels, "difficult": crowd}
+        path = self.find(name)
+        if self.classes is None:
+            raise ArgumentError(f"the model names no classes, which {path} needs")
+        boxes, labels, difficult = read_voc_boxes(path, size, self.classes)
+        return {"boxes": boxes, "labels": labels, "difficult": difficult}
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image (3, H, W)."""
+    return image.shape[1], image.shape[2]

@@ -1,0 +1,21 @@
+"""Seeds of random numbers, each for one purpose, made from a seed of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def seed_of(seed: int | Sequence[int], *purpose: int, bits: int = 63) -> int:
+    """A seed of so many bits, at most 63, for one purpose, unlike those of any others."""
+    sequence = np.random.SeedSequence(seed, spawn_key=purpose)
+    if bits <= 32:
+        return int(sequence.generate_state(1)[0]) >> (32 - bits)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> (64 - bits)
+
+
+def generator_of(seed: int | Sequence[int], *purpose: int) -> torch.Generator:
+    """Random numbers for one purpose, the same whatever else is drawn."""
+    return torch.Generator().manual_seed(seed_of(seed, *purpose))
