@@ -212,7 +212,8 @@ def test_batch_and_stream_equal_each_image_alone():
     attack = DAG(max_iter=8)
     together = attack(victim, images, labels, adversarial, boxes=boxes)
     samples = [
-        Sample(images[n], labels[n], adversarial[n], boxes=boxes[n], key=n) for n in range(len(images))
+        Sample(images[n], labels[n], adversarial[n], boxes=boxes[n], key=n)
+        for n in range(len(images))
     ]
     streamed = {r.key: r for r in attack.stream(victim, samples, slots=2)}
     for n in range(len(images)):
@@ -306,7 +307,9 @@ def test_dense_targets_are_the_region_networks_proposals():
     assert bool(dense.boxes[0, dense.counts[0] :].isnan().all())
     few = victim.dense_targets(images, truth, max_proposals=5, min_score=0.0)
     assert few.proposals.tolist() == [5, 5]
-    result = DAG(max_iter=3)(victim, images, dense.labels, dense.adversarial_labels, boxes=dense.boxes)
+    result = DAG(max_iter=3)(
+        victim, images, dense.labels, dense.adversarial_labels, boxes=dense.boxes
+    )
     assert result.targets[1] == 0
     assert bool(result.converged[1])
     assert torch.equal(result.adversarial[1], images[1])

@@ -6,7 +6,7 @@ from support import generator
 from torch import nn
 
 import dagcore
-from dagcore import DAG, Part, Status, joint_attack, victims, zoo
+from dagcore import DAG, Part, Sample, Status, joint_attack, joint_stream, victims, zoo
 
 SHAPE = (3, 3, 16, 20)
 
@@ -130,8 +130,78 @@ def test_bad_input():
         joint_attack(DAG(), [], images)
     with pytest.raises(ValueError, match=r"parts\[1\]: labels must have one map"):
         joint_attack(DAG(), [Part(net, labels), Part(net, labels[:2])], images)
-    with pytest.raises(ValueError, match=r"parts\[0\]: at must have one entry for each of 3"):
+    with pytest.raises(ValueError, match=r"parts\[0\]: boxes must have one entry for each of 3"):
         joint_attack(DAG(), [Part(net, labels, boxes=torch.zeros(4, 2))], images)
     with pytest.raises(ValueError, match=r"parts\[0\]: adversarial_labels must be given or drawn"):
         joint_attack(DAG(), [Part(net, labels, "runner-up", goal="reach")], images)
     assert dagcore.joint_attack is joint_attack
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_stream_gives_each_image_what_it_gets_alone(slots):
+    nets, images = [network(1), network(2, classes=7, stride=2)], some_images()
+    labels = [seen(net, images) for net in nets]
+    attack = DAG(gamma=2 / 255, max_iter=60, tolerance=0.1)
+    samples = [
+        Sample(images[n], [own[n] for own in labels], ["runner-up", None], key=n) for n in range(3)
+    ]
+    heard = []
+    results = joint_stream(
+        attack,
+        [Part(net) for net in nets],
+        samples,
+        slots=slots,
+        generator=generator(4),
+        callback=lambda keys, counts: heard.append((list(keys), counts.shape)),
+    )
+    found = {result.key: result for result in results}
+    assert sorted(found) == [0, 1, 2]
+    for n, result in found.items():
+        parts = [
+            Part(net, own[n : n + 1], aims)
+            for net, own, aims in zip(nets, labels, result.adversarial_labels, strict=True)
+        ]
+        alone = joint_attack(attack, parts, images[n : n + 1])
+        assert result.adversarial_labels[0] == "runner-up"
+        assert torch.equal(result.active, alone.active)
+        assert torch.equal(result.targets, alone.targets)
+        torch.testing.assert_close(result.adversarial, alone.adversarial, rtol=0, atol=1e-6)
+    assert {shape[1] for _, shape in heard} == {2}
+    assert {key for keys, _ in heard for key in keys} == {0, 1, 2}
+
+
+def test_a_callback_hears_of_every_network():
+    nets, images = [network(1), network(2)], some_images()
+    heard = {}
+    joint = joint_attack(
+        DAG(max_iter=4),
+        [Part(net, seen(net, images)) for net in nets],
+        images,
+        generator=generator(3),
+        callback=lambda m, active: heard.update({m: active.clone()}),
+    )
+    for m, active in heard.items():
+        assert torch.equal(active, joint.active[m])
+    assert len(heard) == int(joint.iterations.max()) + 1
+
+
+def test_a_result_goes_on_from_where_it_stopped():
+    nets, images = [network(1), network(2)], some_images()
+    parts = [Part(net, seen(net, images)) for net in nets]
+    whole = joint_attack(DAG(max_iter=6), parts, images, generator=generator(3))
+    first = joint_attack(DAG(max_iter=2), parts, images, generator=generator(3))
+    again = [
+        Part(part.model, part.labels, aims)
+        for part, aims in zip(parts, first.adversarial_labels, strict=True)
+    ]
+    rest = joint_attack(DAG(max_iter=4), again, images, start=first.adversarial)
+    torch.testing.assert_close(rest.adversarial, whole.adversarial)
+
+
+def test_bad_samples_of_a_stream():
+    net, images = network(1), some_images()
+    labels = seen(net, images)
+    with pytest.raises(TypeError, match="labels must be given for each of 2 networks"):
+        list(joint_stream(DAG(), [Part(net)] * 2, [Sample(images[0], [labels[0]])]))
+    with pytest.raises(ValueError, match=r"parts\[0\]: labels must be None"):
+        joint_stream(DAG(), [Part(net, labels)], [])

@@ -52,10 +52,7 @@ def samples(
 
 def alone(attack: DAG, model: nn.Module, sample: Sample, result: Result) -> Result:
     """The attack on a single sample, with the adversarial labels that the stream drew."""
-    adversarial: Any = result.adversarial_labels
-    if adversarial is None:
-        adversarial = "runner-up"
-    return attack(model, sample.image[None], sample.labels[None], adversarial)
+    return attack(model, sample.image[None], sample.labels[None], result.adversarial_labels)
 
 
 def assert_as_alone(attack: DAG, model: nn.Module, given: list[Sample], got: list[Result]) -> None:
@@ -326,12 +323,43 @@ def test_a_callback_hears_of_the_active_targets_of_every_image(slots: int) -> No
         assert len(known) == int(result.iterations) + 1
 
 
-def test_samples_of_one_form_are_stacked() -> None:
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_source_may_use_its_buffers_again(slots: int) -> None:
     model = Net()
-    given = samples(model, [(8, 8), (6, 9), (8, 8)])
-    first, second = dagcore.stream.stacked(given)
-    assert (first.places, second.places) == ([0, 2], [1])
-    assert torch.equal(first.images, torch.stack([given[0].image, given[2].image]))
-    assert torch.equal(second.labels, given[1].labels[None])
-    assert first.adversarial_labels == "runner-up"
-    assert first.boxes is None
+    given = samples(model, [(8, 10)] * 5)
+    image, labels = torch.empty(3, 8, 10, dtype=torch.float64), torch.empty(8, 10).long()
+
+    def source() -> Iterator[Sample]:
+        for one in given:
+            image.copy_(one.image)
+            labels.copy_(one.labels)
+            yield Sample(image, labels, "runner-up", key=one.key)
+
+    attack = DAG(gamma=GAMMA, max_iter=20)
+    found = {result.key: result for result in attack.stream(model, source(), slots=slots)}
+    for one in given:
+        expected = attack(model, one.image[None], one.labels[None], "runner-up")
+        torch.testing.assert_close(found[one.key].adversarial, expected.adversarial)
+        torch.testing.assert_close(found[one.key].perturbation, expected.perturbation)
+        assert torch.equal(found[one.key].active, expected.active)
+
+
+def test_a_look_that_is_known_saves_the_first_evaluation() -> None:
+    model = Net()
+    (sample,) = samples(model, [(8, 10)])
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    leaf = sample.image[None].clone().requires_grad_()
+    known = dataclasses.replace(sample, look=(leaf, model(leaf)))
+    attack = DAG(gamma=GAMMA, max_iter=3)
+    (expected,) = attack.stream(model, [sample], slots=1)
+    without = len(calls)
+    (result,) = attack.stream(model, [known], slots=1)
+    assert len(calls) - without == without - 2  # the hook saw `model(leaf)` too
+    assert torch.equal(result.adversarial, expected.adversarial)
+    assert torch.equal(result.active, expected.active)
+    # The scores of another image are not taken for this one's.
+    other = dataclasses.replace(known, image=sample.image * 0.9)
+    (result,) = attack.stream(model, [other], slots=1)
+    (expected,) = attack.stream(model, [dataclasses.replace(other, look=None)], slots=1)
+    assert torch.equal(result.adversarial, expected.adversarial)

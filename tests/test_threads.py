@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dagcore import DAG, Part, Result, Sample, joint_attack, labels, ops
-from dagcore.engine import frozen
+from dagcore.engine import frozen, memory
 from dagcore.ops import native
 
 WAIT = 60  # seconds, for what never happens
@@ -198,18 +198,18 @@ def test_memory_is_kept_until_the_last_thread_ends(monkeypatch: pytest.MonkeyPat
     class Module:
         keep_freed_memory = staticmethod(kept.append)
 
-    for name in (*native._MALLOC_SETTINGS, "GLIBC_TUNABLES"):
+    for name in (*memory._MALLOC_SETTINGS, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(native, "module", Module)
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with native.freed_memory_kept():
+        with memory.freed_memory_kept():
             inside.set()
             assert leave.wait(WAIT)
 
     with ThreadPoolExecutor(1) as pool:
-        with native.freed_memory_kept():
+        with memory.freed_memory_kept():
             done = pool.submit(other)
             assert inside.wait(WAIT)
         assert kept == [True]

@@ -1,11 +1,14 @@
 """One perturbation for many images."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support import generator
 from torch import nn
 
-from dagcore import DAG, Sample, universal_perturbation
+from dagcore import DAG, Sample, Status, universal_perturbation
 from dagcore.perturbation import fit
 
 
@@ -43,10 +46,10 @@ def test_an_update_is_the_sum_of_the_images_normalised_gradients():
         (gradient,) = torch.autograd.grad(gain.sum(), x)
         total += gradient[0] / gradient.abs().max()
     expected = attack.gamma * total / total.abs().max()
-    torch.testing.assert_close(made.perturbation, expected, rtol=1e-4, atol=1e-7)
-    assert made.iterations == 1
-    assert made.active[0] == 1
-    assert len(made.active) == 2
+    torch.testing.assert_close(made.perturbation[0], expected, rtol=1e-4, atol=1e-7)
+    assert made.iterations.tolist() == [1]
+    assert made.active[0].tolist() == made.targets.tolist() == [3 * 12 * 16]
+    assert made.active.shape == (2, 1)
 
 
 def test_one_perturbation_fools_every_image():
@@ -58,10 +61,11 @@ def test_one_perturbation_fools_every_image():
         for image, labels in zip(images, seen(net, images), strict=True)
     ]
     made = universal_perturbation(DAG(max_iter=400), net, samples, batch_size=4)
-    assert 0 < made.iterations < 400
-    assert made.active[-2:] == [0, 0]  # a whole round of two batches
+    assert 0 < int(made.iterations) < 400
+    assert made.status == (Status.CONVERGED,)
+    assert int(made.active[int(made.iterations)]) == 0
     for sample in samples:
-        moved = (sample.image + made.perturbation).clamp(0, 1)
+        moved = (sample.image + made.perturbation[0]).clamp(0, 1)
         assert not bool((seen(net, moved[None])[0] == sample.labels).any())
 
 
@@ -75,51 +79,66 @@ def test_epsilon_limits_the_perturbation():
 
 
 def test_one_permutation_of_the_classes_holds_for_all():
-    net = network(classes=7)
-    aims = []
-
-    def watched(seed, samples):
-        attack = DAG(max_iter=0)
-        from dagcore.attacks import universal
-
-        found = []
-        inner = universal.seed_op
-
-        def spy(*given):
-            op = inner(*given)
-
-            def run(scores, labels, adversarial, **rest):
-                found.append((labels.clone(), adversarial.clone()))
-                return op(scores, labels, adversarial, **rest)
-
-            return run
-
-        universal.seed_op = spy
-        try:
-            universal_perturbation(attack, net, samples, generator=generator(seed))
-        finally:
-            universal.seed_op = inner
-        return found
-
-    samples = some_samples(net, 5, adversarial=None)
+    net, samples = network(classes=7), some_samples(network(classes=7), 5, adversarial=None)
     samples[1].labels[0, 0] = 255
-    ((labels, aims),) = watched(3, samples)
-    table = {}
-    for label, aim in zip(labels.flatten().tolist(), aims.flatten().tolist(), strict=True):
-        assert table.setdefault(label, aim) == aim
-        assert (label == aim) == (label == 255)
-    ((_, again),) = watched(3, samples)
-    assert torch.equal(again, aims)
+    made = universal_perturbation(DAG(max_iter=2), net, samples, generator=generator(3))
+    table = made.adversarial_labels
+    assert torch.equal(table.sort().values, torch.arange(7))
+    assert not bool((table == torch.arange(7)).any())
+    given = [
+        dataclasses.replace(
+            one,
+            adversarial_labels=torch.where(one.labels == 255, 255, table[one.labels.clamp(max=6)]),
+        )
+        for one in samples
+    ]
+    same = universal_perturbation(DAG(max_iter=2), net, given)
+    assert torch.equal(same.perturbation, made.perturbation)
+    assert same.adversarial_labels == "given"
+
+
+class Lazy(Sequence):
+    """Samples that are made anew at each look."""
+
+    def __init__(self, samples):
+        self.samples, self.reads = samples, []
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return self.samples[index]
+
+
+def test_each_sample_is_read_once_a_round():
+    net = network()
+    lazy, heard = Lazy(some_samples(net, 5)), []
+    made = universal_perturbation(
+        DAG(max_iter=6),
+        net,
+        lazy,
+        batch_size=2,
+        callback=lambda look, active: heard.append((look, active.tolist())),
+    )
+    looks = [0, 1, 2, 3, 4] * 3  # three batches a round
+    assert lazy.reads == looks[: len(lazy.reads)]
+    assert len(lazy.reads) == 5 + 5 + 2  # six updates and the last evaluation
+    assert [look for look, _ in heard] == list(range(7))
+    assert [count for _, (count,) in heard] == made.active[:, 0].tolist()
+    assert made.status == (Status.BUDGET,)
+    assert made.targets.tolist() == [5 * 12 * 16]
 
 
 def test_images_of_several_sizes_share_the_upper_left_part():
     net = network()
     samples = [*some_samples(net, 2, (8, 16)), *some_samples(net, 1, (12, 10))]
     made = universal_perturbation(DAG(max_iter=3), net, samples)
-    assert made.perturbation.shape == (3, 12, 16)
-    assert float(made.perturbation[:, 8:, 10:].abs().max()) == 0  # no image reaches there
-    assert float(made.perturbation[:, 8:, :10].abs().max()) > 0
-    assert float(made.perturbation[:, :8, 10:].abs().max()) > 0
+    assert made.perturbation.shape == (1, 3, 12, 16)
+    (r,) = made.perturbation
+    assert float(r[:, 8:, 10:].abs().max()) == 0  # no image reaches there
+    assert float(r[:, 8:, :10].abs().max()) > 0
+    assert float(r[:, :8, 10:].abs().max()) > 0
 
 
 def test_fit():
@@ -141,7 +160,8 @@ def test_a_dead_gradient_ends_it():
 
     sample = Sample(torch.full((3, 4, 4), 0.5), torch.zeros(4, 4, dtype=torch.int64))
     made = universal_perturbation(DAG(), flat, [sample])
-    assert made.iterations == 0
+    assert made.status == (Status.STALLED,)
+    assert made.iterations.tolist() == [0]
     assert not bool(made.perturbation.any())
 
 
@@ -151,7 +171,7 @@ def test_a_batch_without_a_gradient_does_not_end_it():
     samples = [Sample(image, seen(net, image[None])[0], "runner-up") for image in (dark, live)]
     alone = universal_perturbation(DAG(max_iter=5), net, samples[1:], batch_size=1)
     both = universal_perturbation(DAG(max_iter=5), net, samples, batch_size=1)
-    assert 0 < alone.iterations == both.iterations
+    assert 0 < int(alone.iterations) == int(both.iterations)
     assert torch.equal(both.perturbation, alone.perturbation)
 
 

@@ -140,7 +140,11 @@ class Attack(abc.ABC):
 
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
-        self.check(model, images, labels, adversarial_labels, boxes, None)
+        if adversarial_labels is None:
+            raise ArgumentError(
+                "adversarial_labels must be what the attack's result has, got None"
+            )
+        self.check(model, images, labels, adversarial_labels, boxes)
         scores_of = ScoreModel(model)
         with frozen(model), torch.no_grad():
             scores = scores_of(images, labels, boxes)

@@ -127,7 +127,9 @@ class DAG(Attack):
             adversarial=trace.images,
             perturbation=perturbation,
             iterations=trace.iterations,
-            converged=torch.tensor([s == "converged" for s in trace.status], device=images.device),
+            converged=torch.tensor(
+                [s == "converged" for s in trace.status], dtype=torch.bool, device=images.device
+            ),
             status=tuple(map(Status, trace.status)),
             active=trace.active,
             targets=trace.targets,

@@ -99,7 +99,9 @@ def gather(
         adversarial=adversarial,
         perturbation=perturbation,
         iterations=torch.tensor([o.iterations for o in outcomes], dtype=torch.int32, device=device),
-        converged=torch.tensor([s is Status.CONVERGED for s in status], device=device),
+        converged=torch.tensor(
+            [s is Status.CONVERGED for s in status], dtype=torch.bool, device=device
+        ),
         status=status,
         active=active if joint else active[:, 0],
         perceptibility=perceptibility(perturbation, value_range(origin, bounds)),

@@ -90,7 +90,9 @@ def universal_perturbation(
             outcomes = slots.collect()
     result = gather(outcomes, attack.bounds)
     return dataclasses.replace(
-        result, perceptibility=perceptibility(result.perturbation, rounds.value_range[None])
+        result,
+        perceptibility=perceptibility(result.perturbation, rounds.value_range[None]),
+        adversarial_labels="given" if rounds.table is None else rounds.table,
     )
 
 
@@ -212,8 +214,8 @@ class Rounds:
             self.objective.refuse(classes, labels, adversarial)
 
     def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
-        """Targets of all samples that were looked at, and the permutation of the classes."""
-        return self.targets.clone(), ("given" if self.table is None else self.table,)
+        """Targets of all samples that were looked at."""
+        return self.targets.clone(), ("given",)
 
 
 def _stacked(samples: Sequence[Sample]) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:

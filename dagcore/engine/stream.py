@@ -53,7 +53,8 @@ class Sample:
         columns = []
         for name in ("labels", "adversarial_labels", "boxes"):
             value = getattr(self, name)
-            if value is None or isinstance(value, (Tensor, str)):
+            alone = networks == 1 and not isinstance(value, Sequence)
+            if alone or value is None or isinstance(value, (Tensor, str)):
                 value = [value] * networks
             if not isinstance(value, Sequence) or len(value) != networks:
                 raise ArgumentTypeError(
