@@ -5,18 +5,19 @@ import os
 import subprocess
 import sys
 
+import command_line
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from command_line import check_outputs, command, pixels, record
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import dagcore
-from dagcore.__main__ import main
+from dagcore.cli import demo
 
-ENDINGS = {".png", ".perturbation.safetensors", ".json", ".figure.png"}
 HEIGHT, WIDTH = 64, 96
 
 # Five kinds of local contrast, at half the size of the image: easily attacked to the end.
@@ -43,18 +44,6 @@ def broken():
 """
 
 
-def command(*arguments, cwd=None, **environment):
-    root = os.path.dirname(os.path.dirname(dagcore.__file__))
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "dagcore", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with a photograph and a victim of the user's own."""
@@ -76,45 +65,12 @@ def lraspp(tmp_path_factory):
     return path
 
 
-def pixels(path):
-    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+def attack(*arguments, model="cli_victim:make", **options):
+    return command_line.attack(*arguments, model=model, **options)
 
 
-def attack(*arguments, model="cli_victim:make", image="cat.png", out="out"):
-    images = [image] if isinstance(image, str) else image
-    return main(["attack", *images, "--model", model, "--out", out, *map(str, arguments)])
-
-
-def record(name="cat", out="out"):
-    with open(os.path.join(out, f"{name}.json")) as file:
-        return json.load(file)
-
-
-def refused(capsys, *arguments, **options):
-    """The one line in which bad input ends."""
-    assert attack(*arguments, **options) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("dagcore attack: error: ")
-    assert output.err.count("\n") == 1
-    return output.err
-
-
-def check_outputs(out, name, clean):
-    assert {p.name for p in out.iterdir()} == {name + ending for ending in ENDINGS}
-    perturbation = load_file(out / f"{name}.perturbation.safetensors")["perturbation"]
-    written = pixels(out / f"{name}.png")
-    torch.testing.assert_close(
-        written, dagcore.perturbation.round_to_8_bits(clean + perturbation), rtol=0, atol=0
-    )
-    numbers = json.loads((out / f"{name}.json").read_text())
-    assert numbers["perceptibility"] == pytest.approx(
-        float(dagcore.perturbation.perceptibility(perturbation[None]))
-    )
-    assert len(numbers["active"]) == numbers["iterations"] + 1
-    with Image.open(out / f"{name}.figure.png") as figure:
-        assert figure.format == "PNG"
-    return numbers
+def refused(capsys, *arguments, model="cli_victim:make", **options):
+    return command_line.refused(capsys, *arguments, model=model, **options)
 
 
 def test_attack_with_the_users_own_victim(folder):
@@ -331,7 +287,7 @@ def test_an_interrupt_ends_cleanly(folder, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dagcore.outcome.figures.attack_figure", interrupt)
+    monkeypatch.setattr("dagcore.evaluation.figures.attack_figure", interrupt)
     assert attack() == 130
     assert "dagcore attack: interrupted\n" in capsys.readouterr().err
     assert not list(folder.glob("out/.*"))
@@ -373,10 +329,8 @@ def test_info_tells_what_is_registered():
     assert required.returncode == (0 if has_cuda else 1)
 
 
-def test_demo_in_small(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dagcore.demo.PHOTOGRAPHS", ("chelsea",))
-    monkeypatch.setattr("dagcore.demo.SIZE", (192, 128))
-    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+def test_demo_in_small(tmp_path, capsys):
+    demo.run(tmp_path / "demo", ("chelsea",), (192, 128))
     shown = capsys.readouterr().out
     assert shown.count("converged") >= 3
     for attack in ("permutation", "one-class", "pattern"):
