@@ -1,10 +1,12 @@
 """The command line on real files, through its real entry point."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import click
 import command_line
 import numpy as np
 import pytest
@@ -16,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import dagcore
-from dagcore.cli import demo
+from dagcore.__main__ import main
+from dagcore.cli import COMMANDS, demo, run
+from dagcore.errors import ArgumentError, ArgumentTypeError
+from dagcore.evaluation import Settings
 
 HEIGHT, WIDTH = 64, 96
 
@@ -35,6 +40,26 @@ def coarse():
 
 def make():
     return Victim(coarse(), classes=coarse().classes, cells=True)
+
+def failing():
+    def model(images):
+        model.calls += 1
+        if model.calls > 3:
+            raise ValueError("a bug of mine")
+        return inside(images)
+
+    inside, model.calls = coarse(), 0
+    return model
+
+def layers():
+    net, calls = coarse(), []
+
+    def check(module, inputs):
+        calls.append(1)
+        return (inputs[0][:, :2],) if len(calls) > 3 else None
+
+    net.register_forward_pre_hook(check)
+    return net
 
 def wrong():
     return 3
@@ -294,10 +319,99 @@ def test_an_interrupt_ends_cleanly(folder, capsys, monkeypatch):
     assert not (folder / "out" / "cat.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("cli_victim:failing", "failed with ValueError: a bug of mine"),
+        ("cli_victim:layers", "failed with RuntimeError: Given groups=1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["attack", "run", "bench"])
+def test_a_model_that_fails_in_the_middle(folder, capsys, name, model, says):
+    (folder / "photos").mkdir()
+    os.rename("cat.png", "photos/cat.png")
+    arguments = {
+        "attack": ["photos/cat.png", "--out", "out"],
+        "run": ["--data", "photos", "--out", "out", "--no-prepare"],
+        "bench": ["--size", "16x16", "--rounds", "1"],
+    }[name]
+    if name == "bench":
+        arguments += ["--json", "times.json"]
+    assert main([name, "--model", model, "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"dagcore {name}: error: --model {model} ")
+    assert says in error
+
+
+FAULTS = [
+    (ArgumentError("seen must be wide"), 2, "error: seen must be wide"),
+    (ArgumentTypeError("seen must be text"), 2, "error: seen must be text"),
+    (OSError("no room"), 2, "error: no room"),
+    (ImportError("half a package"), 2, "error: half a package"),
+    (ModuleNotFoundError("?", name="pillow"), 2, "error: pillow is missing: pip install"),
+    (click.UsageError("which of\nthem?"), 2, "error: which of them?"),
+    (KeyError("lost"), 1, "internal error: KeyError: 'lost'"),
+    (ValueError("not wide"), 1, "internal error: ValueError: not wide"),
+    (TypeError("not text"), 1, "internal error: TypeError: not text"),
+    (EOFError("cut"), 1, "internal error: EOFError: cut"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "says"), FAULTS)
+@pytest.mark.parametrize("whole", [None, "before", "behind", "environment"])
+def test_errors_are_the_users_or_the_programs(monkeypatch, capsys, error, status, says, whole):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("dagcore.info.show", fail)
+    monkeypatch.setenv("DAGCORE_TRACEBACK", "1" if whole == "environment" else "0")
+    before, behind = (["--traceback"] if whole == where else [] for where in ("before", "behind"))
+    assert main([*before, "info", *behind]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"dagcore info: {says}")
+    hint = "(run again with --traceback for the whole of it)"
+    assert lines[-1].endswith(hint) == (status == 1 and whole is None)
+    if whole is None:
+        assert len(lines) == 1
+    else:
+        assert "Traceback (most recent call last):" in lines
+        assert any("in fail" in line for line in lines)
+
+
+def test_the_whole_of_a_usage_error(capsys):
+    assert main(["info", "--none", "--traceback"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith("dagcore info: error: No such option")
+
+
+def test_defaults_of_the_options_are_those_of_the_settings():
+    given = run.command.make_context("run", []).params
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(Settings)
+        if field.default is not dataclasses.MISSING
+    }
+    assert {name: given[name] for name in defaults} == defaults
+
+
+def test_the_group_imports_no_more_than_a_command_needs():
+    code = (
+        "import sys\n"
+        "from dagcore.__main__ import main\n"
+        "for line in (['--help'], ['info']):\n"
+        "    assert main(line) == 0\n"
+        "print({'torchvision', 'matplotlib', 'rich', 'PIL', 'safetensors'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
 def test_help_and_usage():
     top = command("--help")
     assert top.returncode == 0
-    assert all(name in top.stdout for name in ("attack", "demo", "info"))
+    for commands in COMMANDS.values():
+        assert all(f"  {name} " in top.stdout for name in commands)
     sub = command("attack", "--help")
     assert "text:WORDS" in sub.stdout
     assert "dagcore attack cat.jpg --model demo --out attacked" in sub.stdout
