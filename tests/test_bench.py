@@ -5,19 +5,21 @@ import json
 import pytest
 
 from dagcore.__main__ import main
-from dagcore.cli import bench
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", ((1, 5, 32, 32), (2, 3, 16, 16)))
-    monkeypatch.setattr(bench, "UPDATES", 2)
+from dagcore.cli.bench import bench
+from dagcore.timing import alternate
 
 
 def test_ops_and_updates(tmp_path, capsys):
-    arguments = ["--rounds", "3", "--device", "cpu", "--json", str(tmp_path / "times.json")]
-    model = ["--model", "FCN-Alex", "--size", "48x32", "--batch", "2"]
-    assert main(["bench", *arguments, *model]) == 0
+    bench(
+        "FCN-Alex",
+        None,
+        (2, 32, 48),
+        rounds=3,
+        device="cpu",
+        path=tmp_path / "times.json",
+        shapes=((1, 5, 32, 32), (2, 3, 16, 16)),
+        updates=2,
+    )
     shown = capsys.readouterr().out
     known = json.loads((tmp_path / "times.json").read_text())
     rows = [(row["what"], row["case"]) for row in known["rows"]]
@@ -44,7 +46,7 @@ def test_ops_and_updates(tmp_path, capsys):
 def test_sides_are_timed_in_turn():
     calls = []
     sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = bench.alternate(sides, 2)
+    times = alternate(sides, 2)
     assert calls == ["a", "b"] * 3
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 

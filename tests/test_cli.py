@@ -1,22 +1,28 @@
 """The command line on real files, through its real entry point."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import click
+import command_line
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from command_line import check_outputs, command, pixels, record
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import dagcore
 from dagcore.__main__ import main
+from dagcore.cli import COMMANDS, demo, run
+from dagcore.errors import ArgumentError, ArgumentTypeError
+from dagcore.evaluation import Settings
 
-ENDINGS = {".png", ".perturbation.safetensors", ".json", ".figure.png"}
 HEIGHT, WIDTH = 64, 96
 
 # Five kinds of local contrast, at half the size of the image: easily attacked to the end.
@@ -35,24 +41,32 @@ def coarse():
 def make():
     return Victim(coarse(), classes=coarse().classes, cells=True)
 
+def failing():
+    def model(images):
+        model.calls += 1
+        if model.calls > 3:
+            raise ValueError("a bug of mine")
+        return inside(images)
+
+    inside, model.calls = coarse(), 0
+    return model
+
+def layers():
+    net, calls = coarse(), []
+
+    def check(module, inputs):
+        calls.append(1)
+        return (inputs[0][:, :2],) if len(calls) > 3 else None
+
+    net.register_forward_pre_hook(check)
+    return net
+
 def wrong():
     return 3
 
 def broken():
     return {}["lost"]
 """
-
-
-def command(*arguments, cwd=None, **environment):
-    root = os.path.dirname(os.path.dirname(dagcore.__file__))
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "dagcore", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture
@@ -76,45 +90,12 @@ def lraspp(tmp_path_factory):
     return path
 
 
-def pixels(path):
-    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+def attack(*arguments, model="cli_victim:make", **options):
+    return command_line.attack(*arguments, model=model, **options)
 
 
-def attack(*arguments, model="cli_victim:make", image="cat.png", out="out"):
-    images = [image] if isinstance(image, str) else image
-    return main(["attack", *images, "--model", model, "--out", out, *map(str, arguments)])
-
-
-def record(name="cat", out="out"):
-    with open(os.path.join(out, f"{name}.json")) as file:
-        return json.load(file)
-
-
-def refused(capsys, *arguments, **options):
-    """The one line in which bad input ends."""
-    assert attack(*arguments, **options) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("dagcore attack: error: ")
-    assert output.err.count("\n") == 1
-    return output.err
-
-
-def check_outputs(out, name, clean):
-    assert {p.name for p in out.iterdir()} == {name + ending for ending in ENDINGS}
-    perturbation = load_file(out / f"{name}.perturbation.safetensors")["perturbation"]
-    written = pixels(out / f"{name}.png")
-    torch.testing.assert_close(
-        written, dagcore.perturbation.round_to_8_bits(clean + perturbation), rtol=0, atol=0
-    )
-    numbers = json.loads((out / f"{name}.json").read_text())
-    assert numbers["perceptibility"] == pytest.approx(
-        float(dagcore.perturbation.perceptibility(perturbation[None]))
-    )
-    assert len(numbers["active"]) == numbers["iterations"] + 1
-    with Image.open(out / f"{name}.figure.png") as figure:
-        assert figure.format == "PNG"
-    return numbers
+def refused(capsys, *arguments, model="cli_victim:make", **options):
+    return command_line.refused(capsys, *arguments, model=model, **options)
 
 
 def test_attack_with_the_users_own_victim(folder):
@@ -331,17 +312,106 @@ def test_an_interrupt_ends_cleanly(folder, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dagcore.outcome.figures.attack_figure", interrupt)
+    monkeypatch.setattr("dagcore.evaluation.figures.attack_figure", interrupt)
     assert attack() == 130
     assert "dagcore attack: interrupted\n" in capsys.readouterr().err
     assert not list(folder.glob("out/.*"))
     assert not (folder / "out" / "cat.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("cli_victim:failing", "failed with ValueError: a bug of mine"),
+        ("cli_victim:layers", "failed with RuntimeError: Given groups=1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["attack", "run", "bench"])
+def test_a_model_that_fails_in_the_middle(folder, capsys, name, model, says):
+    (folder / "photos").mkdir()
+    os.rename("cat.png", "photos/cat.png")
+    arguments = {
+        "attack": ["photos/cat.png", "--out", "out"],
+        "run": ["--data", "photos", "--out", "out", "--no-prepare"],
+        "bench": ["--size", "16x16", "--rounds", "1"],
+    }[name]
+    if name == "bench":
+        arguments += ["--json", "times.json"]
+    assert main([name, "--model", model, "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"dagcore {name}: error: --model {model} ")
+    assert says in error
+
+
+FAULTS = [
+    (ArgumentError("seen must be wide"), 2, "error: seen must be wide"),
+    (ArgumentTypeError("seen must be text"), 2, "error: seen must be text"),
+    (OSError("no room"), 2, "error: no room"),
+    (ImportError("half a package"), 2, "error: half a package"),
+    (ModuleNotFoundError("?", name="pillow"), 2, "error: pillow is missing: pip install"),
+    (click.UsageError("which of\nthem?"), 2, "error: which of them?"),
+    (KeyError("lost"), 1, "internal error: KeyError: 'lost'"),
+    (ValueError("not wide"), 1, "internal error: ValueError: not wide"),
+    (TypeError("not text"), 1, "internal error: TypeError: not text"),
+    (EOFError("cut"), 1, "internal error: EOFError: cut"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "says"), FAULTS)
+@pytest.mark.parametrize("whole", [None, "before", "behind", "environment"])
+def test_errors_are_the_users_or_the_programs(monkeypatch, capsys, error, status, says, whole):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("dagcore.info.show", fail)
+    monkeypatch.setenv("DAGCORE_TRACEBACK", "1" if whole == "environment" else "0")
+    before, behind = (["--traceback"] if whole == where else [] for where in ("before", "behind"))
+    assert main([*before, "info", *behind]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"dagcore info: {says}")
+    hint = "(run again with --traceback for the whole of it)"
+    assert lines[-1].endswith(hint) == (status == 1 and whole is None)
+    if whole is None:
+        assert len(lines) == 1
+    else:
+        assert "Traceback (most recent call last):" in lines
+        assert any("in fail" in line for line in lines)
+
+
+def test_the_whole_of_a_usage_error(capsys):
+    assert main(["info", "--none", "--traceback"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith("dagcore info: error: No such option")
+
+
+def test_defaults_of_the_options_are_those_of_the_settings():
+    given = run.command.make_context("run", []).params
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(Settings)
+        if field.default is not dataclasses.MISSING
+    }
+    assert {name: given[name] for name in defaults} == defaults
+
+
+def test_the_group_imports_no_more_than_a_command_needs():
+    code = (
+        "import sys\n"
+        "from dagcore.__main__ import main\n"
+        "for line in (['--help'], ['info']):\n"
+        "    assert main(line) == 0\n"
+        "print({'torchvision', 'matplotlib', 'rich', 'PIL', 'safetensors'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
 def test_help_and_usage():
     top = command("--help")
     assert top.returncode == 0
-    assert all(name in top.stdout for name in ("attack", "demo", "info"))
+    for commands in COMMANDS.values():
+        assert all(f"  {name} " in top.stdout for name in commands)
     sub = command("attack", "--help")
     assert "text:WORDS" in sub.stdout
     assert "dagcore attack cat.jpg --model demo --out attacked" in sub.stdout
@@ -373,10 +443,8 @@ def test_info_tells_what_is_registered():
     assert required.returncode == (0 if has_cuda else 1)
 
 
-def test_demo_in_small(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dagcore.demo.PHOTOGRAPHS", ("chelsea",))
-    monkeypatch.setattr("dagcore.demo.SIZE", (192, 128))
-    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+def test_demo_in_small(tmp_path, capsys):
+    demo.run(tmp_path / "demo", ("chelsea",), (192, 128))
     shown = capsys.readouterr().out
     assert shown.count("converged") >= 3
     for attack in ("permutation", "one-class", "pattern"):

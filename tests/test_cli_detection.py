@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from command_line import attack, check_outputs, pixels, record, refused
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import attack, check_outputs, pixels, record, refused
 from torchvision.models import detection
 
 from dagcore import zoo

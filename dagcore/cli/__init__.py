@@ -88,12 +88,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         status = group.main(arguments or ["--help"], prog_name="dagcore", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except click.Abort:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
+        if isinstance(error, click.Abort):  # click makes one of two errors
+            if not isinstance(error.__cause__, EOFError):
+                print(f"{program}: interrupted", file=sys.stderr)
+                return 130
+            error = error.__cause__
         if told_whole:
-            traceback.print_exc()
+            traceback.print_exception(error)
         if isinstance(error, click.ClickException):
             status, message = 2, f"error: {error.format_message()}"
         elif isinstance(error, ModuleNotFoundError) and error.name is not None:

@@ -48,6 +48,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(height), int(width)
 
 
+def existing(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file or folder that is not there."""
+    if path is not None and not path.exists():
+        raise click.UsageError(f"{parameter.opts[0]} {path} does not exist")
+    return path
+
+
 def all_of(*options: Decorator) -> Decorator:
     """Several options in order."""
 
@@ -109,6 +116,7 @@ def attack(*, required: bool) -> Decorator:
         click.option(
             "--labels",
             type=FOLDER,
+            callback=existing,
             metavar="FILE|DIR",
             help="True labels: a folder with NAME.png for each image, whose values are classes "
             "(255: ignored), or the file of a single image; for detectors NAME.xml as in VOC, or "
