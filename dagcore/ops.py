@@ -75,6 +75,7 @@ def _fall_back(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _seed_default(
     scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
+    checks.choice("objective", objective, checks.GOALS)
     seed = torch.zeros_like(scores)
     if scores.numel() == 0:
         return seed, scores.new_zeros(len(scores), dtype=torch.int32)
