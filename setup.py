@@ -171,7 +171,7 @@ def native_extension() -> dict[str, object]:
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=["setup.py", *sorted(p.as_posix() for p in Path("csrc").rglob("*.*"))],
+        depends=["setup.py", *sorted(p.as_posix() for p in Path("csrc").rglob("*.[ch]*"))],
     )
     log(f"building for torch {torch.__version__} and later")
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

@@ -17,9 +17,8 @@
 
 namespace dagcore {
 
-// torch's types for their bits: no kernel goes through their conversions to and from float, which
-// differ from one compiler's target to the next in the bits of a NaN, and which vectorise less
-// well.
+// Only their bits are used: the conversions in step.h give the same bits on every device and at
+// every vector width.
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 

@@ -776,6 +776,15 @@ def test_mixed_devices_past_the_wrapper(which: int) -> None:
         torch.ops.dagcore.dag_seed_bilinear(*given, "leave", 255, False)
 
 
+def test_weights_beyond_the_room_of_the_fixed_point(device: torch.device) -> None:
+    """2^24 pixels read one low-resolution pixel; in units of 2^-40 CUDA has room for 2^23."""
+    scores = torch.zeros(1, 2, 1, 1, device=device)
+    labels = torch.zeros(1, 4096, 4096, dtype=torch.uint8, device=device)
+    seed, active = ops.dag_seed_bilinear(scores, labels, labels + 1)
+    assert seed.flatten().tolist() == [-(2.0**24), 2.0**24]
+    assert active.tolist() == [2**24]
+
+
 def test_garbage_between_the_scores_is_not_read(kernels: torch.device) -> None:
     """Rows that are cut out of a larger tensor of NaN, at every width next to a vector's."""
     for width in (1, 7, 8, 9, 15, 16, 17, 33):

@@ -59,6 +59,13 @@ def assert_steps_alike(
 # --- native against the reference
 
 
+def test_more_images_than_a_grid_has_rows(device: torch.device) -> None:
+    """CUDA's grids have at most 65,535 blocks in every direction but the first."""
+    images, origin, gradient = (t.to(device) for t in case((65_537, 3), 0, torch.float32))
+    active = counts([n % 3 for n in range(len(images))], device)
+    assert_steps_alike(images, origin, gradient, active, gamma=GAMMA, **CLIPS[0])
+
+
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_reference(kernels: torch.device, dtype: torch.dtype, layout: str) -> None:

@@ -448,6 +448,12 @@ for wrong in (labels.fill_(7), "runner-up"), (labels, labels):
         assert "got 7 at (0, 0, 0)" in str(error), error
     else:
         raise AssertionError("a label out of range went by")
+try:
+    torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "stay", 255, False)
+except ValueError as error:
+    assert str(error) == "objective must be 'leave' or 'reach', got 'stay'", error
+else:
+    raise AssertionError("an unknown objective went by")
 """
 
 

@@ -42,6 +42,7 @@ def dag_seed(
     scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """See `dagcore.ops.dag_seed`."""
+    checks.choice("objective", objective, checks.GOALS)
     seed = torch.zeros_like(scores)
     if scores.numel() == 0:
         return seed, scores.new_zeros(len(scores), dtype=torch.int32)
