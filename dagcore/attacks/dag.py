@@ -396,6 +396,6 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
                 f"got shape {tuple(boxes.shape)}"
             )
         checks.device("boxes", boxes, "images", images)
-    own = getattr(model, "check_at", None)
+    own = getattr(model, "check_boxes", None)
     if own is not None:
         own(boxes, images)
