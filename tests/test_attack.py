@@ -775,8 +775,7 @@ def test_any_number_of_target_dimensions(backend: str, targets: tuple[int, ...])
 KEEPING = """
 import resource
 import torch
-from dagcore import DAG
-from dagcore.ops import native
+from dagcore import DAG, freed_memory_kept
 
 def page_faults(allocations):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -788,9 +787,9 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 usual = page_faults(16)
-with native.freed_memory_kept():
+with freed_memory_kept():
     page_faults(4)
-    with native.freed_memory_kept():
+    with freed_memory_kept():
         pass
     kept = page_faults(16)  # still kept: the inner block was not the last
     held = resident()
