@@ -1,9 +1,12 @@
-"""What the tests share: devices, dtypes, memory layouts and exact comparison."""
+"""What the tests share: devices, dtypes, memory layouts, exact comparison, and networks."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dagcore.ops import native
 
@@ -115,3 +118,93 @@ def random_case(
     labels[torch.rand(targets, generator=rng) < ignored] = ignore_index
     adversarial[torch.rand(targets, generator=rng) < ignored / 2] = ignore_index
     return scores, labels, adversarial
+
+
+# --- segmentation networks with random weights
+
+SMP = {
+    "Unet": {},
+    "Unet with a classifier": {"aux_params": {"classes": 2}},
+    "FPN": {},
+    "PSPNet": {},
+    "Linknet": {},
+    "PAN": {},
+    "DeepLabV3": {},
+    "DeepLabV3Plus": {},
+    "UPerNet": {},
+    "Segformer": {},
+    "DPT": {"encoder_name": "tu-vit_tiny_patch16_224", "dynamic_img_size": True},
+}
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """The network in eval mode, with batch norms and signals that are not a fresh network's."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return network.eval()
+
+
+def torchvision_network(name: str, **settings: Any) -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    return shaken(
+        models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **settings)
+    )
+
+
+def smp_network(name: str, **settings: Any) -> nn.Module:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    settings = {"encoder_name": "resnet18"} | SMP.get(name, {}) | settings
+    model = getattr(smp, name.partition(" ")[0])
+    return shaken(model(encoder_weights=None, classes=5, **settings))
+
+
+def transformers_network(name: str) -> nn.Module:
+    t = pytest.importorskip("transformers")
+    out = {"out_indices": [1, 2, 3, 4]}
+    configs = {
+        "Segformer": lambda: t.SegformerConfig(
+            depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=5
+        ),
+        "UperNet": lambda: t.UperNetConfig(
+            backbone_config=t.ConvNextConfig(
+                hidden_sizes=[8, 16, 24, 32],
+                depths=[1] * 4,
+                out_features=["stage1", "stage2", "stage3", "stage4"],
+            ),
+            hidden_size=16,
+            auxiliary_in_channels=24,
+            auxiliary_channels=8,
+            num_labels=5,
+        ),
+        "DPT": lambda: t.DPTConfig(
+            **VISION,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=16,
+            num_labels=5,
+        ),
+        "Beit": lambda: t.BeitConfig(
+            **VISION, **out, num_labels=5, use_relative_position_bias=True
+        ),
+        "Data2VecVision": lambda: t.Data2VecVisionConfig(**VISION, **out, num_labels=5),
+        "MobileViT": lambda: t.MobileViTConfig(
+            hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 32], num_labels=5
+        ),
+        "MobileViTV2": lambda: t.MobileViTV2Config(width_multiplier=0.25, num_labels=5),
+        "MobileNetV2": lambda: t.MobileNetV2Config(depth_multiplier=0.25, num_labels=5),
+    }
+    return shaken(getattr(t, f"{name}ForSemanticSegmentation")(configs[name]()))

@@ -775,9 +775,8 @@ def test_any_number_of_target_dimensions(backend: str, targets: tuple[int, ...])
 
 KEEPING = """
 import resource
-import dagcore
 import torch
-from dagcore import DAG
+from dagcore import DAG, freed_memory_kept
 
 def page_faults(allocations):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -789,9 +788,9 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 usual = page_faults(16)
-with dagcore.freed_memory_kept():
+with freed_memory_kept():
     page_faults(4)
-    with dagcore.freed_memory_kept():
+    with freed_memory_kept():
         pass
     kept = page_faults(16)  # still kept: the inner block was not the last
     held = resident()

@@ -131,11 +131,10 @@ def test_scores_are_those_of_the_detectors_own_head(name):
     assert bool((scores[1, :, 4:] == 0).all())
 
 
-@pytest.mark.parametrize("active_only", [True, False])
 @pytest.mark.parametrize("name", ["FR-VGG", "R-FCN", "FPN"])
-def test_gradient_reaches_the_raw_image(name, active_only):
+def test_gradient_reaches_the_raw_image(name):
     network = made(TWO_STAGE[name]).double().requires_grad_(False)
-    victim = victims.detector(network, active_only=active_only)
+    victim = victims.detector(network, active_only=False)
     images, boxes = some_images(dtype=torch.float64), some_boxes(dtype=torch.float64)
     rng = generator(1)
     seed = torch.randn(2, CLASSES, 6, generator=rng, dtype=torch.float64)
@@ -155,8 +154,9 @@ def test_gradient_reaches_the_raw_image(name, active_only):
     assert checked >= 4
 
 
-@pytest.mark.parametrize("name", TWO_STAGE)
-@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("FR-ZF", 1), ("FR-ZF", 1000), *((name, 4) for name in TWO_STAGE)]
+)
 def test_active_boxes_alone_give_the_same_gradient(name, rows):
     network = made(TWO_STAGE[name]).requires_grad_(False)
     images, boxes = some_images(), some_boxes()
@@ -211,10 +211,7 @@ def test_batch_and_stream_equal_each_image_alone():
     labels[1] = torch.where(labels[1] == 255, 255, (labels[1] + 2) % CLASSES)  # wrong at once
     attack = DAG(max_iter=8)
     together = attack(victim, images, labels, adversarial, boxes=boxes)
-    samples = [
-        Sample(images[n], labels[n], adversarial[n], boxes=boxes[n], key=n)
-        for n in range(len(images))
-    ]
+    samples = [Sample(images[n], labels[n], adversarial[n], boxes[n], key=n) for n in range(4)]
     streamed = {r.key: r for r in attack.stream(victim, samples, slots=2)}
     for n in range(len(images)):
         one = slice(n, n + 1)
@@ -404,12 +401,12 @@ def test_bad_boxes(fault):
     truth = [{"boxes": torch.tensor(boxes), "labels": torch.tensor([1])}]
     with pytest.raises(ValueError, match=rf"ground_truth\[0\] boxes must {message}.*, got \["):
         victim.dense_targets(images, truth)
-    at = torch.tensor([[[1.0, 1, 9, 9], boxes[0]]])
+    given = torch.tensor([[[1.0, 1, 9, 9], boxes[0]]])
     labels = torch.tensor([[1, 2]])
     with pytest.raises(ValueError, match=rf"boxes must {message}.*, got \[.*\] at \[0, 1\]"):
-        DAG()(victim, images, labels, labels, at=at)
+        DAG()(victim, images, labels, labels, boxes=given)
     with pytest.raises(ValueError, match=rf"sample 'k': boxes must {message}"):
-        list(DAG().stream(victim, [Sample(images[0], labels[0], at=at[0], key="k")]))
+        list(DAG().stream(victim, [Sample(images[0], labels[0], boxes=given[0], key="k")]))
 
 
 def test_nan_in_part_of_a_box_is_no_padding():
@@ -450,17 +447,17 @@ def test_bad_arguments_of_dense_targets(given, kind, message):
         victim.dense_targets(**arguments)
 
 
-def test_bad_at():
+def test_bad_arguments_of_an_attack():
     victim = victims.detector(made(TWO_STAGE["FR-ZF"]))
     images, labels = some_images(1), torch.ones(1, 2, dtype=torch.int64)
-    for at, kind, message in (
-        (None, ValueError, "at must be boxes"),
-        (torch.ones(1, 2, 5), ValueError, r"at must be boxes of shape \(N, P, 4\), got"),
-        (torch.ones(2, 2, 4), ValueError, "at must have one entry for each of 1 images"),
-        (torch.ones(1, 2, 4, dtype=torch.int64), TypeError, "at must be"),
+    for boxes, kind, message in (
+        (None, ValueError, "boxes must be given for a two-stage detector"),
+        (torch.ones(1, 2, 5), ValueError, r"boxes must have shape \(1, P, 4\), got \(1, 2, 5\)"),
+        (torch.ones(2, 2, 4), ValueError, "boxes must have"),
+        (torch.ones(1, 2, 4, dtype=torch.int64), TypeError, "boxes must be"),
     ):
         with pytest.raises(kind, match=message):
-            DAG()(victim, images, labels, labels, at=at)
+            DAG()(victim, images, labels, labels, boxes=boxes)
     boxes = torch.tensor([[[1.0, 1, 9, 9]]])
     with pytest.raises(ValueError, match=r"labels must have shape \(1, 1\)"):
         DAG()(victim, images, labels, boxes=boxes)
@@ -489,8 +486,9 @@ def test_one_stage_scores_and_gradient(name):
     x = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(victim(x)[:, 2].sum(), x)
     assert float(gradient.abs().max()) > 0
-    with pytest.raises(ValueError, match="at must be None, as a"):
-        DAG()(victim, images, torch.zeros(2, scores.shape[2]).long(), boxes=some_boxes())
+    assert torch.equal(victim(images, some_boxes()), scores)
+    with pytest.raises(ValueError, match=r"boxes must have shape \(2, P, 4\), got \(2, 6\)"):
+        DAG()(victim, images, torch.zeros(2, scores.shape[2]).long(), boxes=some_boxes()[..., 0])
 
 
 @pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
@@ -528,16 +526,17 @@ def test_one_stage_targets_and_attack(name):
         {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)},
     ]
     targets = victim.dense_targets(images, truth, min_score=0.0, min_iou=0.0)
-    assert targets.at is None
+    assert all(sample.boxes is None for sample in targets.samples(images))
     anchors = victim(images).shape[2]
     assert targets.labels.shape == (2, anchors)
+    assert targets.boxes.shape == (2, anchors, 4)
     assert targets.proposals.tolist() == [anchors] * 2
     assert int(targets.counts[0]) > 0
     assert targets.counts[1] == 0
     assert set(targets.labels.unique().tolist()) == {2, 255}
     labels, adversarial = aim(victim, images)
     results = [
-        DAG(max_iter=2, backend=backend)(victim, images, labels, adversarial)
+        DAG(max_iter=2, backend=backend)(victim, images, labels, adversarial, boxes=targets.boxes)
         for backend in ("native", "reference")
     ]
     assert torch.equal(results[0].active, results[1].active)
@@ -649,9 +648,12 @@ def test_a_prepared_detector_is_the_same(name):
     victim = victims.detector(network)
     images, boxes = some_images(), some_boxes()
     before = {key: value.clone() for key, value in network.state_dict().items()}
+    count = sum("BatchNorm" in type(module).__name__ for module in network.modules())
     prepared = victims.prepare(victim)
-    norms = [m for m in prepared.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert not norms
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    assert prepared.preparation.folded == count
+    assert not prepared.preparation.left
+    assert prepared.preparation.channels_last
     with torch.no_grad():
         torch.testing.assert_close(
             prepared(images, boxes), victim(images, boxes), rtol=1e-3, atol=1e-4
@@ -661,6 +663,27 @@ def test_a_prepared_detector_is_the_same(name):
     labels, adversarial = aim(victim, images, boxes)
     result = DAG(max_iter=2)(prepared, images, labels, adversarial, boxes=boxes)
     assert int(result.iterations.min()) == 2
+    with torch.no_grad():
+        for found, expected in zip(prepared.detect(images), victim.detect(images), strict=True):
+            assert found["boxes"].shape == expected["boxes"].shape
+    nothing = [{"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}] * 2
+    assert prepared.dense_targets(images, nothing).counts.tolist() == [0, 0]
+
+
+def test_what_is_prepared_of_a_detector():
+    victim = victims.detector(made(ONE_STAGE["SSDlite"]))
+    prepared = victims.prepare(victim, example=torch.rand(1, 3, 40, 60))
+    images = some_images(1)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(images), victim(images), rtol=1e-3, atol=1e-4)
+    assert prepared.preparation.folded > 0
+    assert victim.preparation is None
+    for name in ("low_resolution", "bf16", "compile"):
+        with pytest.raises(ValueError, match=f"{name} must not be set for a detector, got True"):
+            victims.prepare(victim, **{name: True})
+    left = victims.prepare(victim, fold_batch_norm=False, channels_last=False)
+    assert left.preparation.folded == 0
+    assert torch.equal(left(images), victim(images))
 
 
 def test_detections_of_the_background_are_no_objects():

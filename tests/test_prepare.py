@@ -5,12 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_victims_low_resolution import (
-    shaken,
-    smp_network,
-    torchvision_network,
-    transformers_network,
-)
+from support import shaken, smp_network, torchvision_network, transformers_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,12 +66,11 @@ def scores_and_gradient(model, images, seed):
     return scores.detach(), gradient
 
 
-@pytest.mark.parametrize("channels_last", [None, True, False])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_scores_are_the_networks_own(name, channels_last, images):
+def test_scores_are_the_networks_own(name, images):
     make, folded = NETWORKS[name]
     network = make(name)
-    prepared = victims.prepare(network, channels_last=channels_last)
+    prepared = victims.prepare(network)
     assert prepared.preparation.low_resolution is (name != "demo")
     assert prepared.preparation.folded == folded
     assert prepared.preparation.merged == (name == "Segformer")

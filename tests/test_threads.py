@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dagcore import DAG, Part, Result, Sample, joint_attack, labels, ops
-from dagcore.engine import frozen, memory
+from dagcore.engine import freed_memory_kept, freeze, frozen, memory
 from dagcore.ops import native
 
 WAIT = 60  # seconds, for what never happens
@@ -185,6 +185,94 @@ def test_models_that_share_a_module() -> None:
     assert_as_it_was(model)
 
 
+class Merging(nn.Module):
+    """A layer that merges its weights in eval mode, as those of low-rank adapters do."""
+
+    def __init__(self, *inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(*inside)
+        self.weight = nn.Parameter(torch.ones(()))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return self
+
+
+def test_a_networks_own_train_is_called() -> None:
+    inner = Merging(nn.Dropout(), nn.BatchNorm2d(3))
+    model = nn.Sequential(Merging(inner), nn.Dropout())
+    inner.inside[1].eval()  # a batch norm that is not to be trained
+    before = {name: module.training for name, module in model.named_modules()}
+    with frozen(model):
+        assert model[0].merged
+        assert inner.merged
+        assert float(inner.weight.data) == 2
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert not model[0].merged
+    assert not inner.merged
+    assert float(inner.weight.data) == 1
+    model.eval()
+    with frozen(model):
+        assert float(inner.weight.data) == 2
+    assert inner.merged
+
+
+def test_a_networks_own_train_waits_for_who_holds_what_is_inside() -> None:
+    inner = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    outer = Merging(inner)
+    first, second = frozen(inner), frozen(outer)
+    first.__enter__()
+    second.__enter__()
+    second.__exit__(None, None, None)
+    assert outer.merged
+    assert not any(module.training for module in inner.modules())
+    first.__exit__(None, None, None)
+    assert not outer.merged
+    assert [module.training for module in inner.modules()] == [True, True, False]
+    assert not freeze._held
+
+
+class Refusing(nn.Module):
+    """A module that cannot be put into one of the modes."""
+
+    def __init__(self, refused: bool) -> None:
+        super().__init__()
+        self.refused: bool | None = refused
+
+    def train(self, mode: bool = True) -> Refusing:
+        if mode is self.refused:
+            raise RuntimeError("not in this mode")
+        super().train(mode)
+        return self
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_module_that_fails_leaves_the_others_as_they_were(refused: bool) -> None:
+    model = nn.Sequential(Net(), Refusing(refused), Net())
+    with pytest.raises(RuntimeError, match="not in this mode"), frozen(model):
+        assert refused
+    for net in (model[0], model[2]):
+        assert_as_it_was(net)
+    assert model.training
+    assert model[1].training
+    assert not freeze._held
+
+
+def test_a_model_made_in_inference_mode_is_left_as_it_was() -> None:
+    with torch.inference_mode():
+        model = Net()
+    images, own = images_and_labels(model)
+    assert_as_it_was(model)
+    with pytest.raises(RuntimeError, match="Inference tensors"):
+        DAG(max_iter=1)(model, images, own)
+    assert_as_it_was(model)
+    assert not freeze._held
+
+
 def test_a_joint_attack_names_a_model_twice() -> None:
     model = Net()
     images, own = images_and_labels(model)
@@ -204,12 +292,12 @@ def test_memory_is_kept_until_the_last_thread_ends(monkeypatch: pytest.MonkeyPat
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with memory.freed_memory_kept():
+        with freed_memory_kept():
             inside.set()
             assert leave.wait(WAIT)
 
     with ThreadPoolExecutor(1) as pool:
-        with memory.freed_memory_kept():
+        with freed_memory_kept():
             done = pool.submit(other)
             assert inside.wait(WAIT)
         assert kept == [True]

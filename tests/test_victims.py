@@ -54,7 +54,7 @@ def test_weights_files_are_understood(tmp_path, network, images, form):
 def test_class_names_and_auxiliary_classifier(tmp_path):
     other = segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
     torch.save(other.state_dict(), tmp_path / "fcn.pth")
-    victim = victims.load("fcn_resnet50", tmp_path / "fcn.pth")
+    victim = victims.load("FCN-ResNet50", tmp_path / "fcn.pth")  # torchvision's fcn_resnet50
     assert victim.classes[15] == "person"
     assert victim.network.aux_classifier is None
 
@@ -105,10 +105,12 @@ def test_a_download_that_fails_asks_for_a_file(monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"fcn_resnet50.*got 'vgg16'"):
+    with pytest.raises(ValueError, match=r"DL-VGG.*fcn_resnet50.*got 'vgg16'"):
         victims.load("vgg16")
+    with pytest.raises(ValueError, match=r"got 'fcn-resnet5'; did you mean fcn_resnet50\?"):
+        victims.load("fcn-resnet5")
     with pytest.raises(ValueError, match="weights must be None"):
-        victims.load("demo", "weights.pth")
+        victims.load("Demo", "weights.pth")
 
 
 def test_demo_network_is_the_classifier_at_every_cell(capsys):

@@ -60,6 +60,29 @@ def test_the_papers_twelve_stand_in_the_order_of_its_tables():
         zoo.ENTRIES[0].width = 1
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("dl-vgg", "DL-VGG"),
+        ("DL_VGG", "DL-VGG"),
+        ("fcn-vgg-star", "FCN-VGG*"),
+        ("fcn_vgg*", "FCN-VGG*"),
+        ("FCN-VGG", "FCN-VGG"),
+        ("rfcn_rn50", "R-FCN-RN50"),
+    ],
+)
+def test_names_in_any_spelling(given, name):
+    assert zoo.find(given) is zoo.find(name)
+    built, same = on_meta(given), on_meta(name)
+    assert parameters(built) == parameters(same)
+    if zoo.find(name).path.is_file():
+        found, expected = victims.load(given), victims.load(name)
+        assert type(found) is type(expected)
+        state = expected.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
+        assert zoo.load(given).classes == expected.classes
+
+
 def test_width_1_is_the_papers_size():
     table = re.findall(r"^    ([\w-]+) +([\d.]+) +~?([\d.]+)$", registry.__doc__, re.MULTILINE)
     built = {entry.architecture: parameters(on_meta(entry.name, width=1)) for entry in zoo.ENTRIES}
@@ -353,8 +376,8 @@ def test_weights_that_cannot_be_saved(tmp_path):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match=r"DL-RN101, FR-ZF-07.*got 'fcn-vgg'; did you mean FCN-V"):
-        zoo.build("fcn-vgg")
+    with pytest.raises(ValueError, match=r"DL-RN101, FR-ZF-07.*got 'fcn-vg'; did you mean FCN-VGG"):
+        zoo.build("fcn-vg")
     with pytest.raises(ValueError, match=r"FCOS-VGG, got 'unheard of'$"):
         zoo.load("unheard of")
     with pytest.raises(ValueError, match="width must be a finite number above 0, got 0"):

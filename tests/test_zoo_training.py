@@ -258,7 +258,7 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
     assert main([*attack, "DL-VGG"]) == 2
     assert "DL-VGG has no weights in" in capfd.readouterr().err
     assert main([*attack, "FR-XX-07"]) == 2
-    assert "model must be 'demo'" in capfd.readouterr().err
+    assert "did you mean FR-ZF-07?" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
         (["train", "AlexNet"], "name must be one of FCN-Alex, "),
         (["train", "--samples", "0"], "Invalid value for '--samples'"),
         (["train", "DL-VGG", "--device", "nowhere", "--out", "{}"], "--device must be cpu"),
-        (["evaluate", "fcn-vgg"], "did you mean FCN-VGG"),
+        (["evaluate", "fcn-vg"], "did you mean FCN-VGG"),
         (["evaluate", "FCN-VGG"], "FCN-VGG has no weights in "),
         (["evaluate", "--protocol", "voc"], "Invalid value for '--protocol'"),
         (["unknown"], "No such command 'unknown'"),

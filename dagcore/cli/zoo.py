@@ -36,7 +36,7 @@ TELL_SECONDS = 0.5  # from one message of a process to the next
 
 def entries(names: Sequence[str]) -> list[Entry]:
     """The entries of some names, all of them where there are none."""
-    return [find(name) for name in dict.fromkeys(names)] or list(ENTRIES)
+    return list(dict.fromkeys(find(name) for name in names)) or list(ENTRIES)
 
 
 def facts(entry: Entry) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -16,15 +17,28 @@ class _Held:
         self.thing = thing
         self.before = thing.training if isinstance(thing, nn.Module) else thing.requires_grad
         self.holders: set[object] = set()
+        # A network's own `train` may do more than set the mode: merge or split weights, say.
+        self.hooked = (
+            isinstance(thing, nn.Module)
+            and getattr(thing.train, "__func__", None) is not nn.Module.train
+        )
 
     def put_back(self) -> None:
-        if isinstance(self.thing, nn.Module):
-            self.thing.training = self.before
-        else:
-            self.thing.requires_grad_(self.before)
+        if isinstance(self.thing, nn.Parameter):
+            if self.thing.requires_grad != self.before:
+                # What was made in inference mode can be changed there only.
+                with torch.inference_mode(self.thing.is_inference()):
+                    self.thing.requires_grad_(self.before)
+        elif self.thing.training != self.before:
+            try:
+                if self.hooked:
+                    self.thing.train(self.before)
+            finally:
+                self.thing.training = self.before
 
 
-# A generator that is collected may end its block in a thread that holds the lock.
+# A generator that is collected may end its block in a thread that holds the lock, between any two
+# lines: the table is read as a list.
 _lock = threading.RLock()
 _held: dict[int, _Held] = {}  # by id
 
@@ -33,7 +47,8 @@ _held: dict[int, _Held] = {}  # by id
 def frozen(model: object) -> Iterator[None]:
     """Eval mode and parameters without gradients, both put back by the last that ends.
 
-    Attacks in several threads may share a model, or modules of several models.
+    Attacks in several threads may share a model, or modules of several models. A module that
+    overrides `train` is put back by calling it.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -53,12 +68,28 @@ def frozen(model: object) -> Iterator[None]:
                 parameter.requires_grad_(False)
         yield
     finally:
-        with _lock:
-            for thing in things:
-                let_go = _held.get(id(thing))
-                if let_go is None or holder not in let_go.holders:
-                    continue
-                let_go.holders.remove(holder)
-                if not let_go.holders:
-                    del _held[id(thing)]
-                    let_go.put_back()
+        with _lock, ExitStack() as last_first:  # each is put back, whatever another's hook raises
+            for held in list(_held.values()):
+                held.holders.discard(holder)
+            for held in reversed(_released()):
+                if _held.pop(id(held.thing), None) is held:
+                    last_first.callback(held.put_back)
+
+
+def _released() -> list[_Held]:
+    """What no attack holds any more, in the order to put it back.
+
+    A module's own `train` goes to the modules inside, so it comes before theirs, and waits until
+    no attack holds any of them.
+    """
+    everything = list(_held.values())
+    free = [held for held in everything if not held.holders]
+    inside = {
+        id(held.thing): {id(module) for module in held.thing.modules()}
+        for held in free
+        if held.hooked and isinstance(held.thing, nn.Module)
+    }
+    busy = {id(held.thing) for held in everything if held.holders}
+    waiting = {key for keys in inside.values() if keys & busy for key in keys}
+    ready = [held for held in free if id(held.thing) not in waiting]
+    return sorted(ready, key=lambda held: -len(inside.get(id(held.thing), ())))
