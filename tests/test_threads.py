@@ -17,8 +17,8 @@ from support import generator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dagcore import DAG, Part, Result, Sample, joint_attack, labels, ops
-from dagcore.engine import frozen
+from dagcore import DAG, Part, Result, Sample, freed_memory_kept, joint_attack, labels, ops
+from dagcore.engine import frozen, memory
 from dagcore.ops import native
 
 WAIT = 60  # seconds, for what never happens
@@ -198,18 +198,18 @@ def test_memory_is_kept_until_the_last_thread_ends(monkeypatch: pytest.MonkeyPat
     class Module:
         keep_freed_memory = staticmethod(kept.append)
 
-    for name in (*native._MALLOC_SETTINGS, "GLIBC_TUNABLES"):
+    for name in (*memory._MALLOC_SETTINGS, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(native, "module", Module)
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with native.freed_memory_kept():
+        with freed_memory_kept():
             inside.set()
             assert leave.wait(WAIT)
 
     with ThreadPoolExecutor(1) as pool:
-        with native.freed_memory_kept():
+        with freed_memory_kept():
             done = pool.submit(other)
             assert inside.wait(WAIT)
         assert kept == [True]
@@ -293,11 +293,11 @@ def test_memory_is_steady_over_thousands_of_images(one_and_two_threads: tuple[in
         for sample in source(30):
             attack(model, sample.image[None], sample.labels[None])
 
-    memory, objects = [], []
+    resident_bytes, objects = [], []
     for _ in range(8):
         round_of_attacks()
-        memory.append(resident())
+        resident_bytes.append(resident())
         objects.append(tensors())
     assert objects[1:] == objects[1:2] * 7
     # Of 330 images in each round, one tensor kept of each would be 13 MB a round.
-    assert max(memory[4:]) - min(memory[1:4]) < 16 << 20, memory
+    assert max(resident_bytes[4:]) - min(resident_bytes[1:4]) < 16 << 20, resident_bytes
