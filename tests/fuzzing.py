@@ -12,7 +12,7 @@ from support import DTYPES, INF, LABEL_DTYPES, NAN
 from torch import Tensor
 
 FUZZ = settings(
-    max_examples=2000,
+    max_examples=1000,
     deadline=None,
     derandomize=True,
     database=None,

@@ -15,8 +15,9 @@ from support import wait_until
 import dagcore
 
 COUNT = 24
-# The victim's module sends its process a signal right before one of the files that it writes to the
-# run's folder is opened or renamed: FATE is the signal, how many of these come first, the rank.
+# The victim's module sends its process a signal right before one of the run's files is opened to be
+# written, or is renamed. FATE says which signal, "open" or "os.rename", a part of the file's path,
+# how many of these come first, and the rank.
 VICTIM = """
 import itertools, os, signal, sys
 import torch
@@ -32,12 +33,13 @@ def make():
     return Victim(net)
 
 def hook(event, arguments):
-    writes = event == "os.rename" or event == "open" and (arguments[2] or 0) & os.O_ACCMODE
-    if writes and str(arguments[0]).startswith(out) and next(passed) == int(after):
-        os.kill(os.getpid(), getattr(signal, name))
+    if event == kind and (event == "os.rename" or (arguments[2] or 0) & os.O_ACCMODE):
+        path = str(arguments[event == "os.rename"])
+        if path.startswith(out) and place in path and next(passed) == int(first):
+            os.kill(os.getpid(), getattr(signal, name))
 
 if os.environ.get("FATE"):
-    name, after, rank, out = os.environ["FATE"].split()
+    name, kind, place, first, rank, out = os.environ["FATE"].split()
     passed = itertools.count()
     if os.environ.get("RANK", "0") == rank:
         sys.addaudithook(hook)
@@ -123,18 +125,25 @@ def records(out):
     }
 
 
-# How many writes come before the end. A run begins with its lock and its settings; an image is two
-# writes of a file, one of its perturbation, two of its record, and each of the five is met.
-KILLS = (2, 9, 8, 9, 10, 11, 7)
+# Everything that a run writes, in the order of a run; the third image of each.
+KILLS = (
+    "os.rename settings.toml 0",
+    "os.rename /figures/ 2",
+    "os.rename /images/ 2",
+    "os.rename /perturbations/ 2",
+    "open /records/ 2",
+    "os.rename /records/ 2",
+    "os.rename images.jsonl 0",
+    "os.rename summary.json 0",
+)
 
 
 def test_killed_before_any_kind_of_write(here):
     expected, out = results(here / "whole"), here / "killed"
-    for writes in KILLS:
+    for write in KILLS:
         before = records(out)
-        assert (
-            wait(launch(here, "killed", fate=f"SIGKILL {writes} 0")).returncode == -signal.SIGKILL
-        )
+        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0"))
+        assert killed.returncode == -signal.SIGKILL
         partial = results(out)
         kept = {name: data for name, data in partial.items() if not name.startswith("records/")}
         assert kept.items() <= expected.items()  # whole files only, and the right ones
@@ -146,33 +155,34 @@ def test_killed_before_any_kind_of_write(here):
         for number in images_of(after, ".json") - {7}:  # a record comes last
             assert f"{number:03d}.png" in after
             assert f"perturbations/{number:03d}.safetensors" in partial
-    assert len(done) >= len(KILLS) - 2
+    assert len(done) == COUNT - 1
     assert wait(launch(here, "killed")).returncode == 0
     assert results(out) == expected
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_cleanly_and_says_how_to_go_on(here, number):
-    out = here / number.name
-    done = wait(launch(here, number.name, fate=f"{number.name} 20 0"))
-    assert done.returncode == 128 + number
-    last = done.stderr.splitlines()[-1]
-    have = len(list(out.glob("records/*.json")))
-    assert 3 <= have < COUNT
-    assert last == (
-        f"dagcore run: {number.name} after {have} of {COUNT} images: the same command goes on "
-        "from there"
-    )
-    assert "Traceback" not in done.stderr
-    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
-    assert wait(launch(here, number.name)).returncode == 0
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
+    out, have = here / "signals", 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = have
+        done = wait(launch(here, "signals", fate=f"{number.name} os.rename /images/ 3 0"))
+        assert done.returncode == 128 + number
+        have = len(list(out.glob("records/*.json")))
+        assert before + 3 <= have < COUNT
+        assert done.stderr.splitlines()[-1] == (
+            f"dagcore run: {number.name} after {have} of {COUNT} images: the same command goes on "
+            "from there"
+        )
+        assert "Traceback" not in done.stderr
+        assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+    assert wait(launch(here, "signals")).returncode == 0
     assert results(out) == results(here / "whole")
 
 
 def test_a_second_run_on_the_same_folder_is_refused(here):
     out = here / "twice"
-    first = launch(here, "twice", fate="SIGSTOP 9 0")  # it stays at work while the second looks
+    # The first stays at work while the second looks.
+    first = launch(here, "twice", fate="SIGSTOP os.rename /records/ 1 0")
     try:
         wait_until(lambda: has_stopped(first), "the first run")
         second = wait(launch(here, "twice"))
@@ -221,7 +231,8 @@ def test_two_ranks_give_the_same_bytes(here):
 
 def test_a_rank_that_dies_loses_nothing_of_the_others(here):
     out = here / "dies"
-    assert wait(launch(here, "dies", ranks=2, fate="SIGKILL 14 1")).returncode != 0
+    died = wait(launch(here, "dies", ranks=2, fate="SIGKILL os.rename /records/ 2 1"))
+    assert died.returncode != 0
     before = records(out)
     assert not (out / "summary.json").exists()
     assert wait(launch(here, "dies", ranks=3)).returncode == 0
