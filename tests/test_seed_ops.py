@@ -130,7 +130,7 @@ def call(module: object, op: Op, *given: Any, **settings: Any) -> tuple[Tensor, 
 @functools.cache
 def prepared(
     op: Op,
-    k: int | None,
+    k: int,
     turn: int,
     dtype: torch.dtype,
     expanded: bool = False,
@@ -202,7 +202,8 @@ def test_simd_level_and_thread_count_change_no_bit(
 ) -> None:
     layouts = itertools.cycle(LAYOUTS)
     for turn, broken in itertools.product(range(2 * TURNS), (0.0, 0.01)):
-        case, other, goal, _ = prepared(op, None, turn, dtype, broken=broken)
+        case = op.case(None, turn, dtype, broken)
+        other, goal = arguments(MODES[turn % TURNS], case.adversarial)
         scores, results = lay_out(case.scores, next(layouts)), []
         for level, threads in itertools.product(simd_levels, one_and_two_threads):
             native.module.use_simd(level)
@@ -216,11 +217,13 @@ def test_simd_level_and_thread_count_change_no_bit(
 
 # --- labels
 
+LABEL_SHAPES = {"dag_seed": (0, 3, 8), "dag_seed_bilinear": (3, 12)}  # whole, fractional
+
 
 @OPS
 @pytest.mark.parametrize("label_dtype", LABEL_DTYPES, ids=str)
 def test_label_dtypes_and_layouts(kernels: torch.device, op: Op, label_dtype: torch.dtype) -> None:
-    """Of either map, independent of the other's; the maps are mostly ragged in their rows."""
+    """Each of the two maps has a dtype and a layout of its own."""
     first = LABEL_DTYPES.index(label_dtype)
     for (i, layout), goal, k in itertools.product(enumerate(LAYOUTS), GOALS, LABEL_SHAPES[op.name]):
         other_dtype = LABEL_DTYPES[(first + i + GOALS.index(goal)) % len(LABEL_DTYPES)]
@@ -233,9 +236,6 @@ def test_label_dtypes_and_layouts(kernels: torch.device, op: Op, label_dtype: to
             expected = op.expected(same, case.scores, other.long().cpu(), goal=goal)
             got = call(ops, op, scores, labels, other, goal=goal, **case.options)
             op.check(got, expected, scores, case)
-
-
-LABEL_SHAPES = {"dag_seed": (0, 3, 8), "dag_seed_bilinear": (12, 15)}
 
 
 @OPS
@@ -535,6 +535,8 @@ def test_mixed_devices_with_cuda(cuda: torch.device, op: Op) -> None:
 @OPS
 def test_cases_have_active_and_inactive_targets(op: Op) -> None:
     for turn in range(2 * TURNS):
-        case, _, _, (_, active) = prepared(op, None, turn, torch.float32)
+        case = op.case(None, turn, torch.float32, 0.0)
+        other, goal = arguments(MODES[turn % TURNS], case.adversarial)
+        _, active = op.expected(case, case.scores, other, goal=goal)
         targets = case.labels[0].numel()
         assert bool(((active > targets / 10) & (active < targets * 9 / 10)).all())
