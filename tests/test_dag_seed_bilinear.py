@@ -186,15 +186,16 @@ def close_calls_seeded(
     return found
 
 
-def test_garbage_between_the_scores_is_not_read(kernels: torch.device) -> None:
-    """Rows that are cut out of a larger tensor of NaN, at every width next to a vector's."""
+def test_every_width_next_to_a_vectors(kernels: torch.device) -> None:
+    """Whole maps, and maps that are cut out of a larger tensor of NaN."""
     for width in (1, 7, 8, 9, 15, 16, 17, 33):
-        scores = score_maps((1, 3, 3, width), width, "random")
-        labels, adversarial = label_maps(scores, (7, 2 * width + 1), False, width)
-        expected = unpruned(scores, labels, adversarial, "leave", False)
-        cut, labels, adversarial = (crop(t.to(kernels)) for t in (scores, labels, adversarial))
-        got = ops.dag_seed_bilinear(cut, labels, adversarial)
-        assert_seed(got, expected, cut, labels.shape[1:], False)
+        maps = score_maps((1, 3, 3, width), width, "random")
+        labels, adversarial = label_maps(maps, (7, 2 * width + 1), False, width)
+        expected = unpruned(maps, labels, adversarial, "leave", False)
+        for lay in (Tensor.contiguous, crop):
+            scores, *given = (lay(t.to(kernels)) for t in (maps, labels, adversarial))
+            got = ops.dag_seed_bilinear(scores, *given)
+            assert_seed(got, expected, scores, labels.shape[1:], False)
 
 
 def test_equals_reference_where_nothing_rounds(kernels: torch.device) -> None:
