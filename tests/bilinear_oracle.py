@@ -6,6 +6,7 @@ import functools
 import math
 
 import numpy as np
+import pytest
 import torch
 from support import generator
 from torch import Tensor
@@ -36,6 +37,9 @@ SIZES = {
 }
 WHOLE = ("1", "4", "8", "16", "32")  # weights, and the sums of them, are exact in float32
 KINDS = ("random", "smooth")
+CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
+# Of a sum of weights, relative to the largest that there can be; 1e-5 where none is named.
+ROUNDING = {torch.float64: 1e-10}
 
 
 def axis(length: int, size: int, align_corners: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,6 +117,34 @@ def capacity(low: tuple[int, int], size: tuple[int, int], align_corners: bool) -
     for rows, columns, weight in corners(low, size, align_corners):
         np.add.at(total, (rows, columns), weight)
     return float(total.max())
+
+
+def beyond_rounding(
+    seed: Tensor, sums: Tensor, size: tuple[int, int], align_corners: bool
+) -> Tensor:
+    """How much of a seed's distance to float64 sums neither summing nor one rounding explains."""
+    largest = capacity(tuple(seed.shape[2:]), tuple(size), align_corners)
+    slack = ROUNDING.get(seed.dtype, 1e-5) * largest
+    slack = slack + 0.51 * torch.finfo(seed.dtype).eps * sums.abs()
+    return ((seed.cpu().double() - sums).abs() - slack).clamp(min=0)
+
+
+def assert_seed(
+    got: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor],
+    scores: Tensor,
+    size: tuple[int, int],
+    align_corners: bool,
+) -> None:
+    """A seed equals what `unpruned` gives but for rounding, its counts to the last."""
+    seed, active = got
+    assert seed.dtype == scores.dtype
+    assert seed.shape == scores.shape
+    assert seed.stride() == torch.empty_like(scores).stride()
+    assert active.dtype == torch.int32
+    assert active.device == seed.device == scores.device
+    assert torch.equal(active.cpu(), expected[1])
+    assert not bool(beyond_rounding(seed, expected[0], size, align_corners).any())
 
 
 def score_maps(

@@ -49,3 +49,11 @@ def one_and_two_threads() -> Iterator[tuple[int, int]]:
     before = torch.get_num_threads()
     yield 1, 2
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def simd_levels() -> Iterator[tuple[str, ...]]:
+    """The SIMD levels that this processor has."""
+    before = native.module.simd_in_use()
+    yield SIMD_LEVELS[: 1 + SIMD_LEVELS.index(native.module.simd_supported())]
+    native.module.use_simd(before)

@@ -19,6 +19,7 @@ from dagcore.ops import native
 
 BUILT = Path(__file__).parents[1] / "build" / "sanitize"
 TESTS = (
+    "test_seed_ops.py",
     "test_dag_seed.py",
     "test_dag_seed_bilinear.py",
     "test_argmax_bilinear.py",

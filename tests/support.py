@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dagcore import ops, reference
 from dagcore.ops import native
+
+NAN, INF = math.nan, math.inf
+GOALS = ("leave", "reach")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
@@ -16,11 +23,17 @@ LAYOUTS = ("contiguous", "class-last", "transposed", "gaps", "expanded")
 MODES = ("leave", "reach", "runner-up")  # "runner-up" is for the goal "leave"
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
 
 
 def arguments(mode: str, adversarial: Tensor) -> tuple[Tensor | str, str]:
     """Adversarial labels and goal of a mode."""
     return ("runner-up", "leave") if mode == "runner-up" else (adversarial, mode)
+
+
+def on(device: torch.device, *values: Tensor | str) -> list[Tensor | str]:
+    """The values, of which the tensors are moved to a device."""
+    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
 
 
 def no_cuda() -> str | None:
@@ -85,6 +98,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     nan = a.isnan()
     return torch.equal(nan, b.isnan()) and torch.equal(bits(a)[~nan], bits(b)[~nan])
+
+
+def assert_same_seed(
+    got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], scores: Tensor
+) -> None:
+    """A seed and its counts equal others to the bit, the seed laid out like its scores."""
+    seed, active = got
+    assert seed.dtype == scores.dtype
+    assert seed.shape == scores.shape
+    assert seed.stride() == torch.empty_like(scores).stride()
+    assert active.dtype == torch.int32
+    assert active.device == seed.device == scores.device
+    assert torch.equal(active.cpu(), expected[1].cpu())
+    assert torch.equal(bits(seed.cpu()), bits(expected[0].cpu()))
 
 
 def generator(seed: int) -> torch.Generator:
@@ -208,3 +235,11 @@ def transformers_network(name: str) -> nn.Module:
         "MobileNetV2": lambda: t.MobileNetV2Config(depth_multiplier=0.25, num_labels=5),
     }
     return shaken(getattr(t, f"{name}ForSemanticSegmentation")(configs[name]()))
+
+
+def wait_until(happened: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Return once something has happened; fail if it never does. The limit is no measurement."""
+    give_up = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < give_up, f"waited {seconds} s for {what}"
+        time.sleep(0.002)

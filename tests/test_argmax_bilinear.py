@@ -1,21 +1,18 @@
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import re
 
 import pytest
 import torch
-from bilinear_oracle import KINDS, SIZES, close_calls, enlarged, score_maps
+from bilinear_oracle import CORNERS, KINDS, SIZES, close_calls, enlarged, score_maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, lay_out, random_case
+from support import BOTH, DTYPES, INF, LAYOUTS, NAN, lay_out, random_case
 from torch import Tensor
 
 from dagcore import ops, reference
-
-NAN, INF = math.nan, math.inf
-BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
-CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 
 
 def assert_labels(got: Tensor, expected: Tensor, scores: Tensor) -> None:
@@ -33,70 +30,118 @@ def gap(high: Tensor) -> Tensor:  # (N, C, H, W) -> (N, H, W)
 
 
 @CORNERS
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_float64_reference_outside_the_boundary_band(
-    kernels: torch.device, dtype: torch.dtype, kind: str, align_corners: bool
+    device: torch.device, dtype: torch.dtype, align_corners: bool
 ) -> None:
     """Only pixels whose two best classes are within rounding of one another may differ."""
     in_band = pixels = 0
-    for k, (batch, low, size) in enumerate(SIZES.values()):
+    for (k, (batch, low, size)), kind in itertools.product(enumerate(SIZES.values()), KINDS):
         scores = score_maps((*batch, *low), k, kind, dtype)
         high = reference.enlarge(scores.double(), size, align_corners)
         epsilon = torch.finfo(reference.norm_dtype(scores)).eps
         band = gap(high) <= 8 * epsilon * scores.abs().max()
-        got = ops.argmax_bilinear(scores.to(kernels), size, align_corners=align_corners)
+        got = ops.argmax_bilinear(scores.to(device), size, align_corners=align_corners)
         assert not bool(((got.cpu() != high.argmax(1)) & ~band).any())
         in_band += int(band.sum())
         pixels += band.numel()
     assert in_band < 0.01 * pixels
 
 
+@functools.cache
+def prepared(
+    k: int, dtype: torch.dtype, align_corners: bool, expanded: bool, broken: float
+) -> tuple[Tensor, Tensor]:
+    """Scores, and their winners at the k-th size, evaluated without pruning."""
+    batch, low, size = list(SIZES.values())[k]
+    if broken:
+        scores, *_ = random_case((*batch, *low), k, dtype=dtype, broken=broken)
+    else:
+        scores = score_maps((*batch, *low), k, KINDS[k % 2], dtype)
+    if expanded:
+        scores = lay_out(scores, "expanded").contiguous()
+    return scores, enlarged(scores, size, align_corners).argmax(1)
+
+
+def assert_winners(
+    device: torch.device,
+    k: int,
+    dtype: torch.dtype,
+    align_corners: bool,
+    layout: str = "contiguous",
+    broken: float = 0.0,
+) -> None:
+    values, expected = prepared(k, dtype, align_corners, layout == "expanded", broken)
+    scores = lay_out(values.to(device), layout)
+    got = ops.argmax_bilinear(scores, tuple(expected.shape[1:]), align_corners=align_corners)
+    assert_labels(got, expected, scores)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_unpruned_evaluation(kernels: torch.device, dtype: torch.dtype, layout: str) -> None:
-    for k, (batch, low, size) in enumerate(SIZES.values()):
-        align_corners = (k + LAYOUTS.index(layout)) % 2 == 1  # in turns
-        values = score_maps((*batch, *low), k, KINDS[k % 2], dtype)
-        scores = lay_out(values.to(kernels), layout)
-        got = ops.argmax_bilinear(scores, size, align_corners=align_corners)
-        assert_labels(got, enlarged(scores, size, align_corners).argmax(1), scores)
+def test_every_dtype_and_layout(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    for k in range(len(SIZES)):
+        assert_winners(device, k, dtype, (k + LAYOUTS.index(layout)) % 2 == 1, layout)  # in turns
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_ragged_enlargement(kernels: torch.device, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_simd_level(kernels: torch.device, dtype: torch.dtype) -> None:
+    for k, align_corners in itertools.product(range(len(SIZES)), (False, True)):
+        layout = "contiguous" if (k + align_corners) % 2 else LAYOUTS[1 + k % 3]
+        assert_winners(kernels, k, dtype, align_corners, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_finite_scores(kernels: torch.device, dtype: torch.dtype) -> None:
+    """NaN wins, as for torch.argmax; infinities win, lose and cancel as they do in a sum."""
+    for k, align_corners in itertools.product(range(len(SIZES)), (False, True)):
+        broken = (0.01, 0.3, 1.0)[(k + align_corners) % 3]
+        assert_winners(kernels, k, dtype, align_corners, broken=broken)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("smooth", torch.float32), ("random", torch.bfloat16)], ids=str
+)
+def test_ragged_enlargement(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     scores = score_maps((1, 21, 33, 41), 0, kind, dtype)
-    got = ops.argmax_bilinear(scores.to(kernels), (513, 641))
-    assert_labels(got, enlarged(scores, (513, 641), False).argmax(1), scores.to(kernels))
+    got = ops.argmax_bilinear(scores.to(device), (513, 641))
+    assert_labels(got, enlarged(scores, (513, 641), False).argmax(1), scores.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", close_calls((1, 2, 1, 1), torch.float32))
-def test_pruning_is_exact_where_classes_are_close(
-    kernels: torch.device, name: str, dtype: torch.dtype
-) -> None:
-    for num_classes, low, size, align_corners in (
+@pytest.mark.parametrize(
+    ("num_classes", "low", "size", "align_corners"),
+    [
         (2, (3, 2), (24, 16), False),
         (7, (5, 6), (37, 29), False),
         (40, (3, 9), (100, 40), True),
         (7, (9, 17), (5, 17), True),
-    ):
-        scores = close_calls((2, num_classes, *low), dtype)[name].to(kernels)
-        got = ops.argmax_bilinear(scores, size, align_corners=align_corners)
-        assert_labels(got, enlarged(scores, size, align_corners).argmax(1), scores)
+    ],
+)
+def test_pruning_is_exact_where_classes_are_close(
+    kernels: torch.device,
+    num_classes: int,
+    low: tuple[int, int],
+    size: tuple[int, int],
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> None:
+    for scores, expected in close_winners(num_classes, low, size, align_corners, dtype):
+        on_device = scores.to(kernels)
+        got = ops.argmax_bilinear(on_device, size, align_corners=align_corners)
+        assert_labels(got, expected, on_device)
 
 
-@CORNERS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_not_finite_scores(kernels: torch.device, dtype: torch.dtype, align_corners: bool) -> None:
-    """NaN wins, as for torch.argmax; infinities win, lose and cancel as they do in a sum."""
-    for k, (batch, low, size) in enumerate(SIZES.values()):
-        for broken in (0.01, 0.3, 1.0):
-            scores, *_ = random_case((*batch, *low), k, dtype=dtype, broken=broken)
-            on_device = scores.to(kernels)
-            got = ops.argmax_bilinear(on_device, size, align_corners=align_corners)
-            assert_labels(got, enlarged(scores, size, align_corners).argmax(1), on_device)
+@functools.cache
+def close_winners(
+    num_classes: int,
+    low: tuple[int, int],
+    size: tuple[int, int],
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> list[tuple[Tensor, Tensor]]:
+    maps = close_calls((2, num_classes, *low), dtype).values()
+    return [(scores, enlarged(scores, size, align_corners).argmax(1)) for scores in maps]
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,17 +164,17 @@ def test_any_size(data: st.DataObject) -> None:
 
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_by_hand(module: object, kernels: torch.device, dtype: torch.dtype) -> None:
+def test_by_hand(module: object, device: torch.device, dtype: torch.dtype) -> None:
     # One row of two pixels, enlarged to four: read at 0, 1/4, 3/4 and 1.
     scores = torch.tensor([[4.0, 0], [3, 1], [2.5, 2.5], [2, 2]], dtype=dtype)[None, :, None]
     for rows in (1, 2, 5):
-        got = module.argmax_bilinear(scores.to(kernels), (rows, 4))
+        got = module.argmax_bilinear(scores.to(device), (rows, 4))
         # 4 3 1 0 | 3 2.5 1.5 1 | 2.5 | 2
-        assert_labels(got, torch.tensor([[[0, 0, 2, 2]] * rows]), scores.to(kernels))
+        assert_labels(got, torch.tensor([[[0, 0, 2, 2]] * rows]), scores.to(device))
     # Read at 0, 1/3, 2/3 and 1, and at 0 and 1 alone.
-    got = module.argmax_bilinear(scores.to(kernels), (1, 4), align_corners=True)
+    got = module.argmax_bilinear(scores.to(device), (1, 4), align_corners=True)
     assert got.tolist() == [[[0, 0, 2, 2]]]
-    got = module.argmax_bilinear(scores.to(kernels), (3, 2), align_corners=True)
+    got = module.argmax_bilinear(scores.to(device), (3, 2), align_corners=True)
     assert got.tolist() == [[[0, 2]] * 3]
 
 

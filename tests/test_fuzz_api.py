@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzzing import ANYTHING, FUZZ, SEEDS, one_in, strange_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import DTYPES, LABEL_DTYPES, generator, random_case
-from test_fuzz import ANYTHING, FUZZ, SEEDS, one_in, strange_tensors
 from torch import Tensor, nn
 
 from dagcore import DAG, Part, Sample, joint_attack, labels, perturbation, universal_perturbation

@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, bits, generator, lay_out, same_bits
+from support import BOTH, DTYPES, INF, LAYOUTS, NAN, bits, generator, lay_out, same_bits
 from torch import Tensor
 
 from dagcore import ops, reference
 
-NAN, INF = math.nan, math.inf
 GAMMA = 0.5 / 255
 FREE = {"gamma": GAMMA, "lower": None, "upper": None, "epsilon": None}
-BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
 WRITABLE = tuple(layout for layout in LAYOUTS if layout != "expanded")
 CLIPS = (
     {"lower": None, "upper": None, "epsilon": None},
@@ -68,27 +65,34 @@ def test_more_images_than_a_grid_has_rows(device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_reference(kernels: torch.device, dtype: torch.dtype, layout: str) -> None:
+def test_equals_reference(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     others = itertools.product(LAYOUTS, LAYOUTS)
     for k, (origin_layout, gradient_layout) in enumerate(others):
         shape = ((3, 3, 33, 41), (3, 1, 1, 1), (3, 2, 7, 151), (3, 4, 3, 5, 2))[k % 4]
-        images, origin, gradient = (t.to(kernels) for t in case(shape, k, dtype))
+        images, origin, gradient = (t.to(device) for t in case(shape, k, dtype))
         assert_steps_alike(
             lay_out(images, layout),
             lay_out(origin, origin_layout),
             lay_out(gradient, gradient_layout),
-            counts([3, 0, 7], kernels),
+            counts([3, 0, 7], device),
             gamma=GAMMA,
             **CLIPS[k % len(CLIPS)],
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("clip", CLIPS, ids=str)
-def test_ragged_sizes(kernels: torch.device, dtype: torch.dtype, clip: dict[str, float]) -> None:
-    for k, shape in enumerate(
-        [(4,), (2, 3), (1, 129), (2, 16383), (1, 16384), (2, 16385), (1, 3, 129, 151), (2, 3, 1, 1)]
-    ):
+def test_every_simd_level(kernels: torch.device, dtype: torch.dtype) -> None:
+    """Both paths over the pixels, those side by side and those apart, with every kind of clip."""
+    for (k, layout), clip in itertools.product(enumerate(WRITABLE), CLIPS):
+        tensors = [lay_out(t.to(kernels), layout) for t in case((3, 2, 7, 151), k, dtype)]
+        assert_steps_alike(*tensors, counts([3, 0, 7], kernels), gamma=GAMMA, **clip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_sizes(kernels: torch.device, dtype: torch.dtype) -> None:
+    """Around a vector's width and around the pixels of a task."""
+    sizes = ((4,), (2, 3), (1, 129), (2, 16383), (1, 16384), (2, 16385), (1, 3, 129, 151))
+    for (k, shape), clip in itertools.product(enumerate((*sizes, (2, 3, 1, 1))), CLIPS[::2]):
         images, origin, gradient = (t.to(kernels) for t in case(shape, k, dtype))
         active = counts([1] * shape[0], kernels)
         norms = assert_steps_alike(images, origin, gradient, active, gamma=GAMMA, **clip)
@@ -97,9 +101,12 @@ def test_ragged_sizes(kernels: torch.device, dtype: torch.dtype, clip: dict[str,
 
 
 @BOTH
-@pytest.mark.parametrize("where", [0, 5, 16383, 16384, 40000, 49152])
-def test_norm_finds_the_largest_anywhere(module: object, kernels: torch.device, where: int) -> None:
-    for dtype, sign, layout in itertools.product(DTYPES, (1, -1), ("contiguous", "gaps")):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_finds_the_largest_anywhere(
+    module: object, kernels: torch.device, dtype: torch.dtype
+) -> None:
+    places = (0, 5, 16383, 16384, 40000, 49152)
+    for where, sign, layout in itertools.product(places, (1, -1), ("contiguous", "gaps")):
         gradient = torch.full((2, 49153), 0.25, dtype=dtype, device=kernels)
         gradient[1, where] = sign * 2
         images = torch.zeros_like(gradient)
@@ -112,9 +119,9 @@ def test_norm_finds_the_largest_anywhere(module: object, kernels: torch.device, 
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frozen_images_are_not_touched(
-    kernels: torch.device, dtype: torch.dtype, layout: str
+    device: torch.device, dtype: torch.dtype, layout: str
 ) -> None:
-    images, origin, gradient = (t.to(kernels) for t in case((5, 3, 9, 17), 0, dtype))
+    images, origin, gradient = (t.to(device) for t in case((5, 3, 9, 17), 0, dtype))
     images[0, 0, 0, :3] = torch.tensor([NAN, INF, 7.0])  # out of bounds: a clip would show
     images[2, 0, 0, :2] = torch.tensor([-0.0, -INF])
     gradient[2, 1, 1, 1] = NAN
@@ -124,7 +131,7 @@ def test_frozen_images_are_not_touched(
         images,
         origin,
         gradient,
-        counts([0, 4, -1, 1, -(2**31)], kernels),
+        counts([0, 4, -1, 1, -(2**31)], device),
         gamma=GAMMA,
         lower=0.2,
         upper=0.8,
@@ -139,9 +146,9 @@ def test_frozen_images_are_not_touched(
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_useless_gradients_leave_the_image(
-    module: object, kernels: torch.device, dtype: torch.dtype
+    module: object, device: torch.device, dtype: torch.dtype
 ) -> None:
-    images, origin, gradient = (t.to(kernels) for t in case((7, 3, 9, 17), 1, dtype))
+    images, origin, gradient = (t.to(device) for t in case((7, 3, 9, 17), 1, dtype))
     images[:, 0, 0, 0] = 5  # out of bounds: must stay too
     gradient[0] = 0
     gradient[1] = -0.0
@@ -151,7 +158,7 @@ def test_useless_gradients_leave_the_image(
     gradient[5, 0, 0, 0], gradient[5, 2, 8, 16] = INF, NAN
     before = bits(images)
     norms = module.linf_step_(
-        images, origin, gradient, counts([1] * 7, kernels), gamma=GAMMA, lower=0, upper=1, epsilon=1
+        images, origin, gradient, counts([1] * 7, device), gamma=GAMMA, lower=0, upper=1, epsilon=1
     )
     assert torch.equal(bits(images)[:6], before[:6])
     assert not torch.equal(bits(images)[6], before[6])
@@ -162,11 +169,11 @@ def test_useless_gradients_leave_the_image(
 
 
 @BOTH
-def test_norm_whose_quotient_overflows(module: object, kernels: torch.device) -> None:
+def test_norm_whose_quotient_overflows(module: object, device: torch.device) -> None:
     # gamma / 1e-45 is beyond float32, gamma / 1e-40 is not.
-    gradient = torch.tensor([[1e-45, 0.0], [1e-40, -1e-40], [1.0, -1.0]], device=kernels)
-    images = torch.full((3, 2), 0.5, device=kernels)
-    norms = module.linf_step_(images, images.clone(), gradient, counts([1, 1, 1], kernels), **FREE)
+    gradient = torch.tensor([[1e-45, 0.0], [1e-40, -1e-40], [1.0, -1.0]], device=device)
+    images = torch.full((3, 2), 0.5, device=device)
+    norms = module.linf_step_(images, images.clone(), gradient, counts([1, 1, 1], device), **FREE)
     assert torch.equal(norms, gradient.abs().amax(1))
     assert images[0].tolist() == [0.5, 0.5]
     torch.testing.assert_close(images[1:], images.new_tensor([[0.5 + GAMMA, 0.5 - GAMMA]] * 2))
@@ -174,12 +181,12 @@ def test_norm_whose_quotient_overflows(module: object, kernels: torch.device) ->
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_huge_norm(module: object, kernels: torch.device, dtype: torch.dtype) -> None:
+def test_huge_norm(module: object, device: torch.device, dtype: torch.dtype) -> None:
     # gamma / norm is a subnormal number: a step, if not one of full precision.
     largest = torch.finfo(dtype).max
-    gradient = torch.tensor([[largest, -largest, largest / 2]], dtype=dtype, device=kernels)
+    gradient = torch.tensor([[largest, -largest, largest / 2]], dtype=dtype, device=device)
     images = torch.zeros_like(gradient)
-    module.linf_step_(images, images.clone(), gradient, counts([1], kernels), **FREE)
+    module.linf_step_(images, images.clone(), gradient, counts([1], device), **FREE)
     wanted = images.new_tensor([[GAMMA, -GAMMA, GAMMA / 2]])
     torch.testing.assert_close(images, wanted, rtol=1e-3, atol=0)
 
@@ -209,14 +216,14 @@ def test_empty(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype)
 )
 def test_clipping_by_hand(
     module: object,
-    kernels: torch.device,
+    device: torch.device,
     lower: float | None,
     upper: float | None,
     epsilon: float | None,
     expected: list[list[float]],
 ) -> None:
     for dtype, repeats in itertools.product(DTYPES, (1, 33)):
-        make = {"dtype": dtype, "device": kernels}
+        make = {"dtype": dtype, "device": device}
         origin = torch.tensor([[0.0, 0.25, 0.5, 0.75]], **make).repeat(1, repeats)
         gradient = torch.tensor([[-4.0, -2.0, 0.0, 4.0]], **make).repeat(1, repeats)
         images = origin.clone()
@@ -224,7 +231,7 @@ def test_clipping_by_hand(
             images,
             origin,
             gradient,
-            counts([1], kernels),
+            counts([1], device),
             gamma=0.5,
             lower=lower,
             upper=upper,
@@ -244,18 +251,18 @@ def test_each_image_has_its_own_norm(device: torch.device) -> None:
     torch.testing.assert_close(images, images.new_tensor([[0.5, -1], [1, 1 / 3]]))
 
 
-def test_origin_may_be_the_images_themselves(kernels: torch.device) -> None:
-    images, _, gradient = (t.to(kernels) for t in case((2, 3, 33, 41), 5, torch.float32))
+def test_origin_may_be_the_images_themselves(device: torch.device) -> None:
+    images, _, gradient = (t.to(device) for t in case((2, 3, 33, 41), 5, torch.float32))
     expected = images.clone()
     settings = FREE | {"epsilon": 1e-3}
-    reference.linf_step_(expected, images.clone(), gradient, counts([1, 1], kernels), **settings)
-    ops.linf_step_(images, images, gradient, counts([1, 1], kernels), **settings)
+    reference.linf_step_(expected, images.clone(), gradient, counts([1, 1], device), **settings)
+    ops.linf_step_(images, images, gradient, counts([1, 1], device), **settings)
     assert same_bits(images, expected)
 
 
-def test_active_with_gaps(kernels: torch.device) -> None:
-    images, origin, gradient = (t.to(kernels) for t in case((3, 3, 5, 5), 5, torch.float32))
-    active = counts([1, 9, 0, 9, 1, 9], kernels)[::2]
+def test_active_with_gaps(device: torch.device) -> None:
+    images, origin, gradient = (t.to(device) for t in case((3, 3, 5, 5), 5, torch.float32))
+    active = counts([1, 9, 0, 9, 1, 9], device)[::2]
     norms = assert_steps_alike(images, origin, gradient, active, **FREE)
     assert (norms > 0).tolist() == [True, False, True]
 
@@ -287,7 +294,7 @@ def test_origin_that_is_not_finite(
 
 
 def test_thread_count_changes_no_bit(one_and_two_threads: tuple[int, int]) -> None:
-    for dtype, layout in itertools.product(DTYPES, WRITABLE):
+    for dtype, layout in itertools.product(DTYPES, ("contiguous", "gaps")):
         images, origin, gradient = case((2, 3, 129, 151), 2, dtype)
         results = []
         for threads in one_and_two_threads:
@@ -320,14 +327,14 @@ def all_patterns(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_image_survives_a_step_of_nothing(
-    kernels: torch.device, dtype: torch.dtype
+    device: torch.device, dtype: torch.dtype
 ) -> None:
-    images = all_patterns(dtype, kernels)
+    images = all_patterns(dtype, device)
     finite = images.isfinite()
     gradient = torch.zeros_like(images)
     gradient[0, int(finite[0].nonzero()[0])] = 1  # one pixel that makes the norm 1
     before = images.clone()
-    ops.linf_step_(images, torch.zeros_like(images), gradient, counts([1], kernels), **FREE)
+    ops.linf_step_(images, torch.zeros_like(images), gradient, counts([1], device), **FREE)
     still = (gradient == 0) & ~before.isnan()
     assert torch.equal(bits(images[still]), bits(before[still]))
     assert torch.equal(images.isnan(), before.isnan())

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from support import wait_until
 
 import dagcore
 from dagcore import processes
@@ -53,11 +53,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
             parent.wait(60)
         finally:
             parent.kill()
-    for _ in range(3000):
-        if not any(map(alive, workers)):
-            break
-        time.sleep(0.01)
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)), "the workers' end")
 
 
 def threads_of(_):

@@ -2,33 +2,47 @@
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import wait_until
 
 import dagcore
 
-COUNT = 60
-# Slow enough to be killed between an image and its record.
+COUNT = 24
+# The victim's module sends its process a signal right before one of the run's files is opened to be
+# written, or is renamed. FATE says which signal, "open" or "os.rename", a part of the file's path,
+# how many of these come first, and the rank.
 VICTIM = """
+import itertools, os, signal, sys
 import torch
 from torch import nn
 from dagcore.victims import Victim
 
 def make():
-    net = nn.Sequential(nn.Conv2d(3, 96, 3, padding=1), nn.Conv2d(96, 6, 3, padding=1))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1))
     for k, layer in enumerate(net):
         rng = torch.Generator().manual_seed(k)
         layer.weight.data = torch.randn(layer.weight.shape, generator=rng) / 10
         layer.bias.data.zero_()
     return Victim(net)
+
+def hook(event, arguments):
+    if event == kind and (event == "os.rename" or (arguments[2] or 0) & os.O_ACCMODE):
+        path = str(arguments[event == "os.rename"])
+        if path.startswith(out) and place in path and next(passed) == int(first):
+            os.kill(os.getpid(), getattr(signal, name))
+
+if os.environ.get("FATE"):
+    name, kind, place, first, rank, out = os.environ["FATE"].split()
+    passed = itertools.count()
+    if os.environ.get("RANK", "0") == rank:
+        sys.addaudithook(hook)
 """
 CHANGING = ("speed.json", ".lock")  # these tell of the processes
 
@@ -55,7 +69,7 @@ ARGUMENTS = ("--data", "photos", "--model", "killed_victim:make", "--max-iter", 
 ARGUMENTS += ("--device", "cpu")
 
 
-def launch(here, out, *arguments, ranks=0, **options):
+def launch(here, out, *arguments, ranks=0, fate=None, **options):
     root = os.path.dirname(os.path.dirname(dagcore.__file__))
     program = [sys.executable, "-m"]
     if ranks:
@@ -69,12 +83,18 @@ def launch(here, out, *arguments, ranks=0, **options):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([root, str(here)]),
             "OMP_NUM_THREADS": "1",
+            "FATE": f"{fate} {out}" if fate else "",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         **options,
     )
+
+
+def images_of(names, ending):
+    """The numbers of images among the names of their files."""
+    return {int(name.removesuffix(ending)) for name in names if name.endswith(ending)}
 
 
 def wait(process):
@@ -105,69 +125,66 @@ def records(out):
     }
 
 
-def killed_after(process, out, files):
-    """Kill a run once there are so many files."""
-    while process.poll() is None and len(list(out.rglob("[0-9]*"))) < files:
-        time.sleep(0.001)
-    process.kill()
-    process.communicate(timeout=240)
+# Everything that a run writes, in the order of a run; the third image of each.
+KILLS = (
+    "os.rename settings.toml 0",
+    "os.rename /figures/ 2",
+    "os.rename /images/ 2",
+    "os.rename /perturbations/ 2",
+    "open /records/ 2",
+    "os.rename /records/ 2",
+    "os.rename images.jsonl 0",
+    "os.rename summary.json 0",
+)
 
 
-def test_killed_at_twenty_random_moments(here):
+def test_killed_before_any_kind_of_write(here):
     expected, out = results(here / "whole"), here / "killed"
-    rng = random.Random(0)
-    moments = 0
-    for _ in range(20):
+    for write in KILLS:
         before = records(out)
-        files = len(list(out.rglob("[0-9]*")))
-        killed_after(launch(here, "killed"), out, files + rng.randint(1, 8))
-        if (out / "images.jsonl").exists():
-            break
-        moments += 1
+        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0"))
+        assert killed.returncode == -signal.SIGKILL
         partial = results(out)
         kept = {name: data for name, data in partial.items() if not name.startswith("records/")}
         assert kept.items() <= expected.items()  # whole files only, and the right ones
-        done = {int(name.removesuffix(".json")) for name in before if name.endswith(".json")} - {7}
+        done = images_of(before, ".json") - {7}
         after = records(out)
         for number in done:  # nothing is done again
             for name in (f"{number:08d}.json", f"{number:03d}.png"):
-                assert before.get(name) == after.get(name)
-    assert moments >= 10
+                assert before[name] == after[name]
+        for number in images_of(after, ".json") - {7}:  # a record comes last
+            assert f"{number:03d}.png" in after
+            assert f"perturbations/{number:03d}.safetensors" in partial
+    assert len(done) == COUNT - 1
     assert wait(launch(here, "killed")).returncode == 0
     assert results(out) == expected
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_cleanly_and_says_how_to_go_on(here, number):
-    out = here / number.name
-    process = launch(here, number.name)
-    while len(list(out.glob("records/*.json"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(number)
-    done = wait(process)
-    assert done.returncode == 128 + number
-    last = done.stderr.splitlines()[-1]
-    have = len(list(out.glob("records/*.json")))
-    assert last == (
-        f"dagcore run: {number.name} after {have} of {COUNT} images: the same command goes on "
-        "from there"
-    )
-    assert "Traceback" not in done.stderr
-    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
-    assert wait(launch(here, number.name)).returncode == 0
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
+    out, have = here / "signals", 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = have
+        done = wait(launch(here, "signals", fate=f"{number.name} os.rename /images/ 3 0"))
+        assert done.returncode == 128 + number
+        have = len(list(out.glob("records/*.json")))
+        assert before + 3 <= have < COUNT
+        assert done.stderr.splitlines()[-1] == (
+            f"dagcore run: {number.name} after {have} of {COUNT} images: the same command goes on "
+            "from there"
+        )
+        assert "Traceback" not in done.stderr
+        assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+    assert wait(launch(here, "signals")).returncode == 0
     assert results(out) == results(here / "whole")
 
 
 def test_a_second_run_on_the_same_folder_is_refused(here):
     out = here / "twice"
-    first = launch(here, "twice")
-    while not list(out.glob("records/*.json")):
-        assert first.poll() is None
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)  # it stays at work while the second looks
+    # The first stays at work while the second looks.
+    first = launch(here, "twice", fate="SIGSTOP os.rename /records/ 1 0")
     try:
+        wait_until(lambda: has_stopped(first), "the first run")
         second = wait(launch(here, "twice"))
     finally:
         first.send_signal(signal.SIGCONT)
@@ -176,6 +193,14 @@ def test_a_second_run_on_the_same_folder_is_refused(here):
     assert f"process {first.pid} on " in second.stderr
     assert wait(first).returncode == 0
     assert results(out) == results(here / "whole")
+
+
+def has_stopped(process):
+    """Whether a process has been stopped; fails if it has ended."""
+    state = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+    found = os.waitid(os.P_PID, process.pid, state)
+    assert found is None or found.si_code == os.CLD_STOPPED, process.communicate()
+    return found is not None
 
 
 def test_a_full_disk_loses_nothing(here):
@@ -206,27 +231,16 @@ def test_two_ranks_give_the_same_bytes(here):
 
 def test_a_rank_that_dies_loses_nothing_of_the_others(here):
     out = here / "dies"
-    process = launch(here, "dies", ranks=2)
-    while len(list(out.glob("records/*.json"))) < 6:
-        assert process.poll() is None
-        time.sleep(0.001)
-    workers = [int(pid) for pid in children(process.pid)]
-    os.kill(max(workers), signal.SIGKILL)
-    assert wait(process).returncode != 0
+    died = wait(launch(here, "dies", ranks=2, fate="SIGKILL os.rename /records/ 2 1"))
+    assert died.returncode != 0
     before = records(out)
-    assert len(before) >= 6
+    assert not (out / "summary.json").exists()
     assert wait(launch(here, "dies", ranks=3)).returncode == 0
     assert results(out) == results(here / "whole")
-    done = [int(name.removesuffix(".json")) for name in before if name.endswith(".json")]
-    names = [f"{number:03d}.png" for number in done if number != 7]
+    names = [f"{number:03d}.png" for number in images_of(before, ".json") - {7}]
     assert names
     after = records(out)
     assert [after[name] for name in names] == [before[name] for name in names]
-
-
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return file.read().split()
 
 
 def test_an_error_of_one_rank_ends_all_and_is_told_once(here):
@@ -236,7 +250,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(here):
     assert len(told) == 1
     assert "007.png cannot be read as an image" in told[0]
     assert not (here / "strict" / "summary.json").exists()
-    assert wait(launch(here, "strict", ranks=2)).returncode == 0
+    assert wait(launch(here, "strict")).returncode == 0
     expected = results(here / "whole")
     found = results(here / "strict")
     assert set(found) == set(expected)

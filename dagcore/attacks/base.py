@@ -141,9 +141,7 @@ class Attack(abc.ABC):
         Arguments as for the attack itself; pass a result's `adversarial_labels`.
         """
         if adversarial_labels is None:
-            raise ArgumentError(
-                "adversarial_labels must be what the attack's result has, got None"
-            )
+            raise ArgumentError("adversarial_labels must be what the attack's result has, got None")
         self.check(model, images, labels, adversarial_labels, boxes)
         scores_of = ScoreModel(model)
         with frozen(model), torch.no_grad():
