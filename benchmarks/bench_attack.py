@@ -35,10 +35,10 @@ from networks import NETWORKS, segformer
 from torch import Tensor, nn
 
 import dagcore
-from dagcore import victims
-from dagcore.engine import ScoreModel, read_scores
-from dagcore.engine import loop as engine
-from dagcore.ops import native
+from dagcore import DAG, victims
+from dagcore.attacks.base import open_slots
+from dagcore.engine import freed_memory_kept, read_scores
+from dagcore.engine.networks import Targets
 
 GAMMA = 0.5 / 255
 
@@ -76,7 +76,7 @@ def iteration(options: argparse.Namespace) -> None:
             labels = predictions(model, images)
             as_is = {"as users run it": bare_iteration(model, images)}
             times = alternate(as_is, options.rounds, warmup=2, device=options.device)
-            with native.freed_memory_kept():  # as attacks do
+            with freed_memory_kept():  # as attacks do
                 times |= alternate(
                     {
                         "bare": bare_iteration(model, images),
@@ -125,7 +125,7 @@ def preparation(options: argparse.Namespace) -> None:
             variant: bare_iteration(victims.prepare(model, **settings), images)
             for variant, settings in variants.items()
         }
-        with native.freed_memory_kept():
+        with freed_memory_kept():
             times = alternate(sides, options.rounds, warmup=2, device=options.device)
         own = statistics.median(times["bare"])
         rows.append({"network": name, "bare ms": spread(times["bare"], 1e3)})
@@ -153,10 +153,10 @@ def bare_iteration(model: nn.Module, images: Tensor) -> Callable[[], object]:
 
 def engine_iteration(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """One update of images that never finish: a step too small to change anything."""
-    settings = engine.Settings(gamma=1e-12, max_iter=10**4)
-    slots = engine.Slots(ScoreModel(model), settings, len(images), images[0], labels[0])
+    attack = DAG(gamma=1e-12, max_iter=10**4)
     adversarial = (labels + 1) % (1000 if labels.shape[1] < images.shape[2] // 8 else 2)
-    slots.admit(list(range(len(images))), images, labels, lambda *_: adversarial)
+    targets = Targets(labels, lambda *_: adversarial)
+    slots = open_slots(attack, [attack.network(model)], images, [targets])
 
     def run() -> None:
         slots.iterate()

@@ -121,24 +121,32 @@ def dag_seed(
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    counted = _counted(scores.shape[1], labels, adversarial, ignore_index)
-    true = torch.where(counted, labels, 0).long()
-    top, winner = scores.detach().max(dim=1)
-    if adversarial is None:
-        plus = _runner_up(scores.detach(), true)
-    else:
-        plus = torch.where(counted, adversarial, 0).long()
-    if goal == "leave":
-        minus, active = true, (plus != true) & (winner == true)
-        active = active | (plus != true) & top.isnan()
-    else:
-        minus, active = winner, (winner != plus) | top.isnan()
-    active = active & counted
+    plus, minus, active = verdicts(scores.detach(), labels, adversarial, goal, ignore_index)
     with torch.inference_mode(False), torch.enable_grad():
         f = _leaf(scores)
         f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
     return _like(scores, seed), active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+
+
+def verdicts(
+    scores: Tensor,  # (N, C, *T)
+    labels: Tensor,  # (N, *T)
+    adversarial: Tensor | None,  # (N, *T)
+    goal: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
+    counted = _counted(scores.shape[1], labels, adversarial, ignore_index)
+    true = torch.where(counted, labels, 0).long()
+    top, winner = scores.max(dim=1)
+    if adversarial is None:
+        plus = _runner_up(scores, true)
+    else:
+        plus = torch.where(counted, adversarial, 0).long()
+    if goal == "leave":
+        return plus, true, counted & (plus != true) & ((winner == true) | top.isnan())
+    return plus, winner, counted & ((winner != plus) | top.isnan())
 
 
 def dag_seed_bilinear(
@@ -157,7 +165,7 @@ def dag_seed_bilinear(
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     with torch.inference_mode(False), torch.enable_grad():
         low = _leaf(scores)
-        high = _enlarged(low, labels.shape[1:], align_corners)
+        high = enlarge(low, labels.shape[1:], align_corners)
         seed, active = dag_seed(
             high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
         )
@@ -177,7 +185,7 @@ def argmax_bilinear(
     checks.boolean("align_corners", align_corners)
     if not len(scores) * height * width:
         return scores.new_zeros((len(scores), height, width), dtype=torch.int64)
-    return _enlarged(scores.detach(), (height, width), align_corners).argmax(dim=1)
+    return enlarge(scores.detach(), (height, width), align_corners).argmax(dim=1)
 
 
 def linf_step_(
@@ -193,7 +201,7 @@ def linf_step_(
 ) -> Tensor:
     """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
     limits = checks.step_arguments(images, origin, gradient, active, gamma, lower, upper, epsilon)
-    real = _real(images)
+    real = norm_dtype(images)
     low, high, ball = (_representable(limit, real) for limit in limits)
     if images.numel() == 0:
         return images.new_zeros(len(images), dtype=real)
@@ -227,10 +235,10 @@ def _runner_up(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.where(others == labels, min(1, scores.shape[1] - 1), others)
 
 
-def _enlarged(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+def enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Scores (N, C, h, w) at a larger size, in the precision in which they are compared."""
     return torch.nn.functional.interpolate(
-        scores.to(_real(scores)), tuple(size), mode="bilinear", align_corners=align_corners
+        scores.to(norm_dtype(scores)), tuple(size), mode="bilinear", align_corners=align_corners
     )
 
 
@@ -270,6 +278,6 @@ def _representable(value: float, dtype: torch.dtype) -> float:
     return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
-def _real(values: Tensor) -> torch.dtype:
+def norm_dtype(values: Tensor) -> torch.dtype:
     """The dtype in which values are compared and stepped."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -12,7 +12,9 @@ from support import DTYPES, arguments, lay_out
 from torch import Tensor, nn
 
 from dagcore import DAG, Sample, ops
-from dagcore.engine import loop as engine
+from dagcore.attacks.base import open_slots
+from dagcore.engine.loop import EAGER, Slots
+from dagcore.engine.networks import Targets
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"])
@@ -104,46 +106,46 @@ def test_stream_equals_a_batch(cuda: torch.device) -> None:
         torch.testing.assert_close(result.adversarial[0], batch.adversarial[k])
 
 
-def slots_of(device: torch.device) -> engine.Slots:
+def slots_of(device: torch.device) -> Slots:
     model, images, labels = case(device)
-    settings = engine.Settings(gamma=1e-9, max_iter=10**4)
-    slots = engine.Slots(engine.ScoreModel(model), settings, 4, images[0], labels[0])
-    slots.admit([0, 1, 2, 3], images, labels, lambda labels, classes: (labels + 1) % classes)
-    return slots
+    attack = DAG(gamma=1e-9, max_iter=10**4)
+    targets = Targets(labels, lambda labels, classes: (labels + 1) % classes)
+    return open_slots(attack, [attack.network(model)], images, [targets])
 
 
 def test_iterations_are_captured_as_a_graph(cuda: torch.device) -> None:
     slots = slots_of(cuda)
-    for _ in range(engine.EAGER + 3):
+    for _ in range(EAGER + 3):
         slots.iterate()
     assert slots.graph is not None
     assert slots.graph.captured is not None
     assert not slots.finished(wait=True)
-    assert slots.updates.tolist() == [engine.EAGER + 3] * 4
+    assert slots.state["updates"].tolist() == [EAGER + 3] * 4
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_model_that_synchronises_is_run_eagerly(cuda: torch.device) -> None:
     slots = slots_of(cuda)
-    inner = slots.reader.model
+    (network,) = slots.evaluator.parts
+    inner = network.model.model
 
     def synchronising(images: Tensor) -> Tensor:
         assert float(images.sum()) > 0
         scores: Tensor = inner(images)
         return scores
 
-    slots.reader.model = synchronising
-    for _ in range(engine.EAGER):
+    network.model.model = synchronising
+    for _ in range(EAGER):
         slots.iterate()
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph"):
         slots.iterate()
     slots.iterate()
-    assert slots.updates.tolist() == [engine.EAGER + 2] * 4
+    assert slots.state["updates"].tolist() == [EAGER + 2] * 4
 
 
 def test_iterations_do_not_synchronise(cuda: torch.device) -> None:
     slots = slots_of(cuda)
-    for _ in range(engine.EAGER + 2):
+    for _ in range(EAGER + 2):
         slots.iterate()
         slots.finished()
     torch.cuda.set_sync_debug_mode("error")

@@ -499,8 +499,8 @@ def test_wrong_arguments_past_the_wrapper(device: torch.device, op: Op, case: st
     name, spoil, message = PAST_THE_WRAPPER[case]
     given = valid(op)
     given[name] = spoil(given[name])
+    objective = "reach" if case.startswith("nothing") else "leave"
     with pytest.raises(RuntimeError, match=message.replace("{name}", name)):
-        objective = "reach" if case.startswith("nothing") else "leave"
         past_the_wrapper(op, on(device, *list(given.values())[:3]), objective)
 
 

@@ -311,19 +311,33 @@ def run_batch(
     if not total:
         return _nothing(attack, images, targets, joint=joint)
     with held(models, images.device), torch.inference_mode(False):
-        opened = Networks(
-            [
-                network.open(total, own.labels[0], None if own.boxes is None else own.boxes[0])
-                for network, own in zip(networks, targets, strict=True)
-            ]
-        )
-        slots = Slots(opened, attack.step(), attack.schedule(), total, images[0], report)
-        opened.admit(slots.admit(list(range(total)), images, start), targets)
+        slots = open_slots(attack, networks, images, targets, start, report)
         outcomes: dict[int, Outcome] = {}
         while len(outcomes) < total:
             slots.iterate()
             outcomes.update({outcome.tag: outcome for outcome in slots.collect()})
         return gather([outcomes[n] for n in range(total)], attack.bounds, joint=joint)
+
+
+def open_slots(
+    attack: Attack,
+    networks: Sequence[Network],
+    images: Tensor,  # (N, *), N at least 1
+    targets: Sequence[Targets],
+    start: Tensor | None = None,
+    report: Callable[[int, list[Any], Tensor], None] | None = None,
+) -> Slots:
+    """Slots with images in them, by their numbers."""
+    count = len(images)
+    opened = Networks(
+        [
+            network.open(count, own.labels[0], None if own.boxes is None else own.boxes[0])
+            for network, own in zip(networks, targets, strict=True)
+        ]
+    )
+    slots = Slots(opened, attack.step(), attack.schedule(), count, images[0], report)
+    opened.admit(slots.admit(list(range(count)), images, start), targets)
+    return slots
 
 
 def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, joint: bool) -> Result:
