@@ -329,7 +329,7 @@ def test_a_callback_hears_of_the_active_targets_of_every_image(slots: int) -> No
 def test_samples_of_one_form_are_stacked() -> None:
     model = Net()
     given = samples(model, [(8, 8), (6, 9), (8, 8)])
-    first, second = dagcore.stream.stacked(given)
+    first, second = dagcore.engine.stream.stacked(given)
     assert (first.places, second.places) == ([0, 2], [1])
     assert torch.equal(first.images, torch.stack([given[0].image, given[2].image]))
     assert torch.equal(second.labels, given[1].labels[None])
