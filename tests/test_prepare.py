@@ -328,6 +328,7 @@ def test_channels_last_where_convolutions_dominate():
     weight = next(convolutions.parameters())
     assert convolutions.preparation.channels_last is True
     assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert victims.prepare(tiny(), channels_last=False).preparation.channels_last is False
     transformers = pytest.importorskip("transformers")
     segformer = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig())
     whole = victims.prepare(segformer, merge_linear=False)

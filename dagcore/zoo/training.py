@@ -25,6 +25,7 @@ from ..data import SCENE_CLASSES, Scenes
 from ..data.scenes import VOID
 from ..errors import ArgumentError
 from ..files import atomic_write
+from ..info import versions
 from ..seeds import seed_of
 from .backbones import fold
 from .checkpoint import save_weights
@@ -152,8 +153,6 @@ def train(
 
 def finish(training: Training, path: Path, test_scenes: int) -> Path:
     """Write the weights of a training that is over, with their score."""
-    from ..info import versions
-
     entry = training.entry
     metadata = {
         "width": training.width,
