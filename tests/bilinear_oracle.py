@@ -34,6 +34,7 @@ SIZES = {
     "to one row": ((2, 5), (6, 5), (1, 13)),
     "one class": ((2, 1), (4, 5), (17, 13)),
     "two classes": ((2, 2), (4, 5), (17, 13)),
+    "every fourth row": ((1, 3), (160, 4), (40, 5)),  # several to each part that a thread takes
 }
 WHOLE = ("1", "4", "8", "16", "32")  # weights, and the sums of them, are exact in float32
 KINDS = ("random", "smooth")

@@ -298,6 +298,21 @@ def with_one(op: Op, name: str, value: int) -> dict[str, Tensor]:
 
 @BOTH
 @OPS
+@pytest.mark.parametrize("name", ["labels", "adversarial_labels"])
+def test_map_of_one_label_that_is_out_of_range(module: object, op: Op, name: str) -> None:
+    """With one class far ahead, so that nothing needs to be evaluated."""
+    scores = torch.zeros(op.blank[0])
+    scores[:, 2] = 9
+    given = with_one(op, name, 4)
+    given[name].fill_(4)
+    message = rf"^{name} must lie in \[0, 4\).*got 4 at \(0, 0, 0\)"
+    for goal in GOALS:
+        with pytest.raises(ValueError, match=message):
+            call(module, op, scores, **given, goal=goal)
+
+
+@BOTH
+@OPS
 def test_label_out_of_range_beside_the_runner_up(module: object, op: Op) -> None:
     labels = with_one(op, "labels", 7)["labels"]
     with pytest.raises(ValueError, match=r"^labels must lie in \[0, 4\).* got 7 at \(1, 2, 41\)"):
