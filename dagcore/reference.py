@@ -121,8 +121,8 @@ def dag_seed(
     adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
-    plus, minus, active = verdicts(scores.detach(), labels, adversarial, goal, ignore_index)
     with torch.inference_mode(False), torch.enable_grad():
+        plus, minus, active = verdicts(scores.detach(), labels, adversarial, goal, ignore_index)
         f = _leaf(scores)
         f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)

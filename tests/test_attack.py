@@ -952,7 +952,7 @@ def test_images_outside_0_to_1_without_bounds() -> None:
     assert_consistent(result, images, attack)
     assert bool((result.iterations > 0).all())
     scaled = DAG(gamma=0.5 / 255, bounds=None, max_iter=3)(
-        lambda x: model(255 * x), images / 255, labels, "runner-up"
+        lambda x: model.eval()(255 * x), images / 255, labels, "runner-up"
     )
     torch.testing.assert_close(result.perceptibility, scaled.perceptibility, rtol=1e-3, atol=0)
 

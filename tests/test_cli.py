@@ -269,7 +269,7 @@ def test_bad_options_end_in_one_line(folder, capsys, options, says):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("resnet50", "one of FCN-Alex, FCN-Alex*, FCN-VGG"),
+        ("resnet50", "one of demo, FCN-Alex, FCN-Alex*, FCN-VGG"),
         ("nowhere.at_all:make", "importing 'nowhere.at_all' failed"),
         ("cli_victim:none", "has no function 'none'"),
         ("cli_victim:wrong", "must return a callable"),

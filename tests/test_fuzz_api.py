@@ -449,9 +449,9 @@ def test_universal_perturbation(data: st.DataObject) -> None:
     )
     if got is not None:
         side = max(sample.image.shape[1] for sample in given)
-        assert got.perturbation.shape == (3, side, side)
+        assert got.perturbation.shape == (1, 3, side, side)
         assert bool(got.perturbation.isfinite().all())
-        assert float(got.perturbation.abs().max()) <= attack.gamma * got.iterations * 1.001
+        assert float(got.perturbation.abs().max()) <= attack.gamma * int(got.iterations) * 1.001
         assert len(got.active) > got.iterations
         assert all(0 <= share <= 1 for share in got.active)
 

@@ -112,7 +112,7 @@ def test_a_folder_of_images_without_labels(photos, capsys):
     known = summary()
     assert (known["images"], known["attacked"], known["converged"]) == (6, 6, 6)
     assert known["mIoU"]["before"]["mean"] == 100  # against what the network sees
-    assert known["mIoU"]["after"]["mean"] == 0
+    assert known["mIoU"]["after"]["mean"] < 1
     assert known["iterations"]["largest"] == max(record["iterations"] for record in records)
     good = sum(record["active_after_rounding"] == 0 for record in records)
     assert known["success after rounding, %"] == pytest.approx(100 * good / 6)
@@ -164,7 +164,7 @@ def test_scenes_and_their_scores(here):
         with torch.no_grad():
             seen = dagcore.ops.argmax_bilinear(network(image[None]), example.mask.shape)[0]
         measure.update(seen, example.mask)
-    assert known["mIoU"]["after_rounding"]["mean"] == pytest.approx(measure.compute().mean)
+    assert known["mIoU"]["after"]["mean"] == pytest.approx(measure.compute().mean)
     assert known["mIoU"]["after"]["mean"] < known["mIoU"]["before"]["mean"]
     assert set(known["mIoU"]["before"]["classes"]) <= set(network.classes)
 
@@ -180,10 +180,9 @@ def test_a_detector_on_scenes(here):
         with torch.no_grad():
             (found,) = network([pixels(f"out/images/{example.key}.png")])
         measure.update(found, example.boxes, example.labels, example.difficult)
-    after = summary()["mAP"]["after_rounding"]["mean"]
+    after = summary()["mAP"]["after"]["mean"]
     assert after == pytest.approx(measure.compute().mean, rel=1e-6)
     assert after <= clean
-    assert summary()["mAP"]["after"]["mean"] < clean
     for record, example in zip(lines(), examples, strict=True):
         assert record["name"] == example.key
         assert record["truth"]["boxes"] == example.boxes.tolist()
@@ -404,11 +403,11 @@ def test_lines_that_were_taken_away_are_made_again(photos):
 
 
 def test_want_of_memory_is_no_fault_of_the_image(photos, capsys, monkeypatch):
-    def predict(*_):
+    def no_memory(*_):
         raise torch.OutOfMemoryError("no memory left")
 
     assert start("--data", "photos", "--images", 2) == 0
-    monkeypatch.setattr("dagcore.aims.predict", predict)
+    monkeypatch.setattr("dagcore.evaluation.targets.read_scores", no_memory)
     message = refused(capsys, "--data", "photos", "--images", 2, out="other")
     assert "failed with OutOfMemoryError: no memory left" in message
     assert not Path("other").exists()
@@ -468,8 +467,8 @@ def test_a_model_that_fails_in_an_attack(photos, capsys):
     arguments = ("--data", "photos", "--no-prepare")
     message = refused(capsys, *arguments, model="failing_victim:later", out="later")
     assert "failed with AttributeError: another bug, at one of a" in message
-    message = refused(capsys, *arguments, model="failing_victim:alone", out="alone")
-    assert "must be a network that can be copied: there is one of me only" in message
+    message = refused(capsys, "--data", "photos", model="failing_victim:alone", out="alone")
+    assert "cannot be prepared (there is one of me only): --no-prepare attacks it" in message
     message = refused(capsys, *arguments, model="failing_victim:nan", out="nan")
     assert "no image could be attacked" in message
     assert "must return finite scores, for a it does not" in message
@@ -693,3 +692,33 @@ def test_every_row_of_the_readmes_table_is_a_test():
     assert len(rows) >= 20
     code = "".join((tests / name).read_text() for name in ("test_run.py", "test_run_killed.py"))
     assert [row for row in rows if row not in code] == []
+
+
+COUNTED = """
+from dagcore import zoo
+
+def make():
+    victim = zoo.load("{name}")
+    inside = victim if hasattr(victim, "network") else victim.backbone
+    inside.register_forward_hook(count)
+    return victim
+
+def count(module, arguments, output):
+    with open("calls", "a") as file:
+        file.write("x" * len(arguments[0]))
+"""
+
+
+@pytest.mark.parametrize("name", ["FCN-Alex", "FR-ZF-07"])
+@pytest.mark.parametrize("prepare", ["--prepare", "--no-prepare"])
+def test_a_run_sees_each_image_twice(here, name, prepare):
+    """Once clean, for labels, score and the attack's first look, and once as it is written."""
+    count = 50 if name == "FCN-Alex" and prepare == "--prepare" else 4
+    Path("counted_victim.py").write_text(COUNTED.format(name=name))
+    options = ("--images", count, "--max-iter", 0, "--figures", 0, prepare)
+    from dagcore.data import SCENE_CLASSES  # the network's own
+
+    assert start("--data", "scenes", *options, model="counted_victim:make") == 0
+    assert len(SCENE_CLASSES) == lines()[0]["num_classes"]
+    assert len(lines()) == count
+    assert len(Path("calls").read_text()) <= 2 * count

@@ -81,7 +81,7 @@ def test_what_a_training_leaves(tmp_path):
     assert known["width"] == 1 / 16
     assert known["classes"] == list(data.SCENE_CLASSES)
     assert known["training_set"] == "07+12"
-    assert known["seed"] == training.seed_of("DL-VGG")
+    assert known["seed"] == training.seed_of_name("DL-VGG")
     assert known["samples"] == 80
     assert known["test_scenes"] == 3
     assert known["versions"]["torch"] == str(torch.__version__)
@@ -98,7 +98,7 @@ def test_losses_fall(tmp_path):
 
 
 def test_another_seed_gives_other_weights(tmp_path):
-    assert len({training.seed_of(entry.name) for entry in zoo.ENTRIES}) == 13
+    assert len({training.seed_of_name(entry.name) for entry in zoo.ENTRIES}) == 13
     options = {**TINY, "samples": 16, "test_scenes": 1}
     one, other = (
         load_file(training.train("FCN-VGG", out=tmp_path / str(seed), seed=seed, **options))
@@ -302,7 +302,7 @@ def test_shipped_weights_are_what_they_say(name):
     assert known["width"] == entry.width
     assert known["classes"] == list(data.SCENE_CLASSES)
     assert known["training_set"] == entry.training_set
-    assert known["seed"] == training.seed_of(name)
+    assert known["seed"] == training.seed_of_name(name)
     assert known["samples"] == training.RECIPES[entry.architecture].samples
     assert known["test_scenes"] == 200
     assert known["score"] >= 60

@@ -121,6 +121,7 @@ class Driver:
             ArgumentError: an image, truth or network that cannot be attacked.
         """
         name = self.source.names[number]
+        self.in_flight.add(name)
         image, index = image.to(self.device), (self.options.seed, number)
         target = self.rules.target(name, image, truth, generator_of(index), with_graph=self.reuse)
         return Job(number, name, image, target, seed_of(index))
@@ -233,7 +234,6 @@ class _Image(Deferred):
                 if self.failed is not None:
                     raise
                 raise type(error)(f"{driver.source.names[self.number]}: {error}") from error
-        driver.in_flight.add(job.name)
         target = job.target
         return Sample(
             job.image, target.labels, target.adversarial, target.boxes, key=job, look=target.look
