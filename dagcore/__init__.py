@@ -18,6 +18,7 @@ from .attacks import (
 )
 from .engine import freed_memory_kept
 from .engine.stream import Sample
+from .version import __version__
 
 __all__ = [
     "DAG",
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "Sample",
     "Status",
+    "__version__",
     "attacks",
     "data",
     "freed_memory_kept",
@@ -41,7 +43,6 @@ __all__ = [
     "victims",
     "zoo",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from . import __version__, ops
+from . import ops
 from .ops import native
+from .version import __version__
 
 BACKENDS = ("CPU", "CUDA")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import frozen
-from ..engine.loop import Objective, Outcome, Schedule, Slots, Step
+from ..engine.loop import Finished, Objective, Schedule, Slots, Step
 from ..engine.memory import freed_memory_kept
 from ..engine.networks import Assign, Network, Networks, Targets
 from ..engine.scores import ScoreModel
@@ -36,6 +36,8 @@ class Attack(abc.ABC):
     """Radius of the ball around the clean image, None for none."""
     ignore_index: int = 255
     """Label of the targets that never count."""
+    backend: str = "native"
+    """What runs it: only "native" streams."""
 
     @abc.abstractmethod
     def objective(self) -> Objective:
@@ -90,6 +92,22 @@ class Attack(abc.ABC):
         self.check(model, images, labels, adversarial_labels, boxes, generator)
         self.check_start(start, images)
         checks.callback(callback)
+        return self._attack(
+            model, images, labels, adversarial_labels, generator, boxes, start, callback
+        )
+
+    def _attack(
+        self,
+        model: Callable[..., Any],
+        images: Tensor,
+        labels: Tensor,
+        adversarial_labels: Tensor | str | None,
+        generator: torch.Generator | None,
+        boxes: Tensor | None,
+        start: Tensor | None,
+        callback: Callback | None,
+    ) -> Result:
+        """`__call__`, once its arguments have been checked."""
         targets = Targets(labels, self.assign(adversarial_labels, generator), boxes)
         return run_batch(self, [self.network(model)], images, [targets], start, callback)
 
@@ -126,6 +144,8 @@ class Attack(abc.ABC):
                 sample is raised once all images before it have finished; an error of the model,
                 after all results that were already there.
         """
+        if self.backend != "native":
+            raise ArgumentError(f"backend must be 'native' to stream, got {self.backend!r}")
         return run_stream(self, [self.network(model)], samples, slots, generator, callback)
 
     def count_active(
@@ -312,7 +332,7 @@ def run_batch(
         return _nothing(attack, images, targets, joint=joint)
     with held(models, images.device), torch.inference_mode(False):
         slots = open_slots(attack, networks, images, targets, start, report)
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, Finished] = {}
         while len(outcomes) < total:
             slots.iterate()
             outcomes.update({outcome.tag: outcome for outcome in slots.collect()})
@@ -351,7 +371,6 @@ def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, join
         adversarial=images.detach().clone(),
         perturbation=images.detach().clone(),
         iterations=count,
-        converged=count.bool(),
         status=(),
         active=active if joint else active[:, 0],
         perceptibility=images.new_zeros(0, dtype=torch.promote_types(images.dtype, torch.float32)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import checks, reference
 from ..engine import ScoreModel, frozen
 from ..engine.loop import Objective, Schedule, Step
-from ..engine.stream import Sample, StreamCallback
 from ..errors import ArgumentError
 from ..labels import KINDS
 from ..losses import DAGObjective
@@ -79,32 +78,21 @@ class DAG(Attack):
         """Until no more targets are active than the tolerance allows."""
         return UntilFooled(self.max_iter, self.tolerance)
 
-    def __call__(
+    def _attack(
         self,
         model: Callable[..., Any],
         images: Tensor,
         labels: Tensor,
-        adversarial_labels: Tensor | str | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        boxes: Tensor | None = None,
-        start: Tensor | None = None,
-        callback: Callback | None = None,
+        adversarial_labels: Tensor | str | None,
+        generator: torch.Generator | None,
+        boxes: Tensor | None,
+        start: Tensor | None,
+        callback: Callback | None,
     ) -> Result:
-        """Attack a batch of images, each on its own; see `Attack.__call__`."""
         if self.backend == "native":
-            return super().__call__(
-                model,
-                images,
-                labels,
-                adversarial_labels,
-                generator,
-                boxes=boxes,
-                start=start,
-                callback=callback,
+            return super()._attack(
+                model, images, labels, adversarial_labels, generator, boxes, start, callback
             )
-        self.check(model, images, labels, adversarial_labels, boxes, generator)
-        self.check_start(start, images)
         if callback is not None:
             raise ArgumentError("callback must be None for backend='reference', which calls none")
         scores_of = ScoreModel(model)
@@ -127,29 +115,12 @@ class DAG(Attack):
             adversarial=trace.images,
             perturbation=perturbation,
             iterations=trace.iterations,
-            converged=torch.tensor(
-                [s == "converged" for s in trace.status], dtype=torch.bool, device=images.device
-            ),
             status=tuple(map(Status, trace.status)),
             active=trace.active,
             targets=trace.targets,
             perceptibility=perceptibility(perturbation, value_range(images, self.bounds)),
             adversarial_labels=trace.adversarial_labels,
         )
-
-    def stream(
-        self,
-        model: Callable[..., Any],
-        samples: Iterable[Sample],
-        slots: int = 8,
-        generator: torch.Generator | None = None,
-        *,
-        callback: StreamCallback | None = None,
-    ) -> Iterator[Result]:
-        """Attack images one by one as they come; see `Attack.stream`."""
-        if self.backend != "native":
-            raise ArgumentError(f"backend must be 'native' to stream, got {self.backend!r}")
-        return super().stream(model, samples, slots, generator, callback=callback)
 
     def check_kind(self, adversarial_labels: Any) -> None:
         """Raise unless it is one of `dagcore.labels.KINDS` that goes with the goal."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.loop import BUDGET, CONVERGED, STALLED, Outcome
+from ..engine.loop import BUDGET, CONVERGED, STALLED, Finished
 from ..perturbation import perceptibility, value_range
 
 
@@ -42,8 +42,6 @@ class Result:
     """(N, 3, H, W) adversarial - images."""
     iterations: Tensor
     """(N,) int32, updates applied."""
-    converged: Tensor
-    """(N,) bool."""
     status: tuple[Status, ...]
     """Why each image stopped."""
     active: Tensor
@@ -68,6 +66,12 @@ class Result:
     key: Any = None
     """The sample's key, for results of a stream."""
 
+    @property
+    def converged(self) -> Tensor:
+        """(N,) bool: which images have no more active targets than the tolerance allows."""
+        stopped = [status is Status.CONVERGED for status in self.status]
+        return torch.tensor(stopped, dtype=torch.bool, device=self.iterations.device)
+
     def __repr__(self) -> str:
         shown = ", ".join(
             f"{status.value} after {int(m)} updates (p={float(p):.2e})"
@@ -77,7 +81,7 @@ class Result:
 
 
 def gather(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[Finished],
     bounds: tuple[float, float] | None,
     *,
     joint: bool = False,
@@ -99,9 +103,6 @@ def gather(
         adversarial=adversarial,
         perturbation=perturbation,
         iterations=torch.tensor([o.iterations for o in outcomes], dtype=torch.int32, device=device),
-        converged=torch.tensor(
-            [s is Status.CONVERGED for s in status], dtype=torch.bool, device=device
-        ),
         status=status,
         active=active if joint else active[:, 0],
         perceptibility=perceptibility(perturbation, value_range(origin, bounds)),

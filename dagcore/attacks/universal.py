@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..engine.loop import Evaluation, Outcome, Slots, State
+from ..engine.loop import Evaluation, Finished, Slots, State
 from ..engine.networks import input_gradient, normalised
 from ..engine.readback import LAG
 from ..engine.scores import ScoreModel
@@ -84,7 +84,7 @@ def universal_perturbation(
             report,
         )
         slots.admit([None], torch.zeros_like(first)[None])
-        outcomes: list[Outcome] = []
+        outcomes: list[Finished] = []
         while not outcomes:
             slots.iterate()
             outcomes = slots.collect()

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import click
 
-from .. import __version__
 from ..errors import ArgumentError, ArgumentTypeError
+from ..version import __version__
 
 # The module `dagcore.cli.NAME` has the command NAME; it is imported when the command is used.
 COMMANDS = {

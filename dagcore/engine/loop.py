@@ -138,7 +138,7 @@ class Evaluator(Protocol):
         """Targets (K,) that count and the adversarial labels at each network."""
 
 
-class Outcome(NamedTuple):
+class Finished(NamedTuple):
     """One image when it stops."""
 
     tag: Any  # as given to `Slots.admit`
@@ -282,10 +282,10 @@ class Slots:
             stopped.update(k for k in known if not going[k])
         return sorted(stopped)
 
-    def outcome(self, slot: int) -> Outcome:
+    def outcome(self, slot: int) -> Finished:
         """What became of a finished slot's image, copied out."""
         state = self.state
-        return Outcome(
+        return Finished(
             self.tags[slot],
             state["x"][slot].clone(),
             state["origin"][slot].clone(),
@@ -315,7 +315,7 @@ class Slots:
         self.since[: len(kept)] = [self.since[k] for k in kept]
         self.count = len(kept)
 
-    def collect(self, *, wait: bool = False) -> list[Outcome]:
+    def collect(self, *, wait: bool = False) -> list[Finished]:
         """Outcomes of the images that have finished, whose slots are free from then on."""
         done = self.finished(wait=wait)
         outcomes = [self.outcome(k) for k in done]

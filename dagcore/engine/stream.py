@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError
-from .loop import Outcome, Schedule, Slots, Step
+from .loop import Finished, Schedule, Slots, Step
 from .networks import Assign, Network, Networks, Targets
 
 StreamCallback = Callable[[list[Any], Tensor], None]
@@ -198,7 +198,7 @@ class Stream:
         """Number of images under attack."""
         return sum(slots.in_flight for slots, _ in self.groups.values())
 
-    def run(self, prefetcher: Prefetcher) -> Iterator[Outcome]:
+    def run(self, prefetcher: Prefetcher) -> Iterator[Finished]:
         """Outcomes as images finish; an error of the source's once all before it have."""
         error: BaseException | None = None
         while True:
@@ -256,7 +256,7 @@ class Stream:
         if self.callback is not None:
             self.callback(keys[: len(counts)], counts)
 
-    def iterate(self) -> Iterator[Outcome]:
+    def iterate(self) -> Iterator[Finished]:
         """One iteration of every group."""
         for slots, _ in list(self.groups.values()):
             if not slots.in_flight:
