@@ -402,14 +402,23 @@ def test_lines_that_were_taken_away_are_made_again(photos):
     assert Path("out/images.jsonl").read_text() == whole
 
 
-def test_want_of_memory_is_no_fault_of_the_image(photos, capsys, monkeypatch):
-    def no_memory(*_):
+HUNGRY = """
+import torch
+from torch import nn
+
+class Hungry(nn.Module):
+    def forward(self, images):
         raise torch.OutOfMemoryError("no memory left")
 
-    assert start("--data", "photos", "--images", 2) == 0
-    monkeypatch.setattr("dagcore.evaluation.targets.read_scores", no_memory)
-    message = refused(capsys, "--data", "photos", "--images", 2, out="other")
-    assert "failed with OutOfMemoryError: no memory left" in message
+make = Hungry
+"""
+
+
+def test_want_of_memory_is_no_fault_of_the_image(photos, capsys):
+    Path("hungry_victim.py").write_text(HUNGRY)
+    options = ("--data", "photos", "--images", 2)
+    message = refused(capsys, *options, model="hungry_victim:make", out="other")
+    assert "failed with OutOfMemoryError: no memory left, at one of a" in message
     assert not Path("other").exists()
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from ..evaluation import faults
 from ..evaluation.attack_files import Plan, Request
-from . import faults, options
+from . import options
 from .progress import ImageProgress, show_table
 
 EXAMPLES = """

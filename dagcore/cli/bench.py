@@ -21,12 +21,13 @@ from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
 from ..engine.networks import input_gradient
 from ..errors import ArgumentError
+from ..evaluation import faults
 from ..evaluation.options import find_device
 from ..files import atomic_write
 from ..info import versions
 from ..timing import Sides, alternate, spread
 from ..victims import Detector, Victim, load, prepare
-from . import faults, options
+from . import options
 
 Row = dict[str, Any]
 

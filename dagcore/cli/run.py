@@ -8,9 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..evaluation import Settings, run
+from ..evaluation import Settings, faults, run
 from ..evaluation.settings import read_toml
-from . import faults, options
+from . import options
 from .progress import ImageProgress
 
 EXAMPLES = """

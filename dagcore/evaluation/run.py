@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import info
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
 from ..victims import Detector, load, prepare
+from . import faults
 from .driver import Driver, Job
 from .options import find_device
 from .outcome import Outcome, draw
@@ -93,23 +94,9 @@ class Work:
         known = {name: version for name, version in info.versions().items() if version}
         return {**known, "device": device}
 
-    @contextlib.contextmanager
-    def model_faults(self) -> Iterator[None]:
-        """Tell of errors of the model, which is the user's own and fails in any way at all.
-
-        Raises:
-            ArgumentError: the error, with the images that the model may have failed on.
-        """
-        try:
-            yield
-        except (OSError, ArgumentTypeError, ArgumentError):
-            raise
-        except Exception as error:
-            at = ", ".join(sorted(self.driver.in_flight)) or "the next images"
-            raise ArgumentError(
-                f"--model {self.settings.model} failed with {type(error).__name__}: {error}, at "
-                f"one of {at}"
-            ) from error
+    def model_faults(self) -> contextlib.AbstractContextManager[None]:
+        """Tell of errors of the network as the user's, at the images that it may be that of."""
+        return faults.of_model(self.settings.model, self.driver.in_flight)
 
     def claimed(self, missing: list[int]) -> Iterator[int]:
         """Images as this rank gets to them."""

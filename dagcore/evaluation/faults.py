@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from ..errors import ArgumentError, ArgumentTypeError
 
 
 @contextlib.contextmanager
-def of_model(spec: str | None) -> Iterator[None]:
+def of_model(spec: str | None, at: Collection[str] = ()) -> Iterator[None]:
     """Tell of an error in the network of --model as one of the user's, whatever it is.
+
+    `at` are the images that it may have failed on, looked up when it has.
 
     Raises:
         ArgumentError: the network's error; all others pass.
@@ -23,8 +25,9 @@ def of_model(spec: str | None) -> Iterator[None]:
     except Exception as error:
         if spec is None or not comes_from(spec, error):
             raise
+        where = f", at one of {', '.join(sorted(at))}" if at else ""
         raise ArgumentError(
-            f"--model {spec} failed with {type(error).__name__}: {error}"
+            f"--model {spec} failed with {type(error).__name__}: {error}{where}"
         ) from error
 
 
