@@ -151,6 +151,11 @@ class Finished(NamedTuple):
     adversarial_labels: tuple[Tensor | str, ...]  # (*T) at each network, or a word
 
 
+def first_rows(state: State, count: int, capacity: int) -> State:
+    """The rows of the first slots."""
+    return state if count == capacity else {name: rows[:count] for name, rows in state.items()}
+
+
 class Slots:
     """Images of one size under attack together.
 
@@ -239,30 +244,31 @@ class Slots:
 
     def evaluate_and_update(self) -> None:
         """The device's part of an iteration; no decision of the host's depends on its outcome."""
-        state = {name: rows[: self.count] for name, rows in self.state.items()}
+        state = first_rows(self.state, self.count, self.capacity)
         running, updates, status = state["running"], state["updates"], state["status"]
         budget = updates < self.schedule.max_iter
         active, wanted, done, gradient = self.evaluator.look(
             state, running & budget, synchronous=self.synchronous
         )
-        self.counts = torch.where(running[:, None], active, -1)
+        self.counts = active.masked_fill(~running[:, None], -1)
         row = updates[:, None, None].expand(-1, 1, active.shape[1])
-        before = state["history"].gather(1, row)[:, 0]
-        now = torch.where(running[:, None], active, before)
-        state["history"].scatter_(1, row, now[:, None])
+        before = state["history"].gather(1, row)
+        now = torch.where(running[:, None, None], active[:, None], before)
+        state["history"].scatter_(1, row, now)
         going = running & budget & wanted
         moved = going
         if gradient is not None:
             moved = going & self.step.move(state, gradient, going)
-        stalled = going & ~moved
+        stalled = going ^ moved
         if self.schedule.patience > 1:
             stuck = state["stuck"]
             stuck.copy_(torch.where(moved, 0, stuck + stalled))
             stalled = stalled & (stuck >= self.schedule.patience)
+        left = running & ~done
         status.masked_fill_(running & done, CONVERGED)
-        status.masked_fill_(running & ~done & ~budget, BUDGET)
+        status.masked_fill_(left & ~budget, BUDGET)
         status.masked_fill_(stalled, STALLED)
-        running.copy_(running & budget & ~done & ~stalled)
+        running.copy_(left & budget & ~stalled)
         updates.add_(moved)
 
     def finished(self, *, wait: bool = False) -> list[int]:
@@ -272,9 +278,9 @@ class Slots:
             known = [
                 k for k in range(len(counts)) if self.since[k] <= iteration and k not in self.free
             ]
-            bad = (counts < -1).any(1).tolist()
+            worst = counts.amin(1).tolist()
             for k in known:
-                if bad[k]:
+                if worst[k] < -1:
                     self.evaluator.refuse(k)
             if self.callback is not None:
                 self.callback(iteration, self.tags, counts)

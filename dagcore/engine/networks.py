@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .loop import Evaluation, Objective, Schedule, State
+from .loop import Evaluation, Objective, Schedule, State, first_rows
 from .scores import ScoreModel
 
 Assign = Callable[[Tensor, int], "Tensor | str"]
@@ -89,25 +89,26 @@ class Network:
         It is 0, or anything at all, for images that may not move or that have no active targets.
         """
         x = state["x"]
-        taken = slice(0, len(x))
-        labels, boxes = self.state["labels"][taken], self.state.get("boxes")
+        own = first_rows(self.state, x.shape[0], self.capacity)
+        labels = own["labels"]
         known, self.known = self.known, None
         if synchronous and known is not None and torch.equal(known[0], x):
             leaf, scores = known
         else:
             leaf = x.detach().requires_grad_()
             with torch.enable_grad():
-                scores = self.model(leaf, labels, None if boxes is None else boxes[taken])
+                scores = self.model(leaf, labels, own.get("boxes"))
         if self.num_classes is None:
             self._draw(scores.shape[1])
+            own = first_rows(self.state, x.shape[0], self.capacity)
         seed, active = self.objective.seed(
             scores,
             labels,
-            self._adversarial(taken),
+            own.get("adversarial", self.kept),
             align_corners=self.model.align_corners,
             state=state,
         )
-        wanted = active > self.state["allowed"][taken]
+        wanted = active > own["allowed"]
         if synchronous and not bool((may_move & wanted).any()):
             return active, wanted, None
         return active, wanted, input_gradient(scores, leaf, seed)
@@ -148,6 +149,9 @@ class Networks:
 
     def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the images at every network; see `loop.Evaluator`."""
+        if len(self.parts) == 1:
+            active, wanted, gradient = self.parts[0].look(state, may_move, synchronous=synchronous)
+            return Evaluation(active[:, None], wanted, ~wanted, gradient)
         total: Tensor | None = None
         actives, wanteds = [], []
         for part in self.parts:
@@ -156,8 +160,7 @@ class Networks:
             wanteds.append(wanted)
             if gradient is None:
                 continue
-            if len(self.parts) > 1:
-                gradient = normalised(gradient, wanted)
+            gradient = normalised(gradient, wanted)
             total = gradient if total is None else total.add_(gradient)
         wanted = torch.stack(wanteds).any(0)
         return Evaluation(torch.stack(actives, 1), wanted, ~wanted, total)

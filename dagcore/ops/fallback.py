@@ -130,8 +130,9 @@ def step_scale(norms: Tensor, gamma: float) -> Tensor:
 
     That is where the norm is 0 or not finite, or the quotient is infinite.
     """
-    scale = norms.new_tensor(gamma) / norms
-    return torch.where(norms.isfinite() & scale.isfinite(), scale, 0)
+    gamma = gamma if gamma <= torch.finfo(norms.dtype).max else math.inf
+    scale = torch.full_like(norms, gamma) / norms
+    return torch.where(scale < math.inf, scale, 0)  # a NaN is not below it
 
 
 def real(values: Tensor) -> torch.dtype:
