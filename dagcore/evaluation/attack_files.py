@@ -50,7 +50,6 @@ class Plan:
         self.source = ImageFiles(paths, list(map(str, paths)), names, request.labels, victim)
         self._check_outputs()
         self.driver = Driver(request, victim, self.source, self.device)
-        self.driver.probe(range(1))
         self.driver.check(budget=files.MAX_PIXELS)
         files.make_folder(request.out)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class Driver:
         self._ready: dict[int, Job] = {}
         self._read: dict[int, tuple[Tensor, Truth]] = {}
 
-    def probe(self, numbers: Sequence[int]) -> None:
+    def probe(self) -> None:
         """Raise where the options do not go with the network, as the first fit image shows."""
-        for number in numbers:
+        for number in range(len(self.source.names)):
             try:
                 image, truth = self.source.read(number)
             except (OSError, ValueError):
@@ -99,9 +99,10 @@ class Driver:
     def check(self, budget: int) -> None:
         """Raise for any image that cannot be attacked; keep them, up to so many pixels, decoded."""
         for number, name in enumerate(self.source.names):
-            if number in self._ready:
-                continue
             image, truth = self.source.read(number)
+            if number == 0:
+                self._ready[number] = self.job(number, image, truth)
+                continue
             self.rules.check(name, image.to(self.device), truth)
             budget -= image[0].numel()
             if budget >= 0:
@@ -143,6 +144,7 @@ class Driver:
         Yields:
             Jobs with their outcomes, as they finish.
         """
+        self.stopping.clear()
         results = self.attack.stream(
             self.attacked, self._samples(numbers, failed), self.slots, callback=callback
         )

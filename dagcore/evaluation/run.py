@@ -228,7 +228,7 @@ def begin(settings: Settings, ranks: Ranks, progress: ImageProgress) -> Work:
     """Load what is needed, and see whether it goes together."""
     work = Work(settings, ranks, progress)
     with work.model_faults():
-        work.driver.probe(range(len(work.source.names)))
+        work.driver.probe()
     return work
 
 
