@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from ..evaluation.progress import Progress
-from ..files import atomic_write
-from ..info import versions
 from . import published
 from .cells import Cell, measure_cells
+from .reports import Entry, Report
 from .work import Attack, Setup, make_perturbations
 
 SOURCES = {
@@ -46,20 +42,20 @@ class Table:
         return [*self.published, *self.further]
 
 
-TABLES = {
-    "segmentation": Table(
+TABLES = (
+    Table(
         "segmentation",
         ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
         published.SEGMENTATION,
         ("joint r5 + r7", "joint r6 + r8", "universal r7"),
     ),
-    "detection": Table(
+    Table(
         "detection",
         ("FR-ZF-07", "FR-ZF-0712", "FR-VGG-07", "FR-VGG-0712", "R-FCN-RN50", "R-FCN-RN101"),
         published.DETECTION,
         ("joint r1 + r3", "joint r2 + r4"),
     ),
-    "cross-task": Table(
+    Table(
         "cross-task",
         ("FR-ZF-07", "FR-VGG-07", "FCN-Alex", "FCN-VGG", "R-FCN-RN101"),
         published.CROSS_TASK,
@@ -72,7 +68,7 @@ TABLES = {
             "universal r7",
         ),
     ),
-}
+)
 
 
 def members(row: str) -> list[str]:
@@ -85,17 +81,24 @@ def members(row: str) -> list[str]:
     return [] if row == "none" else plain.split(" + ")
 
 
-def attacks(row: str) -> list[Attack]:
+def attacks(setup: Setup, row: str) -> list[Attack]:
     """The attacks whose perturbations a row adds up."""
     networks = [SOURCES[r] for r in members(row)]
     if row.startswith(UNIVERSAL):
-        return [Attack.of(*networks, max_iter=1500, universal=256, epsilon=20 / 255)]
-    return [Attack.of(*networks)] if row.startswith(JOINT) else [Attack.of(n) for n in networks]
+        return [setup.attack(*networks, max_iter=1500, universal=256, epsilon=20 / 255)]
+    if row.startswith(JOINT):
+        return [setup.attack(*networks)]
+    return [setup.attack(network) for network in networks]
 
 
-def sources(tables: Sequence[Table]) -> list[Attack]:
-    """The attacks that some tables need, each once."""
-    return list({one: None for table in tables for row in table.rows for one in attacks(row)})
+def sources(setup: Setup, table: Table) -> list[Attack]:
+    """The attacks that a table needs, each once."""
+    return list(dict.fromkeys(one for row in table.rows for one in attacks(setup, row)))
+
+
+def cell(setup: Setup, row: str, network: str) -> Cell:
+    """What a row's score of a network is measured on."""
+    return Cell(network, tuple(attacks(setup, row)), row.endswith(PERMUTED))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,43 +109,24 @@ class Scores:
     rows: dict[str, dict[str, float]]
     """For each row the score of each network, in percent."""
 
-    def members(self, row: str) -> list[str]:
-        """The networks that a row's perturbation was made for, and not permuted since."""
-        return [] if row.endswith(PERMUTED) else [SOURCES[r] for r in members(row)]
-
-    def record(self, setup: Setup) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {
-            "table": self.table.name,
-            "rows": [{"perturbation": row, "scores": own} for row, own in self.rows.items()],
-            "settings": {"images": setup.images, **setup.made_with(self.table.networks)},
-            "versions": versions(),
-        }
-
-    def markdown(self) -> str:
-        """The table, the paper's own numbers in brackets."""
-        networks = self.table.networks
-        lines = [
-            "| perturbation | " + " | ".join(networks) + " |",
-            "|---|" + "---:|" * len(networks),
-        ]
+    def report(self) -> Report:
+        """The table with the paper's own numbers; networks that a row was made for are marked."""
+        networks, entries = self.table.networks, []
         for row, own in self.rows.items():
-            paper = self.table.published.get(row)
-            cells = [f"{own[name]:.1f}" for name in networks]
-            if paper is not None:
-                cells = [f"{c} ({p:.1f})" for c, p in zip(cells, paper, strict=True)]
-            lines.append(f"| {named(row)} | " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
-
-    def write(self, setup: Setup) -> list[Path]:
-        """TABLE.json and TABLE.md, each whole or not at all."""
-        setup.out.mkdir(parents=True, exist_ok=True)
-        paths = [setup.out / f"table-{self.table.name}.{ending}" for ending in ("json", "md")]
-        with atomic_write(paths[0]) as temporary:
-            temporary.write_text(json.dumps(self.record(setup), indent=2) + "\n")
-        with atomic_write(paths[1]) as temporary:
-            temporary.write_text(self.markdown())
-        return paths
+            paper = [f"{p:.1f}" for p in self.table.published.get(row, ())]
+            marked = [] if row.endswith(PERMUTED) else [SOURCES[r] for r in members(row)]
+            line = [Entry(named(row))]
+            for network, beside in zip(networks, paper or [""] * len(networks), strict=True):
+                line.append(Entry(f"{own[network]:.1f}", beside, network in marked))
+            entries.append(line)
+        return Report(
+            name=f"table-{self.table.name}",
+            title=self.table.name.capitalize(),
+            networks=networks,
+            rows=[{"perturbation": row, "scores": own} for row, own in self.rows.items()],
+            head=("perturbation", *networks),
+            entries=entries,
+        )
 
 
 def named(row: str) -> str:
@@ -151,18 +135,12 @@ def named(row: str) -> str:
     return f"{row}, {SOURCES[source]}" if source in SOURCES else row
 
 
-def measure(setup: Setup, name: str, counter: Progress) -> Scores:
+def measure(setup: Setup, table: Table, counter: Progress) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
-    table = TABLES[name]
-    make_perturbations(setup, sources([table]), counter)
-    cells = {(row, network): cell(row, network) for row in table.rows for network in table.networks}
-    scores = measure_cells(setup, list(cells.values()), counter, f"{name} table")
+    make_perturbations(setup, sources(setup, table), counter)
+    cells = {(row, n): cell(setup, row, n) for row in table.rows for n in table.networks}
+    scores = measure_cells(setup, list(cells.values()), counter, f"{table.name} table")
     return Scores(
         table,
         {row: {n: scores[cells[row, n]] for n in table.networks} for row in table.rows},
     )
-
-
-def cell(row: str, network: str) -> Cell:
-    """What a row's score of a network is measured on."""
-    return Cell(network, tuple(attacks(row)), row.endswith(PERMUTED))
