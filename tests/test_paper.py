@@ -221,15 +221,18 @@ def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path):
 def test_the_papers_tables_are_whole():
     for table in tables.TABLES:
         assert set(map(len, table.published.values())) == {len(table.networks)}
-        for row in table.published:
-            assert set(tables.members(row)) <= set(tables.SOURCES)
-    assert tables.members("r5 + r7 (permuted)") == ["r5", "r7"]
-    assert tables.members("none") == []
+        for row in table.rows:
+            kind, networks = tables.parse(row)
+            assert (kind == "none") == (not networks)
+    assert tables.parse("r5 + r7 (permuted)") == ("permuted", ["FCN-Alex", "FCN-VGG"])
+    assert tables.parse("r5 + r7") == ("sum", ["FCN-Alex", "FCN-VGG"])
+    assert tables.parse("r5") == ("single", ["FCN-Alex"])
+    assert tables.parse("universal r7") == ("universal", ["FCN-VGG"])
     setup = Setup(out="unused")
     needed = {one for table in tables.TABLES for one in tables.sources(setup, table)}
     assert sorted(len(attack.networks) for attack in needed) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
     assert [attack.networks for attack in needed if attack.universal] == [("FCN-VGG",)]
-    assert tables.members("joint r1 + r3") == ["r1", "r3"]
+    assert tables.parse("joint r1 + r3") == ("joint", ["FR-ZF-07", "FR-VGG-07"])
     assert [a.networks for a in tables.attacks(setup, "joint r1 + r3")] == [
         ("FR-ZF-07", "FR-VGG-07")
     ]

@@ -133,8 +133,9 @@ def attack_figure(
         _draw_boxes(panels[1], predicted, classes, least)
         _draw_boxes(panels[3], attacked, classes, least)
     for k, axes in enumerate(panels):  # the legend goes from panel to panel, row by row
-        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.02), "borderpad": 0}
-        axes.legend(handles=entries[k::4], frameon=False, borderaxespad=0, **place)
+        legend = axes.legend(handles=entries[k::4], frameon=False, borderpad=0, borderaxespad=0)
+        legend.set_loc("upper left")
+        legend.set_bbox_to_anchor((0, -0.02), axes.transAxes)
     rows = -(-len(entries) // 4)
     panels[0].set_xlabel(_plain(note), loc="left", labelpad=8 + 16 * rows, color="0.35")
     with atomic_write(path) as temporary:

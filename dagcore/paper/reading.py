@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
-from .tables import JOINT, PERMUTED, SOURCES, UNIVERSAL, Scores, Table, members
+from .tables import Scores, Table, parse
 
 Rows = Mapping[str, Mapping[str, float]]
 
@@ -15,51 +15,21 @@ Rows = Mapping[str, Mapping[str, float]]
 ITSELF, TRAINING_SET, ARCHITECTURE, TASK = ALL = range(4)
 ELSEWHERE = (ARCHITECTURE, TASK)
 
-# Name, what it is the mean of, which rows, and at which distances.
+# Name, kind of row, distances, and in words which cells it is the mean of.
 FINDINGS = (
-    ("White box", "each network under its own perturbation", "single", [ITSELF]),
-    (
-        "Across training sets",
-        "perturbations of the same architecture trained on the other set",
-        "single",
-        [TRAINING_SET],
-    ),
-    (
-        "Across architectures",
-        "perturbations of other networks of the same task",
-        "single",
-        [ARCHITECTURE],
-    ),
-    ("Across tasks", "detectors' perturbations on segmentation, and the reverse", "single", [TASK]),
-    ("Ensembles, members", "sums, on the networks that they are of", "sum", [ITSELF]),
-    (
-        "Ensembles, others",
-        "sums, on networks of which no member shares the architecture",
-        "sum",
-        ELSEWHERE,
-    ),
-    (
-        "Joint ensembles, members",
-        "one perturbation for several networks, on these",
-        "joint",
-        [ITSELF],
-    ),
-    (
-        "Joint ensembles, others",
-        "on networks of which no member shares the architecture",
-        "joint",
-        ELSEWHERE,
-    ),
-    (
-        "Universal, its network",
-        "one perturbation for all images, made on others",
-        "universal",
-        [ITSELF],
-    ),
-    ("Universal, others", "on networks of another architecture", "universal", ELSEWHERE),
-    ("Permuted", "sums with rows and columns permuted", "permuted", ALL),
+    ("White box", "single", [ITSELF], "each network under its own perturbation"),
+    ("Across training sets", "single", [TRAINING_SET], "the architecture trained on the other set"),
+    ("Across architectures", "single", [ARCHITECTURE], "other networks of the same task"),
+    ("Across tasks", "single", [TASK], "detectors' perturbations on segmentation, and the reverse"),
+    ("Ensembles, members", "sum", [ITSELF], "sums, on the networks that they are of"),
+    ("Ensembles, others", "sum", ELSEWHERE, "sums, on networks of other architectures"),
+    ("Joint ensembles, members", "joint", [ITSELF], "one perturbation for several, on these"),
+    ("Joint ensembles, others", "joint", ELSEWHERE, "on networks of other architectures"),
+    ("Universal, its network", "universal", [ITSELF], "one for all images, made on others"),
+    ("Universal, others", "universal", ELSEWHERE, "on networks of other architectures"),
+    ("Permuted", "permuted", ALL, "sums with rows and columns permuted"),
 )
-LEVELS = [what for what, _, kind, _ in FINDINGS if kind == "single"]
+LEVELS = [what for what, kind, *_ in FINDINGS if kind == "single"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +52,6 @@ class Finding:
         )
 
 
-def kind_of(row: str) -> str:
-    """Which kind of perturbation a row adds."""
-    if row == "none":
-        return "none"
-    if row.endswith(PERMUTED):
-        return "permuted"
-    for prefix in (JOINT, UNIVERSAL):
-        if row.startswith(prefix):
-            return prefix.strip()
-    return "single" if row in SOURCES else "sum"
-
-
 def family(network: str) -> str:
     """Networks of one family differ in their training sets only."""
     return network.removesuffix("*").removesuffix("-0712").removesuffix("-07")
@@ -104,9 +62,8 @@ def is_detector(network: str) -> bool:
     return network.startswith(("FR-", "R-FCN"))
 
 
-def distance(row: str, network: str) -> int:
-    """How far a network is from the nearest of those that a row's perturbation was made for."""
-    attacked = [SOURCES[r] for r in members(row)]
+def distance(network: str, attacked: Sequence[str]) -> int:
+    """How far a network is from the nearest of those that a perturbation was made for."""
     if network in attacked:
         return ITSELF
     if family(network) in map(family, attacked):
@@ -127,8 +84,9 @@ def shares(tables: Iterable[Rows], kind: str, distances: Collection[int]) -> Ite
     seen = set()
     for rows in tables:
         for row, scores in rows.items():
+            own, attacked = parse(row)
             for network, score in scores.items():
-                wanted = kind_of(row) == kind and distance(row, network) in distances
+                wanted = own == kind and distance(network, attacked) in distances
                 clean = rows["none"][network]
                 cell = (row, network, score, clean)  # one that two tables share counts once
                 if wanted and clean > 0 and cell not in seen:
@@ -141,7 +99,7 @@ def findings(measured: Iterable[Scores]) -> list[Finding]:
     measured = list(measured)
     paper = [published_rows(scores.table) for scores in measured]
     found = []
-    for what, cells, kind, distances in FINDINGS:
+    for what, kind, distances, cells in FINDINGS:
         here = list(shares([scores.rows for scores in measured], kind, distances))
         there = list(shares(paper, kind, distances))
         if here:
@@ -154,18 +112,21 @@ def weaker(tables: Iterable[Rows]) -> list[str]:
     """Where a joint ensemble leaves more than the sum of its members' own perturbations."""
     lines = []
     for rows in tables:
-        for row in [row for row in rows if row.startswith(JOINT) and row[len(JOINT) :] in rows]:
-            both = rows[row], rows[row.removeprefix(JOINT)]
-            networks = [SOURCES[r] for r in members(row)]
+        for row, joint in rows.items():
+            kind, networks = parse(row)
+            summed = rows.get(row.removeprefix("joint "))
+            if kind != "joint" or summed is None:
+                continue
+            both = joint, summed
             compared = {network: tuple(own[network] for own in both) for network in networks}
-            others = [network for network in both[0] if network not in networks]
+            others = [network for network in joint if network not in networks]
             if others:
                 means = tuple(fmean(own[n] for n in others) for own in both)
                 compared["the other networks in the mean"] = means
             lines += [
-                f"{row} leaves {joint:.1f} on {where}, the sum {summed:.1f}."
-                for where, (joint, summed) in compared.items()
-                if joint > summed
+                f"{row} leaves {one:.1f} on {where}, the sum {other:.1f}."
+                for where, (one, other) in compared.items()
+                if one > other
             ]
     return lines
 

@@ -21,9 +21,6 @@ SOURCES = {
     "r7": "FCN-VGG",
     "r8": "FCN-VGG*",
 }
-PERMUTED = " (permuted)"
-JOINT = "joint "
-UNIVERSAL = "universal "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +68,29 @@ TABLES = (
 )
 
 
-def members(row: str) -> list[str]:
-    """The perturbations that a row adds up: "r5 + r7 (permuted)" -> ["r5", "r7"].
+def parse(row: str) -> tuple[str, list[str]]:
+    """The kind of perturbation that a row adds, and the networks that it was made for.
 
-    A joint row has one perturbation, made for the networks of all of them at once; a universal one
-    has one for all images.
+    "none"; "single": of one network; "sum": of the perturbations of several; "permuted": such a
+    sum with rows and columns permuted; "joint": one perturbation made for several networks at
+    once; "universal": one for all images.
     """
-    plain = row.removesuffix(PERMUTED).removeprefix(JOINT).removeprefix(UNIVERSAL)
-    return [] if row == "none" else plain.split(" + ")
+    if row == "none":
+        return row, []
+    names, kind = row, "sum" if "+" in row else "single"
+    if row.endswith(" (permuted)"):
+        names, kind = row.removesuffix(" (permuted)"), "permuted"
+    elif row.startswith(("joint ", "universal ")):
+        kind, names = row.split(" ", 1)
+    return kind, [SOURCES[name] for name in names.split(" + ")]
 
 
 def attacks(setup: Setup, row: str) -> list[Attack]:
     """The attacks whose perturbations a row adds up."""
-    networks = [SOURCES[r] for r in members(row)]
-    if row.startswith(UNIVERSAL):
+    kind, networks = parse(row)
+    if kind == "universal":
         return [setup.attack(*networks, max_iter=1500, universal=256, epsilon=20 / 255)]
-    if row.startswith(JOINT):
+    if kind == "joint":
         return [setup.attack(*networks)]
     return [setup.attack(network) for network in networks]
 
@@ -98,7 +102,7 @@ def sources(setup: Setup, table: Table) -> list[Attack]:
 
 def cell(setup: Setup, row: str, network: str) -> Cell:
     """What a row's score of a network is measured on."""
-    return Cell(network, tuple(attacks(setup, row)), row.endswith(PERMUTED))
+    return Cell(network, tuple(attacks(setup, row)), parse(row)[0] == "permuted")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,11 +117,13 @@ class Scores:
         """The table with the paper's own numbers; networks that a row was made for are marked."""
         networks, entries = self.table.networks, []
         for row, own in self.rows.items():
+            kind, attacked = parse(row)
+            named = f"{row}, {attacked[0]}" if kind in ("single", "universal") else row
             paper = [f"{p:.1f}" for p in self.table.published.get(row, ())]
-            marked = [] if row.endswith(PERMUTED) else [SOURCES[r] for r in members(row)]
-            line = [Entry(named(row))]
+            line = [Entry(named)]
             for network, beside in zip(networks, paper or [""] * len(networks), strict=True):
-                line.append(Entry(f"{own[network]:.1f}", beside, network in marked))
+                marked = kind != "permuted" and network in attacked
+                line.append(Entry(f"{own[network]:.1f}", beside, marked))
             entries.append(line)
         return Report(
             name=f"table-{self.table.name}",
@@ -129,18 +135,13 @@ class Scores:
         )
 
 
-def named(row: str) -> str:
-    """A row with the network that a single perturbation is of."""
-    source = row.removeprefix(UNIVERSAL)
-    return f"{row}, {SOURCES[source]}" if source in SOURCES else row
-
-
 def measure(setup: Setup, table: Table, counter: Progress) -> Scores:
     """Make what a table needs and is not there yet, and measure every cell."""
     make_perturbations(setup, sources(setup, table), counter)
-    cells = {(row, n): cell(setup, row, n) for row in table.rows for n in table.networks}
-    scores = measure_cells(setup, list(cells.values()), counter, f"{table.name} table")
+    cells = {row: {n: cell(setup, row, n) for n in table.networks} for row in table.rows}
+    every = [one for own in cells.values() for one in own.values()]
+    scores = measure_cells(setup, every, counter, f"{table.name} table")
     return Scores(
         table,
-        {row: {n: scores[cells[row, n]] for n in table.networks} for row in table.rows},
+        {row: {n: scores[one] for n, one in own.items()} for row, own in cells.items()},
     )

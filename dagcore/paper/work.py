@@ -296,12 +296,6 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
         return
     pairs = list(zip(attack.networks, victims, strict=True))
     targets = {k: [target(setup, attack, *pair, k) for pair in pairs] for k in indexes}
-    for k, own in targets.items():
-        if len({one.key for one in own}) > 1:
-            raise ArgumentError(
-                f"--data must have masks and boxes of the same images, number {k} is "
-                f"{' and '.join(one.key for one in own)}"
-            )
     if len(victims) == 1:
         results = dag.stream(victims[0], (targets[k][0].sample for k in indexes), len(indexes))
     else:
