@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..paper.page import EXPERIMENTS, everything
+from ..paper.reports import Report
 from ..paper.tables import TABLES, measure
 from ..paper.work import Setup
 from . import options
@@ -59,10 +60,7 @@ def table(name: str, **given: Any) -> None:
     (chosen,) = (table for table in TABLES if table.name == name)
     with Counter() as counter:
         report = measure(setup, chosen, counter).report()
-    paths = report.write(setup)
-    click.echo(report.markdown())
-    click.echo("In brackets the paper's, on PASCAL VOC.")
-    click.echo(f"written to {', '.join(map(str, paths))}")
+    show(setup, report, "In brackets the paper's, on PASCAL VOC.\n")
 
 
 @command.command("all")
@@ -95,6 +93,10 @@ def figure(name: str, networks: tuple[str, ...], **given: Any) -> None:
     setup = Setup(**given)
     with Counter() as counter:
         report = EXPERIMENTS[name](setup, counter, *([networks] if networks else []))
+    show(setup, report)
+
+
+def show(setup: Setup, report: Report, note: str = "") -> None:
+    """Write a report, and show its table."""
     paths = report.write(setup)
-    click.echo(report.markdown())
-    click.echo(f"written to {', '.join(map(str, paths))}")
+    click.echo(f"{report.markdown()}\n{note}written to {', '.join(map(str, paths))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
@@ -42,12 +42,11 @@ def voc_palette(count: int) -> Colours:
 
 def rank_palette(count: int) -> Colours:
     """Colours (count, 3) that differ most between neighbours: hues a golden angle apart."""
-    tones = ((0.62, 0.92), (0.85, 0.62), (0.40, 0.78))  # saturation, brightness
-    colours = [
-        colorsys.hsv_to_rgb((0.58 + 0.618034 * rank) % 1, *tones[rank % len(tones)])
-        for rank in range(count)
-    ]
-    return (np.array(colours).reshape(count, 3) * 255).round().astype(np.uint8)
+    rank = np.arange(count)
+    tones = np.array([(0.62, 0.92), (0.85, 0.62), (0.40, 0.78)])  # saturation, brightness
+    hues = (0.58 + 0.618034 * rank[:, None]) % 1
+    colours = hsv_to_rgb(np.hstack([hues, tones[rank % len(tones)]]))
+    return (colours * 255).round().astype(np.uint8)
 
 
 def shares(*maps: Tensor) -> dict[int, list[float]]:
@@ -133,9 +132,8 @@ def attack_figure(
         _draw_boxes(panels[1], predicted, classes, least)
         _draw_boxes(panels[3], attacked, classes, least)
     for k, axes in enumerate(panels):  # the legend goes from panel to panel, row by row
-        legend = axes.legend(handles=entries[k::4], frameon=False, borderpad=0, borderaxespad=0)
-        legend.set_loc("upper left")
-        legend.set_bbox_to_anchor((0, -0.02), axes.transAxes)
+        place = {"bbox_to_anchor": (0, -0.02), "borderpad": 0, "borderaxespad": 0}
+        axes.legend(handles=entries[k::4], loc="upper left", frameon=False, **place)
     rows = -(-len(entries) // 4)
     panels[0].set_xlabel(_plain(note), loc="left", labelpad=8 + 16 * rows, color="0.35")
     with atomic_write(path) as temporary:

@@ -13,21 +13,11 @@ from matplotlib.figure import Figure
 
 from .. import zoo
 from ..errors import ArgumentError
-from ..evaluation.kept import keep_json, read_json
 from ..evaluation.progress import Progress
-from ..info import versions
 from .cells import Cell, measure_cells
 from .reports import Report, Row
 from .tables import SOURCES
-from .work import (
-    Attack,
-    Perturbation,
-    Setup,
-    make_perturbations,
-    read_all,
-    seconds_of,
-    settings_of,
-)
+from .work import Attack, Perturbation, Setup, make_perturbations, read_all, seconds
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TIMED = 8  # images of which the time is taken
@@ -82,11 +72,10 @@ def denseness(
 def convergence(setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE) -> Report:
     """How many images end within the budget, and how many targets are active on the way."""
     attacks = {name: setup.attack(name) for name in networks}
-    make_perturbations(setup, list(attacks.values()), counter)
+    every = with_targets(setup, counter, attacks)
     scores = before_and_after(setup, counter, "convergence", attacks)
     rows = []
-    for name, attack in attacks.items():
-        made = [one for one in read_all(setup, attack) if one.targets]
+    for name, made in every.items():
         before, after = scores[name]
         rows.append(
             {
@@ -97,7 +86,7 @@ def convergence(setup: Setup, counter: Progress, networks: Sequence[str] = CONVE
                 "perceptibility": _mean([one.perceptibility for one in made]),
                 "score": before,
                 "score after the attack": after,
-                "active": active_shares(made, attack.max_iter),
+                "active": active_shares(made, attacks[name].max_iter),
                 "iterations": [one.iterations for one in made],
             }
         )
@@ -108,26 +97,33 @@ def perceptibility(
     setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE
 ) -> Report:
     """How visible each network's perturbations are: the slides' p, over the images."""
-    attacks = {name: setup.attack(name) for name in networks}
-    make_perturbations(setup, list(attacks.values()), counter)
+    every = with_targets(setup, counter, {name: setup.attack(name) for name in networks})
     rows = []
-    for name, attack in attacks.items():
-        made = [one for one in read_all(setup, attack) if one.targets]
-        every = [one.perceptibility for one in made] or [0.0]
+    for name, made in every.items():
+        values = [one.perceptibility for one in made] or [0.0]
         largest = _mean([float(one.values.abs().max()) for one in made])
         rows.append(
             {
                 "network": name,
                 "images with targets": len(made),
-                "perceptibility": fmean(every),
-                "lowest": min(every),
-                "median": median(every),
-                "highest": max(every),
+                "perceptibility": fmean(values),
+                "lowest": min(values),
+                "median": median(values),
+                "highest": max(values),
                 "largest change of a pixel, of 255": 255 * largest,
-                "values": every,
+                "values": values,
             }
         )
     return _drawn("perceptibility", rows, draw_perceptibility)
+
+
+def with_targets(
+    setup: Setup, counter: Progress, attacks: Mapping[Key, Attack]
+) -> dict[Key, list[Perturbation]]:
+    """The perturbations of each attack, but for images without targets."""
+    make_perturbations(setup, list(attacks.values()), counter)
+    every = {key: read_all(setup, attack) for key, attack in attacks.items()}
+    return {key: [one for one in made if one.targets] for key, made in every.items()}
 
 
 def before_and_after(
@@ -139,17 +135,6 @@ def before_and_after(
     cells = list(dict.fromkeys([*clean.values(), *attacked.values()]))
     scores = measure_cells(setup, cells, counter, what)
     return {key: (scores[clean[key]], scores[attacked[key]]) for key in attacks}
-
-
-def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
-    """Seconds that each attack takes an image, taken once and kept."""
-    paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
-    of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
-    if any(read_json(paths[one], of[one]) is None for one in attacks):
-        for one, spent in seconds_of(setup, attacks, count).items():
-            keep_json(paths[one], {"seconds": spent, "versions": versions()}, of[one])
-    found = {one: read_json(paths[one], of[one]) for one in attacks}
-    return {one: float(known["seconds"]) for one, known in found.items() if known is not None}
 
 
 def active_shares(made: Sequence[Perturbation], updates: int) -> list[float]:

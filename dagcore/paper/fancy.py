@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..evaluation.progress import Progress
 from ..labels import assign, paint, pattern
 from ..perturbation import perceptibility
 from ..seeds import generator_of
-from ..victims import Detector, Victim, prepare
+from ..victims import prepare
 from .reports import Report, Row
 from .work import IGNORE, Setup, run
 
@@ -33,9 +32,6 @@ BACKGROUND = 0
 UPDATES = 600  # a prescribed segmentation takes more of them than leaving the true one
 ENOUGH = 0.01  # of the pixels may miss a prescribed mask, as in the authors' released code
 
-Aims = Callable[[Setup, Example, Sequence[Any]], "tuple[Tensor, list[Part]]"]
-"""The image (3, H, W) of an example, and what the attack on each victim aims at."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
@@ -45,55 +41,15 @@ class Scenario:
     title: str
     networks: tuple[str, ...]
     image: int
-    aims: Aims
-    goal: str = "reach"
+    patterns: tuple[str, ...] = ()
+    """What each network is to see; none: anything but the truth."""
+    noise: bool = False
+    """Whether noise takes the image's place."""
 
     def picture(self, network: str) -> str:
         """The path of a network's picture within the folder of results."""
         suffix = "" if len(self.networks) == 1 else f"-{network.lower()}"
         return f"fancy/{self.name}{suffix}.png"
-
-
-def painted(
-    setup: Setup,
-    example: Example,
-    victims: Sequence[Victim],
-    *,
-    patterns: Sequence[str],
-    purpose: int,
-) -> tuple[Tensor, list[Part]]:
-    """Each network sees a pattern of a class that is not in the image, background around it."""
-    parts = []
-    for k, (victim, what) in enumerate(zip(victims, patterns, strict=True)):
-        inside = _absent(setup, victim, example, purpose + k)
-        parts.append(_prescribed(setup, victim, example.image, what, inside))
-    return example.image, parts
-
-
-def noise(setup: Setup, example: Example, victims: Sequence[Victim]) -> tuple[Tensor, list[Part]]:
-    """An image without content that a network segments as a chosen object (the slides' type 2)."""
-    (victim,), generator = victims, generator_of(setup.seed, 2, 0)
-    image = torch.rand(example.image.shape, generator=generator)
-    chosen = 1 + int(torch.randint(len(victim.classes or ()) - 1, (), generator=generator))
-    return image, [_prescribed(setup, victim, image, "circle", chosen)]
-
-
-def two_tasks(setup: Setup, example: Example, victims: Sequence[Any]) -> tuple[Tensor, list[Part]]:
-    """A segmentation network and a detector are both to leave the truth."""
-    (segmenter, detector), generator = victims, generator_of(setup.seed, 2, 3)
-    assert isinstance(detector, Detector)
-    assert example.mask is not None
-    device = find_device(setup.device)
-    labels = example.mask[None].to(device).long()
-    aim = assign("permutation", labels, len(segmenter.classes or ()), IGNORE, generator)
-    image = example.image[None].to(device)
-    found = detector.dense_targets(image, [example], generator=generator)
-    if not bool((found.labels != found.adversarial_labels).any()):
-        raise ArgumentError(f"two-tasks: {DETECTOR} finds no targets in {example.key}")
-    return example.image, [
-        Part(segmenter, labels, aim),
-        Part(detector, found.labels, found.adversarial_labels, boxes=found.boxes),
-    ]
 
 
 SCENARIOS = (
@@ -103,7 +59,7 @@ SCENARIOS = (
             f"{what.partition(':')[0]}, prescribed to {name}",
             (name,),
             k,
-            partial(painted, patterns=(what,), purpose=k),
+            (what,),
         )
         for k, what in enumerate(PATTERNS)
         for name in NETWORKS
@@ -113,17 +69,14 @@ SCENARIOS = (
         "one image, two prescribed segmentations",
         NETWORKS,
         4,
-        partial(painted, patterns=("circle", "stripes"), purpose=10),
+        ("circle", "stripes"),
     ),
     Scenario(
-        "two-tasks",
-        "one image that fools a segmenter and a detector",
-        ("FCN-VGG", DETECTOR),
-        3,
-        two_tasks,
-        "leave",
+        "two-tasks", "one image that fools a segmenter and a detector", ("FCN-VGG", DETECTOR), 3
     ),
-    Scenario("noise", "noise, prescribed to be an object", ("FCN-VGG",), 0, noise),
+    Scenario(
+        "noise", "noise, prescribed to be an object", ("FCN-VGG",), 0, ("circle",), noise=True
+    ),
 )
 
 
@@ -153,6 +106,10 @@ def fancy(
     return Report.of_rows("fancy", rows, "picture", title="Fancy examples", pictures=pictures)
 
 
+def _updates(setup: Setup) -> int:
+    return setup.max_iter or UPDATES
+
+
 def _kept(setup: Setup, scenario: Scenario) -> Path:
     return setup.out / "fancy" / f"{scenario.name}.json"
 
@@ -162,7 +119,7 @@ def _made_of(setup: Setup) -> dict[str, Any]:
     return {
         **setup.made_with([*NETWORKS, DETECTOR]),
         "images": setup.images,
-        "updates": setup.max_iter or UPDATES,
+        "updates": _updates(setup),
         "tolerance": ENOUGH,
     }
 
@@ -175,23 +132,24 @@ def _known(setup: Setup, scenario: Scenario) -> list[Row] | None:
 
 def make(setup: Setup, scenario: Scenario) -> None:
     """Make one example, draw it as each network sees it, and keep its numbers."""
-    device = find_device(setup.device)
     example = setup.example(scenario.image % setup.images)
+    generator = generator_of(setup.seed, 2, scenario.image)
+    shape = example.image.shape
+    image = torch.rand(shape, generator=generator) if scenario.noise else example.image
+    example = dataclasses.replace(example, image=image.to(find_device(setup.device)))
     victims = [setup.victim(name) for name in scenario.networks]
-    image, parts = scenario.aims(setup, example, victims)
-    reach = scenario.goal == "reach"
-    dag = DAG(
-        goal=scenario.goal,
-        max_iter=setup.max_iter or UPDATES,
-        tolerance=ENOUGH if reach else 0.0,
-        ignore_index=IGNORE,
-    )
-    result = joint_attack(dag, parts, image[None].to(device))
+    if scenario.patterns:
+        parts = prescribed(setup, scenario, example, victims, generator)
+        dag = DAG(goal="reach", max_iter=_updates(setup), tolerance=ENOUGH, ignore_index=IGNORE)
+    else:
+        parts = untrue(example, victims, generator)
+        dag = DAG(max_iter=_updates(setup), ignore_index=IGNORE)
+    result = joint_attack(dag, parts, example.image[None])
     rows = []
     for k, (name, part) in enumerate(zip(scenario.networks, parts, strict=True)):
         path = setup.out / scenario.picture(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        share = seen(path, part, image.to(device), result, k, reach=reach)
+        share = seen(path, part, example.image, result, k, reach=bool(scenario.patterns))
         rows.append(
             {
                 "example": scenario.title,
@@ -205,6 +163,46 @@ def make(setup: Setup, scenario: Scenario) -> None:
     keep_json(_kept(setup, scenario), {"rows": rows}, _made_of(setup))
 
 
+def prescribed(
+    setup: Setup,
+    scenario: Scenario,
+    example: Example,
+    victims: Sequence[Any],
+    generator: torch.Generator,
+) -> list[Part]:
+    """Each network is to see a pattern of a class that is not in the image, background around.
+
+    In noise any object's class will do (the slides' type 2).
+    """
+    assert example.mask is not None
+    parts = []
+    for k, (victim, what) in enumerate(zip(victims, scenario.patterns, strict=True)):
+        free = list(range(1, len(victim.classes)))
+        if not scenario.noise:
+            present = set(example.mask.flatten().tolist())
+            free = [c for c in free if c not in present]
+            purpose = scenario.image if len(victims) == 1 else 10 + k  # unlike any image's
+            generator = generator_of(setup.seed, 3, purpose)
+        inside = free[int(torch.randint(len(free), (), generator=generator))]
+        aim = paint(pattern(what, *example.image.shape[1:]), inside, BACKGROUND)[None]
+        aim = aim.to(example.image.device)
+        parts.append(Part(prepare(victim), aim, aim))
+    return parts
+
+
+def untrue(example: Example, victims: Sequence[Any], generator: torch.Generator) -> list[Part]:
+    """A segmentation network and a detector are both to leave the truth."""
+    segmenter, detector = victims
+    assert example.mask is not None
+    labels = example.mask[None].to(example.image.device).long()
+    aim = assign("permutation", labels, len(segmenter.classes), IGNORE, generator)
+    found = detector.dense_targets(example.image[None], [example], generator=generator)
+    return [
+        Part(segmenter, labels, aim),
+        Part(detector, found.labels, found.adversarial_labels, boxes=found.boxes),
+    ]
+
+
 def seen(path: Path, part: Part, image: Tensor, result: Result, k: int, *, reach: bool) -> float:
     """Draw what network `k` sees before and after the attack; the share that is as wanted."""
     victim: Any = part.model
@@ -216,8 +214,10 @@ def seen(path: Path, part: Part, image: Tensor, result: Result, k: int, *, reach
         share = float(after.eq(part.labels[0].cpu()).float().mean())
         note = f"{share:.1%} of the pixels as prescribed after {int(result.iterations[0])} updates"
     else:
-        left = int(result.active[int(result.iterations[0]), k, 0])
-        share, note = 1 - left / int(result.targets[k, 0]), ""
+        left, total = int(result.active[result.iterations[0], k, 0]), int(result.targets[k, 0])
+        if not total:
+            raise ArgumentError(f"{path.stem}: there are no targets in the image")
+        share, note = 1 - left / total, ""
     attack_figure(
         path,
         image=image,
@@ -228,18 +228,3 @@ def seen(path: Path, part: Part, image: Tensor, result: Result, k: int, *, reach
         note=note,
     )
     return share
-
-
-def _prescribed(setup: Setup, victim: Any, image: Tensor, what: str, inside: int) -> Part:
-    """A segmentation of a pattern, as what a network is to see."""
-    aim = paint(pattern(what, *image.shape[1:]), inside, BACKGROUND)[None]
-    aim = aim.to(find_device(setup.device))
-    return Part(prepare(victim), aim, aim)
-
-
-def _absent(setup: Setup, victim: Any, example: Example, purpose: int) -> int:
-    """A random object class that is not in the image."""
-    assert example.mask is not None
-    present = set(example.mask.flatten().tolist())
-    free = [c for c in range(1, len(victim.classes or ())) if c not in present]
-    return free[int(torch.randint(len(free), (), generator=generator_of(setup.seed, 3, purpose)))]

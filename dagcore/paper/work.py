@@ -294,26 +294,16 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
         others = Plain(setup, setup.others(zoo.find(network).task, attack.universal))
         _keep(setup, attack, 0, None, universal_perturbation(dag, victim, others), 1)
         return
-    pairs = list(zip(attack.networks, victims, strict=True))
-    targets = {k: [target(setup, attack, *pair, k) for pair in pairs] for k in indexes}
+    samples = [target(setup, attack, victims, k) for k in indexes]
     if len(victims) == 1:
-        results = dag.stream(victims[0], (targets[k][0].sample for k in indexes), len(indexes))
+        results = dag.stream(victims[0], samples, len(samples))
     else:
-        missing = [k for k in indexes if not is_kept(setup, attack, k)]
-        samples = (_joint([one.sample for one in targets[k]]) for k in missing)
-        results = joint_stream(dag, [Part(victim) for victim in victims], samples, slots=1)
+        missing = [one for one in samples if not is_kept(setup, attack, one.key[0])]
+        results = joint_stream(dag, [Part(victim) for victim in victims], missing, slots=1)
     for result in results:
-        if not is_kept(setup, attack, result.key):
-            own = targets[result.key]
-            proposals = sum(one.proposals for one in own)
-            _keep(setup, attack, result.key, own[0].key, result, proposals)
-
-
-def _joint(samples: Sequence[Sample]) -> Sample:
-    """What several networks are attacked at in one image."""
-    names = ("labels", "adversarial_labels", "boxes")
-    columns: dict[str, Any] = {name: [getattr(one, name) for one in samples] for name in names}
-    return dataclasses.replace(samples[0], **columns)
+        index, key, proposals = result.key
+        if not is_kept(setup, attack, index):
+            _keep(setup, attack, index, key, result, proposals)
 
 
 class Plain(Sequence[Sample]):
@@ -355,17 +345,21 @@ def _keep(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Aimed:
-    """An image with its targets at a network."""
+def target(setup: Setup, attack: Attack, victims: Sequence[Any], index: int) -> Sample:
+    """What an attack on an image aims at; the sample's key is (index, image's key, proposals)."""
+    samples = [
+        _target(setup, attack, network, victim, index)
+        for network, victim in zip(attack.networks, victims, strict=True)
+    ]
+    if len(samples) == 1:
+        return samples[0]
+    names = ("labels", "adversarial_labels", "boxes")
+    columns: dict[str, Any] = {name: [getattr(one, name) for one in samples] for name in names}
+    key = (*samples[0].key[:2], sum(one.key[2] for one in samples))
+    return dataclasses.replace(samples[0], key=key, **columns)
 
-    key: str
-    sample: Sample
-    proposals: int
 
-
-def target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) -> Aimed:
-    """What an attack on one image aims at."""
+def _target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) -> Sample:
     example = setup.examples(zoo.find(network).task)[index]
     generator = generator_of(setup.seed, 0, index)
     image = example.image.to(find_device(setup.device))
@@ -377,27 +371,36 @@ def target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) 
             generator=generator,
             ignore_index=IGNORE,
         )
-        (sample,) = targets.samples(image[None], [index])
-        return Aimed(example.key, sample, int(targets.proposals[0]))
+        (sample,) = targets.samples(image[None], [(index, example.key, int(targets.proposals[0]))])
+        return sample
     assert example.mask is not None
     labels = example.mask[None].to(image.device)
     adversarial = assign("permutation", labels, len(victim.classes), IGNORE, generator)
     assert isinstance(adversarial, Tensor)
-    sample = Sample(image, labels[0], adversarial[0], key=index)
-    return Aimed(example.key, sample, int((labels != IGNORE).sum()))
+    key = (index, example.key, int((labels != IGNORE).sum()))
+    return Sample(image, labels[0], adversarial[0], key=key)
 
 
-def seconds_of(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
-    """Seconds that an attack takes an image, one image at a time, the attacks in alternation."""
+def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
+    """Seconds that each attack on one network takes an image, taken once and kept.
+
+    The images are attacked one by one, by the attacks in alternation.
+    """
+    paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
+    of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
+    found = [kept.read_json(paths[one], of[one]) for one in attacks]
+    if None not in found:
+        return {one: known["seconds"] for one, known in zip(attacks, found, strict=True) if known}
     spent = dict.fromkeys(attacks, 0.0)
     for index in range(count):
         for attack in attacks:
-            (network,) = attack.networks
-            victim = _victim(setup, network)
+            victim = _victim(setup, attack.networks[0])
             start = time.perf_counter()
-            sample = target(setup, attack, network, victim, index).sample
+            sample = target(setup, attack, [victim], index)
             list(attack.dag().stream(victim, [sample], slots=1))
             spent[attack] += (time.perf_counter() - start) / count
+    for one in attacks:
+        kept.keep_json(paths[one], {"seconds": spent[one], "versions": versions()}, of[one])
     return spent
 
 
