@@ -7,6 +7,8 @@ from PIL import Image
 
 from dagcore.evaluation import figures
 
+DOTS_PER_INCH = 150
+
 
 def draw(path, predicted, attacked, perturbation=0.0, **options):
     height, width = 60, 80
@@ -23,11 +25,14 @@ def draw(path, predicted, attacked, perturbation=0.0, **options):
 
 
 def panel(figure, k):
-    """The colours within panel k, without its frame."""
-    gap, width, dots = figures.GAP, figures.PANEL_WIDTH, figures.DOTS_PER_INCH
-    left = round((gap + k * (width + gap)) * dots)
-    top = round(0.4 * dots)
-    return figure[top + 3 : top + round(width * 0.75 * dots) - 3, left + 3 : left + 507]
+    """The colours within panel k, without its frame, whose left edge is the first one."""
+    dark = (figure < 60).all(2)
+    left = int(dark.any(0).argmax())
+    rows = np.flatnonzero(dark[:, left])
+    width = figures.PANEL_WIDTH * DOTS_PER_INCH
+    left += round(k * width * (1 + figures.GAP))
+    assert rows[-1] - rows[0] == pytest.approx(width * 0.75, abs=3)
+    return figure[rows[0] + 4 : rows[-1] - 3, left + 5 : left + round(width) - 4]
 
 
 def test_panels_show_image_segmentation_perturbation_and_attack(tmp_path):
@@ -77,8 +82,26 @@ def test_nothing_is_left_of_a_figure_that_failed(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(figures.Figure, "savefig", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     labels = torch.zeros(6, 8, dtype=torch.int64)
     with pytest.raises(OSError, match="disk full"):
         draw(tmp_path / "f.png", labels, labels)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_detections_of_a_lower_score_are_not_drawn(tmp_path):
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "scores": torch.zeros(0),
+    }
+    found = {
+        "boxes": torch.tensor([[10.0, 10.0, 60.0, 50.0], [0.0, 0.0, 80.0, 60.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.2]),
+    }
+    figure = draw(tmp_path / "f.png", found, nothing, classes=["none", "cat", "dog"])
+    before, after = panel(figure, 1), panel(figure, 3)
+    assert (before == (128, 0, 0)).all(2).any()
+    assert not (before == (0, 128, 0)).all(2).any()
+    assert np.unique(after) == 51

@@ -1,13 +1,13 @@
 """The paper's experiments: perturbations kept and used again, diagnoses."""
 
 import base64
-import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import skimage.data
@@ -18,10 +18,21 @@ from safetensors.torch import load_file
 import dagcore
 from dagcore import zoo
 from dagcore.__main__ import main
-from dagcore.cli import paper as commands
 from dagcore.cli.progress import Counter
 from dagcore.data import VOC_CLASSES, Scenes
-from dagcore.paper import Attack, Record, Setup, cells, diagnoses, fancy, reading, tables, work
+from dagcore.paper import (
+    Attack,
+    Perturbation,
+    Setup,
+    cells,
+    diagnoses,
+    fancy,
+    page,
+    reading,
+    tables,
+    work,
+)
+from dagcore.perturbation import combine
 from dagcore.zoo.checkpoint import save_weights
 
 ZF = Attack.of("FR-ZF-07", max_iter=4)
@@ -31,33 +42,35 @@ def made(setup, *attacks):
     attacks = attacks or [ZF]
     with Counter() as counter:
         work.make_perturbations(setup, attacks, counter)
-    return {attack: work.kept(setup, attack) for attack in attacks}
+    return {attack: work.read_all(setup, attack) for attack in attacks}
 
 
-def test_perturbations_are_made_once_and_kept(tmp_path, monkeypatch):
+def written(folder, *endings):
+    """When each file of some kinds was written last."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.suffix in endings}
+
+
+def test_perturbations_are_made_once_and_kept(tmp_path):
     setup = Setup(out=tmp_path, images=3, jobs=1)
     records = made(setup)[ZF]
     assert [record.key for record in records] == [s.key for s in Scenes("07", "test", count=3)]
     for record in records:
-        assert record.perturbation.shape == (3, 128, 160)
+        assert record.values.shape == (3, 128, 160)
         assert 0 < record.perceptibility < 0.1
         assert record.iterations == len(record.active) - 1 <= 4
         assert record.active[0] > record.active[-1]
         assert record.targets >= record.active[0]
         assert record.proposals > record.targets > 0
 
-    def refuse(*_):
-        raise AssertionError("attacked again")
-
-    monkeypatch.setattr(work, "attack_images", refuse)
+    before = written(tmp_path, ".safetensors")
     again = made(setup)[ZF]
-    assert all(
-        torch.equal(a.perturbation, b.perturbation) for a, b in zip(records, again, strict=True)
-    )
+    assert written(tmp_path, ".safetensors") == before
+    assert all(torch.equal(a.values, b.values) for a, b in zip(records, again, strict=True))
     path = work.path_of(setup, ZF, 1)
     path.unlink()
-    with pytest.raises(AssertionError, match="attacked again"):
-        made(setup)
+    made(setup)
+    after = written(tmp_path, ".safetensors")
+    assert {p for p in after if after[p] != before[p]} == {path}
 
 
 def test_what_is_missing_is_made_the_same_again(tmp_path, capsys):
@@ -68,14 +81,16 @@ def test_what_is_missing_is_made_the_same_again(tmp_path, capsys):
     for one, other in zip(whole, parts, strict=True):
         assert one.key == other.key
         assert one.active == other.active
-        torch.testing.assert_close(one.perturbation, other.perturbation, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5)
     assert "7/7" in capsys.readouterr().err
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
     made(Setup(out=tmp_path, images=1, jobs=1))
-    with pytest.raises(ValueError, match=r"--out has results of other settings: .*seed: 0 instead"):
+    with pytest.raises(
+        ValueError, match=r"--out: .*has results of other settings: seed was 0 and is 1"
+    ):
         made(Setup(out=tmp_path, images=1, jobs=1, seed=1))
 
 
@@ -94,7 +109,7 @@ def test_segmentation_aims_at_the_true_mask(tmp_path):
     mask = Scenes("07", "test", count=1)[0].mask
     assert record.targets == record.proposals == int((mask != 255).sum())
     clean = work.score(setup, "FCN-Alex").mean
-    attacked = work.score(setup, "FCN-Alex", [(record.key, record.perturbation)]).mean
+    attacked = work.score(setup, "FCN-Alex", [(record.key, record.values)]).mean
     assert attacked < clean
 
 
@@ -105,9 +120,9 @@ def test_own_weights(tmp_path):
 
 
 def a_record(active, targets=10):
-    return Record(
+    return Perturbation(
         key="k",
-        perturbation=torch.zeros(3, 2, 2),
+        values=torch.zeros(3, 2, 2),
         iterations=len(active) - 1,
         status="converged",
         active=active,
@@ -124,15 +139,15 @@ def test_active_shares():
     )
 
 
-def test_denseness_by_command(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.5, 0.9))
-    arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
+def test_denseness_by_command(tmp_path, capfd):
+    arguments = ["--images", "2", "--jobs", "1", "--max-iter", "20", "--out", str(tmp_path)]
     assert main(["paper", "figure", "denseness", "FR-ZF-07", *arguments]) == 0
     shown = capfd.readouterr().out
     known = json.loads((tmp_path / "denseness.json").read_text())
-    assert (known["images"], known["seed"], known["data"]) == (2, 0, "scenes")
-    sparse, dense = known["rows"]
-    assert (sparse["NMS threshold"], dense["NMS threshold"]) == (0.5, 0.9)
+    settings = known["settings"]
+    assert (settings["images"], settings["seed"], settings["data"]) == (2, 0, "scenes")
+    assert [row["NMS threshold"] for row in known["rows"]] == [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    sparse, dense = known["rows"][0], known["rows"][-1]
     assert 0 < sparse["targets"] < dense["targets"] < dense["proposals"]
     assert sparse["proposals"] < dense["proposals"]
     assert 0 <= dense["mAP after the attack"] <= dense["mAP"] == sparse["mAP"]
@@ -157,9 +172,9 @@ def test_perceptibility_by_command(tmp_path, capfd):
     arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
     assert main(["paper", "figure", "perceptibility", "FR-ZF-07", *arguments]) == 0
     (row,) = json.loads((tmp_path / "perceptibility.json").read_text())["rows"]
-    records = work.kept(Setup(out=tmp_path, images=2), Attack.of("FR-ZF-07"))
+    records = work.read_all(Setup(out=tmp_path, images=2), Attack.of("FR-ZF-07"))
     for record, value in zip(records, row["values"], strict=True):
-        p = record.perturbation.double().square().sum(0).mean().sqrt()
+        p = record.values.double().square().sum(0).mean().sqrt()
         assert value == pytest.approx(float(p), rel=1e-5)
     assert row["lowest"] == min(row["values"]) <= row["median"] <= max(row["values"])
     assert row["highest"] == max(row["values"])
@@ -168,11 +183,9 @@ def test_perceptibility_by_command(tmp_path, capfd):
         assert picture.format == "PNG"
 
 
-def test_fancy_by_command(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(fancy, "UPDATES", 2)
-    chosen = tuple(one for one in fancy.SCENARIOS if one.name == "noise")
-    monkeypatch.setattr(fancy, "SCENARIOS", chosen)
-    arguments = ["paper", "figure", "fancy", "--images", "1", "--jobs", "1", "--out", str(tmp_path)]
+def test_fancy_by_command(tmp_path, capfd):
+    arguments = ["paper", "figure", "fancy", "--images", "1", "--jobs", "1", "--max-iter", "2"]
+    arguments += ["--out", str(tmp_path)]
     assert main(arguments) == 0
     shown = capfd.readouterr().out
     assert "| noise, prescribed to be an object | FCN-VGG |" in shown
@@ -183,109 +196,113 @@ def test_fancy_by_command(tmp_path, monkeypatch, capfd):
     assert "fancy has networks of its own, got FCN-VGG" in capfd.readouterr().err
 
 
-def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path, monkeypatch):
+def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path):
     attack = Attack.of("FCN-Alex", max_iter=3, universal=4, epsilon=20 / 255)
     setup = Setup(out=tmp_path, images=2, jobs=1)
     one, other = made(setup, attack)[attack]
     assert one.key is None
     assert one.iterations == 3
-    assert 0 < float(one.perturbation.abs().max()) <= 3 * 0.5 / 255 * 1.001
-    assert torch.equal(one.perturbation, other.perturbation)
+    assert 0 < float(one.values.abs().max()) <= 3 * 0.5 / 255 * 1.001
+    assert torch.equal(one.values, other.values)
     assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["000000.safetensors"]
     assert attack.folder == "fcn-alex-epsilon=0.07843-max_iter=3-universal=4"
     # Made on images that are not among those of the tables.
     keys = {example.key for example in setup.examples("segmentation")}
     assert not keys & {example.key for example in setup.others("segmentation", 4)}
-    monkeypatch.setattr(tables, "attacks", lambda row: [attack])
-    score = work.score(setup, "FCN-Alex", cells.added(setup, tables.cell("universal r5", "DL-VGG")))
-    added = [(None, one.perturbation)] * 2
+    added = cells.added(setup, cells.Cell("DL-VGG", (attack,)))
+    score = work.score(setup, "FCN-Alex", added)
+    added = [(None, one.values)] * 2
     assert score.mean == work.score(setup, "FCN-Alex", added).mean
     # It takes the upper left part of itself to a smaller image.
-    larger = torch.nn.functional.pad(one.perturbation, (0, 4, 0, 2))
+    larger = torch.nn.functional.pad(one.values, (0, 4, 0, 2))
     assert work.score(setup, "FCN-Alex", [(None, larger)] * 2).mean == score.mean
 
 
 def test_the_papers_tables_are_whole():
-    for table in tables.TABLES.values():
+    for table in tables.TABLES:
         assert set(map(len, table.published.values())) == {len(table.networks)}
-        for row in table.published:
-            assert set(tables.members(row)) <= set(tables.SOURCES)
-    assert tables.members("r5 + r7 (permuted)") == ["r5", "r7"]
-    assert tables.members("none") == []
-    needed = tables.sources(list(tables.TABLES.values()))
+        for row in table.rows:
+            kind, networks = tables.parse(row)
+            assert (kind == "none") == (not networks)
+    assert tables.parse("r5 + r7 (permuted)") == ("permuted", ["FCN-Alex", "FCN-VGG"])
+    assert tables.parse("r5 + r7") == ("sum", ["FCN-Alex", "FCN-VGG"])
+    assert tables.parse("r5") == ("single", ["FCN-Alex"])
+    assert tables.parse("universal r7") == ("universal", ["FCN-VGG"])
+    setup = Setup(out="unused")
+    needed = {one for table in tables.TABLES for one in tables.sources(setup, table)}
     assert sorted(len(attack.networks) for attack in needed) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
     assert [attack.networks for attack in needed if attack.universal] == [("FCN-VGG",)]
-    assert tables.members("joint r1 + r3") == ["r1", "r3"]
-    assert [a.networks for a in tables.attacks("joint r1 + r3")] == [("FR-ZF-07", "FR-VGG-07")]
-    assert [a.networks for a in tables.attacks("r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
+    assert tables.parse("joint r1 + r3") == ("joint", ["FR-ZF-07", "FR-VGG-07"])
+    assert [a.networks for a in tables.attacks(setup, "joint r1 + r3")] == [
+        ("FR-ZF-07", "FR-VGG-07")
+    ]
+    assert [a.networks for a in tables.attacks(setup, "r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
 
 
-def test_what_a_row_adds(monkeypatch):
-    values = torch.arange(12.0).reshape(1, 3, 4).expand(3, 3, 4)
-    weights = {"FCN-Alex": 1.0, "FCN-VGG": 0.1}
+def test_what_a_row_adds(tmp_path):
+    setup = Setup(out=tmp_path, images=1, jobs=1, max_iter=1)
+    row = "r5 + r7 (permuted)"
+    (alex,), (vgg,) = made(setup, *tables.attacks(setup, row)).values()
+    summed = combine(alex.values, vgg.values)
 
-    def read(_, attack, index):
-        assert index == 0
-        scale = sum(weights[network] for network in attack.networks)
-        return dataclasses.replace(a_record([1, 0]), perturbation=scale * values)
+    def added(row, network):
+        return list(cells.added(setup, tables.cell(setup, row, network)))
 
-    monkeypatch.setattr(cells, "read", read)
-    setup = Setup(out="unused", images=1)
-    ((key, total),) = cells.added(setup, tables.cell("r5 + r7", "DL-VGG"))
-    assert key == "k"
-    torch.testing.assert_close(total, 1.1 * values)
-    ((_, permuted),) = cells.added(setup, tables.cell("r5 + r7 (permuted)", "DL-VGG"))
+    ((key, total),) = added("r5 + r7", "DL-VGG")
+    assert key == alex.key
+    assert torch.equal(total, summed)
+    ((_, permuted),) = added(row, "DL-VGG")
     assert not torch.equal(permuted, total)
     assert torch.equal(permuted.flatten().sort().values, total.flatten().sort().values)
-    ((_, again),) = cells.added(setup, tables.cell("r5 + r7 (permuted)", "FCN-Alex"))
+    ((_, again),) = added(row, "FCN-Alex")
     assert torch.equal(again, permuted)
 
 
-def test_a_table_by_command(tmp_path, monkeypatch, capfd):
+def measured(setup, table):
+    """A table's scores and, written, its record and its Markdown."""
+    with Counter() as counter:
+        scores = tables.measure(setup, table, counter)
+    record, shown, *_ = scores.report().write(setup)
+    return scores.rows, json.loads(record.read_text()), shown.read_text()
+
+
+def test_a_table(tmp_path):
     small = tables.Table(
         "detection",
         ("FR-ZF-07", "FCN-Alex"),
         {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 (permuted)": (58.3, 48.03)},
     )
-    monkeypatch.setitem(tables.TABLES, "detection", small)
-    arguments = ["paper", "table", "detection", "--images", "2", "--jobs", "1"]
-    arguments += ["--out", str(tmp_path)]
-    assert main(arguments) == 0
-    shown = capfd.readouterr().out
-    known = json.loads((tmp_path / "table-detection.json").read_text())
+    setup = Setup(out=tmp_path, images=2, jobs=1)
+    rows, known, shown = measured(setup, small)
     digests = known["settings"].pop("weights")
     content = zoo.find("FR-ZF-07").path.read_bytes()
     assert digests["FR-ZF-07"] == hashlib.sha256(content).hexdigest()
     assert known["settings"] == {"images": 2, "seed": 0, "data": "scenes"}
-    rows = {row["perturbation"]: row["scores"] for row in known["rows"]}
+    assert {row["perturbation"]: row["scores"] for row in known["rows"]} == rows
     assert list(rows) == list(small.published)
-    setup = Setup(out=tmp_path, images=2)
-    attack = Attack.of("FR-ZF-07")
-    records = work.kept(setup, attack)
+    records = work.read_all(setup, Attack.of("FR-ZF-07"))
     for network in small.networks:
         assert rows["none"][network] == work.score(setup, network).mean
-        added = [(record.key, record.perturbation) for record in records]
+        added = [(record.key, record.values) for record in records]
         assert rows["r1"][network] == work.score(setup, network, added).mean
     assert f"{rows['r1']['FCN-Alex']:.1f} (31.7)" in shown
-    assert (tmp_path / "table-detection.md").read_text() in shown
-
-    def refuse(*_):
-        raise AssertionError("measured again")
-
-    measure = cells.measure_cell
-    monkeypatch.setattr(cells, "measure_cell", refuse)
-    assert main(arguments) == 0
-    made = json.loads((tmp_path / "table-detection.json").read_text())
-    assert made["rows"] == known["rows"]
+    before = written(tmp_path / "scores", ".json")
+    assert measured(setup, small)[0] == rows
+    assert written(tmp_path / "scores", ".json") == before
     # A score that was measured with other weights is measured again.
-    path = tables.cell("none", "FCN-Alex").path(setup)
+    path = tables.cell(setup, "none", "FCN-Alex").path(setup)
     cell = json.loads(path.read_text())
     cell["score"], cell["of"]["weights"]["FCN-Alex"] = 1.0, "others"
     path.write_text(json.dumps(cell))
-    monkeypatch.setattr(cells, "measure_cell", measure)
-    assert main(arguments) == 0
-    made = json.loads((tmp_path / "table-detection.json").read_text())
-    assert made["rows"] == known["rows"]
+    assert measured(setup, small)[0] == rows
+
+
+def test_a_table_by_command(tmp_path, capfd):
+    arguments = ["--images", "1", "--jobs", "1", "--max-iter", "1", "--out", str(tmp_path)]
+    assert main(["paper", "table", "segmentation", *arguments]) == 0
+    shown = capfd.readouterr().out
+    assert "| none | " in shown
+    assert (tmp_path / "table-segmentation.md").read_text() in shown
 
 
 def test_a_perturbation_of_another_image_is_refused(tmp_path):
@@ -326,18 +343,20 @@ def test_bad_input(tmp_path, capfd, arguments, message):
     assert message in error
 
 
-def rows_with(**left):
+SEGMENTATION, _, CROSS_TASK = tables.TABLES
+
+
+def scores_with(**left):
     """The segmentation table with 80 % clean scores; `left` says what own perturbations leave."""
-    networks = tables.TABLES["segmentation"].networks
-    rows = {row: dict.fromkeys(networks, 80.0) for row in tables.TABLES["segmentation"].published}
+    rows = {row: dict.fromkeys(SEGMENTATION.networks, 80.0) for row in SEGMENTATION.published}
     for row, source in tables.SOURCES.items():
         if row in rows:
             rows[row][source] = left.get(row, 8.0)
-    return rows
+    return tables.Scores(SEGMENTATION, rows)
 
 
 def test_findings_are_means_of_shares():
-    found = {one.what: one for one in reading.findings({"segmentation": rows_with(r5=16.0)})}
+    found = {one.what: one for one in reading.findings([scores_with(r5=16.0)])}
     assert found["White box"].count == 4
     assert found["White box"].measured == pytest.approx((20 + 10 + 10 + 10) / 4)
     own = [3.98 / 48.04, 3.98 / 48.92, 4.09 / 65.49, 4.18 / 67.09]
@@ -351,8 +370,8 @@ def test_findings_are_means_of_shares():
     assert found["Permuted"].count == 12
     told = "\n".join(reading.text(list(found.values())))
     assert "White box (each network under its own perturbation): 12 % of the clean score" in told
-    cross = {"cross-task": reading.published_rows(tables.TABLES["cross-task"])}
-    by = {one.what: one for one in reading.findings(cross)}
+    cross = tables.Scores(CROSS_TASK, reading.published_rows(CROSS_TASK))
+    by = {one.what: one for one in reading.findings([cross])}
     assert by["Across tasks"].count == 10  # 2 x 2 + 2 x 3
     assert by["Ensembles, others"].measured == by["Ensembles, others"].paper
 
@@ -362,30 +381,30 @@ def test_where_joint_ensembles_are_weaker():
         "r5 + r7": {"FCN-Alex": 4.0, "FCN-VGG": 5.0, "DL-VGG": 50.0, "DL-RN101": 60.0},
         "joint r5 + r7": {"FCN-Alex": 3.0, "FCN-VGG": 6.0, "DL-VGG": 51.0, "DL-RN101": 60.0},
     }
-    assert reading.weaker({"segmentation": rows}) == [
+    assert reading.weaker([rows]) == [
         "joint r5 + r7 leaves 6.0 on FCN-VGG, the sum 5.0.",
         "joint r5 + r7 leaves 55.5 on the other networks in the mean, the sum 55.0.",
     ]
 
 
-def test_everything_by_command(tmp_path, monkeypatch, capfd):
-    """One table, the diagnoses and three examples, in small; the page holds all of them."""
-    small = {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
-    further = ("joint r1 + r5",)
-    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), small, further)
-    monkeypatch.setattr(commands, "TABLES", {"cross-task": table})
-    monkeypatch.setitem(tables.TABLES, "cross-task", table)
-    monkeypatch.setattr(diagnoses, "THRESHOLDS", (0.9,))
-    monkeypatch.setattr(diagnoses, "DENSENESS", ("FR-ZF-07",))
-    monkeypatch.setattr(diagnoses, "CONVERGENCE", ("FR-ZF-07", "FCN-Alex"))
-    monkeypatch.setattr(fancy, "UPDATES", 3)
-    monkeypatch.setattr(diagnoses, "seconds_of", lambda _, attacks, __: dict.fromkeys(attacks, 0.5))
+def test_everything(tmp_path):
+    """One table, the diagnoses and four examples, in small; the page holds all of them."""
+    rows = {"none": (58.7, 48.04), "r1": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
+    table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), rows, ("joint r1 + r5",))
     names = ("circle-fcn-vgg", "two-masks", "two-tasks", "noise")
-    chosen = tuple(one for one in fancy.SCENARIOS if one.name in names)
-    monkeypatch.setattr(fancy, "SCENARIOS", chosen)
-    arguments = ["paper", "all", "--images", "1", "--jobs", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    assert "White box" in capfd.readouterr().out
+    chosen = [one for one in fancy.SCENARIOS if one.name in names]
+    experiments = [
+        partial(diagnoses.denseness, networks=["FR-ZF-07"], thresholds=[0.9]),
+        partial(diagnoses.convergence, networks=["FR-ZF-07", "FCN-Alex"]),
+        partial(fancy.fancy, scenarios=chosen),
+    ]
+    setup = Setup(out=tmp_path, images=1, jobs=1, max_iter=3)
+
+    def everything():
+        with Counter() as counter:
+            return page.everything(setup, counter, tables=[table], experiments=experiments)
+
+    assert "White box" in everything()[0]
     content = (tmp_path / "index.html").read_text()
     pictures = [
         "convergence.png",
@@ -411,27 +430,20 @@ def test_everything_by_command(tmp_path, monkeypatch, capfd):
             assert f">{value:.1f}" in content
     assert content.count('class="own"') == 1 + 2 + 2
     assert content.count("<small>") == 3 * 2
-    (joint,) = work.kept(Setup(out=tmp_path, images=1), tables.attacks("joint r1 + r5")[0])
+    (joint,) = work.read_all(setup, tables.attacks(setup, "joint r1 + r5")[0])
     assert joint.active[0] > joint.active[-1]
     assert joint.targets > 5000  # pixels and boxes
-
-    def refuse(*_):
-        raise AssertionError("made again")
-
-    for module, name in (
-        (work, "attack_images"),
-        (cells, "measure_cell"),
-        (fancy, "make"),
-        (diagnoses, "seconds_of"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
-    assert main(arguments) == 0
+    kept = [tmp_path / name for name in ("perturbations", "scores", "fancy")]
+    before = [written(folder, ".safetensors", ".json", ".png") for folder in kept]
+    everything()
+    assert [written(folder, ".safetensors", ".json", ".png") for folder in kept] == before
     assert (tmp_path / "index.html").read_text() == content
 
 
 def test_a_prescribed_segmentation(tmp_path):
     setup = Setup(out=tmp_path, images=2, jobs=1)
-    fancy.make(setup, "square-fcn-vgg")
+    (scenario,) = (one for one in fancy.SCENARIOS if one.name == "square-fcn-vgg")
+    fancy.make(setup, scenario)
     (row,) = json.loads((tmp_path / "fancy/square-fcn-vgg.json").read_text())["rows"]
     assert row["as wanted, %"] > 95
     assert 0 < row["updates"] < fancy.UPDATES
@@ -444,16 +456,15 @@ def test_killed_at_any_moment_the_tables_are_the_same(tmp_path):
     script.write_text(
         """
 import sys
-from dagcore.__main__ import main
-from dagcore.paper import tables, work
+from pathlib import Path
+from dagcore.cli.progress import Counter
+from dagcore.paper import Setup, tables
 
-of = work.Attack.of.__func__
-work.Attack.of = classmethod(lambda cls, *networks: of(cls, *networks, max_iter=6))
 rows = {"none": (1, 1), "r1": (1, 1), "r5": (1, 1), "r1 + r5 (permuted)": (1, 1)}
 table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), rows, ("joint r1 + r5",))
-tables.TABLES["cross-task"] = table
-arguments = ["paper", "table", "cross-task", "--images", "6", "--jobs", "1"]
-sys.exit(main([*arguments, "--out", sys.argv[1]]))
+setup = Setup(out=Path(sys.argv[1]), images=6, jobs=1, max_iter=6)
+with Counter() as counter:
+    tables.measure(setup, table, counter).report().write(setup)
 """
     )
 
@@ -516,7 +527,7 @@ def a_devkit(root):
         (root / "VOC2007" / "Annotations" / f"00000{k}.xml").write_text(ANNOTATION)
 
 
-def test_voc_and_weights_of_the_users_own(tmp_path, monkeypatch, capfd):
+def test_voc_and_weights_of_the_users_own(tmp_path, capfd):
     """The whole way on images of VOC's form, with networks that have seen nothing."""
     a_devkit(tmp_path / "VOCdevkit")
     for name in ("FR-ZF-07", "FCN-Alex"):
@@ -528,34 +539,19 @@ def test_voc_and_weights_of_the_users_own(tmp_path, monkeypatch, capfd):
     rows = {"none": (58.7, 48.04), "r5": (3.61, 31.74), "r1 + r5": (5.02, 4.32)}
     further = ("joint r1 + r5", "universal r5")
     table = tables.Table("cross-task", ("FR-ZF-07", "FCN-Alex"), rows, further)
-    monkeypatch.setitem(tables.TABLES, "cross-task", table)
-    of = Attack.of.__func__
-
-    def short(cls, *networks, **settings):
-        return of(cls, *networks, **{**settings, "max_iter": 5})
-
-    monkeypatch.setattr(Attack, "of", classmethod(short))
-    arguments = ["paper", "table", "cross-task", "--images", "3", "--jobs", "1"]
-    arguments += ["--data", str(tmp_path / "VOCdevkit"), "--weights", str(tmp_path / "weights")]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    known = json.loads((tmp_path / "out" / "table-cross-task.json").read_text())
-    found = {row["perturbation"]: row["scores"] for row in known["rows"]}
+    given = {"data": str(tmp_path / "VOCdevkit"), "weights": tmp_path / "weights"}
+    setup = Setup(out=tmp_path / "out", images=3, jobs=1, max_iter=5, **given)
+    found, *_ = measured(setup, table)
     assert list(found) == [*rows, *further]
-    setup = Setup(
-        out=tmp_path / "out",
-        images=3,
-        data=str(tmp_path / "VOCdevkit"),
-        weights=tmp_path / "weights",
-    )
-    records = work.kept(setup, Attack.of("FCN-Alex"))
+    records = work.read_all(setup, setup.attack("FCN-Alex"))
     assert [record.key for record in records] == ["000001", "000002", "000003"]
-    assert [record.perturbation.shape[1:] for record in records] == [(80, 96), (96, 80), (80, 96)]
+    assert [record.values.shape[1:] for record in records] == [(80, 96), (96, 80), (80, 96)]
     assert records[0].targets == 80 * 96 - 81
-    added = [(record.key, record.perturbation) for record in records]
+    added = [(record.key, record.values) for record in records]
     assert found["r5"]["FCN-Alex"] == work.score(setup, "FCN-Alex", added).mean
-    (universal,) = tables.attacks("universal r5")
-    assert work.read(setup, universal, 0).perturbation.shape == (3, 96, 96)
-    assert (
-        main([*arguments[:3], *arguments[5:], "--images", "4", "--out", str(tmp_path / "x")]) == 2
-    )
+    (universal,) = tables.attacks(setup, "universal r5")
+    assert work.read(setup, universal, 0).values.shape == (3, 96, 96)
+    arguments = ["--images", "4", "--jobs", "1", "--out", str(tmp_path / "x")]
+    arguments += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert main(["paper", "figure", "perceptibility", "FCN-Alex", *arguments]) == 2
     assert "--images must be at most 3" in capfd.readouterr().err

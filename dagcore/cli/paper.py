@@ -7,22 +7,12 @@ from typing import Any
 
 import click
 
-from ..errors import ArgumentError
-from ..files import atomic_write
-from ..paper import page
-from ..paper.diagnoses import Row, convergence, denseness, markdown, perceptibility
-from ..paper.fancy import fancy
-from ..paper.reading import findings, text
+from ..paper.page import EXPERIMENTS, everything
+from ..paper.reports import Report
 from ..paper.tables import TABLES, measure
 from ..paper.work import Setup
 from . import options
 from .progress import Counter
-
-DIAGNOSES = {
-    "denseness": denseness,
-    "convergence": convergence,
-    "perceptibility": perceptibility,
-}
 
 
 @click.group("paper")
@@ -35,6 +25,10 @@ experiment = options.all_of(
         "Folder for the results. Perturbations that it has are used again.", default="paper"
     ),
     options.count("--images", default=100, help="Images to attack."),
+    options.count(
+        "--max-iter",
+        help="Updates at the most, for a quick look.  [default: each experiment's own]",
+    ),
     options.seed(),
     options.device,
     click.option(
@@ -54,7 +48,7 @@ experiment = options.all_of(
 
 
 @command.command("table")
-@click.argument("name", type=click.Choice(tuple(TABLES)))
+@click.argument("name", type=click.Choice([table.name for table in TABLES]))
 @experiment
 def table(name: str, **given: Any) -> None:
     """Make one of the paper's tables.
@@ -63,51 +57,29 @@ def table(name: str, **given: Any) -> None:
     is shown beside the paper's own numbers.
     """
     setup = Setup(**given)
+    (chosen,) = (table for table in TABLES if table.name == name)
     with Counter() as counter:
-        made = measure(setup, name, counter)
-    paths = made.write(setup)
-    click.echo(made.markdown())
-    click.echo("In brackets the paper's, on PASCAL VOC.")
-    click.echo(f"written to {', '.join(map(str, paths))}")
+        report = measure(setup, chosen, counter).report()
+    show(setup, report, "In brackets the paper's, on PASCAL VOC.\n")
 
 
 @command.command("all")
 @experiment
-def everything(**given: Any) -> None:
+def all_(**given: Any) -> None:
     """Make every table, figure and example, and one page with all of them, index.html.
 
     What is already there is used again; a run that was interrupted goes on where it stopped.
     """
     setup = Setup(**given)
     with Counter() as counter:
-        scores, made = {}, []
-        for name in TABLES:
-            scores[name] = measure(setup, name, counter)
-            scores[name].write(setup)
-        for diagnose in DIAGNOSES.values():
-            made.append(diagnose(setup, counter))
-            made[-1].write(setup)
-        examples = fancy(setup, counter)
-        write_fancy(setup, examples)
-    path = setup.out / "index.html"
-    page.write(path, page.page(setup, scores, made, examples))
-    for line in text(findings({name: known.rows for name, known in scores.items()})):
+        lines = everything(setup, counter)
+    for line in lines:
         click.echo(line)
-    click.echo(f"written to {path}")
-
-
-def write_fancy(setup: Setup, rows: list[Row]) -> Path:
-    """Write the examples' numbers as a table, whole or not at all."""
-    path = setup.out / "fancy.md"
-    with atomic_write(path) as temporary:
-        temporary.write_text(
-            markdown([{name: row[name] for name in row if name != "picture"} for row in rows])
-        )
-    return path
+    click.echo(f"written to {setup.out / 'index.html'}")
 
 
 @command.command("figure")
-@click.argument("name", type=click.Choice((*DIAGNOSES, "fancy")))
+@click.argument("name", type=click.Choice(tuple(EXPERIMENTS)))
 @click.argument("networks", nargs=-1, metavar="[NETWORK]...")
 @experiment
 def figure(name: str, networks: tuple[str, ...], **given: Any) -> None:
@@ -120,15 +92,11 @@ def figure(name: str, networks: tuple[str, ...], **given: Any) -> None:
     """
     setup = Setup(**given)
     with Counter() as counter:
-        if name == "fancy":
-            if networks:
-                raise ArgumentError(f"fancy has networks of its own, got {', '.join(networks)}")
-            rows = fancy(setup, counter)
-            path = write_fancy(setup, rows)
-            click.echo(path.read_text())
-            click.echo(f"written to {setup.out / 'fancy'}, {path}")
-            return
-        made = DIAGNOSES[name](setup, counter, networks or None)
-    paths = made.write(setup)
-    click.echo(paths["md"].read_text())
-    click.echo(f"written to {', '.join(map(str, paths.values()))}")
+        report = EXPERIMENTS[name](setup, counter, *([networks] if networks else []))
+    show(setup, report)
+
+
+def show(setup: Setup, report: Report, note: str = "") -> None:
+    """Write a report, and show its table."""
+    paths = report.write(setup)
+    click.echo(f"{report.markdown()}\n{note}written to {', '.join(map(str, paths))}")

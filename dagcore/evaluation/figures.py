@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from ..files import atomic_write
+from .predict import Prediction
 
 Colours = npt.NDArray[np.uint8]
 
@@ -25,8 +25,8 @@ Colour = tuple[float, float, float]
 SHOWN_CLASSES = 12  # in the legend
 SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
 VOC_COLOURS = 64  # beyond, VOC's colours are too much alike
-PANEL_WIDTH, GAP, LEGEND_ROW = 3.4, 0.1, 0.24  # inches
-DOTS_PER_INCH = 150
+PANEL_WIDTH = 3.4  # inches
+GAP = 0.03  # between panels, in their width
 
 
 def voc_palette(count: int) -> Colours:
@@ -42,12 +42,11 @@ def voc_palette(count: int) -> Colours:
 
 def rank_palette(count: int) -> Colours:
     """Colours (count, 3) that differ most between neighbours: hues a golden angle apart."""
-    tones = ((0.62, 0.92), (0.85, 0.62), (0.40, 0.78))  # saturation, brightness
-    colours = [
-        colorsys.hsv_to_rgb((0.58 + 0.618034 * rank) % 1, *tones[rank % len(tones)])
-        for rank in range(count)
-    ]
-    return (np.array(colours).reshape(count, 3) * 255).round().astype(np.uint8)
+    rank = np.arange(count)
+    tones = np.array([(0.62, 0.92), (0.85, 0.62), (0.40, 0.78)])  # saturation, brightness
+    hues = (0.58 + 0.618034 * rank[:, None]) % 1
+    colours = hsv_to_rgb(np.hstack([hues, tones[rank % len(tones)]]))
+    return (colours * 255).round().astype(np.uint8)
 
 
 def shares(*maps: Tensor) -> dict[int, list[float]]:
@@ -70,12 +69,11 @@ def class_colours(
     classes only those in the picture are told apart.
     """
     highest = max(table, default=-1)
+    order = {c: c for c in table}
     if palette is not None and highest < len(palette):
         colours = np.array(palette, dtype=np.uint8)
-        order = {c: c for c in table}
     elif highest < VOC_COLOURS:
         colours = voc_palette(VOC_COLOURS)
-        order = {c: c for c in table}
     else:
         colours = rank_palette(len(table))
         order = {c: rank for rank, c in enumerate(table)}
@@ -92,12 +90,13 @@ def attack_figure(
     *,
     image: Tensor,
     adversarial: Tensor,
-    predicted: Tensor,
-    attacked: Tensor,
+    predicted: Prediction,
+    attacked: Prediction,
     classes: Sequence[str] | None = None,
     palette: Sequence[tuple[int, int, int]] | None = None,
     note: str = "",
     magnify: float = 10,
+    least: float = SHOWN_SCORE,
 ) -> None:
     """Write the figure of the paper's slides as one PNG.
 
@@ -105,136 +104,84 @@ def attack_figure(
         path: the file.
         image: (3, H, W) clean image in [0, 1].
         adversarial: (3, H, W) attacked image.
-        predicted: (h, w) classes the network sees in `image`; enlarged to the image's size.
-        attacked: (h, w) classes it sees in `adversarial`.
-        classes: names for the legend.
-        palette: colours (r, g, b) in 0..255 of the classes.
-        note: a line below the panels.
-        magnify: factor by which the perturbation is shown, around grey.
-    """
-    table = shares(predicted, attacked)
-    colours = class_colours(table, palette)
-    panels = {
-        "image": _pixels(image),
-        "its segmentation": _painted(predicted, colours),
-        _times(magnify): _magnified(adversarial - image, magnify),
-        "segmentation after the attack": _painted(attacked, colours),
-    }
-    size = (image.shape[1], image.shape[2])
-    figure, _ = _four_panels(panels, size, _legend(table, colours, classes), note)
-    _save(figure, path)
-
-
-def detection_figure(
-    path: Path,
-    *,
-    image: Tensor,
-    adversarial: Tensor,
-    predicted: Mapping[str, Tensor],
-    attacked: Mapping[str, Tensor],
-    classes: Sequence[str] | None = None,
-    note: str = "",
-    magnify: float = 10,
-    least: float = SHOWN_SCORE,
-) -> None:
-    """Write the figure of an attack on a detector as one PNG.
-
-    Args:
-        path: the file.
-        image: (3, H, W) clean image in [0, 1].
-        adversarial: (3, H, W) attacked image.
-        predicted: what the detector finds in `image`: "boxes" (D, 4), "labels" and "scores" (D,).
-        attacked: what it finds in `adversarial`.
-        classes: names for the boxes.
+        predicted: what the network sees in `image`: classes (h, w), enlarged to the image's size,
+            or detections: "boxes" (D, 4), "labels" and "scores" (D,).
+        attacked: what it sees in `adversarial`.
+        classes: names for the legend or the boxes.
+        palette: colours (r, g, b) in 0..255 of the classes of label maps.
         note: a line below the panels.
         magnify: factor by which the perturbation is shown, around grey.
         least: score from which a detection is drawn.
     """
-    panels = {
-        "image": _pixels(image),
-        "detections": _pixels(image),
-        _times(magnify): _magnified(adversarial - image, magnify),
-        "detections after the attack": _pixels(adversarial),
-    }
-    figure, axes = _four_panels(panels, (image.shape[1], image.shape[2]), [], note)
-    seen = [
-        {key: value.detach().cpu() for key, value in one.items()} for one in (predicted, attacked)
-    ]
-    highest = max((int(one["labels"].max()) for one in seen if len(one["labels"])), default=0)
-    colours = voc_palette(max(highest + 1, VOC_COLOURS))
-    for axis, one in zip((axes[1], axes[3]), seen, strict=True):
-        order = one["scores"].argsort(stable=True).tolist()  # the best on top
-        for d in order:
-            score = float(one["scores"][d])
-            if score >= least:
-                label = int(one["labels"][d])
-                text = f"{class_name(label, classes)} {score:.2f}"
-                _box(axis, one["boxes"][d].tolist(), text, _colour(colours[label]))
-    _save(figure, path)
-
-
-def _times(magnify: float) -> str:
-    return f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}"
-
-
-def _magnified(perturbation: Tensor, magnify: float) -> npt.NDArray[np.float32]:
-    return _pixels((0.5 + magnify * perturbation).clamp(0, 1))
-
-
-def _four_panels(
-    panels: Mapping[str, npt.NDArray[np.float32]],
-    size: tuple[int, int],
-    entries: Sequence[tuple[Colour | None, str]],
-    note: str,
-) -> tuple[Figure, list[Axes]]:
-    """Panels of images of (height, width) side by side, a legend and a note below."""
-    height, width = size
-    rows = -(-len(entries) // len(panels))
-    panel_height = PANEL_WIDTH * height / width
-    below = 0.2 + LEGEND_ROW * rows + (LEGEND_ROW if note else 0)
-    columns = [GAP + k * (PANEL_WIDTH + GAP) for k in range(len(panels))]
-    inches = (columns[-1] + PANEL_WIDTH + GAP, below + panel_height + 0.4)
-    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor="white")
-    FigureCanvasAgg(figure)
-    shown = []
-    for left, (title, pixels) in zip(columns, panels.items(), strict=True):
-        box = (left / inches[0], below / inches[1])
-        axes = figure.add_axes((*box, PANEL_WIDTH / inches[0], panel_height / inches[1]))
-        shown.append(axes)
-        axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
-        axes.set_title(title, fontsize=12, pad=6)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for k, (colour, text) in enumerate(entries):
-        row, column = divmod(k, len(panels))
-        _entry(figure, columns[column], below - 0.1 - LEGEND_ROW * (row + 0.5), colour, text)
-    if note:
-        _text(figure, GAP, 0.06 + LEGEND_ROW / 2, note, "0.35")
-    return figure, shown
-
-
-def _save(figure: Figure, path: Path) -> None:
+    figure = Figure(dpi=150)
+    panels = _panels(figure, image.shape[1] / image.shape[2])
+    times = f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}"
+    magnified = (0.5 + magnify * (adversarial - image)).clamp(0, 1)
+    _show(panels[0], "image", _pixels(image), image)
+    _show(panels[2], times, _pixels(magnified), image)
+    entries: list[Patch] = []
+    if isinstance(predicted, Tensor) and isinstance(attacked, Tensor):
+        table = shares(predicted, attacked)
+        colours = class_colours(table, palette)
+        entries = _legend(table, colours, classes)
+        _show(panels[1], "its segmentation", _painted(predicted, colours), image)
+        _show(panels[3], "segmentation after the attack", _painted(attacked, colours), image)
+    elif isinstance(predicted, Mapping) and isinstance(attacked, Mapping):
+        _show(panels[1], "detections", _pixels(image), image)
+        _show(panels[3], "detections after the attack", _pixels(adversarial), image)
+        _draw_boxes(panels[1], predicted, classes, least)
+        _draw_boxes(panels[3], attacked, classes, least)
+    for k, axes in enumerate(panels):  # the legend goes from panel to panel, row by row
+        place = {"bbox_to_anchor": (0, -0.02), "borderpad": 0, "borderaxespad": 0}
+        axes.legend(handles=entries[k::4], loc="upper left", frameon=False, **place)
+    rows = -(-len(entries) // 4)
+    panels[0].set_xlabel(_plain(note), loc="left", labelpad=8 + 16 * rows, color="0.35")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
 
 
-def _box(axes: Axes, corners: Sequence[float], text: str, colour: Colour) -> None:
-    """A box with its label, in the pixels of the image."""
-    left, top, right, bottom = corners
-    axes.add_patch(
-        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.8)
-    )
-    light = sum(colour) > 1.6
-    axes.text(
-        left,
-        top,
-        text.replace("$", r"\$"),
-        fontsize=8,
-        color="black" if light else "white",
-        verticalalignment="top",
-        clip_on=True,
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85},
-    )
+detection_figure = attack_figure
+"""The same, for detections."""
+
+
+def _panels(figure: Figure, ratio: float) -> list[Axes]:
+    """Four panels of a ratio height / width that fill a figure, but for gaps between them."""
+    figure.set_size_inches(PANEL_WIDTH * (4 + 3 * GAP), PANEL_WIDTH * ratio)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=GAP)
+    return list(figure.subplots(1, 4))
+
+
+def _show(axes: Axes, title: str, pixels: npt.NDArray[np.float32], image: Tensor) -> None:
+    """Show pixels, enlarged to the size of the image (3, H, W)."""
+    _, height, width = image.shape
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+    axes.set_title(title, fontsize=12)
+    axes.set(xticks=[], yticks=[])
+
+
+def _draw_boxes(
+    axes: Axes, found: Mapping[str, Tensor], classes: Sequence[str] | None, least: float
+) -> None:
+    """Draw detections with their classes and scores, in the pixels of the image."""
+    boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
+    for d in found["scores"].argsort(stable=True).tolist():  # the best on top
+        if scores[d] < least:
+            continue
+        left, top, right, bottom = boxes[d]
+        colour = _colour(voc_palette(labels[d] + 1)[-1])
+        frame = Rectangle((left, top), right - left, bottom - top)
+        frame.set(fill=False, edgecolor=colour, linewidth=1.8)
+        axes.add_patch(frame)
+        axes.text(
+            left,
+            top,
+            _plain(f"{class_name(labels[d], classes)} {scores[d]:.2f}"),
+            fontsize=8,
+            color="black" if sum(colour) > 1.6 else "white",
+            verticalalignment="top",
+            clip_on=True,
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )
 
 
 def _pixels(image: Tensor) -> npt.NDArray[np.float32]:
@@ -254,47 +201,26 @@ def _legend(
     table: dict[int, list[float]],
     colours: dict[int, Colour],
     classes: Sequence[str] | None,
-) -> list[tuple[Colour | None, str]]:
+) -> list[Patch]:
     """Colour and text of the classes with the largest share, before or after the attack."""
-    most = sorted(table, key=lambda c: -max(table[c]))
     room = SHOWN_CLASSES if len(table) <= SHOWN_CLASSES else SHOWN_CLASSES - 1
-    entries: list[tuple[Colour | None, str]] = []
+    most = sorted(table, key=lambda c: -max(table[c]))[:room]
+    entries = []
     for c, (before, after) in table.items():
-        if c in most[:room]:
+        if c in most:
             name = textwrap.shorten(class_name(c, classes), 28, placeholder="…")
-            entries.append((colours[c], f"{name}  {before:.0%} → {after:.0%}"))
+            label = _plain(f"{name}  {before:.0%} → {after:.0%}")
+            entries.append(Patch(facecolor=colours[c], edgecolor="0.4", linewidth=0.5, label=label))
     if len(table) > room:
-        entries.append((None, f"and {len(table) - room} more classes"))
+        entries.append(
+            Patch(fill=False, linewidth=0, label=f"and {len(table) - room} more classes")
+        )
     return entries
 
 
-def _entry(figure: Figure, x: float, y: float, colour: Colour | None, text: str) -> None:
-    """One entry of the legend, with its middle left at (x, y) inches."""
-    if colour is not None:
-        swatch = Rectangle(
-            (x, y - 0.06),
-            0.2,
-            0.12,
-            facecolor=colour,
-            edgecolor="0.4",
-            linewidth=0.5,
-            transform=figure.dpi_scale_trans,
-        )
-        figure.add_artist(swatch)
-        x += 0.27
-    _text(figure, x, y, text, "black")
-
-
-def _text(figure: Figure, x: float, y: float, text: str, colour: str) -> None:
-    figure.text(
-        x,
-        y,
-        text.replace("$", r"\$"),
-        fontsize=10,
-        color=colour,
-        verticalalignment="center_baseline",
-        transform=figure.dpi_scale_trans,
-    )
+def _plain(text: str) -> str:
+    """A text whose dollar signs matplotlib leaves as they are."""
+    return text.replace("$", r"\$")
 
 
 def class_name(index: int, classes: Sequence[str] | None) -> str:

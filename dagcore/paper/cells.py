@@ -53,12 +53,8 @@ def measure_cells(
     counter.add(what, len(cells), done=len(cells) - len(missing))
     for _ in run(setup, measure_cell, [(cell,) for cell in missing]):
         counter.advance(what)
-    scores = {}
-    for cell in cells:
-        found = known(setup, cell)
-        assert found is not None
-        scores[cell] = found
-    return scores
+    found = {cell: known(setup, cell) for cell in cells}
+    return {cell: score for cell, score in found.items() if score is not None}
 
 
 def known(setup: Setup, cell: Cell) -> float | None:
@@ -77,8 +73,8 @@ def measure_cell(setup: Setup, cell: Cell) -> None:
 def added(setup: Setup, cell: Cell) -> Iterator[tuple[str | None, Tensor]]:
     """For each image its key (None: for any), and what is added to it, (3, H, W)."""
     for k in range(setup.images):
-        records = [read(setup, attack, k) for attack in cell.attacks]
-        total = combine(*(record.perturbation for record in records))
+        parts = [read(setup, attack, k) for attack in cell.attacks]
+        total = combine(*(part.values for part in parts))
         if cell.permuted:
             total = permute(total[None], generator_of(setup.seed, 1, k))[0]
-        yield records[0].key, total
+        yield parts[0].key, total

@@ -2,69 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from statistics import fmean, median
+from typing import TypeVar
 
-import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .. import zoo
 from ..errors import ArgumentError
-from ..evaluation.kept import keep_json, read_json
 from ..evaluation.progress import Progress
-from ..files import atomic_write
-from ..info import versions
 from .cells import Cell, measure_cells
+from .reports import Report, Row
 from .tables import SOURCES
-from .work import Attack, Record, Setup, make_perturbations, read_all, seconds_of, settings_of
+from .work import Attack, Perturbation, Setup, make_perturbations, read_all, seconds
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TIMED = 8  # images of which the time is taken
 DENSENESS = ("FR-VGG-0712",)  # attacked at every threshold
 CONVERGENCE = (*SOURCES.values(), "R-FCN-RN50", "R-FCN-RN101", "FCOS-VGG")
 
-Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """Rows of numbers, and how they are drawn."""
-
-    name: str
-    rows: list[Row]
-    draw: Callable[[Figure, list[Row]], None]
-
-    def write(self, setup: Setup) -> dict[str, Path]:
-        """NAME.json, NAME.md and NAME.png in the folder, each whole or not at all."""
-        paths = {ending: setup.out / f"{self.name}.{ending}" for ending in ("json", "md", "png")}
-        setup.out.mkdir(parents=True, exist_ok=True)
-        known = {
-            "rows": self.rows,
-            "images": setup.images,
-            **setup.made_with(list(dict.fromkeys(row["network"] for row in self.rows))),
-            "versions": versions(),
-        }
-        with atomic_write(paths["json"]) as temporary:
-            temporary.write_text(json.dumps(known, indent=2) + "\n")
-        with atomic_write(paths["md"]) as temporary:
-            temporary.write_text(markdown(self.rows))
-        figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        self.draw(figure, self.rows)
-        with atomic_write(paths["png"]) as temporary:
-            figure.savefig(temporary, format="png")
-        return paths
-
-
-def denseness(setup: Setup, counter: Progress, networks: Sequence[str] | None = None) -> Diagnosis:
+def denseness(
+    setup: Setup,
+    counter: Progress,
+    networks: Sequence[str] = DENSENESS,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> Report:
     """Detectors attacked with targets from region networks of several NMS thresholds."""
-    networks = networks or DENSENESS
     for name in networks:
         if not zoo.find(name).two_stage:
             raise ArgumentError(
@@ -72,139 +42,140 @@ def denseness(setup: Setup, counter: Progress, networks: Sequence[str] | None = 
                 f"got {name}"
             )
     attacks = {
-        (name, threshold): Attack.of(name, nms_threshold=threshold)
+        (name, threshold): setup.attack(name, nms_threshold=threshold)
         for name in networks
-        for threshold in THRESHOLDS
+        for threshold in thresholds
     }
     make_perturbations(setup, list(attacks.values()), counter)
     spent = seconds(setup, list(attacks.values()), min(TIMED, setup.images))
-    clean = {name: Cell(name) for name in networks}
-    attacked = {(name, t): Cell(name, (attack,)) for (name, t), attack in attacks.items()}
-    scores = measure_cells(setup, [*clean.values(), *attacked.values()], counter, "denseness")
+    scores = before_and_after(setup, counter, "denseness", attacks)
     rows = []
-    for name in networks:
-        for threshold in THRESHOLDS:
-            records = read_all(setup, attacks[name, threshold])
-            rows.append(
-                {
-                    "network": name,
-                    "NMS threshold": threshold,
-                    "proposals": _mean(records, "proposals"),
-                    "targets": _mean(records, "targets"),
-                    "mAP": scores[clean[name]],
-                    "mAP after the attack": scores[attacked[name, threshold]],
-                    "updates": _mean(records, "iterations"),
-                    "perceptibility": _mean(records, "perceptibility"),
-                    "seconds an image": spent[attacks[name, threshold]],
-                }
-            )
-    return Diagnosis("denseness", rows, draw_denseness)
-
-
-def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
-    """Seconds that each attack takes an image, taken once and kept."""
-    paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
-    of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
-    if any(read_json(paths[one], of[one]) is None for one in attacks):
-        for one, spent in seconds_of(setup, attacks, count).items():
-            keep_json(paths[one], {"seconds": spent, "versions": versions()}, of[one])
-    found = {one: read_json(paths[one], of[one]) for one in attacks}
-    return {one: float(known["seconds"]) for one, known in found.items() if known is not None}
-
-
-def convergence(
-    setup: Setup, counter: Progress, networks: Sequence[str] | None = None
-) -> Diagnosis:
-    """How many images end within the budget, and how many targets are active on the way."""
-    networks = networks or CONVERGENCE
-    attacks = {name: Attack.of(name) for name in networks}
-    make_perturbations(setup, list(attacks.values()), counter)
-    clean = {name: Cell(name) for name in networks}
-    attacked = {name: Cell(name, (attacks[name],)) for name in networks}
-    scores = measure_cells(setup, [*clean.values(), *attacked.values()], counter, "convergence")
-    rows = []
-    for name in networks:
-        records = [record for record in read_all(setup, attacks[name]) if record.targets]
+    for (name, threshold), attack in attacks.items():
+        made = read_all(setup, attack)
+        before, after = scores[name, threshold]
         rows.append(
             {
                 "network": name,
-                "images with targets": len(records),
-                "not converged, %": 100
-                * sum(r.status != "converged" for r in records)
-                / max(1, len(records)),
-                "updates": _mean(records, "iterations"),
-                "perceptibility": _mean(records, "perceptibility"),
-                "score": scores[clean[name]],
-                "score after the attack": scores[attacked[name]],
-                "active": active_shares(records, attacks[name].max_iter),
-                "iterations": [record.iterations for record in records],
+                "NMS threshold": threshold,
+                "proposals": _mean([one.proposals for one in made]),
+                "targets": _mean([one.targets for one in made]),
+                "mAP": before,
+                "mAP after the attack": after,
+                "updates": _mean([one.iterations for one in made]),
+                "perceptibility": _mean([one.perceptibility for one in made]),
+                "seconds an image": spent[attack],
             }
         )
-    return Diagnosis("convergence", rows, draw_convergence)
+    return _drawn("denseness", rows, draw_denseness)
+
+
+def convergence(setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE) -> Report:
+    """How many images end within the budget, and how many targets are active on the way."""
+    attacks = {name: setup.attack(name) for name in networks}
+    every = with_targets(setup, counter, attacks)
+    scores = before_and_after(setup, counter, "convergence", attacks)
+    rows = []
+    for name, made in every.items():
+        before, after = scores[name]
+        rows.append(
+            {
+                "network": name,
+                "images with targets": len(made),
+                "not converged, %": 100 * _mean([one.status != "converged" for one in made]),
+                "updates": _mean([one.iterations for one in made]),
+                "perceptibility": _mean([one.perceptibility for one in made]),
+                "score": before,
+                "score after the attack": after,
+                "active": active_shares(made, attacks[name].max_iter),
+                "iterations": [one.iterations for one in made],
+            }
+        )
+    return _drawn("convergence", rows, draw_convergence)
 
 
 def perceptibility(
-    setup: Setup, counter: Progress, networks: Sequence[str] | None = None
-) -> Diagnosis:
+    setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE
+) -> Report:
     """How visible each network's perturbations are: the slides' p, over the images."""
-    networks = networks or CONVERGENCE
-    attacks = {name: Attack.of(name) for name in networks}
-    make_perturbations(setup, list(attacks.values()), counter)
+    every = with_targets(setup, counter, {name: setup.attack(name) for name in networks})
     rows = []
-    for name in networks:
-        records = [record for record in read_all(setup, attacks[name]) if record.targets]
-        every = np.array([record.perceptibility for record in records] or [0.0])
-        largest = [float(record.perturbation.abs().max()) for record in records]
+    for name, made in every.items():
+        values = [one.perceptibility for one in made] or [0.0]
+        largest = _mean([float(one.values.abs().max()) for one in made])
         rows.append(
             {
                 "network": name,
-                "images with targets": len(records),
-                "perceptibility": float(every.mean()),
-                "lowest": float(every.min()),
-                "median": float(np.median(every)),
-                "highest": float(every.max()),
-                "largest change of a pixel, of 255": 255 * sum(largest) / max(1, len(largest)),
-                "values": every.tolist(),
+                "images with targets": len(made),
+                "perceptibility": fmean(values),
+                "lowest": min(values),
+                "median": median(values),
+                "highest": max(values),
+                "largest change of a pixel, of 255": 255 * largest,
+                "values": values,
             }
         )
-    return Diagnosis("perceptibility", rows, draw_perceptibility)
+    return _drawn("perceptibility", rows, draw_perceptibility)
 
 
-def active_shares(records: Sequence[Record], updates: int) -> list[float]:
+def with_targets(
+    setup: Setup, counter: Progress, attacks: Mapping[Key, Attack]
+) -> dict[Key, list[Perturbation]]:
+    """The perturbations of each attack, but for images without targets."""
+    make_perturbations(setup, list(attacks.values()), counter)
+    every = {key: read_all(setup, attack) for key, attack in attacks.items()}
+    return {key: [one for one in made if one.targets] for key, made in every.items()}
+
+
+def before_and_after(
+    setup: Setup, counter: Progress, what: str, attacks: Mapping[Key, Attack]
+) -> dict[Key, tuple[float, float]]:
+    """The scores of networks on clean images, and under the attacks on themselves."""
+    clean = {key: Cell(attack.networks[0]) for key, attack in attacks.items()}
+    attacked = {key: Cell(attack.networks[0], (attack,)) for key, attack in attacks.items()}
+    cells = list(dict.fromkeys([*clean.values(), *attacked.values()]))
+    scores = measure_cells(setup, cells, counter, what)
+    return {key: (scores[clean[key]], scores[attacked[key]]) for key in attacks}
+
+
+def active_shares(made: Sequence[Perturbation], updates: int) -> list[float]:
     """The share of the targets that are active after 0, 1, ... updates, mean over the images."""
     shares = [0.0] * (updates + 1)
-    for record in records:
+    for one in made:
         for m in range(updates + 1):
-            left = record.active[min(m, len(record.active) - 1)]
-            shares[m] += left / record.targets / len(records)
+            left = one.active[min(m, len(one.active) - 1)]
+            shares[m] += left / one.targets / len(made)
     return shares
 
 
-def _mean(records: Sequence[Record], what: str) -> float:
-    values: list[float] = [getattr(record, what) for record in records]
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
+
+
+def _drawn(name: str, rows: list[Row], draw: Callable[..., None]) -> Report:
+    """A report with a figure."""
+    pictures = [(f"{name}.png", f"{name}, as in the table above")]
+    return Report.of_rows(name, rows, draw=partial(draw, rows=rows), pictures=pictures)
 
 
 def draw_denseness(figure: Figure, rows: list[Row]) -> None:
     """mAP after the attack, targets and time, against the threshold."""
-    left, right, time = figure.subplots(1, 3)
-    for name in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == name]
-        at = [row["NMS threshold"] for row in own]
-        left.plot(at, [row["mAP after the attack"] for row in own], "o-", label=name)
-        left.axhline(own[0]["mAP"], linestyle=":", color="0.5")
-        right.plot(at, [row["targets"] for row in own], "o-", label=name)
-        time.plot(at, [row["seconds an image"] for row in own], "o-", label=name)
-    for axes in (left, right, time):
-        axes.set_xlabel("NMS threshold")
-    left.set_ylabel("mAP after the attack, %")
-    left.set_ylim(bottom=0)
-    left.set_title("dotted: before the attack", fontsize=9)
-    right.set_ylabel("targets an image")
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8)
-    time.set_ylabel("seconds an image")
-    time.set_ylim(bottom=0)
+    columns = {
+        "mAP after the attack": "mAP after the attack, %",
+        "targets": "targets an image",
+        "seconds an image": "seconds an image",
+    }
+    panels = figure.subplots(1, 3)
+    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+        for name, group in itertools.groupby(rows, lambda row: row["network"]):
+            own = list(group)
+            at = [row["NMS threshold"] for row in own]
+            axes.plot(at, [row[column] for row in own], "o-", label=name)
+            if column == "mAP after the attack":
+                axes.axhline(own[0]["mAP"], linestyle=":", color="0.5")
+        axes.set(xlabel="NMS threshold", ylabel=label)
+        axes.set_ylim(bottom=0)
+    panels[0].set_title("dotted: before the attack", fontsize=9)
+    panels[1].legend(fontsize=8)
 
 
 def draw_convergence(figure: Figure, rows: list[Row]) -> None:
@@ -212,21 +183,12 @@ def draw_convergence(figure: Figure, rows: list[Row]) -> None:
     left, right = figure.subplots(1, 2)
     for row, colour in zip(rows, itertools.cycle(colormaps["tab20"].colors)):  # type: ignore
         left.plot([100 * share for share in row["active"]], color=colour)
-        right.hist(
-            row["iterations"],
-            bins=20,
-            histtype="step",
-            label=row["network"],
-            linewidth=1.3,
-            color=colour,
-        )
-    left.set_yscale("log")
+        style = {"histtype": "step", "linewidth": 1.3, "color": colour}
+        right.hist(row["iterations"], bins=20, label=row["network"], **style)
+    left.set(yscale="log", xlabel="updates", ylabel="active targets, %")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
-    left.set_xlabel("updates")
-    left.set_ylabel("active targets, %")
-    right.set_xlabel("updates at the end")
-    right.set_ylabel("images")
+    right.set(xlabel="updates at the end", ylabel="images")
     right.legend(fontsize=7)
 
 
@@ -238,23 +200,3 @@ def draw_perceptibility(figure: Figure, rows: list[Row]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("perceptibility")
     axes.set_title("of each image's perturbation; boxes: quartiles, whiskers: 1.5 of their range")
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Rows as a table, without the values that are lists."""
-    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    lines = ["| " + " | ".join(names) + " |"]
-    lines.append(
-        "|" + "|".join("---" if isinstance(rows[0][n], str) else "---:" for n in names) + "|"
-    )
-    lines += ["| " + " | ".join(cell(name, row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def cell(name: str, value: Any) -> str:
-    """A value for a table."""
-    if not isinstance(value, float):
-        return str(value)
-    if name in ("perceptibility", "lowest", "median", "highest"):
-        return f"{value:.2e}"
-    return f"{value:.2f}" if name in ("NMS threshold", "seconds an image") else f"{value:.1f}"

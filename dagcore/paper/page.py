@@ -1,19 +1,26 @@
-"""One page with all results: no script, no network, its pictures inside."""
+"""All experiments, and one page with their results: no script, no network, its pictures inside."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ..files import atomic_write
+from ..evaluation.progress import Progress
 from ..info import versions
-from .diagnoses import Diagnosis, Row, cell
-from .reading import Rows, findings, text, weaker
-from .tables import Scores, named
+from .diagnoses import convergence, denseness, perceptibility
+from .fancy import fancy
+from .reading import findings, text, weaker
+from .reports import Report, write_text
+from .tables import TABLES, Scores, Table, measure
 from .work import Setup
+
+EXPERIMENTS: dict[str, Callable[..., Report]] = {
+    "denseness": denseness,
+    "convergence": convergence,
+    "perceptibility": perceptibility,
+    "fancy": fancy,
+}
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --mark: #e0930033; }
@@ -30,12 +37,27 @@ figure { margin: 1.2rem 0; } figcaption, .note { font-size: .85rem; opacity: .8;
 """
 
 
-def page(
+def everything(
     setup: Setup,
-    scores: Mapping[str, Scores],
-    diagnoses: Sequence[Diagnosis],
-    fancy: Sequence[Row],
-) -> str:
+    counter: Progress,
+    *,
+    tables: Sequence[Table] = TABLES,
+    experiments: Sequence[Callable[[Setup, Progress], Report]] = tuple(EXPERIMENTS.values()),
+) -> list[str]:
+    """Run all experiments, write their reports and index.html; returns what the tables say."""
+    scores = []
+    for table in tables:
+        scores.append(measure(setup, table, counter))
+        scores[-1].report().write(setup)
+    reports = []
+    for experiment in experiments:
+        reports.append(experiment(setup, counter))
+        reports[-1].write(setup)
+    write_text(setup.out / "index.html", page(setup, scores, reports))
+    return text(findings(scores))
+
+
+def page(setup: Setup, scores: Sequence[Scores], reports: Sequence[Report]) -> str:
     """The page as HTML."""
     parts = [
         "<h1>Dense Adversary Generation: the paper's experiments</h1>",
@@ -44,32 +66,15 @@ def page(
         "small, the paper's own on PASCAL VOC. Marked: networks under a perturbation that was made "
         "for them.</p>",
     ]
-    for name, known in scores.items():
-        parts += [f"<h2>{name.capitalize()}</h2>", score_table(known)]
-    measured: dict[str, Rows] = {name: known.rows for name, known in scores.items()}
-    lines = text(findings(measured))
+    parts += [section(setup, known.report()) for known in scores]
+    lines = text(findings(scores))
     if lines:
-        worse = weaker(measured)
+        worse = weaker(known.rows for known in scores)
         if worse:
             lines.append("Where joint ensembles are weaker than sums: " + " ".join(worse))
         items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         parts += ["<h2>Reading the tables</h2>", f"<ul>{items}</ul>"]
-    for diagnosis in diagnoses:
-        parts += [
-            f"<h2>{diagnosis.name.capitalize()}</h2>",
-            rows_table(diagnosis.rows),
-            picture(
-                setup.out / f"{diagnosis.name}.png", f"{diagnosis.name}, as in the table above"
-            ),
-        ]
-    if fancy:
-        parts += ["<h2>Fancy examples</h2>", rows_table(fancy, without=("picture",))]
-        for row in fancy:
-            told = (
-                f"{row['example']}: {row['network']}, {row['as wanted, %']:.1f} % as wanted after "
-                f"{row['updates']} updates"
-            )
-            parts.append(picture(setup.out / "fancy" / row["picture"], told))
+    parts += [section(setup, report) for report in reports]
     used = ", ".join(f"{key} {value}" for key, value in versions().items() if value)
     parts.append(f'<p class="note">{html.escape(used)}</p>')
     body = "\n".join(parts)
@@ -81,51 +86,20 @@ def page(
     )
 
 
-def write(path: Path, content: str) -> None:
-    """Write a page, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-
-
 def _data(setup: Setup) -> str:
     data = "Test scenes of family 07" if setup.data == "scenes" else setup.data
     weights = "the zoo's weights" if setup.weights is None else f"weights from {setup.weights}"
     return html.escape(f"{data}, {weights}")
 
 
-def score_table(known: Scores) -> str:
-    """A table of scores, the paper's own small behind each."""
-    networks = known.table.networks
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("perturbation", *networks))
-    lines = []
-    for row, own in known.rows.items():
-        published = known.table.published.get(row, [None] * len(networks))
-        cells = ""
-        for network, paper in zip(networks, published, strict=True):
-            mark = ' class="own"' if network in known.members(row) else ""
-            beside = "" if paper is None else f" <small>{paper:.1f}</small>"
-            cells += f"<td{mark}>{own[network]:.1f}{beside}</td>"
-        lines.append(f"<tr><td>{html.escape(named(row))}</td>{cells}</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def rows_table(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
-    """Rows of one shape as a table, without lists."""
-    names = [n for n, value in rows[0].items() if not isinstance(value, list) and n not in without]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    lines = "".join(f"<tr>{''.join(_cell(name, row[name]) for name in names)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div>'
-
-
-def _cell(name: str, value: Any) -> str:
-    return f"<td>{html.escape(cell(name, value))}</td>"
-
-
-def picture(path: Path, caption: str) -> str:
-    """A picture inside the page."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    told = html.escape(caption)
-    return (
-        f'<figure><img alt="{told}" src="data:image/png;base64,{content}">'
-        f"<figcaption>{told}</figcaption></figure>"
-    )
+def section(setup: Setup, report: Report) -> str:
+    """A report's table, and its pictures inside the page."""
+    parts = [f"<h2>{html.escape(report.title)}</h2>", report.html()]
+    for path, caption in report.pictures:
+        content = base64.b64encode((setup.out / path).read_bytes()).decode()
+        told = html.escape(caption)
+        parts.append(
+            f'<figure><img alt="{told}" src="data:image/png;base64,{content}">'
+            f"<figcaption>{told}</figcaption></figure>"
+        )
+    return "\n".join(parts)

@@ -43,6 +43,7 @@ class Setup:
     Attributes:
         out: folder of everything that is made.
         images: how many of the data's images.
+        max_iter: updates of every attack at the most; each experiment's own number if None.
         seed: of adversarial labels and permutations.
         device: where to run; a GPU where there is one if None.
         data: "scenes" (the test scenes of family 07), or the path of a VOCdevkit (VOC2007 test).
@@ -52,11 +53,17 @@ class Setup:
 
     out: Path
     images: int = 100
+    max_iter: int | None = None
     seed: int = 0
     device: str | None = None
     data: str = "scenes"
     weights: Path | None = None
     jobs: int | None = None
+
+    def attack(self, *networks: str, **settings: Any) -> Attack:
+        """An attack with the paper's settings where no others are given."""
+        limit = {} if self.max_iter is None else {"max_iter": self.max_iter}
+        return Attack.of(*networks, **{**settings, **limit})
 
     def victim(self, network: str) -> Victim | Detector:
         """A network of the zoo, as it is attacked."""
@@ -78,10 +85,10 @@ class Setup:
         if self.weights is None:
             return entry.path
         stem = self.weights / entry.slug
-        path = next((p for p in map(stem.with_suffix, ENDINGS) if p.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
-        return path
+        for path in map(stem.with_suffix, (".safetensors", ".pth", ".pt")):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
 
     def made_with(self, networks: Sequence[str]) -> dict[str, Any]:
         """What results depend on: the data, the seed, and the content of the weights."""
@@ -96,17 +103,13 @@ class Setup:
         """Images that are not among the `examples`, nor ever were in training on scenes."""
         if self.data == "scenes":
             return Scenes("07", "val", count=count)  # type: ignore[return-value]
-        found = VOC(self.data, task, sets=VOC_OTHERS)
-        order = sorted(range(len(found)), key=found.keys.__getitem__)
-        return Subset(found, order[:count])  # type: ignore[return-value]
+        found = VOC(self.data, task, sets=[("2007", "trainval")])
+        return Subset(found, _in_order(found)[:count])  # type: ignore[return-value]
 
     def example(self, index: int) -> Example:
         """One of the images, with its mask and its boxes."""
         masked, boxed = (self.examples(task)[index] for task in ("segmentation", "detection"))
         return dataclasses.replace(boxed, mask=masked.mask)
-
-
-ENDINGS = (".safetensors", ".pth", ".pt")
 
 
 @cache
@@ -116,8 +119,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-VOC_SET = (("2007", "test"),)
-VOC_OTHERS = (("2007", "trainval"),)
+def _in_order(examples: VOC) -> list[int]:
+    """The numbers of the images, in the order of their names."""
+    return sorted(range(len(examples)), key=examples.keys.__getitem__)
 
 
 @lru_cache(maxsize=4)
@@ -125,10 +129,10 @@ def _examples(data: str, task: str, count: int) -> Sequence[Example]:
     if data == "scenes":
         return Scenes("07", "test", count=count)  # type: ignore[return-value]
     # Images that have masks as well as boxes, so that all tables are of the same ones.
-    names = set(VOC(data, "segmentation", sets=VOC_SET).keys)
-    found = VOC(data, task, sets=VOC_SET)
-    order = sorted(range(len(found)), key=found.keys.__getitem__)
-    chosen = [k for k in order if found.keys[k] in names][:count]
+    test = [("2007", "test")]
+    names = set(VOC(data, "segmentation", sets=test).keys)
+    found = VOC(data, task, sets=test)
+    chosen = [k for k in _in_order(found) if found.keys[k] in names][:count]
     if len(chosen) < count:
         raise ArgumentError(
             f"--images must be at most {len(chosen)}, as many as there are, got {count}"
@@ -172,14 +176,23 @@ class Attack:
         """How many perturbations it has."""
         return 1 if self.universal else setup.images
 
+    def dag(self) -> DAG:
+        """The rule."""
+        return DAG(
+            gamma=self.gamma,
+            max_iter=self.max_iter,
+            epsilon=self.epsilon,
+            ignore_index=IGNORE,
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Record:
+class Perturbation:
     """What an attack made of one image."""
 
     key: str | None
     """The image's; None where it is for any."""
-    perturbation: Tensor
+    values: Tensor
     """(3, H, W)."""
     iterations: int
     status: str
@@ -206,15 +219,15 @@ def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
     }
 
 
-def read(setup: Setup, attack: Attack, index: int) -> Record:
+def read(setup: Setup, attack: Attack, index: int) -> Perturbation:
     """A kept perturbation."""
     path = path_of(setup, attack, index)
     known = kept.known_of(path)
     del known["settings"], known["versions"]
-    return Record(perturbation=kept.read_tensor(path, "perturbation"), **known)
+    return Perturbation(values=kept.read_tensor(path, "perturbation"), **known)
 
 
-def read_all(setup: Setup, attack: Attack) -> list[Record]:
+def read_all(setup: Setup, attack: Attack) -> list[Perturbation]:
     """The perturbations of all images, which must be there."""
     return [read(setup, attack, k) for k in range(setup.images)]
 
@@ -274,44 +287,23 @@ def _victim(setup: Setup, network: str) -> Any:
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
     """Attack some images together, and keep what comes of each and is not kept yet."""
-    dag = DAG(
-        gamma=attack.gamma,
-        max_iter=attack.max_iter,
-        epsilon=attack.epsilon,
-        ignore_index=IGNORE,
-    )
+    dag = attack.dag()
     victims = [_victim(setup, network) for network in attack.networks]
     if attack.universal:
         (network,), (victim,) = attack.networks, victims
-        others = setup.others(zoo.find(network).task, attack.universal)
-        _keep(setup, attack, 0, None, universal_perturbation(dag, victim, Plain(setup, others)), 1)
+        others = Plain(setup, setup.others(zoo.find(network).task, attack.universal))
+        _keep(setup, attack, 0, None, universal_perturbation(dag, victim, others), 1)
         return
-    pairs = list(zip(attack.networks, victims, strict=True))
-    targets = {k: [target(setup, attack, *pair, k) for pair in pairs] for k in indexes}
-    for k, own in targets.items():
-        if len({one.key for one in own}) > 1:
-            raise ArgumentError(
-                f"--data must have masks and boxes of the same images, number {k} is "
-                f"{' and '.join(one.key for one in own)}"
-            )
+    samples = [target(setup, attack, victims, k) for k in indexes]
     if len(victims) == 1:
-        results = dag.stream(victims[0], (targets[k][0].sample for k in indexes), len(indexes))
+        results = dag.stream(victims[0], samples, len(samples))
     else:
-        missing = [k for k in indexes if not is_kept(setup, attack, k)]
-        samples = (_joint([one.sample for one in targets[k]]) for k in missing)
-        results = joint_stream(dag, [Part(victim) for victim in victims], samples, slots=1)
+        missing = [one for one in samples if not is_kept(setup, attack, one.key[0])]
+        results = joint_stream(dag, [Part(victim) for victim in victims], missing, slots=1)
     for result in results:
-        if not is_kept(setup, attack, result.key):
-            own = targets[result.key]
-            proposals = sum(one.proposals for one in own)
-            _keep(setup, attack, result.key, own[0].key, result, proposals)
-
-
-def _joint(samples: Sequence[Sample]) -> Sample:
-    """What several networks are attacked at in one image."""
-    names = ("labels", "adversarial_labels", "boxes")
-    columns: dict[str, Any] = {name: [getattr(one, name) for one in samples] for name in names}
-    return dataclasses.replace(samples[0], **columns)
+        index, key, proposals = result.key
+        if not is_kept(setup, attack, index):
+            _keep(setup, attack, index, key, result, proposals)
 
 
 class Plain(Sequence[Sample]):
@@ -353,17 +345,21 @@ def _keep(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Aimed:
-    """An image with its targets at a network."""
+def target(setup: Setup, attack: Attack, victims: Sequence[Any], index: int) -> Sample:
+    """What an attack on an image aims at; the sample's key is (index, image's key, proposals)."""
+    samples = [
+        _target(setup, attack, network, victim, index)
+        for network, victim in zip(attack.networks, victims, strict=True)
+    ]
+    if len(samples) == 1:
+        return samples[0]
+    names = ("labels", "adversarial_labels", "boxes")
+    columns: dict[str, Any] = {name: [getattr(one, name) for one in samples] for name in names}
+    key = (*samples[0].key[:2], sum(one.key[2] for one in samples))
+    return dataclasses.replace(samples[0], key=key, **columns)
 
-    key: str
-    sample: Sample
-    proposals: int
 
-
-def target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) -> Aimed:
-    """What an attack on one image aims at."""
+def _target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) -> Sample:
     example = setup.examples(zoo.find(network).task)[index]
     generator = generator_of(setup.seed, 0, index)
     image = example.image.to(find_device(setup.device))
@@ -375,28 +371,36 @@ def target(setup: Setup, attack: Attack, network: str, victim: Any, index: int) 
             generator=generator,
             ignore_index=IGNORE,
         )
-        (sample,) = targets.samples(image[None], [index])
-        return Aimed(example.key, sample, int(targets.proposals[0]))
+        (sample,) = targets.samples(image[None], [(index, example.key, int(targets.proposals[0]))])
+        return sample
     assert example.mask is not None
     labels = example.mask[None].to(image.device)
     adversarial = assign("permutation", labels, len(victim.classes), IGNORE, generator)
     assert isinstance(adversarial, Tensor)
-    sample = Sample(image, labels[0], adversarial[0], key=index)
-    return Aimed(example.key, sample, int((labels != IGNORE).sum()))
+    key = (index, example.key, int((labels != IGNORE).sum()))
+    return Sample(image, labels[0], adversarial[0], key=key)
 
 
-def seconds_of(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
-    """Seconds that an attack takes an image, one image at a time, the attacks in alternation."""
+def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
+    """Seconds that each attack on one network takes an image, taken once and kept.
+
+    The images are attacked one by one, by the attacks in alternation.
+    """
+    paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
+    of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
+    found = [kept.read_json(paths[one], of[one]) for one in attacks]
+    if None not in found:
+        return {one: known["seconds"] for one, known in zip(attacks, found, strict=True) if known}
     spent = dict.fromkeys(attacks, 0.0)
     for index in range(count):
         for attack in attacks:
-            (network,) = attack.networks
-            victim = _victim(setup, network)
-            dag = DAG(gamma=attack.gamma, max_iter=attack.max_iter, ignore_index=IGNORE)
+            victim = _victim(setup, attack.networks[0])
             start = time.perf_counter()
-            sample = target(setup, attack, network, victim, index).sample
-            list(dag.stream(victim, [sample], slots=1))
+            sample = target(setup, attack, [victim], index)
+            list(attack.dag().stream(victim, [sample], slots=1))
             spent[attack] += (time.perf_counter() - start) / count
+    for one in attacks:
+        kept.keep_json(paths[one], {"seconds": spent[one], "versions": versions()}, of[one])
     return spent
 
 
@@ -404,7 +408,6 @@ def score(
     setup: Setup,
     network: str,
     added: Iterable[tuple[str | None, Tensor]] | None = None,
-    victim: Any = None,
 ) -> Score:
     """A network's score on the images.
 
@@ -412,12 +415,12 @@ def score(
         setup: the run.
         network: its name.
         added: for each image its key, and the perturbation (3, H, W) that is added to it.
-        victim: the network itself, loaded if None.
     """
-    victim = setup.victim(network) if victim is None else victim
+    victim = setup.victim(network)
     examples = setup.examples(zoo.find(network).task)
-    inside = victim.network if isinstance(victim, Detector) else victim
+    inside: Any = victim
     if isinstance(victim, Detector):
+        inside = victim.network
         inside.classes = victim.classes
     return evaluate(inside, examples if added is None else _added(examples, added))
 
