@@ -140,7 +140,6 @@ def attack_figure(
         figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
 
 
-detection_figure = attack_figure
 """The same, for detections."""
 
 

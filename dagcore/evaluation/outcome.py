@@ -105,25 +105,13 @@ def write(
 
 def draw(outcome: Outcome, path: Path, victim: Victim | Detector, *, note: str) -> None:
     """Write the figure of an outcome."""
-    before, after = outcome.predicted, outcome.attacked
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        figures.detection_figure(
-            path,
-            image=outcome.image,
-            adversarial=outcome.adversarial,
-            predicted=before,
-            attacked=after,
-            classes=victim.classes,
-            note=note,
-        )
-    elif isinstance(before, Tensor) and isinstance(after, Tensor):
-        figures.attack_figure(
-            path,
-            image=outcome.image,
-            adversarial=outcome.adversarial,
-            predicted=before,
-            attacked=after,
-            classes=victim.classes,
-            palette=getattr(victim, "palette", None),
-            note=note,
-        )
+    figures.attack_figure(
+        path,
+        image=outcome.image,
+        adversarial=outcome.adversarial,
+        predicted=outcome.predicted,
+        attacked=outcome.attacked,
+        classes=victim.classes,
+        palette=getattr(victim, "palette", None),
+        note=note,
+    )
