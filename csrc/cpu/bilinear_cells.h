@@ -15,7 +15,6 @@ constexpr int64_t kBands = 16;
 // The cells of one call. Bands hold whole rows of cells.
 template <typename T>
 struct Cells : ScoreMaps {
-  using Real = typename Arithmetic<T>::Real;
   int64_t padded;       // length of a `ScoreRow`
   int64_t column_step;  // from a cell's left to its right corner: none at the size as it is
   std::vector<Segment> ys, xs;
@@ -38,27 +37,25 @@ struct Cells : ScoreMaps {
 
   int64_t bands() const { return static_cast<int64_t>(band_begin.size()) - 1; }
 
-  void read_row(int64_t n, int64_t y, ScoreRow<Real>* row) const {
-    run_simd<ReadRow<T>>(simd, static_cast<const T*>(data) + n * batch_stride + y * row_stride,
-                         class_stride, column_stride, classes, width, padded, column_step, row);
+  void read(int64_t n, int64_t y, ScoreRow<RealOf<T>>* row) const {
+    run_simd<read_row<T>>(simd, static_cast<const T*>(data) + n * batch_stride + y * row_stride,
+                          class_stride, column_stride, classes, width, padded, column_step, row);
   }
 };
 
 // What is known and needed while a row of cells is worked on.
 template <typename T>
 struct CellRow {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
+  using Real = RealOf<T>;
   ScoreRow<Real> above, below;  // of the cells' upper and lower corners
   std::vector<Real> floors;     // (2, padded)
   std::vector<uint8_t> keep;    // (C, padded)
   std::vector<int32_t> lists;   // (w, C + 1): the classes that can win in each cell, rising
   std::vector<int> counts;      // (w): how many they are
-  std::vector<Candidate<Real, Index>> candidates;  // (C): those of the cell in hand
-  TileWeights<Real>
-      weights[4];  // whole factors need three, at the left, in the middle, at the right
+  std::vector<Candidate<Real>> candidates;  // (C): those of the cell in hand
+  TileWeights<Real> weights[4];             // whole factors need three: left, middle and right
   int next_weights = 0;
-  Tile<Real, Index> tile;
+  Tile<Real> tile;
 
   explicit CellRow(const Cells<T>& cells)
       : above(cells.classes, cells.padded),
@@ -75,7 +72,7 @@ struct CellRow {
     }
     TileWeights<Real>& oldest = weights[next_weights];
     next_weights = (next_weights + 1) % 4;
-    run_simd<FillWeights<Real>>(simd, y, x, &oldest);
+    run_simd<fill_weights<Real>>(simd, y, x, &oldest);
     return oldest;
   }
 };
@@ -85,28 +82,26 @@ struct CellRow {
 template <typename T, bool kRunnerUp>
 void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previous_high,
               CellRow<T>* row) {
-  using Real = typename Arithmetic<T>::Real;
   if (y.low == previous_high) {
     std::swap(row->above, row->below);
   } else {
-    cells.read_row(n, y.low, &row->above);
+    cells.read(n, y.low, &row->above);
   }
-  cells.read_row(n, y.high, &row->below);
-  run_simd<Prune<Real, kRunnerUp>>(cells.simd, row->above, row->below, cells.classes, cells.padded,
-                                   row->floors.data(), row->keep.data());
+  cells.read(n, y.high, &row->below);
+  run_simd<prune<RealOf<T>, kRunnerUp>>(cells.simd, row->above, row->below, cells.classes,
+                                        cells.padded, row->floors.data(), row->keep.data());
   std::fill(row->counts.begin(), row->counts.end(), 0);
   for (int64_t c = 0; c < cells.classes; ++c) {
     const uint8_t* keep = row->keep.data() + c * cells.padded;
     for (int64_t x = 0; x < cells.width;) {
       uint64_t eight = 0;
-      if ((__builtin_memcpy(&eight, keep + x, 8), eight == 0)) {
-        x += 8;
-        continue;
-      }
-      for (const int64_t end = std::min(x + 8, cells.width); x < end; ++x) {
+      __builtin_memcpy(&eight, keep + x, 8);
+      const int64_t end = std::min(x + 8, cells.width);
+      for (; eight != 0 && x < end; ++x) {
         row->lists[x * (cells.classes + 1) + row->counts[x]] = static_cast<int32_t>(c);
         row->counts[x] += keep[x];
       }
+      x = end;
     }
   }
 }
@@ -125,22 +120,17 @@ int32_t only_winner(const Cells<T>& cells, int64_t x, const CellRow<T>& row) {
 // `only` is the cell's only winner, or kUncounted.
 template <typename T, bool kRunnerUp>
 void find_tile_winners(const Cells<T>& cells, int64_t x, int32_t only, CellRow<T>* row) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
-  if (only >= 0) {
-    return run_simd<FillWinner<Real, Index>>(cells.simd, static_cast<Index>(only), &row->tile);
-  }
+  using Real = RealOf<T>;
+  if (only >= 0) return run_simd<fill_winner<Real>>(cells.simd, only, &row->tile);
   const int32_t* classes = &row->lists[x * (cells.classes + 1)];
   const int64_t right = x + (x + 1 < cells.width ? cells.column_step : 0);
   const int count = row->counts[x];
   for (int k = 0; k < count; ++k) {
     const Real* above = &row->above.scores[classes[k] * cells.padded];
     const Real* below = &row->below.scores[classes[k] * cells.padded];
-    row->candidates[k] = {above[x], above[right], below[x], below[right],
-                          static_cast<Index>(classes[k])};
+    row->candidates[k] = {above[x], above[right], below[x], below[right], classes[k]};
   }
-  run_simd<FindTileWinners<Real, Index, kRunnerUp>>(cells.simd, row->candidates.data(), count,
-                                                    &row->tile);
+  run_simd<find_winners<Real, kRunnerUp>>(cells.simd, row->candidates.data(), count, &row->tile);
 }
 
 }  // namespace dagcore
