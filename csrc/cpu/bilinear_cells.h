@@ -128,7 +128,7 @@ void find_tile_winners(const Cells<T>& cells, int64_t x, int32_t only, CellRow<T
   for (int k = 0; k < count; ++k) {
     const Real* above = &row->above.scores[classes[k] * cells.padded];
     const Real* below = &row->below.scores[classes[k] * cells.padded];
-    row->candidates[k] = {above[x], above[right], below[x], below[right], classes[k]};
+    row->candidates[k] = {{above[x], above[right], below[x], below[right]}, classes[k]};
   }
   run_simd<find_winners<Real, kRunnerUp>>(cells.simd, row->candidates.data(), count, &row->tile);
 }

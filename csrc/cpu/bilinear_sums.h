@@ -32,35 +32,35 @@ template <typename Real>
 DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4],
                                  uint32_t* taken) {
   using Index = IndexOf<Real>;
-  const TileWeights<Real>& weights = *tile->weights;
-  Lanes<Real> s00, s01, s10, s11;
+  const auto& corner = tile->weights->corner;
+  Lanes<Real> s0, s1, s2, s3;
   Lanes<Index> found;
-  for (int p = 0; p < weights.padded; p += kLanes) {
-    Real w00[kLanes], w01[kLanes], w10[kLanes], w11[kLanes];
+  for (int p = 0; p < tile->weights->padded; p += kLanes) {
+    Real w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
     Index plus[kLanes], minus[kLanes];
     for (int j = 0; j < kLanes; ++j) {
-      w00[j] = weights.w00[p + j];
-      w01[j] = weights.w01[p + j];
-      w10[j] = weights.w10[p + j];
-      w11[j] = weights.w11[p + j];
+      w0[j] = corner[0][p + j];
+      w1[j] = corner[1][p + j];
+      w2[j] = corner[2][p + j];
+      w3[j] = corner[3][p + j];
       plus[j] = tile->plus[p + j];
       minus[j] = tile->minus[p + j];
     }
     for (int j = 0; j < kLanes; ++j) {
       const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
-      s00.lane[j] += same ? w00[j] : Real{0};
-      s01.lane[j] += same ? w01[j] : Real{0};
-      s10.lane[j] += same ? w10[j] : Real{0};
-      s11.lane[j] += same ? w11[j] : Real{0};
+      s0.lane[j] += same ? w0[j] : Real{0};
+      s1.lane[j] += same ? w1[j] : Real{0};
+      s2.lane[j] += same ? w2[j] : Real{0};
+      s3.lane[j] += same ? w3[j] : Real{0};
       found.lane[j] += same ? Index{1} : Index{0};
       plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
     }
     for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
   }
-  sum[0] = s00.total();
-  sum[1] = s01.total();
-  sum[2] = s10.total();
-  sum[3] = s11.total();
+  sum[0] = s0.total();
+  sum[1] = s1.total();
+  sum[2] = s2.total();
+  sum[3] = s3.total();
   *taken = static_cast<uint32_t>(found.total());
 }
 

@@ -12,75 +12,41 @@
 namespace dagcore {
 namespace {
 
-constexpr int kStrip = 1024;  // targets; their running winners stay in the first-level cache
-
 // `count` targets in a row: where the first lies in each operand, in elements.
 struct Strip {
   int64_t at[kSeedOperands];
   int count;
 };
 
-// The winners of a strip, as arrays so that targets are the vector's lanes.
-template <typename T, typename Index, bool kRunnerUp>
-struct StripWinners {
-  using Key = typename Score<T>::Key;
-  Key best[kStrip];
-  Index best_class[kStrip];
-  Key second[kRunnerUp ? kStrip : 1];
-  Index second_class[kRunnerUp ? kStrip : 1];
-
-  DAGCORE_INLINE Top<T, Index, kRunnerUp> get(int i) const {
-    return {best[i], second[kRunnerUp ? i : 0], best_class[i], second_class[kRunnerUp ? i : 0]};
-  }
-  DAGCORE_INLINE void set(int i, const Top<T, Index, kRunnerUp>& top) {
-    best[i] = top.best;
-    best_class[i] = top.best_class;
-    if (kRunnerUp) {
-      second[i] = top.second;
-      second_class[i] = top.second_class;
-    }
-  }
-};
-
 template <typename T, typename Index, bool kRunnerUp>
 DAGCORE_INLINE void find_strip_winners(const SeedArgs& args, const Strip& strip,
-                                       StripWinners<T, Index, kRunnerUp>* winners) {
+                                       TargetRow<T, Index>* row) {
   const int64_t stride = args.walk.inner_stride(kScores);
   const T* scores = static_cast<const T*>(args.scores) + strip.at[kScores];
   const int count = strip.count;
   for (int i = 0; i < count; ++i) {
-    Top<T, Index, kRunnerUp> top{};
-    top.first(Score<T>::key(scores[i * stride]));
-    winners->set(i, top);
+    row->best[i] = Score<T>::key(scores[i * stride]);
+    row->best_class[i] = 0;
+    if (kRunnerUp) row->second_class[i] = kUncounted;
   }
   const int64_t classes = args.rule.classes, class_stride = args.scores_class;
   for (int64_t c = 1; c < classes; ++c) {
     scores += class_stride;
     for (int i = 0; i < count; ++i) {
-      Top<T, Index, kRunnerUp> top = winners->get(i);
+      Top<T, Index, kRunnerUp> top{row->best[i], {}, row->best_class[i], {}};
+      if (kRunnerUp) {
+        top.second = row->second[i];
+        top.second_class = row->second_class[i];
+      }
       top.next(Score<T>::key(scores[i * stride]), static_cast<Index>(c));
-      winners->set(i, top);
+      row->best[i] = top.best;
+      row->best_class[i] = top.best_class;
+      if (kRunnerUp) {
+        row->second[i] = top.second;
+        row->second_class[i] = top.second_class;
+      }
     }
   }
-}
-
-// adversarial: read labels, or with kRunnerUp, overwritten by the runners-up
-template <typename T, typename Index, bool kRunnerUp>
-DAGCORE_INLINE void judge_strip(const StripWinners<T, Index, kRunnerUp>* winners,
-                                const Index* labels, Index* adversarial, Objective objective,
-                                int count, Index* plus, Index* minus, uint32_t* active) {
-  uint32_t sum = 0, bad = 0;
-  for (int i = 0; i < count; ++i) {
-    if (kRunnerUp) adversarial[i] = winners->get(i).runner_up(labels[i]);
-    const Verdict<Index> verdict =
-        judge(objective, labels[i], adversarial[i], winners->best_class[i],
-              Score<T>::is_nan(winners->best[i]));
-    plus[i] = verdict.plus;
-    minus[i] = verdict.minus;
-    sum += verdict.plus >= 0;
-    bad |= is_out_of_range(labels[i], adversarial[i]);
-  }
-  *active = sum | (bad ? kOutOfRangeFlag : 0);
 }
 
 template <typename T, typename Index>
@@ -118,25 +84,23 @@ void write_seed_rows(const SeedArgs& args, const Strip& strip, const Index* plus
 
 template <typename T, typename Index, bool kRunnerUp>
 uint32_t seed_strip(Simd simd, const SeedArgs& args, const Strip& strip) {
-  alignas(64) StripWinners<T, Index, kRunnerUp> winners;
-  alignas(64) Index label[kStrip], other[kStrip], plus[kStrip], minus[kStrip];
+  TargetRow<T, Index> row;
   uint32_t active = 0;
-
   const auto& walk = args.walk;
   run_simd<read_labels<Index, false>>(simd, args.labels, strip.at[kLabels],
-                                      walk.inner_stride(kLabels), strip.count, args.rule, label);
+                                      walk.inner_stride(kLabels), strip.count, args.rule,
+                                      row.label);
   if (!kRunnerUp) {
     run_simd<read_labels<Index, true>>(simd, args.adversarial, strip.at[kAdversarial],
                                        walk.inner_stride(kAdversarial), strip.count, args.rule,
-                                       other);
+                                       row.adversarial);
   }
-  run_simd<find_strip_winners<T, Index, kRunnerUp>>(simd, args, strip, &winners);
-  run_simd<judge_strip<T, Index, kRunnerUp>>(simd, &winners, label, other, args.objective,
-                                             strip.count, plus, minus, &active);
+  run_simd<find_strip_winners<T, Index, kRunnerUp>>(simd, args, strip, &row);
+  run_simd<judge_row<T, Index, kRunnerUp>>(simd, args.objective, strip.count, &row, &active);
   if (args.seed_class == 1 && walk.inner_stride(kSeed) != 1) {
-    write_seed_rows<T>(args, strip, plus, minus);
+    write_seed_rows<T>(args, strip, row.plus, row.minus);
   } else {
-    run_simd<write_seed<T, Index>>(simd, args, strip, plus, minus);
+    run_simd<write_seed<T, Index>>(simd, args, strip, row.plus, row.minus);
   }
   return active;
 }
@@ -148,7 +112,7 @@ void seed_targets(int64_t images, const SeedArgs& args) {
   // A strip whose classes lie side by side is read class after class: keep it in the cache.
   const bool planes = args.walk.inner_stride(kScores) == 1;
   const int64_t fits = (int64_t{1} << 15) / (classes * static_cast<int64_t>(sizeof(T)));
-  const int64_t strip_size = planes ? kStrip : std::clamp<int64_t>(fits, 16, kStrip);
+  const int64_t strip_size = planes ? kTargets : std::clamp<int64_t>(fits, 16, kTargets);
   const int64_t strips = (inner + strip_size - 1) / strip_size;
   const int64_t strip_work = std::min(inner, strip_size) * classes;
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / strip_work);

@@ -135,7 +135,9 @@ uint32_t seed_segment(Objective objective, const Cells<T>& cells, const Segment&
     }
     find_tile_winners<T, kRunnerUp>(cells, x.low, only, &cell_row);
     uint32_t here = 0;
-    run_simd<judge_tile<Real, kRunnerUp>>(cells.simd, objective, &tile, &here);
+    const int count = tile.weights->count, padded = tile.weights->padded;
+    for (int p = count; p < padded; ++p) tile.label[p] = tile.adversarial[p] = kUncounted;
+    run_simd<judge_row<Real, Index, kRunnerUp>>(cells.simd, objective, padded, &tile, &here);
     active |= here & kOutOfRangeFlag;
     here &= ~kOutOfRangeFlag;
     active += here;

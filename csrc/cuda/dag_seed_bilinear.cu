@@ -52,10 +52,10 @@ __device__ void add_patch_seed(const BilinearSeedArgs& args, const Patch& patch,
     for (int k = 0; k < kSlots; ++k) {
       if (!pending[k] || verdict[k].plus != plus || verdict[k].minus != minus) continue;
       pending[k] = false;
-      sum[0] += __double2ll_rn(weights[k].w00 * args.unit);
-      sum[1] += __double2ll_rn(weights[k].w01 * args.unit);
-      sum[2] += __double2ll_rn(weights[k].w10 * args.unit);
-      sum[3] += __double2ll_rn(weights[k].w11 * args.unit);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        sum[corner] += __double2ll_rn(weights[k].corner[corner] * args.unit);
+      }
     }
     // Lanes 0 to 3 add at `plus`, lanes 4 to 7 at `minus`, each at one corner.
     long long own = 0;
