@@ -2,11 +2,18 @@
 // is worked on at once: weights, winners and verdicts.
 #pragma once
 
-#include "bilinear_rows.h"
+#include <algorithm>
+#include <vector>
+
+#include "../bilinear.h"
 #include "simd.h"
 #include "targets.h"
 
 namespace dagcore {
+
+// Lanes of every sum, whatever the vector's width: the same bits on every processor. As many floats
+// as AVX-512 has.
+constexpr int kLanes = 16;
 
 // Pixels of a tile's side, at most. A tile of 32 x 32 pixels stays in the first-level cache, and
 // the usual enlargements, by 4, 8, 16 and 32, make tiles that are whole cells.

@@ -19,33 +19,35 @@ struct Chunk {
   int64_t count;
 };
 
-template <typename T, bool kUnitStride>
+template <typename T>
 DAGCORE_INLINE void find_largest(const StepArgs& args, const Chunk& chunk,
                                  typename Pixel<T>::Bits* largest) {
-  const int64_t stride = kUnitStride ? 1 : args.walk.inner_stride(kGradient);
+  const int64_t stride = args.walk.inner_stride(kGradient);
   const T* gradient = static_cast<const T*>(args.gradient) + chunk.at[kGradient];
   typename Pixel<T>::Bits most = *largest;
-  for (int64_t i = 0; i < chunk.count; ++i) {
+  const int64_t count = chunk.count;
+  for (int64_t i = 0; i < count; ++i) {
     const auto bits = magnitude_bits(gradient[i * stride]);
     most = bits > most ? bits : most;
   }
   *largest = most;
 }
 
-template <typename T, bool kUnitStride, bool kBall>
+template <typename T, bool kBall>
 DAGCORE_INLINE void update(const StepArgs& args, const Chunk& chunk, RealOf<T> scale,
                            Step<RealOf<T>> step) {
-  int64_t stride[kStepOperands];
-  for (int k = 0; k < kStepOperands; ++k) stride[k] = kUnitStride ? 1 : args.walk.inner_stride(k);
+  const int64_t image_stride = args.walk.inner_stride(kImages);
+  const int64_t origin_stride = args.walk.inner_stride(kOrigin);
+  const int64_t gradient_stride = args.walk.inner_stride(kGradient);
   T* images = static_cast<T*>(args.images) + chunk.at[kImages];
   const T* origin = static_cast<const T*>(args.origin) + chunk.at[kOrigin];
   const T* gradient = static_cast<const T*>(args.gradient) + chunk.at[kGradient];
   const int64_t count = chunk.count;
   for (int64_t i = 0; i < count; ++i) {
-    T* image = images + i * stride[kImages];
+    T* image = images + i * image_stride;
     const RealOf<T> now = Pixel<T>::load(*image);
-    const RealOf<T> start = kBall ? Pixel<T>::load(origin[i * stride[kOrigin]]) : now;
-    const RealOf<T> r = Pixel<T>::load(gradient[i * stride[kGradient]]);
+    const RealOf<T> start = kBall ? Pixel<T>::load(origin[i * origin_stride]) : now;
+    const RealOf<T> r = Pixel<T>::load(gradient[i * gradient_stride]);
     *image = Pixel<T>::store(step_pixel(now, start, r, scale, step));
   }
 }
@@ -55,7 +57,6 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step)
   using Real = RealOf<T>;
   using Bits = typename Pixel<T>::Bits;
   const bool ball = step.epsilon < std::numeric_limits<Real>::infinity();
-  const bool unit = args.walk.in_packs(1, kStepOperands);
   const Simd simd = simd_in_use();
   Real* norms = static_cast<Real*>(args.norms);
   const int64_t inner = args.walk.inner();
@@ -78,8 +79,7 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step)
 
   std::vector<Bits> largest(images * chunks, 0);
   for_chunks([&](int64_t, int64_t item, const Chunk& chunk) {
-    unit ? run_simd<find_largest<T, true>>(simd, args, chunk, &largest[item])
-         : run_simd<find_largest<T, false>>(simd, args, chunk, &largest[item]);
+    run_simd<find_largest<T>>(simd, args, chunk, &largest[item]);
   });
   for (int64_t n = 0; n < images; ++n) {
     const auto first = largest.begin() + n * chunks;
@@ -88,13 +88,8 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step)
   for_chunks([&](int64_t n, int64_t, const Chunk& chunk) {
     const Real scale = step_scale(step.gamma, norms[n]);
     if (scale == 0) return;
-    if (unit && ball) {
-      run_simd<update<T, true, true>>(simd, args, chunk, scale, step);
-    } else if (unit) {
-      run_simd<update<T, true, false>>(simd, args, chunk, scale, step);
-    } else {
-      run_simd<update<T, false, true>>(simd, args, chunk, scale, step);
-    }
+    ball ? run_simd<update<T, true>>(simd, args, chunk, scale, step)
+         : run_simd<update<T, false>>(simd, args, chunk, scale, step);
   });
 }
 
