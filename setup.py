@@ -5,8 +5,8 @@ DAGCORE_CUDA=1 | 0       CUDA kernels or an error | none; unset: where nvcc and 
 DAGCORE_SANITIZE=1       CPU kernels with address and undefined-behaviour checks: `make sanitize`
 DAGCORE_PTXAS_VERBOSE=1  print registers and spills of each CUDA kernel: see benchmarks/resources.py
 TORCH_CUDA_ARCH_LIST     GPU architectures, as for any torch extension. Unset: those of the GPUs in
-                         this machine; without one, the first of each generation from 8.0 on that
-                         nvcc lists (8.0, 9.0, 10.0, ...), the last with PTX for GPUs to come
+                         this machine; without one, 8.0 and 9.0 with PTX, which run on every GPU
+                         from 8.0 on
 CUDA_HOME or CUDA_PATH   the CUDA toolkit; unset: nvcc on PATH, then /usr/local/cuda
 CC, CXX                  the host compilers
 MAX_JOBS                 parallel compilations; unset: one a core
@@ -27,7 +27,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
-OLDEST_GENERATION = 8  # of GPUs, where there is none to ask
+WITHOUT_A_GPU = "8.0;9.0+PTX"  # GPUs after 9.0 compile the PTX when they first run a kernel
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
@@ -56,29 +56,10 @@ def cuda_home(nvcc: str) -> Path:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
-def choose_architectures(nvcc: str, torch_cuda: ModuleType) -> list[str]:
-    """What to compile for where TORCH_CUDA_ARCH_LIST is unset, as it would spell them."""
-    if torch_cuda.is_available():
-        seen = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
-        return [f"{major}.{minor}" for major, minor in sorted(seen)]
-    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-    first: dict[int, int] = {}
-    for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", codes):
-        first[int(major)] = min(int(minor), first.get(int(major), 9))
-    chosen = [f"{n}.{first[n]}" for n in sorted(first) if n >= OLDEST_GENERATION]
-    if not chosen:
-        raise SystemExit(f"dagcore: {nvcc} --list-gpu-code lists no sm_80 or later: {codes!r}")
-    return [*chosen[:-1], f"{chosen[-1]}+PTX"]
-
-
-def architecture_flags(architectures: list[str]) -> list[str]:
-    flags = []
-    for architecture in architectures:
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if architecture.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+def gpu_architectures(torch_cuda: ModuleType) -> str:
+    """What to compile for where TORCH_CUDA_ARCH_LIST is unset, as it would spell it."""
+    seen = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(seen)) or WITHOUT_A_GPU
 
 
 def choose_cuda(torch_cuda: str | None) -> str | None:
@@ -142,19 +123,20 @@ def native_extension() -> dict[str, object]:
         kind = cpp_extension.CUDAExtension
         sources += sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))
         cuda_flags = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        if not architectures:
-            chosen = choose_architectures(nvcc, torch.cuda)
-            cuda_flags += architecture_flags(chosen)
-            architectures = ";".join(chosen)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu_architectures(torch.cuda)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         log(f"CUDA architectures: {architectures}")
         if switch("DAGCORE_PTXAS_VERBOSE"):
             cuda_flags.append("-Xptxas=-v")
             log("registers and spills of each CUDA kernel: printed")
         macros += [("USE_CUDA", None), ("DAGCORE_CUDA_ARCHS", f'"{architectures}"')]
         compile_args["nvcc"] = cuda_flags
-        include += pip_cuda_headers(Path(os.environ["CUDA_HOME"]))
-        link_args += pip_cuda_runtime(Path(os.environ["CUDA_HOME"]))
+        home = Path(os.environ["CUDA_HOME"])
+        if not (home / "include/cuda_runtime.h").exists():
+            include += [str(p.parent) for p in pip_cuda("include/cuda_runtime.h")]
+        libraries = [*home.glob("lib*/libcudart.so"), *home.glob("targets/*/lib/libcudart.so")]
+        if not libraries:
+            link_args += [str(p) for p in pip_cuda("lib/libcudart.so.*")]
 
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:
@@ -177,28 +159,10 @@ def native_extension() -> dict[str, object]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-def pip_cuda(*parts: str) -> list[Path]:
-    """Folders of the pip packages that a CUDA build of torch depends on."""
-    return [
-        p
-        for entry in sys.path
-        for p in sorted(Path(entry or ".").glob("/".join(("nvidia", *parts))))
-    ]
-
-
-def pip_cuda_headers(home: Path) -> list[str]:
-    if (home / "include/cuda_runtime.h").exists():
-        return []
-    return [str(p.parent) for p in pip_cuda("*", "include", "cuda_runtime.h")][:1]
-
-
-def pip_cuda_runtime(home: Path) -> list[str]:
-    if any(
-        (home / lib / "libcudart.so").exists()
-        for lib in ("lib64", "lib", "targets/x86_64-linux/lib")
-    ):
-        return []
-    return [str(p) for p in pip_cuda("*", "lib", "libcudart.so.*")][:1]
+def pip_cuda(file: str) -> list[Path]:
+    """A file in the pip packages that a CUDA build of torch depends on: the first, if any."""
+    folders = [Path(entry or ".") for entry in sys.path]
+    return [p for folder in folders for p in sorted(folder.glob(f"nvidia/*/{file}"))][:1]
 
 
 os.chdir(ROOT)

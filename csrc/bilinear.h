@@ -33,12 +33,21 @@ DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool al
   return {low, low < from - 1 ? low + 1 : low, weight < 1 ? weight : 1};
 }
 
+// The weights of a pixel's corners, those above first; `v` and `u` weigh what is below and right.
+template <typename Real>
+DAGCORE_INLINE void corner_weights(double v, double u, Real (&weights)[4]) {
+  weights[0] = static_cast<Real>((1 - v) * (1 - u));
+  weights[1] = static_cast<Real>((1 - v) * u);
+  weights[2] = static_cast<Real>(v * (1 - u));
+  weights[3] = static_cast<Real>(v * u);
+}
+
 // The value of a class at a pixel. Every operation is monotone in the corners, rounding included,
 // which is what lets `dominated` rule classes out without evaluating them.
 template <typename Real>
-DAGCORE_INLINE Real blend(Real w00, Real w01, Real w10, Real w11, Real s00, Real s01, Real s10,
-                          Real s11) {
-  return ((w00 * s00 + w01 * s01) + w10 * s10) + w11 * s11;
+DAGCORE_INLINE Real blend(const Real (&weights)[4], const Real (&scores)[4]) {
+  return ((weights[0] * scores[0] + weights[1] * scores[1]) + weights[2] * scores[2]) +
+         weights[3] * scores[3];
 }
 
 // Whether a class whose largest corner is `most` loses everywhere in a cell to one whose smallest

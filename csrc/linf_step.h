@@ -8,31 +8,53 @@ namespace dagcore {
 
 enum StepOperand { kImages, kOrigin, kGradient, kStepOperands };
 
-// images, origin, gradient (N, *); active (N,) int32; the walk is over the pixels of one image.
-struct StepCall {
-  Tensor images, origin, gradient, active;
-  Step<double> step;
-  Tensor norms;  // (N,) float32, or float64 for float64 images; zero so far
+// images, origin, gradient (N, *); active (N,) int32. Returns what the norms go into: (N,) float32,
+// or float64 for float64 images; zero so far.
+inline Tensor check_step(const Tensor& images, const Tensor& origin, const Tensor& gradient,
+                         const Tensor& active) {
+  STD_TORCH_CHECK(images.dim() >= 1, "images must have a batch dimension, got ", shape(images));
+  const auto check_like_images = [&](const char* name, const Tensor& tensor) {
+    check_same_device(name, tensor, "images", images);
+    STD_TORCH_CHECK(tensor.scalar_type() == images.scalar_type(), name,
+                    " must have the dtype of images");
+    STD_TORCH_CHECK(tensor.sizes() == images.sizes(), name, " must have the shape of images ",
+                    shape(images), ", got ", shape(tensor));
+  };
+  check_like_images("origin", origin);
+  check_like_images("gradient", gradient);
+  check_same_device("active", active, "images", images);
+  STD_TORCH_CHECK(active.scalar_type() == ScalarType::Int && active.dim() == 1 &&
+                      active.size(0) == images.size(0),
+                  "active must be int32 of shape (", images.size(0), "), got ", shape(active));
+  for (int64_t d = 0; images.numel() > 0 && d < images.dim(); ++d) {
+    STD_TORCH_CHECK(images.size(d) <= 1 || images.stride(d) != 0,
+                    "images must not be an expanded tensor: it is written in place");
+  }
+  const bool wide = images.scalar_type() == ScalarType::Double;
+  return torch::stable::new_zeros(images, {images.size(0)},
+                                  wide ? ScalarType::Double : ScalarType::Float);
+}
+
+// What the kernels work on; the walk is over the pixels of one image.
+struct StepArgs {
+  void* images;
+  const void *origin, *gradient;
+  const int32_t* active;
+  int64_t active_stride;
+  void* norms;
   Walk<kStepOperands> walk;
 
-  StepCall(const Tensor& images, const Tensor& origin, const Tensor& gradient, const Tensor& active,
-           Step<double> step)
-      : images(images), origin(origin), gradient(gradient), active(active), step(step) {
-    check_step_arguments(images, origin, gradient, active);
-    const bool wide = images.scalar_type() == ScalarType::Double;
-    norms = torch::stable::new_zeros(images, {images.size(0)},
-                                     wide ? ScalarType::Double : ScalarType::Float);
-    for (int64_t d = 1; d < images.dim(); ++d) {
-      walk.add(images.size(d), {images.stride(d), origin.stride(d), gradient.stride(d)});
-    }
-    walk.merge();
-  }
+  StepArgs(const Tensor& images, const Tensor& origin, const Tensor& gradient, const Tensor& active,
+           const Tensor& norms)
+      : images(images.mutable_data_ptr()),
+        origin(origin.const_data_ptr()),
+        gradient(gradient.const_data_ptr()),
+        active(static_cast<const int32_t*>(active.const_data_ptr())),
+        active_stride(active.stride(0)),
+        norms(norms.mutable_data_ptr()),
+        walk({images, origin, gradient}) {}
 
-  template <typename Real>
-  Step<Real> step_as() const {
-    return {static_cast<Real>(step.gamma), static_cast<Real>(step.lower),
-            static_cast<Real>(step.upper), static_cast<Real>(step.epsilon)};
-  }
+  DAGCORE_INLINE bool is_active(int64_t n) const { return active[n * active_stride] > 0; }
 };
 
 }  // namespace dagcore

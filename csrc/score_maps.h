@@ -5,11 +5,12 @@
 
 namespace dagcore {
 
-inline void check_score_maps(const Tensor& scores) {
+inline const Tensor& checked_score_maps(const Tensor& scores) {
   STD_TORCH_CHECK(
       scores.dim() == 4 && scores.size(1) >= 1 && scores.size(2) >= 1 && scores.size(3) >= 1,
       "scores must have shape (N, C, h, w) with at least one class and pixel, got ", shape(scores));
-  STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
+  check_class_count(scores);
+  return scores;
 }
 
 struct ScoreMaps {
@@ -21,7 +22,7 @@ struct ScoreMaps {
 
   ScoreMaps(const Tensor& scores,  // (N, C, h, w)
             int64_t out_height, int64_t out_width, bool align_corners)
-      : data(scores.const_data_ptr()),
+      : data(checked_score_maps(scores).const_data_ptr()),
         batch_stride(scores.stride(0)),
         class_stride(scores.stride(1)),
         row_stride(scores.stride(2)),
@@ -32,7 +33,10 @@ struct ScoreMaps {
         width(scores.size(3)),
         out_height(out_height),
         out_width(out_width),
-        align_corners(align_corners) {}
+        align_corners(align_corners) {
+    STD_TORCH_CHECK(out_height >= 0 && out_width >= 0, "size must not be negative, got (",
+                    out_height, ", ", out_width, ")");
+  }
 };
 
 }  // namespace dagcore

@@ -76,6 +76,9 @@ struct Pixel<Half> {
 };
 
 template <typename T>
+using RealOf = typename Pixel<T>::Real;
+
+template <typename T>
 DAGCORE_INLINE typename Pixel<T>::Bits magnitude_bits(T value) {
   using Bits = typename Pixel<T>::Bits;
   return bit_cast<Bits>(Pixel<T>::load(value)) & (~Bits{0} >> 1);
@@ -84,6 +87,12 @@ DAGCORE_INLINE typename Pixel<T>::Bits magnitude_bits(T value) {
 template <typename Real>
 struct Step {
   Real gamma, lower, upper, epsilon;  // infinities where there is no bound
+
+  template <typename Other>
+  Step<Other> as() const {
+    return {static_cast<Other>(gamma), static_cast<Other>(lower), static_cast<Other>(upper),
+            static_cast<Other>(epsilon)};
+  }
 };
 
 // gamma / norm, or 0 where the image must stay as it is: the norm is 0, not finite, or so small

@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "objective.h"
-
 #if defined(__CUDACC__)
 #define DAGCORE_INLINE __host__ __device__ __forceinline__
 #else
@@ -21,6 +19,14 @@ namespace dagcore {
 // every vector width.
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
+
+// What an attack wants of a target. The ops take it by name, so that a further objective changes no
+// schema.
+enum class Objective : int {
+  leave,  // the argmax is to be any class but the label
+  reach,  // the argmax is to be the adversarial label
+};
+constexpr const char* kObjectives[] = {"leave", "reach"};  // in the same order
 
 // Scores are compared through keys: `beats` is torch.argmax's order, in which NaN is the largest
 // value and the first of equals wins. `Index` is the integer as wide as the key, so that keys and
@@ -66,6 +72,9 @@ template <>
 struct Score<Half> : ShortScore<Half, 0x7c00, 0x3c00> {};
 template <>
 struct Score<BFloat16> : ShortScore<BFloat16, 0x7f80, 0x3f80> {};
+
+template <typename Real>
+using IndexOf = typename Score<Real>::Index;
 
 // Labels as the kernels see them: a class index, or one of these.
 constexpr int kUncounted = -1;   // ignored, or nothing to gain: never active

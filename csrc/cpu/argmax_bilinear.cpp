@@ -1,6 +1,4 @@
 // argmax_bilinear on the CPU: bands of an image in parallel, in each of them cell by cell.
-#include "../argmax_bilinear.h"
-
 #include <algorithm>
 #include <memory>
 
@@ -11,15 +9,12 @@ namespace dagcore {
 namespace {
 
 template <typename T>
-void argmax_maps(const ArgmaxCall& call) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
-  const Cells<T> cells(call.maps());
-  int64_t* out = static_cast<int64_t*>(call.labels.mutable_data_ptr());
+void argmax_maps(const ScoreMaps& maps, int64_t* out) {
+  const Cells<T> cells(maps);
   const int64_t bands = cells.bands();
   torch::stable::parallel_for(0, cells.images * bands, 1, [&](int64_t begin, int64_t end) {
     const auto row = std::make_unique<CellRow<T>>(cells);
-    Tile<Real, Index>& tile = row->tile;
+    Tile<RealOf<T>>& tile = row->tile;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / bands, index = item % bands;
       const size_t first = cells.band_begin[index];
@@ -43,11 +38,13 @@ void argmax_maps(const ArgmaxCall& call) {
 
 // scores (N, C, h, w) -> the winning class at each pixel of (N, height, width), int64.
 Tensor argmax_bilinear(Tensor scores, int64_t height, int64_t width, bool align_corners) {
-  const ArgmaxCall call(scores, height, width, align_corners);
-  if (call.labels.numel() == 0) return call.labels;
+  const ScoreMaps maps(scores, height, width, align_corners);
+  Tensor labels = torch::stable::new_empty(scores, {maps.images, height, width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  int64_t* out = static_cast<int64_t*>(labels.mutable_data_ptr());
   for_float_type("scores", scores.scalar_type(),
-                 [&](auto type) { argmax_maps<decltype(type)>(call); });
-  return call.labels;
+                 [&](auto type) { argmax_maps<decltype(type)>(maps, out); });
+  return labels;
 }
 
 }  // namespace

@@ -8,6 +8,68 @@
 
 namespace dagcore {
 
+// One low-resolution row of every class, (C, padded): its scores, and of each score and its right
+// neighbour the smaller and the larger; infinite where their sum is not finite, so that the class
+// is never ruled out and rules none out.
+template <typename Real>
+struct ScoreRow {
+  std::vector<Real> scores, least, most;
+  ScoreRow(int64_t classes, int64_t padded)
+      : scores(classes * padded + kLanes), least(classes * padded), most(classes * padded) {}
+};
+
+// `step` columns lie between neighbours; padded is a multiple of kLanes and above the width.
+template <typename T>
+DAGCORE_INLINE void read_row(const T* scores, int64_t class_stride, int64_t column_stride,
+                             int64_t classes, int64_t width, int64_t padded, int64_t step,
+                             ScoreRow<RealOf<T>>* row) {
+  using Real = RealOf<T>;
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* from = scores + c * class_stride;
+    Real* to = row->scores.data() + c * padded;
+    for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::load(from[x * column_stride]);
+    to[width] = to[width - 1];  // the last column is its own neighbour
+  }
+  const auto* from = row->scores.data();
+  Real *least = row->least.data(), *most = row->most.data();
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  for (int64_t i = 0; i < classes * padded; ++i) {
+    const Real a = from[i], b = from[i + step];
+    const bool finite = (a + b) - (a + b) == 0;
+    least[i] = finite ? (a < b ? a : b) : -kInfinity;
+    most[i] = finite ? (a > b ? a : b) : kInfinity;
+  }
+}
+
+// For each cell of a row: which classes can win (or come second, with kRunnerUp) in it.
+// above, below: the rows of the cells' corners; floors (2, padded): scratch; keep (C, padded):
+// result, bytes
+template <typename Real, bool kRunnerUp>
+DAGCORE_INLINE void prune(const ScoreRow<Real>& above, const ScoreRow<Real>& below, int64_t classes,
+                          int64_t padded, Real* floors, uint8_t* keep) {
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  Real* best = floors;
+  Real* second = floors + padded;
+  for (int64_t x = 0; x < padded; ++x) best[x] = second[x] = -kInfinity;
+  for (int64_t c = 0; c < classes; ++c) {
+    const Real *a = above.least.data() + c * padded, *b = below.least.data() + c * padded;
+    for (int64_t x = 0; x < padded; ++x) {
+      const Real floor = a[x] < b[x] ? a[x] : b[x];
+      if (kRunnerUp) {
+        const Real lower = best[x] < floor ? best[x] : floor;
+        second[x] = second[x] > lower ? second[x] : lower;
+      }
+      best[x] = best[x] > floor ? best[x] : floor;
+    }
+  }
+  const Real* bar = kRunnerUp ? second : best;
+  for (int64_t c = 0; c < classes; ++c) {
+    const Real *a = above.most.data() + c * padded, *b = below.most.data() + c * padded;
+    uint8_t* k = keep + c * padded;
+    for (int64_t x = 0; x < padded; ++x) k[x] = !dominated(a[x] > b[x] ? a[x] : b[x], bar[x]);
+  }
+}
+
 // Parts of an image that are worked on in parallel, at most. A fixed number, so that results do not
 // depend on the number of threads.
 constexpr int64_t kBands = 16;
@@ -15,7 +77,6 @@ constexpr int64_t kBands = 16;
 // The cells of one call. Bands hold whole rows of cells.
 template <typename T>
 struct Cells : ScoreMaps {
-  using Real = typename Arithmetic<T>::Real;
   int64_t padded;       // length of a `ScoreRow`
   int64_t column_step;  // from a cell's left to its right corner: none at the size as it is
   std::vector<Segment> ys, xs;
@@ -38,27 +99,25 @@ struct Cells : ScoreMaps {
 
   int64_t bands() const { return static_cast<int64_t>(band_begin.size()) - 1; }
 
-  void read_row(int64_t n, int64_t y, ScoreRow<Real>* row) const {
-    run_simd<ReadRow<T>>(simd, static_cast<const T*>(data) + n * batch_stride + y * row_stride,
-                         class_stride, column_stride, classes, width, padded, column_step, row);
+  void read(int64_t n, int64_t y, ScoreRow<RealOf<T>>* row) const {
+    run_simd<read_row<T>>(simd, static_cast<const T*>(data) + n * batch_stride + y * row_stride,
+                          class_stride, column_stride, classes, width, padded, column_step, row);
   }
 };
 
 // What is known and needed while a row of cells is worked on.
 template <typename T>
 struct CellRow {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
+  using Real = RealOf<T>;
   ScoreRow<Real> above, below;  // of the cells' upper and lower corners
   std::vector<Real> floors;     // (2, padded)
   std::vector<uint8_t> keep;    // (C, padded)
   std::vector<int32_t> lists;   // (w, C + 1): the classes that can win in each cell, rising
   std::vector<int> counts;      // (w): how many they are
-  std::vector<Candidate<Real, Index>> candidates;  // (C): those of the cell in hand
-  TileWeights<Real>
-      weights[4];  // whole factors need three, at the left, in the middle, at the right
+  std::vector<Candidate<Real>> candidates;  // (C): those of the cell in hand
+  TileWeights<Real> weights[4];             // whole factors need three: left, middle and right
   int next_weights = 0;
-  Tile<Real, Index> tile;
+  Tile<Real> tile;
 
   explicit CellRow(const Cells<T>& cells)
       : above(cells.classes, cells.padded),
@@ -75,7 +134,7 @@ struct CellRow {
     }
     TileWeights<Real>& oldest = weights[next_weights];
     next_weights = (next_weights + 1) % 4;
-    run_simd<FillWeights<Real>>(simd, y, x, &oldest);
+    run_simd<fill_weights<Real>>(simd, y, x, &oldest);
     return oldest;
   }
 };
@@ -85,28 +144,26 @@ struct CellRow {
 template <typename T, bool kRunnerUp>
 void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previous_high,
               CellRow<T>* row) {
-  using Real = typename Arithmetic<T>::Real;
   if (y.low == previous_high) {
     std::swap(row->above, row->below);
   } else {
-    cells.read_row(n, y.low, &row->above);
+    cells.read(n, y.low, &row->above);
   }
-  cells.read_row(n, y.high, &row->below);
-  run_simd<Prune<Real, kRunnerUp>>(cells.simd, row->above, row->below, cells.classes, cells.padded,
-                                   row->floors.data(), row->keep.data());
+  cells.read(n, y.high, &row->below);
+  run_simd<prune<RealOf<T>, kRunnerUp>>(cells.simd, row->above, row->below, cells.classes,
+                                        cells.padded, row->floors.data(), row->keep.data());
   std::fill(row->counts.begin(), row->counts.end(), 0);
   for (int64_t c = 0; c < cells.classes; ++c) {
     const uint8_t* keep = row->keep.data() + c * cells.padded;
     for (int64_t x = 0; x < cells.width;) {
       uint64_t eight = 0;
-      if ((__builtin_memcpy(&eight, keep + x, 8), eight == 0)) {
-        x += 8;
-        continue;
-      }
-      for (const int64_t end = std::min(x + 8, cells.width); x < end; ++x) {
+      __builtin_memcpy(&eight, keep + x, 8);
+      const int64_t end = std::min(x + 8, cells.width);
+      for (; eight != 0 && x < end; ++x) {
         row->lists[x * (cells.classes + 1) + row->counts[x]] = static_cast<int32_t>(c);
         row->counts[x] += keep[x];
       }
+      x = end;
     }
   }
 }
@@ -125,22 +182,17 @@ int32_t only_winner(const Cells<T>& cells, int64_t x, const CellRow<T>& row) {
 // `only` is the cell's only winner, or kUncounted.
 template <typename T, bool kRunnerUp>
 void find_tile_winners(const Cells<T>& cells, int64_t x, int32_t only, CellRow<T>* row) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
-  if (only >= 0) {
-    return run_simd<FillWinner<Real, Index>>(cells.simd, static_cast<Index>(only), &row->tile);
-  }
+  using Real = RealOf<T>;
+  if (only >= 0) return run_simd<fill_winner<Real>>(cells.simd, only, &row->tile);
   const int32_t* classes = &row->lists[x * (cells.classes + 1)];
   const int64_t right = x + (x + 1 < cells.width ? cells.column_step : 0);
   const int count = row->counts[x];
   for (int k = 0; k < count; ++k) {
     const Real* above = &row->above.scores[classes[k] * cells.padded];
     const Real* below = &row->below.scores[classes[k] * cells.padded];
-    row->candidates[k] = {above[x], above[right], below[x], below[right],
-                          static_cast<Index>(classes[k])};
+    row->candidates[k] = {{above[x], above[right], below[x], below[right]}, classes[k]};
   }
-  run_simd<FindTileWinners<Real, Index, kRunnerUp>>(cells.simd, row->candidates.data(), count,
-                                                    &row->tile);
+  run_simd<find_winners<Real, kRunnerUp>>(cells.simd, row->candidates.data(), count, &row->tile);
 }
 
 }  // namespace dagcore

@@ -28,47 +28,45 @@ struct CornerSums {
 };
 
 // The weights summed over the pixels of one verdict, which are struck off the tile.
-template <typename Real, typename Index>
-struct TakeVerdict {
-  DAGCORE_INLINE static void run(Verdict<Index> verdict, Tile<Real, Index>* tile, Real (&sum)[4],
+template <typename Real>
+DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4],
                                  uint32_t* taken) {
-    const TileWeights<Real>& weights = *tile->weights;
-    Lanes<Real> s00, s01, s10, s11;
-    Lanes<Index> found;
-    for (int p = 0; p < weights.padded; p += kLanes) {
-      Real w00[kLanes], w01[kLanes], w10[kLanes], w11[kLanes];
-      Index plus[kLanes], minus[kLanes];
-      for (int j = 0; j < kLanes; ++j) {
-        w00[j] = weights.w00[p + j];
-        w01[j] = weights.w01[p + j];
-        w10[j] = weights.w10[p + j];
-        w11[j] = weights.w11[p + j];
-        plus[j] = tile->plus[p + j];
-        minus[j] = tile->minus[p + j];
-      }
-      for (int j = 0; j < kLanes; ++j) {
-        const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
-        s00.lane[j] += same ? w00[j] : Real{0};
-        s01.lane[j] += same ? w01[j] : Real{0};
-        s10.lane[j] += same ? w10[j] : Real{0};
-        s11.lane[j] += same ? w11[j] : Real{0};
-        found.lane[j] += same ? Index{1} : Index{0};
-        plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
-      }
-      for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
+  using Index = IndexOf<Real>;
+  const auto& corner = tile->weights->corner;
+  Lanes<Real> s0, s1, s2, s3;
+  Lanes<Index> found;
+  for (int p = 0; p < tile->weights->padded; p += kLanes) {
+    Real w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
+    Index plus[kLanes], minus[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      w0[j] = corner[0][p + j];
+      w1[j] = corner[1][p + j];
+      w2[j] = corner[2][p + j];
+      w3[j] = corner[3][p + j];
+      plus[j] = tile->plus[p + j];
+      minus[j] = tile->minus[p + j];
     }
-    sum[0] = s00.total();
-    sum[1] = s01.total();
-    sum[2] = s10.total();
-    sum[3] = s11.total();
-    *taken = static_cast<uint32_t>(found.total());
+    for (int j = 0; j < kLanes; ++j) {
+      const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
+      s0.lane[j] += same ? w0[j] : Real{0};
+      s1.lane[j] += same ? w1[j] : Real{0};
+      s2.lane[j] += same ? w2[j] : Real{0};
+      s3.lane[j] += same ? w3[j] : Real{0};
+      found.lane[j] += same ? Index{1} : Index{0};
+      plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
+    }
+    for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
   }
-};
+  sum[0] = s0.total();
+  sum[1] = s1.total();
+  sum[2] = s2.total();
+  sum[3] = s3.total();
+  *taken = static_cast<uint32_t>(found.total());
+}
 
 // Sums of a tile with many verdicts, class by class.
-template <typename T>
+template <typename Real>
 struct ClassSums {
-  using Real = typename Arithmetic<T>::Real;
   std::vector<Real> corner;         // (C, 4): at the cell's corners
   std::vector<int32_t> touched;     // classes whose sums are not zero
   std::vector<uint8_t> is_touched;  // (C)
@@ -96,19 +94,16 @@ struct ClassSums {
 
 // Adds the seed of a tile with `left` active pixels: verdict by verdict, which most tiles have few
 // of, and the rest pixel by pixel.
-template <typename T>
-void add_tile_seed(Simd simd, const Segment& x, uint32_t left,
-                   Tile<typename Arithmetic<T>::Real, typename Arithmetic<T>::Index>* tile,
-                   ClassSums<T>* rest, const CornerSums<typename Arithmetic<T>::Real>& sums) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
+template <typename Real>
+void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
+                   ClassSums<Real>* rest, const CornerSums<Real>& sums) {
   int p = 0;
   for (int k = 0; k < kVerdicts && left; ++k) {
     while (tile->plus[p] < 0) ++p;
-    const Verdict<Index> verdict{tile->plus[p], tile->minus[p]};
+    const Verdict<IndexOf<Real>> verdict{tile->plus[p], tile->minus[p]};
     Real sum[4];
     uint32_t taken = 0;
-    run_simd<TakeVerdict<Real, Index>>(simd, verdict, tile, sum, &taken);
+    run_simd<take_verdict<Real>>(simd, verdict, tile, sum, &taken);
     sums.add(x, verdict.plus, 1, sum);
     sums.add(x, verdict.minus, -1, sum);
     left -= taken;
@@ -124,50 +119,43 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left,
 }
 
 template <typename T>
-struct StoreRow {
-  using Real = typename Arithmetic<T>::Real;
-  DAGCORE_INLINE static void run(const Real* row, int64_t classes, int64_t width,
-                                 int64_t class_stride, int64_t column_stride, T* out) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const Real* from = row + c * width;
-      T* to = out + c * class_stride;
-      if (column_stride == 1) {
-        for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::store(from[x]);
-      } else {
-        for (int64_t x = 0; x < width; ++x) to[x * column_stride] = Pixel<T>::store(from[x]);
-      }
-    }
+DAGCORE_INLINE void write_row(const RealOf<T>* row, int64_t classes, int64_t width,
+                              int64_t class_stride, int64_t column_stride, T* out) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const RealOf<T>* from = row + c * width;
+    T* to = out + c * class_stride;
+    for (int64_t x = 0; x < width; ++x) to[x * column_stride] = Pixel<T>::store(from[x]);
   }
-};
+}
 
 template <typename T>
 void store_row(const Tensor& seed, int64_t n, int64_t y, const Cells<T>& cells,
-               const typename Arithmetic<T>::Real* row) {
+               const RealOf<T>* row) {
   T* out = static_cast<T*>(seed.mutable_data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
-  run_simd<StoreRow<T>>(cells.simd, row, cells.classes, cells.width, seed.stride(1), seed.stride(3),
-                        out);
+  run_simd<write_row<T>>(cells.simd, row, cells.classes, cells.width, seed.stride(1),
+                         seed.stride(3), out);
 }
 
 // The seed's rows that two bands share: each band keeps its first and its last row for itself, and
 // they are added afterwards, in the order of the bands.
-template <typename T>
+template <typename Real>
 struct SharedRows {
-  using Real = typename Arithmetic<T>::Real;
   int64_t bands, row;            // row: C * w
   std::unique_ptr<Real[]> data;  // not zeroed: every row is written before it is read
 
-  explicit SharedRows(const Cells<T>& cells)
-      : bands(cells.bands()),
-        row(cells.classes * cells.width),
-        data(new Real[2 * cells.images * bands * row]) {}
+  SharedRows(const ScoreMaps& maps, int64_t bands)
+      : bands(bands),
+        row(maps.classes * maps.width),
+        data(new Real[2 * maps.images * bands * row]) {}
   Real* first(int64_t n, int64_t band) { return &data[((n * bands + band) * 2) * row]; }
   Real* last(int64_t n, int64_t band) { return first(n, band) + row; }
 };
 
 // Puts together the rows that bands share, and zeroes those that no pixel reads.
 template <typename T>
-void join_bands(const Tensor& seed, const Cells<T>& cells, int64_t n, SharedRows<T>* shared) {
-  using Real = typename Arithmetic<T>::Real;
+void join_bands(const Tensor& seed, const Cells<T>& cells, int64_t n,
+                SharedRows<RealOf<T>>* shared) {
+  using Real = RealOf<T>;
   for (int64_t band = 0; band < cells.bands(); ++band) {
     const int64_t first = cells.ys[cells.band_begin[band]].low;
     Real* row = shared->first(n, band);

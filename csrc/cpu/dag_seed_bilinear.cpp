@@ -4,61 +4,95 @@
 #include <memory>
 
 #include "../registration.h"
-#include "bilinear_labels.h"
 #include "bilinear_sums.h"
-#include "read_labels.h"
+#include "targets.h"
 
 namespace dagcore {
 namespace {
 
-// Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
-template <typename T, bool kRunnerUp>
-uint32_t seed_segment(const BilinearSeedCall& call, const Cells<T>& cells,
-                      const LabelRows<typename Arithmetic<T>::Index, kRunnerUp>& rows,
-                      const Segment& y, CellRow<T>* cell_row, ClassSums<T>* rest,
-                      const CornerSums<typename Arithmetic<T>::Real>& sums) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
-  Tile<Real, Index>& tile = cell_row->tile;
-  uint32_t active = 0;
-  for (const Segment& x : cells.xs) {
-    tile.weights = &cell_row->weights_of(cells.simd, y, x);
-    const int32_t only = kRunnerUp ? kUncounted : only_winner(cells, x.low, *cell_row);
-    if (only >= 0 && rows.uniform(x)) {  // one verdict for all pixels
-      const Index label = rows.labels[x.begin], adversarial = rows.adversarial[x.begin];
-      const Verdict<Index> verdict =
-          judge(call.objective, label, adversarial, static_cast<Index>(only), false);
-      if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
-      if (verdict.plus < 0) continue;
-      active += static_cast<uint32_t>(tile.weights->count);
-      sums.add(x, verdict.plus, 1, tile.weights->total);
-      sums.add(x, verdict.minus, -1, tile.weights->total);
-      continue;
-    }
-    run_simd<TakeLabels<Index>>(cells.simd, rows.labels.data(), rows.width, y, x, tile.label);
-    if (!kRunnerUp) {
-      run_simd<TakeLabels<Index>>(cells.simd, rows.adversarial.data(), rows.width, y, x,
-                                  tile.adversarial);
-    }
-    find_tile_winners<T, kRunnerUp>(cells, x.low, only, cell_row);
-    uint32_t here = 0;
-    run_simd<JudgeTile<Real, Index, kRunnerUp>>(cells.simd, call.objective, &tile, &here);
-    active |= here & kOutOfRangeFlag;
-    here &= ~kOutOfRangeFlag;
-    active += here;
-    if (here) add_tile_seed(cells.simd, x, here, &tile, rest, sums);
+// The labels of a tile, out of those of its rows of pixels, (rows, width). A count that the
+// compiler knows makes whole vectors.
+template <typename Index, int kCount = 0>
+DAGCORE_INLINE void take_columns(const Index* rows, int64_t width, int height, int count,
+                                 Index* out) {
+  const int columns = kCount ? kCount : count;
+  for (int i = 0; i < height; ++i) {
+    for (int j = 0; j < columns; ++j) out[i * columns + j] = rows[i * width + j];
   }
-  return active;
 }
+
+template <typename Index>
+DAGCORE_INLINE void take_labels(const Index* rows, int64_t width, const Segment& y,
+                                const Segment& x, Index* out) {
+  const Index* from = rows + x.begin;
+  if (x.count == 4) return take_columns<Index, 4>(from, width, y.count, 4, out);
+  if (x.count == 8) return take_columns<Index, 8>(from, width, y.count, 8, out);
+  if (x.count == 16) return take_columns<Index, 16>(from, width, y.count, 16, out);
+  if (x.count == 32) return take_columns<Index, 32>(from, width, y.count, 32, out);
+  take_columns(from, width, y.count, x.count, out);
+}
+
+// Where a column of labels (rows, width) is not the same all the way down, or not the same as the
+// column before it: what is nowhere so, but for its first column's latter, is all of one label.
+template <typename Index>
+DAGCORE_INLINE void find_changes(const Index* rows, int64_t width, int count, Index* down,
+                                 Index* across) {
+  for (int i = 1; i < count; ++i) {
+    for (int64_t x = 0; x < width; ++x) down[x] |= rows[i * width + x] ^ rows[x];
+  }
+  for (int64_t x = 1; x < width; ++x) across[x] |= rows[x] ^ rows[x - 1];
+}
+
+// The labels of the rows of pixels that one row of cells holds, and of which tiles are uniform.
+template <typename Index, bool kRunnerUp>
+struct LabelRows {
+  int64_t width;
+  std::vector<Index> labels, adversarial, down, across;
+
+  explicit LabelRows(int64_t width)
+      : width(width),
+        labels(kSide * width),
+        adversarial(kRunnerUp ? 0 : kSide * width),
+        down(width),
+        across(width) {}
+
+  void read(Simd simd, const BilinearSeedCall& call, const Targets& targets, int64_t n,
+            const Segment& y) {
+    read_maps<false>(simd, call.labels, targets.labels, call.rule, n, y, labels.data());
+    if (kRunnerUp) return;  // every pixel has its own adversarial label
+    read_maps<true>(simd, call.adversarial, targets.adversarial, call.rule, n, y,
+                    adversarial.data());
+    std::fill(down.begin(), down.end(), Index{0});
+    std::fill(across.begin(), across.end(), Index{0});
+    for (const std::vector<Index>* rows : {&labels, &adversarial}) {
+      run_simd<find_changes<Index>>(simd, rows->data(), width, y.count, down.data(), across.data());
+    }
+  }
+  bool uniform(const Segment& x) const {
+    Index changes = down[x.begin];
+    for (int j = 1; j < x.count; ++j) changes |= down[x.begin + j] | across[x.begin + j];
+    return changes == 0;
+  }
+
+ private:
+  template <bool kIsAdversarial>
+  void read_maps(Simd simd, const Tensor& maps, const LabelSource& source, LabelRule rule,
+                 int64_t n, const Segment& y, Index* out) {
+    for (int i = 0; i < y.count; ++i) {
+      const int64_t at = n * maps.stride(0) + (y.begin + i) * maps.stride(1);
+      run_simd<read_labels<Index, kIsAdversarial>>(simd, source, at, maps.stride(2),
+                                                   static_cast<int>(width), rule, out + i * width);
+    }
+  }
+};
 
 // What a thread needs to seed bands, one after the other.
 template <typename T, bool kRunnerUp>
 struct Workshop {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
+  using Real = RealOf<T>;
   CellRow<T> cell_row;
-  ClassSums<T> rest;
-  LabelRows<Index, kRunnerUp> rows;
+  ClassSums<Real> rest;
+  LabelRows<IndexOf<Real>, kRunnerUp> rows;
   std::vector<Real> sums[2];  // of the rows of the cells' upper and lower corners, (C, w)
 
   explicit Workshop(const Cells<T>& cells)
@@ -69,29 +103,58 @@ struct Workshop {
              std::vector<Real>(cells.classes * cells.width)} {}
 };
 
+// Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
+template <typename T, bool kRunnerUp>
+uint32_t seed_segment(Objective objective, const Cells<T>& cells, const Segment& y,
+                      Workshop<T, kRunnerUp>* workshop) {
+  using Real = RealOf<T>;
+  using Index = IndexOf<Real>;
+  const LabelRows<Index, kRunnerUp>& rows = workshop->rows;
+  CellRow<T>& cell_row = workshop->cell_row;
+  Tile<Real>& tile = cell_row.tile;
+  const CornerSums<Real> sums{workshop->sums[0].data(), workshop->sums[y.high != y.low].data(),
+                              cells.width};
+  uint32_t active = 0;
+  for (const Segment& x : cells.xs) {
+    tile.weights = &cell_row.weights_of(cells.simd, y, x);
+    const int32_t only = kRunnerUp ? kUncounted : only_winner(cells, x.low, cell_row);
+    if (only >= 0 && rows.uniform(x)) {  // one verdict for all pixels
+      const Index label = rows.labels[x.begin], adversarial = rows.adversarial[x.begin];
+      const Verdict<Index> verdict = judge<Index>(objective, label, adversarial, only, false);
+      if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
+      if (verdict.plus < 0) continue;
+      active += static_cast<uint32_t>(tile.weights->count);
+      sums.add(x, verdict.plus, 1, tile.weights->total);
+      sums.add(x, verdict.minus, -1, tile.weights->total);
+      continue;
+    }
+    run_simd<take_labels<Index>>(cells.simd, rows.labels.data(), rows.width, y, x, tile.label);
+    if (!kRunnerUp) {
+      run_simd<take_labels<Index>>(cells.simd, rows.adversarial.data(), rows.width, y, x,
+                                   tile.adversarial);
+    }
+    find_tile_winners<T, kRunnerUp>(cells, x.low, only, &cell_row);
+    uint32_t here = 0;
+    const int count = tile.weights->count, padded = tile.weights->padded;
+    for (int p = count; p < padded; ++p) tile.label[p] = tile.adversarial[p] = kUncounted;
+    run_simd<judge_row<Real, Index, kRunnerUp>>(cells.simd, objective, padded, &tile, &here);
+    active |= here & kOutOfRangeFlag;
+    here &= ~kOutOfRangeFlag;
+    active += here;
+    if (here) add_tile_seed(cells.simd, x, here, &tile, &workshop->rest, sums);
+  }
+  return active;
+}
+
 // One band of one image: counts its active pixels and seeds its low-resolution rows.
 template <typename T, bool kRunnerUp>
-uint32_t seed_band(const BilinearSeedCall& call, const Cells<T>& cells, const LabelSource& labels,
-                   const LabelSource& adversarial, int64_t n, int64_t index,
-                   Workshop<T, kRunnerUp>* workshop, SharedRows<T>* shared) {
-  using Real = typename Arithmetic<T>::Real;
-  using Index = typename Arithmetic<T>::Index;
+uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const Cells<T>& cells,
+                   int64_t n, int64_t index, Workshop<T, kRunnerUp>* workshop,
+                   SharedRows<RealOf<T>>* shared) {
+  using Real = RealOf<T>;
   const size_t begin = cells.band_begin[index], end = cells.band_begin[index + 1];
-  LabelRows<Index, kRunnerUp>& rows = workshop->rows;
   std::vector<Real>(&sums)[2] = workshop->sums;
   for (std::vector<Real>& sum : sums) std::fill(sum.begin(), sum.end(), Real{0});
-  const auto read = [&](auto reader, const LabelSource& source, const Tensor& maps,
-                        const Segment& y, bool first, Index* into) {
-    for (int i = 0; i < y.count; ++i) {
-      run_simd<decltype(reader)>(cells.simd, source.at(n, (y.begin + i) * maps.stride(1)),
-                                 source.type, maps.stride(2), static_cast<int>(rows.width),
-                                 call.rule, into + i * rows.width);
-    }
-    if (kRunnerUp) return;  // every pixel has its own
-    run_simd<FindChanges<Index>>(cells.simd, into, rows.width, y.count, first, rows.down.data(),
-                                 rows.across.data());
-  };
-
   uint32_t active = 0;
   for (size_t s = begin; s < end; ++s) {
     const Segment& y = cells.ys[s];
@@ -99,13 +162,8 @@ uint32_t seed_band(const BilinearSeedCall& call, const Cells<T>& cells, const La
       open_row<T, kRunnerUp>(cells, n, y, s == begin ? -1 : cells.ys[s - 1].high,
                              &workshop->cell_row);
     }
-    read(ReadLabels<Index, false>{}, labels, call.labels, y, true, rows.labels.data());
-    if (!kRunnerUp) {
-      read(ReadLabels<Index, true>{}, adversarial, call.adversarial, y, false,
-           rows.adversarial.data());
-    }
-    const uint32_t here = seed_segment(call, cells, rows, y, &workshop->cell_row, &workshop->rest,
-                                       {sums[0].data(), sums[y.high != y.low].data(), cells.width});
+    workshop->rows.read(cells.simd, call, targets, n, y);
+    const uint32_t here = seed_segment(call.objective, cells, y, workshop);
     active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
     if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
     if (y.low == cells.ys[begin].low) {
@@ -128,18 +186,15 @@ uint32_t seed_band(const BilinearSeedCall& call, const Cells<T>& cells, const La
 template <typename T, bool kRunnerUp>
 void seed_maps(const BilinearSeedCall& call) {
   const Cells<T> cells(call.maps());
-  const LabelSource labels(call.labels), adversarial(call.adversarial);
-  uint32_t* active = static_cast<uint32_t*>(call.active.mutable_data_ptr());
-  SharedRows<T> shared(cells);
+  const Targets targets = call.targets();
   const int64_t bands = cells.bands();
+  SharedRows<RealOf<T>> shared(cells, bands);
   torch::stable::parallel_for(0, cells.images * bands, 1, [&](int64_t begin, int64_t end) {
     const auto workshop = std::make_unique<Workshop<T, kRunnerUp>>(cells);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / bands;
-      const uint32_t sum = seed_band<T, kRunnerUp>(call, cells, labels, adversarial, n,
-                                                   item % bands, workshop.get(), &shared);
-      if (sum & kOutOfRangeFlag) __atomic_fetch_or(&active[n], kOutOfRangeFlag, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&active[n], sum & ~kOutOfRangeFlag, __ATOMIC_RELAXED);
+      const int64_t n = item / bands, band = item % bands;
+      add_active(targets.active + n,
+                 seed_band(call, targets, cells, n, band, workshop.get(), &shared));
     }
   });
   torch::stable::parallel_for(0, cells.images, 1, [&](int64_t begin, int64_t end) {
@@ -154,17 +209,9 @@ std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial,
                                              std::string objective, int64_t ignore_index,
                                              bool align_corners) {
-  BilinearSeedCall call(scores, labels, adversarial, objective_named(objective), ignore_index,
-                        align_corners);
-  if (labels.numel() == 0) {
-    torch::stable::zero_(call.seed);
-    return {call.seed, call.active};
-  }
-  for_float_type("scores", scores.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    call.runner_up ? seed_maps<T, true>(call) : seed_maps<T, false>(call);
-  });
-  return {call.seed, call.active};
+  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, align_corners);
+  return call.run(
+      [&](auto type, auto runner_up) { seed_maps<decltype(type), runner_up.value>(call); });
 }
 
 }  // namespace

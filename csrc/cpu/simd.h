@@ -14,24 +14,24 @@ void use_simd(Simd level);  // at most simd_supported()
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DAGCORE_X86 1
-template <typename Body, typename... Args>
+template <auto kBody, typename... Args>
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void run_avx512(Args&&... args) {
-  Body::run(args...);
+  kBody(args...);
 }
-template <typename Body, typename... Args>
+template <auto kBody, typename... Args>
 __attribute__((target("avx2"))) void run_avx2(Args&&... args) {
-  Body::run(args...);
+  kBody(args...);
 }
 #endif
 
-// Body::run must be DAGCORE_INLINE, as must everything that it calls.
-template <typename Body, typename... Args>
+// kBody, a function, must be DAGCORE_INLINE, as must everything that it calls.
+template <auto kBody, typename... Args>
 void run_simd(Simd level, Args&&... args) {
 #if defined(DAGCORE_X86)
-  if (level == Simd::avx512) return run_avx512<Body>(args...);
-  if (level == Simd::avx2) return run_avx2<Body>(args...);
+  if (level == Simd::avx512) return run_avx512<kBody>(args...);
+  if (level == Simd::avx2) return run_avx2<kBody>(args...);
 #endif
-  Body::run(args...);
+  kBody(args...);
 }
 
 }  // namespace dagcore

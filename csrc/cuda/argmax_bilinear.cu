@@ -1,5 +1,4 @@
 // argmax_bilinear on CUDA: one kernel over the patches of all cells.
-#include "../argmax_bilinear.h"
 #include "bilinear.cuh"
 
 namespace dagcore {
@@ -14,7 +13,7 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
   if (patch.pixels() == 0) return;
   PixelWeights<T> weights[kSlots];
   weigh<T>(grid, patch, weights);
-  Top<Real<T>, int32_t, false> top[kSlots];
+  Top<RealOf<T>, int32_t, false> top[kSlots];
   find_patch_winners<T, false>(grid, patch, weights, top);
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
@@ -27,14 +26,14 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
 // scores (N, C, h, w) -> the winning class at each pixel of (N, height, width), int64.
 Tensor argmax_bilinear(Tensor scores, int64_t height, int64_t width, bool align_corners) {
   const Launcher launch("argmax_bilinear", scores);
-  const ArgmaxCall call(scores, height, width, align_corners);
-  if (call.labels.numel() == 0) return call.labels;
-  const PatchGrid grid(call.maps());
-  int64_t* labels = static_cast<int64_t*>(call.labels.mutable_data_ptr());
+  const PatchGrid grid(ScoreMaps(scores, height, width, align_corners));
+  Tensor labels = torch::stable::new_empty(scores, {grid.images, height, width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  int64_t* out = static_cast<int64_t*>(labels.mutable_data_ptr());
   for_float_type("scores", scores.scalar_type(), [&](auto type) {
-    launch(argmax_cells<decltype(type)>, grid.blocks(), kPatchThreads, grid, labels);
+    launch(argmax_cells<decltype(type)>, grid.blocks(), kPatchThreads, grid, out);
   });
-  return call.labels;
+  return labels;
 }
 
 }  // namespace

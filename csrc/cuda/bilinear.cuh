@@ -17,9 +17,6 @@ constexpr int kPatchWarps = kPatchThreads / 32;
 constexpr int kPatch = 8;                     // pixels of a patch's side
 constexpr int kSlots = kPatch * kPatch / 32;  // pixels of a lane
 
-template <typename T>
-using Real = typename Pixel<T>::Real;
-
 // The patches of all cells, one a warp.
 struct PatchGrid : ScoreMaps {
   int64_t patches_y, patches_x;  // of a cell, at most
@@ -83,59 +80,58 @@ struct Patch {
 // A class's scores at the corners of a cell.
 template <typename T>
 struct Corners {
-  Real<T> s00, s01, s10, s11;
+  RealOf<T> score[4];
 
   __device__ static Corners load(const PatchGrid& grid, const Patch& patch, int64_t c) {
     const T* scores =
         static_cast<const T*>(grid.data) + patch.n * grid.batch_stride + c * grid.class_stride;
     const T* above = scores + patch.low_y * grid.row_stride;
     const T* below = scores + patch.high_y * grid.row_stride;
-    const int64_t left = patch.low_x * grid.column_stride,
-                  right = patch.high_x * grid.column_stride;
-    return {Pixel<T>::load(above[left]), Pixel<T>::load(above[right]), Pixel<T>::load(below[left]),
-            Pixel<T>::load(below[right])};
+    const int64_t left = patch.low_x * grid.column_stride;
+    const int64_t right = patch.high_x * grid.column_stride;
+    return {{Pixel<T>::load(above[left]), Pixel<T>::load(above[right]), Pixel<T>::load(below[left]),
+             Pixel<T>::load(below[right])}};
   }
   __device__ bool finite() const {
-    const Real<T> sum = (s00 + s01) + (s10 + s11);
+    const RealOf<T> sum = (score[0] + score[1]) + (score[2] + score[3]);
     return sum - sum == 0;
   }
-  __device__ Real<T> least() const { return min(min(s00, s01), min(s10, s11)); }
-  __device__ Real<T> most() const { return max(max(s00, s01), max(s10, s11)); }
+  __device__ RealOf<T> least() const {
+    return min(min(score[0], score[1]), min(score[2], score[3]));
+  }
+  __device__ RealOf<T> most() const {
+    return max(max(score[0], score[1]), max(score[2], score[3]));
+  }
   __device__ Corners from_lane(int lane) const {
-    return {__shfl_sync(~0u, s00, lane), __shfl_sync(~0u, s01, lane), __shfl_sync(~0u, s10, lane),
-            __shfl_sync(~0u, s11, lane)};
+    Corners theirs;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) theirs.score[k] = __shfl_sync(~0u, score[k], lane);
+    return theirs;
   }
 };
 
-// PixelWeights of a pixel's four corners; zero for a slot without a pixel.
+// The weights of a pixel's four corners; zero for a slot without a pixel.
 template <typename T>
 struct PixelWeights {
-  Real<T> w00, w01, w10, w11;
-
-  __device__ static PixelWeights at(const PatchGrid& grid, int64_t y, int64_t x) {
-    const double v = source_of(y, grid.height, grid.out_height, grid.align_corners).weight;
-    const double u = source_of(x, grid.width, grid.out_width, grid.align_corners).weight;
-    return {static_cast<Real<T>>((1 - v) * (1 - u)), static_cast<Real<T>>((1 - v) * u),
-            static_cast<Real<T>>(v * (1 - u)), static_cast<Real<T>>(v * u)};
-  }
+  RealOf<T> corner[4];
 };
 
 // The best (or with kRunnerUp, second best) of the classes' smallest corners: a bar that a class
 // must reach with its largest to be worth evaluating.
 template <typename T, bool kRunnerUp>
-__device__ Real<T> bar_of(const PatchGrid& grid, const Patch& patch) {
-  Real<T> best = -std::numeric_limits<Real<T>>::infinity(), second = best;
+__device__ RealOf<T> bar_of(const PatchGrid& grid, const Patch& patch) {
+  RealOf<T> best = -std::numeric_limits<RealOf<T>>::infinity(), second = best;
   for (int64_t c = threadIdx.x % 32; c < grid.classes; c += 32) {
     const Corners<T> corners = Corners<T>::load(grid, patch, c);
     if (!corners.finite()) continue;
-    const Real<T> floor = corners.least();
+    const RealOf<T> floor = corners.least();
     second = max(second, min(best, floor));
     best = max(best, floor);
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Real<T> other = __shfl_xor_sync(~0u, best, offset);
-    const Real<T> other_second = __shfl_xor_sync(~0u, second, offset);
+    const RealOf<T> other = __shfl_xor_sync(~0u, best, offset);
+    const RealOf<T> other_second = __shfl_xor_sync(~0u, second, offset);
     second = max(min(best, other), max(second, other_second));
     best = max(best, other);
   }
@@ -146,8 +142,8 @@ __device__ Real<T> bar_of(const PatchGrid& grid, const Patch& patch) {
 template <typename T, bool kRunnerUp>
 __device__ void find_patch_winners(const PatchGrid& grid, const Patch& patch,
                                    const PixelWeights<T> (&weights)[kSlots],
-                                   Top<Real<T>, int32_t, kRunnerUp> (&top)[kSlots]) {
-  const Real<T> bar = bar_of<T, kRunnerUp>(grid, patch);
+                                   Top<RealOf<T>, int32_t, kRunnerUp> (&top)[kSlots]) {
+  const RealOf<T> bar = bar_of<T, kRunnerUp>(grid, patch);
   const int lane = threadIdx.x % 32;
   bool first = true;
   for (int64_t base = 0; base < grid.classes; base += 32) {
@@ -160,8 +156,7 @@ __device__ void find_patch_winners(const PatchGrid& grid, const Patch& patch,
       const int32_t c = static_cast<int32_t>(base) + from;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
-        const PixelWeights<T>& w = weights[k];
-        const Real<T> value = blend(w.w00, w.w01, w.w10, w.w11, q.s00, q.s01, q.s10, q.s11);
+        const RealOf<T> value = blend(weights[k].corner, q.score);
         if (first) {
           top[k].first(value);
           top[k].best_class = c;
@@ -190,8 +185,11 @@ __device__ void weigh(const PatchGrid& grid, const Patch& patch,
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
     int64_t y = 0, x = 0;
-    const bool there = pixel_at(patch, k, &y, &x);
-    weights[k] = there ? PixelWeights<T>::at(grid, y, x) : PixelWeights<T>{0, 0, 0, 0};
+    weights[k] = {};
+    if (!pixel_at(patch, k, &y, &x)) continue;
+    const Source v = source_of(y, grid.height, grid.out_height, grid.align_corners);
+    const Source u = source_of(x, grid.width, grid.out_width, grid.align_corners);
+    corner_weights(v.weight, u.weight, weights[k].corner);
   }
 }
 

@@ -5,34 +5,16 @@
 
 #include "../dag_seed_bilinear.h"
 #include "bilinear.cuh"
-#include "labels.cuh"
+#include "targets.cuh"
 
 namespace dagcore {
 namespace {
 
-struct BilinearSeedArgs {
+struct BilinearSeedArgs : Targets {
   PatchGrid grid;
-  LabelSource labels, adversarial;
-  int64_t label_row, label_column, adversarial_row, adversarial_column;
-  LabelRule rule;
-  Objective objective;
-  uint32_t* active;
+  int64_t label_stride[3], adversarial_stride[3];  // of (N, H, W)
   double unit;      // of the sums' fixed point: what a weight of 1 counts
   long long* sums;  // (N, C, h, w)
-
-  BilinearSeedArgs(const BilinearSeedCall& call, double unit, long long* sums)
-      : grid(call.maps()),
-        labels(call.labels),
-        adversarial(call.adversarial),
-        label_row(call.labels.stride(1)),
-        label_column(call.labels.stride(2)),
-        adversarial_row(call.adversarial.stride(1)),
-        adversarial_column(call.adversarial.stride(2)),
-        rule(call.rule),
-        objective(call.objective),
-        active(static_cast<uint32_t*>(call.active.mutable_data_ptr())),
-        unit(unit),
-        sums(sums) {}
 };
 
 __device__ long long warp_sum(long long value) {
@@ -70,10 +52,10 @@ __device__ void add_patch_seed(const BilinearSeedArgs& args, const Patch& patch,
     for (int k = 0; k < kSlots; ++k) {
       if (!pending[k] || verdict[k].plus != plus || verdict[k].minus != minus) continue;
       pending[k] = false;
-      sum[0] += __double2ll_rn(weights[k].w00 * args.unit);
-      sum[1] += __double2ll_rn(weights[k].w01 * args.unit);
-      sum[2] += __double2ll_rn(weights[k].w10 * args.unit);
-      sum[3] += __double2ll_rn(weights[k].w11 * args.unit);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        sum[corner] += __double2ll_rn(weights[k].corner[corner] * args.unit);
+      }
     }
     // Lanes 0 to 3 add at `plus`, lanes 4 to 7 at `minus`, each at one corner.
     long long own = 0;
@@ -102,28 +84,25 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
   if (patch.pixels() == 0) return;
   PixelWeights<T> weights[kSlots];
   weigh<T>(args.grid, patch, weights);
-  Top<Real<T>, int32_t, kRunnerUp> top[kSlots];
+  Top<RealOf<T>, int32_t, kRunnerUp> top[kSlots];
   find_patch_winners<T, kRunnerUp>(args.grid, patch, weights, top);
 
-  uint32_t sum = 0;
-  bool bad = false;
+  Count count;
+  const auto& label_stride = args.label_stride;
+  const auto& adversarial_stride = args.adversarial_stride;
   Verdict<int32_t> verdict[kSlots];
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
     int64_t y = 0, x = 0;
     verdict[k] = {kUncounted, kUncounted};
     if (!pixel_at(patch, k, &y, &x)) continue;
-    const TargetLabels of = read_labels(args.labels, args.adversarial, kRunnerUp, args.rule,
-                                        patch.n, y * args.label_row + x * args.label_column,
-                                        y * args.adversarial_row + x * args.adversarial_column);
-    const int32_t adversarial = kRunnerUp ? top[k].runner_up(of.label) : of.adversarial;
-    verdict[k] = judge<int32_t>(args.objective, of.label, adversarial, top[k].best_class,
-                                top[k].best != top[k].best);
-    sum += verdict[k].plus >= 0;
-    bad |= of.bad();
+    const int64_t label_at = patch.n * label_stride[0] + y * label_stride[1] + x * label_stride[2];
+    const int64_t adversarial_at =
+        patch.n * adversarial_stride[0] + y * adversarial_stride[1] + x * adversarial_stride[2];
+    verdict[k] = judge_target(args, label_at, adversarial_at, top[k], &count);
   }
   add_patch_seed<T>(args, patch, weights, verdict);
-  add_active(args.active + patch.n, sum, bad);
+  count.add_to(args.active + patch.n);
 }
 
 template <typename T>
@@ -136,7 +115,7 @@ __global__ void __launch_bounds__(kPatchThreads)
   const int64_t x = i % width, y = i / width % height, c = i / width / height % classes;
   const int64_t n = i / width / height / classes;
   seed[n * batch + c * class_stride + y * row_stride + x * column_stride] =
-      Pixel<T>::store(static_cast<Real<T>>(static_cast<double>(sums[i]) / unit));
+      Pixel<T>::store(static_cast<RealOf<T>>(static_cast<double>(sums[i]) / unit));
 }
 
 // The largest sum of weights that one low-resolution index has along an axis.
@@ -170,7 +149,13 @@ void seed_maps(const BilinearSeedCall& call, const Launcher& launch) {
       scores, {scores.size(0), scores.size(1), scores.size(2), scores.size(3)}, ScalarType::Long);
   long long* data = static_cast<long long*>(sums.mutable_data_ptr());
   const double unit = fixed_point_unit(call.maps());
-  const BilinearSeedArgs args(call, unit, data);
+  const Tensor &labels = call.labels, &adversarial = call.adversarial;
+  const BilinearSeedArgs args{call.targets(),
+                              PatchGrid(call.maps()),
+                              {labels.stride(0), labels.stride(1), labels.stride(2)},
+                              {adversarial.stride(0), adversarial.stride(1), adversarial.stride(2)},
+                              unit,
+                              data};
   launch(seed_cells<T, kRunnerUp>, args.grid.blocks(), kPatchThreads, args);
   launch(store_seed<T>, ceil_div(scores.numel(), kPatchThreads), kPatchThreads, data, unit,
          static_cast<T*>(seed.mutable_data_ptr()), scores.numel(), scores.size(1), scores.size(2),
@@ -183,17 +168,9 @@ std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::string objective, int64_t ignore_index,
                                              bool align_corners) {
   const Launcher launch("dag_seed_bilinear", scores);
-  BilinearSeedCall call(scores, labels, adversarial, objective_named(objective), ignore_index,
-                        align_corners);
-  if (labels.numel() == 0) {
-    torch::stable::zero_(call.seed);
-    return {call.seed, call.active};
-  }
-  for_float_type("scores", scores.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    call.runner_up ? seed_maps<T, true>(call, launch) : seed_maps<T, false>(call, launch);
-  });
-  return {call.seed, call.active};
+  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, align_corners);
+  return call.run(
+      [&](auto type, auto runner_up) { seed_maps<decltype(type), runner_up.value>(call, launch); });
 }
 
 }  // namespace

@@ -13,6 +13,15 @@ struct alignas(sizeof(T) * V) Pack {
 template <typename T>
 constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));  // the widest load there is
 
+template <int V, typename T>
+__device__ Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+template <typename T, int V>
+__device__ void store_pack(const Pack<T, V>& pack, T* to) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
 inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 }  // namespace dagcore

@@ -1,0 +1,97 @@
+// What dag_seed and dag_seed_bilinear share on every device: labels of any integer type, checks,
+// outputs, the choice of a kernel.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "checks.h"
+
+namespace dagcore {
+
+// uint8, int32 or int64 labels; where a target's label lies is the caller's.
+struct LabelSource {
+  const void* data;
+  ScalarType type;
+
+  explicit LabelSource(const Tensor& labels)
+      : data(labels.const_data_ptr()), type(labels.scalar_type()) {}
+
+  DAGCORE_INLINE int64_t read(int64_t at) const {
+    if (type == ScalarType::Byte) return static_cast<const uint8_t*>(data)[at];
+    if (type == ScalarType::Int) return static_cast<const int32_t*>(data)[at];
+    return static_cast<const int64_t*>(data)[at];
+  }
+};
+
+// What a kernel needs to judge targets and to count the active ones.
+struct Targets {
+  LabelSource labels, adversarial;
+  LabelRule rule;
+  Objective objective;
+  uint32_t* active;  // (N,)
+};
+
+// scores (N, C, *), already known to have these dimensions and a class; labels and adversarial
+// (N, *T), whose shapes are the op's to check
+struct SeedCall {
+  Tensor scores, labels;
+  Tensor adversarial;  // where the runner-up is asked for: labels, not read as adversarial ones
+  bool runner_up;
+  Objective objective;
+  LabelRule rule;
+  Tensor seed;    // laid out like scores
+  Tensor active;  // (N,) int32, zero so far
+
+  SeedCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
+           const std::string& objective, int64_t ignore_index)
+      : scores(scores),
+        labels(labels),
+        adversarial(adversarial ? *adversarial : labels),
+        runner_up(!adversarial),
+        objective(objective_named(objective)),
+        rule{scores.size(1), ignore_index},
+        seed(torch::stable::empty_like(scores)),
+        active(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int)) {
+    check_class_count(scores);
+    check_labels("labels", labels);
+    if (adversarial) check_labels("adversarial_labels", *adversarial);
+    STD_TORCH_CHECK(adversarial || this->objective != Objective::reach,
+                    "adversarial_labels must be given for the objective reach");
+  }
+
+  Targets targets() const {
+    return {LabelSource(labels), LabelSource(adversarial), rule, objective,
+            static_cast<uint32_t*>(active.mutable_data_ptr())};
+  }
+
+  // Calls kernel(T{}, whether the runner-up is asked for, as a constant) if there are targets.
+  template <typename Kernel>
+  std::tuple<Tensor, Tensor> run(const Kernel& kernel) {
+    if (labels.numel() == 0) return {torch::stable::zero_(seed), active};
+    for_float_type("scores", scores.scalar_type(), [&](auto type) {
+      runner_up ? kernel(type, std::true_type{}) : kernel(type, std::false_type{});
+    });
+    return {seed, active};
+  }
+
+ private:
+  void check_labels(const char* name, const Tensor& given) const {
+    check_same_device(name, given, "scores", scores);
+    const ScalarType type = given.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Int || type == ScalarType::Long,
+                    name, " must be uint8, int32 or int64");
+  }
+  static Objective objective_named(const std::string& name) {
+    std::string allowed;
+    int objective = 0;
+    for (const char* known : kObjectives) {
+      if (name == known) return static_cast<Objective>(objective);
+      allowed += (objective++ ? ", " : "") + std::string(known);
+    }
+    STD_TORCH_CHECK(false, "objective must be one of ", allowed, ", got ", name);
+  }
+};
+
+}  // namespace dagcore
