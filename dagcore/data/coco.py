@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .example import boxes_of
 
 SIDES = ("height", "width")
 
@@ -88,7 +88,7 @@ class CocoBoxes:
                 f"annotation {self.path} must be of the image {file_name} ({width} x {height} "
                 f"pixels), it has {known[1]} x {known[0]}"
             )
-        boxes, labels, crowds = [], [], []
+        found = []
         for one in self.objects.get(self.ids[file_name], []):
             try:
                 left, top, across, down = (float(value) for value in one["bbox"])
@@ -102,11 +102,6 @@ class CocoBoxes:
             right, bottom = min(left + across, width), min(top + down, height)
             left, top = max(left, 0.0), max(top, 0.0)
             if left < right and top < bottom:
-                boxes.append([left, top, right, bottom])
-                labels.append(self.labels[one["category_id"]])
-                crowds.append(bool(one.get("iscrowd", 0)))
-        return (
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(crowds, dtype=torch.bool),
-        )
+                label, crowd = self.labels[one["category_id"]], bool(one.get("iscrowd", 0))
+                found.append(((left, top, right, bottom), label, crowd))
+        return boxes_of(found)

@@ -15,31 +15,15 @@ from torch.utils.data import Dataset
 from .. import checks
 from ..errors import ArgumentError
 from ..optional import optional_import
-from .example import Example
+from .example import Example, boxes_of
 
+# fmt: off
 VOC_CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
 )
+# fmt: on
 OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
 TASKS = ("segmentation", "detection")
@@ -112,7 +96,8 @@ class VOC(Dataset[Example]):
             raise ArgumentError("sets must name at least one image, their lists are empty")
         own = len(items)
         if sbd:
-            held_out = _held_out(root)
+            lists = root.glob("VOC*/ImageSets/Segmentation/val.txt")
+            held_out = {key for path in lists for key in _ids(path)}
             for item in _sbd_items(root):
                 if item.key not in held_out:
                     items.setdefault(item.key, item)
@@ -145,7 +130,7 @@ class VOC(Dataset[Example]):
                 f"mask {item.truth} must have the size of {item.image}, {(height, width)}, "
                 f"got {tuple(mask.shape)}"
             )
-        return Example(item.key, image, mask, *_boxes([], [], []))
+        return Example(item.key, image, mask, *boxes_of([]))
 
 
 def _pair(entry: object) -> tuple[str, str]:
@@ -165,13 +150,12 @@ def _member(folder: Path, name: str, what: str) -> Path:
 def _read_list(folder: Path, task: str, name: str) -> list[str]:
     """The image ids of a list."""
     lists = folder / "ImageSets" / ("Main" if task == "detection" else "Segmentation")
-    path = _member(lists, name, "the name of a set").with_name(f"{name}.txt")
-    if not path.is_file():
-        raise FileNotFoundError(f"image list {path} does not exist")
-    return _ids(path)
+    return _ids(_member(lists, name, "the name of a set").with_name(f"{name}.txt"))
 
 
 def _ids(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"image list {path} does not exist")
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     for key in filter(None, keys):
         if len(key.split()) > 1:
@@ -181,17 +165,8 @@ def _ids(path: Path) -> list[str]:
 
 
 def _item(folder: Path, task: str, key: str) -> _Item:
-    truth = (
-        folder / "Annotations" / f"{key}.xml"
-        if task == "detection"
-        else folder / "SegmentationClass" / f"{key}.png"
-    )
-    return _Item(key, folder / "JPEGImages" / f"{key}.jpg", truth)
-
-
-def _held_out(root: Path) -> set[str]:
-    lists = root.glob("VOC*/ImageSets/Segmentation/val.txt")
-    return {key for path in lists for key in _ids(path)}
+    truth = f"Annotations/{key}.xml" if task == "detection" else f"SegmentationClass/{key}.png"
+    return _Item(key, folder / "JPEGImages" / f"{key}.jpg", folder / truth)
 
 
 def _sbd_items(root: Path) -> Iterator[_Item]:
@@ -200,8 +175,6 @@ def _sbd_items(root: Path) -> Iterator[_Item]:
     if release.is_dir():
         optional_import("scipy.io", "data")
         for name in ("train.txt", "val.txt"):
-            if not (release / name).is_file():
-                raise FileNotFoundError(f"image list {release / name} does not exist")
             for key in _ids(release / name):
                 yield _Item(key, release / "img" / f"{key}.jpg", release / "cls" / f"{key}.mat")
         return
@@ -267,7 +240,7 @@ def read_voc_boxes(
     height, width = size
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    boxes, labels, difficult = [], [], []
+    found = []
     try:
         tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
         for thing in tree.getroot().iterfind("object"):
@@ -282,19 +255,8 @@ def read_voc_boxes(
                 raise ArgumentError(
                     f"a box must lie in the image ({width} x {height}), got {corners}"
                 )
-            boxes.append([left - 1, top - 1, right, bottom])
-            labels.append(classes[name])
-            difficult.append(bool(int(thing.findtext("difficult", "0"))))
+            difficult = bool(int(thing.findtext("difficult", "0")))
+            found.append(((left - 1, top - 1, right, bottom), classes[name], difficult))
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         raise ArgumentError(f"annotation {path} cannot be read: {error}") from error
-    return _boxes(boxes, labels, difficult)
-
-
-def _boxes(
-    boxes: list[list[float]], labels: list[int], difficult: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(difficult, dtype=torch.bool),
-    )
+    return boxes_of(found)
