@@ -194,18 +194,10 @@ def bench(
 @options.count("--rounds", default=9, help="How often each side is timed.")
 @options.device
 @click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Keep all times there.")
-def command(
-    model: str | None,
-    weights: Path | None,
-    size: tuple[int, int],
-    batch: int,
-    rounds: int,
-    device: str | None,
-    path: Path | None,
-) -> None:
+def command(size: tuple[int, int], batch: int, device: str | None, **given: Any) -> None:
     """Time the ops on this machine, and with a --model an attack's updates on its network.
 
     Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
     bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
     """
-    bench(model, weights, (batch, *size), rounds, str(find_device(device)), path)
+    bench(shape=(batch, *size), device=str(find_device(device)), **given)

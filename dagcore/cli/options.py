@@ -19,7 +19,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 def size(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     """Read a size WIDTHxHEIGHT as (height, width)."""
-    width, by, height = value.partition("x")
+    width, _by, height = value.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise click.BadParameter(f"{value!r} is no size like 512x384.")
     return int(height), int(width)

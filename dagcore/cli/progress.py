@@ -230,25 +230,16 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
-def figures_of(outcome: Outcome) -> list[str]:
-    """What a table says of an outcome, in the order of `COLUMNS`."""
-    return [
-        str(outcome.targets),
-        str(outcome.iterations),
-        str(outcome.status) if outcome.targets else "no targets",
-        str(outcome.active[-1]),
-        str(outcome.active_after_rounding),
-        f"{outcome.perceptibility:.2e}",
-    ]
-
-
 # The numbers stand on the right.
 COLUMNS = (">targets", ">updates", "status", ">active", ">active after rounding", ">perceptibility")
 
 
 def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> None:
     """Print a table of outcomes, each with columns of its own in front."""
-    print_table(
-        [*names, *COLUMNS],
-        [(*map(Text, row), *figures_of(outcome)) for row, outcome in rows],
-    )
+    table: list[list[str | Text]] = []
+    for row, outcome in rows:
+        status = str(outcome.status) if outcome.targets else "no targets"
+        active = str(outcome.active[-1]), str(outcome.active_after_rounding)
+        counts = str(outcome.targets), str(outcome.iterations)
+        table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
+    print_table([*names, *COLUMNS], table)

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .example import boxes_of
 
-SIDES = ("height", "width")
-
 
 class CocoBoxes:
     """The objects of the images of a COCO annotation file ("instances_val2017.json").
@@ -54,19 +52,17 @@ class CocoBoxes:
             raise ArgumentError(
                 f"annotation {path} must name its categories, got {sorted(unknown, key=str)}"
             )
-        absent = sorted(names[k] for k in used if classes is not None and names[k] not in classes)
-        if absent:
-            assert classes is not None
-            raise ArgumentError(
-                f"annotation {path} must have categories of the model's classes "
-                f"({', '.join(classes)}), got {', '.join(absent)}"
-            )
         if classes is None:
             wrong = [k for k in used if not isinstance(k, int) or not 0 <= k < 2**31]
             if wrong:
                 raise ArgumentError(
                     f"annotation {path} must have categories whose ids are classes, got {wrong}"
                 )
+        elif absent := sorted(names[k] for k in used if names[k] not in classes):
+            raise ArgumentError(
+                f"annotation {path} must have categories of the model's classes "
+                f"({', '.join(classes)}), got {', '.join(absent)}"
+            )
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
     def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +76,8 @@ class CocoBoxes:
         if file_name not in self.images:
             raise ArgumentError(f"annotation {self.path} has no image {file_name!r}")
         height, width = size
-        known = tuple(
-            self.images[file_name].get(key, at) for key, at in zip(SIDES, size, strict=True)
-        )
+        one = self.images[file_name]
+        known = one.get("height", height), one.get("width", width)
         if known != (height, width):
             raise ArgumentError(
                 f"annotation {self.path} must be of the image {file_name} ({width} x {height} "

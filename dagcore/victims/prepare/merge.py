@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fold import replace
+
 
 class MergedHead(nn.Module):
     """What transformers' SegformerDecodeHead computes, at the size of each level.
@@ -59,14 +61,8 @@ def _convolution(weight: Tensor, like: Tensor) -> nn.Conv2d:
 
 def merge(network: nn.Module) -> int:
     """Put a `MergedHead` in the place of each decode head of SegFormer, and count them."""
-    count = 0
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            if is_mergeable(child):
-                with torch.no_grad():
-                    module._modules[name] = MergedHead(child)
-                count += 1
-    return count
+    with torch.no_grad():
+        return replace(network, lambda head: MergedHead(head) if is_mergeable(head) else None)
 
 
 def is_mergeable(head: Any) -> bool:
