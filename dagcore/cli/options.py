@@ -65,9 +65,7 @@ def seed(default: int | None = 0, note: str = "") -> Decorator:
 
 
 device = click.option(
-    "--device",
-    metavar="NAME",
-    help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]",
+    "--device", metavar="NAME", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]"
 )
 
 

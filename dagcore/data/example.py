@@ -30,9 +30,7 @@ class Example:
     difficult: Tensor
 
 
-def boxes_of(
-    objects: Sequence[tuple[Sequence[float], int, bool]],
-) -> tuple[Tensor, Tensor, Tensor]:
+def boxes_of(objects: Sequence[tuple[Sequence[float], int, bool]]) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them."""
     return (
         torch.tensor([box for box, _, _ in objects], dtype=torch.float32).reshape(-1, 4),

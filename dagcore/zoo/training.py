@@ -185,13 +185,7 @@ class Training:
     """A network on its way: all that a checkpoint holds."""
 
     def __init__(
-        self,
-        entry: Entry,
-        recipe: Recipe,
-        *,
-        seed: int,
-        width: float,
-        device: str | torch.device,
+        self, entry: Entry, recipe: Recipe, *, seed: int, width: float, device: str | torch.device
     ) -> None:
         self.entry, self.recipe, self.seed, self.width = entry, recipe, seed, width
         self.device = torch.device(device)

@@ -21,14 +21,7 @@ from ... import checks
 from ...engine import frozen
 from ...errors import ArgumentError
 from ...optional import optional_import
-from .targets import (
-    ADVERSARIAL_KINDS,
-    Targets,
-    check_inside,
-    draw_adversarial_labels,
-    match,
-    stack,
-)
+from .targets import ADVERSARIAL_KINDS, Targets, check_inside, draw_adversarial_labels, match, stack
 
 
 class Detector(nn.Module, abc.ABC):

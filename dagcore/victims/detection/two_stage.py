@@ -72,10 +72,7 @@ class TwoStage(OfTorchvision):
         return scores.view(*present.shape, scores.shape[1]).transpose(1, 2)
 
     def read(
-        self,
-        maps: Mapping[str, Tensor],
-        boxes: Sequence[Tensor],
-        sizes: list[tuple[int, int]],
+        self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: list[tuple[int, int]]
     ) -> Tensor:
         """Scores (R, C) at the boxes (R_n, 4) of each image, in pixels of the resized images."""
         head = Head(self.network.roi_heads, list(maps), sizes, self.rows)
