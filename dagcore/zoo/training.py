@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,9 @@ def train(
     recipe = dataclasses.replace(recipe, samples=samples)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with own_random_numbers(torch.device(device)):
+    where = torch.device(device)
+    devices = [] if where.type == "cpu" else [where]
+    with torch.random.fork_rng(devices, device_type=where.type):  # leaves the caller's as they were
         training = Training(
             entry, recipe, seed=seed, width=entry.width if width is None else width, device=device
         )
@@ -172,13 +173,6 @@ def finish(training: Training, path: Path, test_scenes: int) -> Path:
         metadata[key] = None if math.isnan(score) else round(score, 2)
     save_weights(path, network, {**metadata, "test_scenes": test_scenes})
     return path
-
-
-@contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the caller's global generators as they were."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        yield
 
 
 class Training:

@@ -159,12 +159,8 @@ class Detector(nn.Module, abc.ABC):
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() != 4 or images.shape[1] != 3:
             raise ArgumentError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
-        for name, value in (
-            ("nms_threshold", nms_threshold),
-            ("min_iou", min_iou),
-            ("min_score", min_score),
-            ("confidence", confidence),
-        ):
+        shares = {"min_iou": min_iou, "min_score": min_score, "confidence": confidence}
+        for name, value in {"nms_threshold": nms_threshold, **shares}.items():
             checks.number(name, value)
             if not 0 <= value <= 1:
                 raise ArgumentError(f"{name} must lie in [0, 1], got {value}")

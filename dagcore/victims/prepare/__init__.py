@@ -76,11 +76,8 @@ def prepare(
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
     if isinstance(model, Detector):
-        for name, wanted in (
-            ("low_resolution", low_resolution),
-            ("bf16", bf16),
-            ("compile", compile),
-        ):
+        refused = {"low_resolution": low_resolution, "bf16": bf16, "compile": compile}
+        for name, wanted in refused.items():
             if wanted:
                 raise ArgumentError(f"{name} must not be set for a detector, got {wanted}")
     network = copy.deepcopy(model).eval().requires_grad_(False)
