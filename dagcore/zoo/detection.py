@@ -224,26 +224,21 @@ def _detector(
     anchors = detection.rpn.AnchorGenerator(
         (tuple(settings.pop("anchor_sizes")),), (tuple(settings.pop("aspect_ratios")),)
     )
+    # torchvision's region head, its 3x3 convolution to any number of channels.
+    region_head = detection.rpn.RPNHead(rpn_channels, anchors.num_anchors_per_location()[0])
+    region_head.conv[0][0] = _small(nn.Conv2d(backbone.out_channels, rpn_channels, 3, padding=1))
     network: Any = detection.FasterRCNN(
         backbone,
         image_mean=MEAN,
         image_std=STD,
         rpn_anchor_generator=anchors,
-        rpn_head=_region_head(backbone.out_channels, rpn_channels, anchors),
+        rpn_head=region_head,
         box_head=head,
         box_predictor=predictor,
         **settings,
     )
     network.roi_heads.box_roi_pool = pool  # its constructor takes a MultiScaleRoIAlign only
     return network  # type: ignore[no-any-return]
-
-
-def _region_head(in_channels: int, channels: int, anchors: Any) -> nn.Module:
-    """torchvision's region head with a 3x3 convolution to any number of channels."""
-    rpn = optional_import("torchvision.models.detection.rpn", "vision")
-    head: Any = rpn.RPNHead(channels, anchors.num_anchors_per_location()[0])
-    head.conv[0][0] = _small(nn.Conv2d(in_channels, channels, 3, padding=1))
-    return head  # type: ignore[no-any-return]
 
 
 def _small(convolution: nn.Conv2d) -> nn.Conv2d:
