@@ -41,34 +41,25 @@ def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
         scores = torch.randn(shape, generator=generator)
         right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
         labels = torch.where(right, scores.argmax(1), 0).to(torch.uint8).to(device)
+        adversarial = (labels + 1) % shape[1]
         scores = scores.to(device)
         low = scores[:, :, ::8, ::8].contiguous()
         for op, read in (("dag_seed", scores), ("dag_seed_bilinear", low)):
-            rows.append(_row(op, read.shape, _seed_sides(op, read, labels), rounds, device))
+            rows.append(_row(op, read.shape, _sides(op, read, labels, adversarial), rounds, device))
     images = torch.rand(8, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
-    rows.append(_row("linf_step_", images.shape, _step_sides(images, device), rounds, device))
-    return rows
+    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    active = torch.ones(len(images), dtype=torch.int32, device=device)
+    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
+    sides = _sides("linf_step_", images, images.clone(), gradient, active, **bounds)
+    return [*rows, _row("linf_step_", images.shape, sides, rounds, device)]
 
 
-def _seed_sides(op: str, scores: Tensor, labels: Tensor) -> Sides:
-    adversarial = (labels + 1) % scores.shape[1]
+def _sides(op: str, read: Tensor, *others: Tensor, **options: Any) -> Sides:
     native, plain = (getattr(module, op) for module in (ops, reference))
     return {
-        "native": lambda: native(scores, labels, adversarial),
-        "reference": lambda: plain(scores, labels, adversarial),
-        "floor": lambda: scores.clone(),
-    }
-
-
-def _step_sides(images: Tensor, device: str) -> Sides:
-    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    origin, active = images.clone(), torch.ones(len(images), dtype=torch.int32, device=device)
-    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
-    native, plain = ops.linf_step_, reference.linf_step_
-    return {
-        "native": lambda: native(images, origin, gradient, active, **bounds),
-        "reference": lambda: plain(images, origin, gradient, active, **bounds),
-        "floor": lambda: images.clone(),
+        "native": lambda: native(read, *others, **options),
+        "reference": lambda: plain(read, *others, **options),
+        "floor": lambda: read.clone(),
     }
 
 

@@ -26,7 +26,11 @@ VOC_CLASSES = (
 # fmt: on
 OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
-TASKS = ("segmentation", "detection")
+# Of each task the folder of its lists, the folder of its truths, and how their names end.
+TASKS = {
+    "segmentation": ("Segmentation", "SegmentationClass", ".png"),
+    "detection": ("Main", "Annotations", ".xml"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +91,23 @@ class VOC(Dataset[Example]):
         if not root.is_dir():
             raise FileNotFoundError(f"root must be a VOCdevkit folder, {root} does not exist")
         self.task = task
+        lists, truths, ending = TASKS[task]
         items: dict[str, _Item] = {}
         for year, name in map(_pair, sets):
             folder = _member(root, f"VOC{year}", "the folder of a set")
-            for key in _read_list(folder, task, name):
-                items.setdefault(key, _item(folder, task, key))
+            path = _member(folder / "ImageSets" / lists, name, "the name of a set")
+            for key in _ids(path.with_name(f"{name}.txt")):
+                image = folder / "JPEGImages" / f"{key}.jpg"
+                items.setdefault(key, _Item(key, image, folder / truths / f"{key}{ending}"))
         if not items:
             raise ArgumentError("sets must name at least one image, their lists are empty")
         own = len(items)
         if sbd:
-            lists = root.glob("VOC*/ImageSets/Segmentation/val.txt")
-            held_out = {key for path in lists for key in _ids(path)}
+            held_out = {
+                key
+                for path in root.glob("VOC*/ImageSets/Segmentation/val.txt")
+                for key in _ids(path)
+            }
             for item in _sbd_items(root):
                 if item.key not in held_out:
                     items.setdefault(item.key, item)
@@ -147,13 +157,8 @@ def _member(folder: Path, name: str, what: str) -> Path:
     return folder / name
 
 
-def _read_list(folder: Path, task: str, name: str) -> list[str]:
-    """The image ids of a list."""
-    lists = folder / "ImageSets" / ("Main" if task == "detection" else "Segmentation")
-    return _ids(_member(lists, name, "the name of a set").with_name(f"{name}.txt"))
-
-
 def _ids(path: Path) -> list[str]:
+    """The image ids of a list."""
     if not path.is_file():
         raise FileNotFoundError(f"image list {path} does not exist")
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -162,11 +167,6 @@ def _ids(path: Path) -> list[str]:
             raise ArgumentError(f"image list {path} must have one image id in a line, got {key!r}")
         _member(path, key, f"an image id in {path}")
     return [key for key in keys if key]
-
-
-def _item(folder: Path, task: str, key: str) -> _Item:
-    truth = f"Annotations/{key}.xml" if task == "detection" else f"SegmentationClass/{key}.png"
-    return _Item(key, folder / "JPEGImages" / f"{key}.jpg", folder / truth)
 
 
 def _sbd_items(root: Path) -> Iterator[_Item]:
