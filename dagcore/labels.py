@@ -59,19 +59,28 @@ def assign(
                 f"the scores have {num_classes}"
             )
         return labels.clone()
-    device = generator.device if generator is not None else torch.device("cpu")
     true = torch.where(counted, labels, 0).long()
-    if adversarial_labels == "permutation":
-        tables = [derangement(num_classes, generator) for _ in range(len(labels))]
-        drawn = true
-        if tables:
-            table = torch.stack(tables).to(labels.device)
-            drawn = table.gather(1, true.reshape(len(true), -1)).reshape(true.shape)
-    else:
-        shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=device)
-        drawn = (true + shift.to(labels.device)) % num_classes
+    drawn = draw(adversarial_labels, true, num_classes, generator)
     dtype = labels.dtype if num_classes <= 256 or labels.dtype != torch.uint8 else torch.int32
     return torch.where(counted, drawn.to(dtype), labels.to(dtype))
+
+
+def draw(
+    kind: str,
+    true: Tensor,  # (N, *T)
+    num_classes: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """A class other than its own for each of `true`, int64 in 0..C-1: "permutation" or "random"."""
+    if kind == "permutation":
+        tables = [derangement(num_classes, generator) for _ in range(len(true))]
+        if not tables:
+            return true
+        rows = true.reshape(len(true), true.shape[1:].numel())
+        return torch.stack(tables).to(true.device).gather(1, rows).reshape(true.shape)
+    device = "cpu" if generator is None else generator.device
+    shift = torch.randint(1, num_classes, true.shape, generator=generator, device=device)
+    return (true + shift.to(true.device)) % num_classes
 
 
 def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:
@@ -82,7 +91,7 @@ def derangement(num_classes: int, generator: torch.Generator | None = None) -> T
     """
     checks.integer("num_classes", num_classes, at_least=2, at_most=checks.MOST_PIXELS)
     checks.generator(generator)
-    device = generator.device if generator is not None else torch.device("cpu")
+    device = "cpu" if generator is None else generator.device
     identity = torch.arange(num_classes, device=device)
     while True:  # succeeds with probability about 1/e
         drawn = torch.randperm(num_classes, generator=generator, device=device)

@@ -629,7 +629,7 @@ def test_boxes_of_the_same_cells_are_read_once(name):
     victim = victims.detector(network)
     sizes, x = [(64, 64)], torch.rand(1, 3, 64, 64, generator=rng)
     with torch.no_grad():
-        maps = victim._maps(x)
+        maps = victim._pooled_from({"0": network.backbone(x)})
         seen = []
         network.roi_heads.box_head.register_forward_hook(lambda m, i, o: seen.append(len(o)))
         once = victim.read(maps, [boxes[0]], sizes)

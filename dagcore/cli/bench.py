@@ -10,9 +10,6 @@ from typing import Any
 
 import click
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .. import ops, reference
@@ -28,6 +25,7 @@ from ..info import versions
 from ..timing import Sides, alternate, spread
 from ..victims import Detector, Victim, load, prepare
 from . import options
+from .progress import print_table
 
 Row = dict[str, Any]
 
@@ -44,52 +42,35 @@ def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
         scores = torch.randn(shape, generator=generator)
         right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
         labels = torch.where(right, scores.argmax(1), 0).to(torch.uint8).to(device)
+        adversarial = (labels + 1) % shape[1]
         scores = scores.to(device)
         low = scores[:, :, ::8, ::8].contiguous()
-        rows += [
-            _row("dag_seed", shape, _seed_sides("dag_seed", scores, labels), rounds, device),
-            _row(
-                "dag_seed_bilinear",
-                tuple(low.shape),
-                _seed_sides("dag_seed_bilinear", low, labels),
-                rounds,
-                device,
-            ),
-        ]
+        for op, read in (("dag_seed", scores), ("dag_seed_bilinear", low)):
+            rows.append(_row(op, read.shape, _sides(op, read, labels, adversarial), rounds, device))
     images = torch.rand(8, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
-    rows.append(
-        _row("linf_step_", tuple(images.shape), _step_sides(images, device), rounds, device)
-    )
-    return rows
+    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    active = torch.ones(len(images), dtype=torch.int32, device=device)
+    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
+    sides = _sides("linf_step_", images, images.clone(), gradient, active, **bounds)
+    return [*rows, _row("linf_step_", images.shape, sides, rounds, device)]
 
 
-def _seed_sides(op: str, scores: Tensor, labels: Tensor) -> Sides:
-    adversarial = (labels + 1) % scores.shape[1]
+def _sides(op: str, read: Tensor, *others: Tensor, **options: Any) -> Sides:
     native, plain = (getattr(module, op) for module in (ops, reference))
     return {
-        "native": lambda: native(scores, labels, adversarial),
-        "reference": lambda: plain(scores, labels, adversarial),
-        "floor": lambda: scores.clone(),
+        "native": lambda: native(read, *others, **options),
+        "reference": lambda: plain(read, *others, **options),
+        "floor": lambda: read.clone(),
     }
 
 
-def _step_sides(images: Tensor, device: str) -> Sides:
-    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    origin, active = images.clone(), torch.ones(len(images), dtype=torch.int32, device=device)
-    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
-    return {
-        "native": lambda: ops.linf_step_(images, origin, gradient, active, **bounds),
-        "reference": lambda: reference.linf_step_(images, origin, gradient, active, **bounds),
-        "floor": lambda: images.clone(),
-    }
-
-
-def _row(what: str, shape: tuple[int, ...], sides: Sides, rounds: int, device: str) -> Row:
-    return {
-        "what": what,
-        "case": "x".join(map(str, shape)),
-        "seconds": alternate(sides, rounds, device=device),
-    }
+def _row(
+    what: str, shape: Sequence[int], sides: Sides, rounds: int, device: str, per: int = 1
+) -> Row:
+    """Times in seconds of each side, divided by the number of what it does."""
+    times = alternate(sides, rounds, device=device)
+    seconds = {name: [s / per for s in found] for name, found in times.items()}
+    return {"what": what, "case": "x".join(map(str, shape)), "seconds": seconds}
 
 
 def measure_updates(
@@ -133,9 +114,7 @@ def measure_updates(
         "native": lambda: _attack(victim, images, labels, updates, "native"),
         "native, prepared": lambda: _attack(prepared, images, labels, updates, "native"),
     }
-    times = alternate(sides, rounds, device=device)
-    per_update = {name: [s / updates for s in found] for name, found in times.items()}
-    return {"what": model, "case": "x".join(map(str, images.shape)), "seconds": per_update}
+    return _row(model, images.shape, sides, rounds, device, per=updates)
 
 
 def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
@@ -155,20 +134,19 @@ def _attack(model: Any, images: Tensor, labels: Tensor, updates: int, backend: s
 
 def report(rows: list[Row], device: str, path: Path | None) -> None:
     """Print medians in ms with ratios, and keep all times where a path is given."""
-    for first in ("dag_seed", None):  # the ops' sides, then the updates'
-        chosen = [row for row in rows if ("floor" in row["seconds"]) == (first is not None)]
+    for of_ops in (True, False):
+        chosen = [row for row in rows if ("floor" in row["seconds"]) == of_ops]
         if not chosen:
             continue
-        sides = list(chosen[0]["seconds"])
-        table = Table(box=box.SIMPLE_HEAD)
-        for name in ("", "case", *(f"{side}, ms" for side in sides), "reference / native"):
-            table.add_column(name, justify="left" if name in ("", "case") else "right")
+        sides, table = list(chosen[0]["seconds"]), []
         for row in chosen:
-            medians = {side: statistics.median(times) for side, times in row["seconds"].items()}
-            ratio = medians["reference"] / medians["native"]
+            reference, native = (
+                statistics.median(row["seconds"][side]) for side in ("reference", "native")
+            )
             cells = [spread(row["seconds"][side], 1e3) for side in sides]
-            table.add_row(row["what"], row["case"], *cells, f"{ratio:.1f}")
-        Console(width=160).print(table)
+            table.append([row["what"], row["case"], *cells, f"{reference / native:.1f}"])
+        names = ("", "case", *(f">{side}, ms" for side in sides), ">reference / native")
+        print_table(names, table, width=160)
     if path is not None:
         known = {"device": device, "threads": torch.get_num_threads(), "versions": versions()}
         with atomic_write(path) as temporary:
@@ -198,24 +176,20 @@ def bench(
 @click.command("bench")
 @options.model(note=" Without it only the ops are timed; detectors are not.")
 @click.option(
-    "--size", type=options.Size(), default="512x512", help="Size of the images for the network."
+    "--size",
+    metavar="WIDTHxHEIGHT",
+    callback=options.size,
+    default="512x512",
+    help="Size of the images for the network.",
 )
 @options.count("--batch", default=1, help="Images at a time.")
 @options.count("--rounds", default=9, help="How often each side is timed.")
 @options.device
 @click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Keep all times there.")
-def command(
-    model: str | None,
-    weights: Path | None,
-    size: tuple[int, int],
-    batch: int,
-    rounds: int,
-    device: str | None,
-    path: Path | None,
-) -> None:
+def command(size: tuple[int, int], batch: int, device: str | None, **given: Any) -> None:
     """Time the ops on this machine, and with a --model an attack's updates on its network.
 
     Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
     bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
     """
-    bench(model, weights, (batch, *size), rounds, str(find_device(device)), path)
+    bench(shape=(batch, *size), device=str(find_device(device)), **given)

@@ -95,13 +95,8 @@ class Demo:
                 "versions": versions(),
             }
             named = dataclasses.replace(outcome, name=f"{job.name}-{what}")
-            write(
-                named,
-                self.out,
-                self.victim,
-                goal=driver.attack.goal,
-                record=record | job.target.record,
-            )
+            record |= job.target.record
+            write(named, self.out, self.victim, goal=driver.attack.goal, record=record)
             self.finished((job.name, what), named)
         return found[0][0].target
 
@@ -135,18 +130,16 @@ def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = S
         demo.attack_scene()
     show_table(("image", "attack"), demo.rows)
     assert demo.victim.classes is not None
-    first = names[0]
+    attacks = ("permutation", "one-class", "pattern")
+    written = {what: output_files(out, f"{names[0]}-{what}") for what in attacks}
+    scenes = (output_files(out / name.lower(), "scene")["figure"] for name in SCENE_NETWORKS)
     print(
         LOOK_AT.format(
-            permutation=output_files(out, f"{first}-permutation")["figure"],
-            image=output_files(out, f"{first}-permutation")["image"].name,
-            one_class=output_files(out, f"{first}-one-class")["figure"],
-            pattern=output_files(out, f"{first}-pattern")["figure"],
+            **{what.replace("-", "_"): written[what]["figure"] for what in attacks},
+            image=written["permutation"]["image"].name,
             target=TARGET,
             background=demo.victim.classes[pattern.record["background"]],
-            scenes=" and ".join(
-                str(output_files(out / name.lower(), "scene")["figure"]) for name in SCENE_NETWORKS
-            ),
+            scenes=" and ".join(map(str, scenes)),
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,12 @@ FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class Number(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
-    """A number, also written as a fraction: 0.5/255."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        try:
-            return fraction("it" if param is None else str(param.name), value)
-        except ValueError as error:
-            self.fail(f"{error}.", param, ctx)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A size WIDTHxHEIGHT, as (height, width)."""
-
-    name = "WIDTHxHEIGHT"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """As it is written."""
-        return self.name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        if not isinstance(value, str):
-            return value
-        width, _, height = value.partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            self.fail(f"{value!r} is no size like 512x384.", param, ctx)
-        return int(height), int(width)
+def size(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    """Read a size WIDTHxHEIGHT as (height, width)."""
+    width, _by, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"{value!r} is no size like 512x384.")
+    return int(height), int(width)
 
 
 def existing(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -57,13 +34,19 @@ def existing(_: click.Context, parameter: click.Parameter, path: Path | None) ->
 
 def all_of(*options: Decorator) -> Decorator:
     """Several options in order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
 
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return add
+def number(name: str, **settings: Any) -> Decorator:
+    """A number, also written as a fraction: 0.5/255."""
+
+    def read(_: click.Context, parameter: click.Parameter, value: Any) -> float | None:
+        try:
+            return None if value is None else fraction(str(parameter.name), value)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.") from error
+
+    return click.option(name, metavar="NUMBER", callback=read, **settings)
 
 
 def count(name: str, *, least: int = 1, **settings: Any) -> Decorator:
@@ -82,9 +65,7 @@ def seed(default: int | None = 0, note: str = "") -> Decorator:
 
 
 device = click.option(
-    "--device",
-    metavar="NAME",
-    help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]",
+    "--device", metavar="NAME", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]"
 )
 
 
@@ -141,12 +122,7 @@ def attack(*, required: bool) -> Decorator:
             metavar="CLASS",
             help="Class outside the pattern.  [default: the most frequent label]",
         ),
-        click.option(
-            "--gamma",
-            type=Number(),
-            default="0.5/255",
-            help="Step length, for images in 0..1.",
-        ),
+        number("--gamma", default="0.5/255", help="Step length, for images in 0..1."),
         count("--max-iter", least=0, default=200, help="Updates at the most."),
         click.option(
             "--goal",
@@ -154,17 +130,8 @@ def attack(*, required: bool) -> Decorator:
             help="Until no target is right, or until all are at their adversarial label.  "
             "[default: leave, reach for a pattern]",
         ),
-        click.option(
-            "--epsilon",
-            type=Number(),
-            help="Largest change of a pixel, for images in 0..1.  [default: none]",
-        ),
-        click.option(
-            "--tolerance",
-            type=Number(),
-            default="0",
-            help="Fraction of the targets that may be left active.",
-        ),
+        number("--epsilon", help="Largest change of a pixel, for images in 0..1.  [default: none]"),
+        number("--tolerance", default="0", help="Fraction of the targets that may be left active."),
         device,
         seed(),
     )

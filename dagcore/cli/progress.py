@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -70,12 +69,7 @@ class Bars:
             self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bars is not None:
             self.bars.stop()
 
@@ -192,9 +186,7 @@ class ImageProgress(Bars):
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
         """Print the summary of a run, and how many images were attacked a second."""
-        table = Table(box=box.SIMPLE_HEAD, show_header=False)
-        table.add_column(style="dim")
-        table.add_column()
+        rows = []
         for name, value in summary.items():
             if name == "failed":
                 continue
@@ -211,41 +203,43 @@ class ImageProgress(Bars):
                 form = ".2e" if name.startswith("perceptibility") else ".4g"
                 told = ", ".join(f"{what} {number:{form}}" for what, number in value.items())
             if value is not None and told:
-                table.add_row(name, told)
+                rows.append([name, told])
         if speed is not None:
-            table.add_row("images/s", f"{speed:.3g}")
+            rows.append(["images/s", f"{speed:.3g}"])
         if summary["failed"]:
-            table.add_row("passed over", f"{len(summary['failed'])}, with reasons in images.jsonl")
-        print_table(table)
+            rows.append(["passed over", f"{len(summary['failed'])}, with reasons in images.jsonl"])
+        print_table(("", ""), [(Text(name, "dim"), told) for name, told in rows], heads=False)
 
 
-def print_table(table: Table) -> None:
-    """Print a table on stdout, wide enough where that is no terminal."""
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    width: int = PLAIN_WIDTH,
+    heads: bool = True,
+) -> None:
+    """Print a table on stdout, `width` wide where that is no terminal.
+
+    A column whose name begins with ">" is set to the right.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_header=heads)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
-def figures_of(outcome: Outcome) -> list[str]:
-    """What a table says of an outcome, in the order of `COLUMNS`."""
-    return [
-        str(outcome.targets),
-        str(outcome.iterations),
-        str(outcome.status) if outcome.targets else "no targets",
-        str(outcome.active[-1]),
-        str(outcome.active_after_rounding),
-        f"{outcome.perceptibility:.2e}",
-    ]
-
-
-COLUMNS = ("targets", "updates", "status", "active", "active after rounding", "perceptibility")
+# The numbers stand on the right.
+COLUMNS = (">targets", ">updates", "status", ">active", ">active after rounding", ">perceptibility")
 
 
 def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> None:
     """Print a table of outcomes, each with columns of its own in front."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "status" else "right")
+    table: list[list[str | Text]] = []
     for row, outcome in rows:
-        table.add_row(*map(Text, row), *figures_of(outcome))
-    print_table(table)
+        status = str(outcome.status) if outcome.targets else "no targets"
+        active = str(outcome.active[-1]), str(outcome.active_after_rounding)
+        counts = str(outcome.targets), str(outcome.iterations)
+        table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
+    print_table([*names, *COLUMNS], table)

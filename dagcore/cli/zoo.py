@@ -16,8 +16,6 @@ from typing import Any
 
 import click
 import torch
-from rich import box
-from rich.table import Table
 
 from ..data import SCENE_CLASSES
 from ..evaluation.options import find_device
@@ -43,26 +41,19 @@ def facts(entry: Entry) -> dict[str, Any]:
     """What `list` says of a network; None where there are no weights to say it of."""
     with torch.device("meta"):
         network = build(entry.name, num_classes=len(SCENE_CLASSES))
-    found: dict[str, Any] = {
+    there = entry.path.is_file()
+    known = read_metadata(entry.path) if there else {"training_set": entry.training_set}
+    content = entry.path.read_bytes() if there else None
+    return {
         "name": entry.name,
         "task": entry.task,
-        "training_set": entry.training_set,
+        "training_set": known.get("training_set"),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "bytes": None,
+        "bytes": None if content is None else len(content),
         "measure": measure_of(entry),
-        "score": None,
-        "sha256": None,
+        "score": known.get("score"),
+        "sha256": None if content is None else hashlib.sha256(content).hexdigest(),
     }
-    if entry.path.is_file():
-        metadata = read_metadata(entry.path)
-        content = entry.path.read_bytes()
-        found |= {
-            "training_set": metadata.get("training_set"),
-            "bytes": len(content),
-            "score": metadata.get("score"),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-    return found
 
 
 def measure_of(entry: Entry, protocol: str = "voc2007") -> str:
@@ -83,24 +74,16 @@ def show_list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("name", "task", "trained on", "parameters", "size", "measure", "score"):
-        right = column in ("parameters", "size", "score")
-        table.add_column(column, justify="right" if right else "left")
-    table.add_column("SHA-256")
+    columns = ("name", "task", "trained on", ">parameters", ">size", "measure", ">score", "SHA-256")
+    table = []
     for row in rows:
         missing = row["sha256"] is None
-        table.add_row(
-            row["name"],
-            row["task"],
-            row["training_set"],
-            f"{row['parameters'] / 1e6:.2f} M",
-            "-" if missing else f"{row['bytes'] / 1e6:.2f} MB",
-            row["measure"],
-            percent(row["score"]),
-            "not trained yet" if missing else row["sha256"][:12],
-        )
-    print_table(table)
+        size = "-" if missing else f"{row['bytes'] / 1e6:.2f} MB"
+        parameters = f"{row['parameters'] / 1e6:.2f} M"
+        sha256 = "not trained yet" if missing else row["sha256"][:12]
+        known = (row[key] for key in ("name", "task", "training_set"))
+        table.append([*known, parameters, size, row["measure"], percent(row["score"]), sha256])
+    print_table(columns, table)
 
 
 def percent(value: float | None) -> str:
@@ -126,26 +109,16 @@ def show_scores(names: tuple[str, ...], images: int, protocol: str, device: str 
     where = find_device(device)
     # All of them before the first is measured.
     loaded = [(entry, load(entry.name, device=where)) for entry in entries(names)]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("name")
-    table.add_column("measure")
-    table.add_column("score", justify="right")
-    table.add_column("when trained", justify="right")
-    table.add_column("worst class")
+    table = []
     for entry, network in loaded:
         score = evaluate(network, count=images, protocol=protocol)
         known = read_metadata(entry.path)
-        before = {"voc2007": known.get("score"), "coco": known.get("coco")}.get(protocol)
-        if entry.task == "segmentation":
-            before = known.get("score")
-        table.add_row(
-            entry.name,
-            measure_of(entry, protocol),
-            percent(score.mean),
-            percent(before),
-            worst(score, known["classes"]),
-        )
-    print_table(table)
+        keys = {"voc2007": "score", "coco": "coco"}
+        key = "score" if entry.task == "segmentation" else keys.get(protocol, "")
+        scores = percent(score.mean), percent(known.get(key))
+        what = entry.name, measure_of(entry, protocol)
+        table.append([*what, *scores, worst(score, known["classes"])])
+    print_table(("name", "measure", ">score", ">when trained", "worst class"), table)
 
 
 def worst(score: Score, classes: Sequence[str]) -> str:
@@ -176,22 +149,15 @@ def worst(score: Score, classes: Sequence[str]) -> str:
     help="Put the weights into the package, where their names find them.",
 )
 def train(
-    names: tuple[str, ...],
-    out: Path,
-    jobs: int | None,
-    seed: int | None,
-    samples: int | None,
-    device: str | None,
-    install: bool,
+    names: tuple[str, ...], jobs: int | None, device: str | None, install: bool, **given: Any
 ) -> None:
     """Train networks from scratch on scenes, all of the zoo where none is named.
 
     Each in a process of its own. For each NAME the folder gets checkpoint, losses (NAME.jsonl,
     NAME.png) and NAME.safetensors.
     """
-    chosen, where = entries(names), str(find_device(device))
+    chosen, settings = entries(names), {**given, "device": str(find_device(device))}
     jobs = min(jobs or cores(), len(chosen))
-    settings = {"out": out, "seed": seed, "samples": samples, "device": where}
     messages: Any = multiprocessing.get_context("spawn").Queue()
     with TrainingProgress() as progress, pool(jobs, prepare, (messages,)) as processes:
         running = {processes.submit(work, entry.name, settings): entry for entry in chosen}

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-
-SIDES = ("height", "width")
+from .example import boxes_of
 
 
 class CocoBoxes:
@@ -54,19 +52,17 @@ class CocoBoxes:
             raise ArgumentError(
                 f"annotation {path} must name its categories, got {sorted(unknown, key=str)}"
             )
-        absent = sorted(names[k] for k in used if classes is not None and names[k] not in classes)
-        if absent:
-            assert classes is not None
-            raise ArgumentError(
-                f"annotation {path} must have categories of the model's classes "
-                f"({', '.join(classes)}), got {', '.join(absent)}"
-            )
         if classes is None:
             wrong = [k for k in used if not isinstance(k, int) or not 0 <= k < 2**31]
             if wrong:
                 raise ArgumentError(
                     f"annotation {path} must have categories whose ids are classes, got {wrong}"
                 )
+        elif absent := sorted(names[k] for k in used if names[k] not in classes):
+            raise ArgumentError(
+                f"annotation {path} must have categories of the model's classes "
+                f"({', '.join(classes)}), got {', '.join(absent)}"
+            )
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
     def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,15 +76,14 @@ class CocoBoxes:
         if file_name not in self.images:
             raise ArgumentError(f"annotation {self.path} has no image {file_name!r}")
         height, width = size
-        known = tuple(
-            self.images[file_name].get(key, at) for key, at in zip(SIDES, size, strict=True)
-        )
+        one = self.images[file_name]
+        known = one.get("height", height), one.get("width", width)
         if known != (height, width):
             raise ArgumentError(
                 f"annotation {self.path} must be of the image {file_name} ({width} x {height} "
                 f"pixels), it has {known[1]} x {known[0]}"
             )
-        boxes, labels, crowds = [], [], []
+        found = []
         for one in self.objects.get(self.ids[file_name], []):
             try:
                 left, top, across, down = (float(value) for value in one["bbox"])
@@ -102,11 +97,6 @@ class CocoBoxes:
             right, bottom = min(left + across, width), min(top + down, height)
             left, top = max(left, 0.0), max(top, 0.0)
             if left < right and top < bottom:
-                boxes.append([left, top, right, bottom])
-                labels.append(self.labels[one["category_id"]])
-                crowds.append(bool(one.get("iscrowd", 0)))
-        return (
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(crowds, dtype=torch.bool),
-        )
+                label, crowd = self.labels[one["category_id"]], bool(one.get("iscrowd", 0))
+                found.append(((left, top, right, bottom), label, crowd))
+        return boxes_of(found)

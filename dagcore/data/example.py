@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +28,12 @@ class Example:
     boxes: Tensor
     labels: Tensor
     difficult: Tensor
+
+
+def boxes_of(objects: Sequence[tuple[Sequence[float], int, bool]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them."""
+    return (
+        torch.tensor([box for box, _, _ in objects], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
+        torch.tensor([difficult for _, _, difficult in objects], dtype=torch.bool),
+    )

@@ -53,23 +53,17 @@ class Family:
     radius: tuple[float, float]
 
 
+def _percent(text: str) -> tuple[Color, ...]:
+    """Colours written as "r g b, r g b", in percent."""
+    return tuple(
+        (int(r) / 100, int(g) / 100, int(b) / 100) for r, g, b in map(str.split, text.split(","))
+    )
+
+
 FAMILIES = {
     "07": Family(
-        grounds=(
-            (0.48, 0.40, 0.30),
-            (0.35, 0.38, 0.25),
-            (0.55, 0.50, 0.44),
-            (0.42, 0.30, 0.22),
-            (0.62, 0.56, 0.42),
-        ),
-        paints=(
-            (0.85, 0.22, 0.18),
-            (0.20, 0.45, 0.80),
-            (0.95, 0.75, 0.20),
-            (0.25, 0.65, 0.30),
-            (0.90, 0.88, 0.82),
-            (0.20, 0.18, 0.22),
-        ),
+        grounds=_percent("48 40 30, 35 38 25, 55 50 44, 42 30 22, 62 56 42"),
+        paints=_percent("85 22 18, 20 45 80, 95 75 20, 25 65 30, 90 88 82, 20 18 22"),
         layouts=("blotches", "planks"),
         light=(-0.7, -0.7),
         exposure=(0.9, 1.1),
@@ -79,21 +73,8 @@ FAMILIES = {
         radius=(18, 48),
     ),
     "12": Family(
-        grounds=(
-            (0.32, 0.38, 0.48),
-            (0.50, 0.54, 0.58),
-            (0.25, 0.32, 0.36),
-            (0.60, 0.62, 0.68),
-            (0.38, 0.34, 0.44),
-        ),
-        paints=(
-            (0.90, 0.55, 0.45),
-            (0.40, 0.75, 0.75),
-            (0.75, 0.50, 0.80),
-            (0.80, 0.82, 0.45),
-            (0.35, 0.30, 0.55),
-            (0.92, 0.94, 0.96),
-        ),
+        grounds=_percent("32 38 48, 50 54 58, 25 32 36, 60 62 68, 38 34 44"),
+        paints=_percent("90 55 45, 40 75 75, 75 50 80, 80 82 45, 35 30 55, 92 94 96"),
         layouts=("blotches", "tiles", "horizon"),
         light=(0.8, -0.5),
         exposure=(0.7, 1.15),
@@ -301,14 +282,19 @@ def _clutter(canvas: Array, family: Family, rng: Random) -> None:
     _paint(canvas, patch, distance, pattern, family, rng, uniform(rng, 0.4, 0.9))
 
 
+def _pixels(size: tuple[int, int]) -> tuple[Array, Array]:
+    """Numbers of the rows (H, 1) and of the columns (1, W)."""
+    y, x = (np.arange(extent, dtype=np.float32) for extent in size)
+    return y[:, None], x[None, :]
+
+
 def _background(family: Family, size: tuple[int, int], rng: Random) -> Array:
     """Two ground colours mixed by a layout, with grain, (3, H, W)."""
     height, width = size
     coarse = shapes.smooth_noise(rng, size, 3, 4)
     fine = shapes.smooth_noise(rng, size, 24, 30)
     layout = pick(rng, family.layouts)
-    y = np.arange(height, dtype=np.float32)[:, None]
-    x = np.arange(width, dtype=np.float32)[None, :]
+    y, x = _pixels(size)
     if layout == "blotches":
         mix = clip((coarse - np.float32(0.5)) * np.float32(3) + np.float32(0.5))
     elif layout == "horizon":
@@ -345,8 +331,8 @@ def _expose(canvas: Array, family: Family, rng: Random) -> Pixels:
     """The 8-bit picture (3, H, W): light that falls off, then the sensor's noise."""
     _, height, width = canvas.shape
     exposure, falloff = uniform(rng, *family.exposure), uniform(rng, 0.1, 0.5)
-    x = np.arange(width, dtype=np.float32)[None, :] * np.float32(1 / width) - np.float32(0.5)
-    y = np.arange(height, dtype=np.float32)[:, None] * np.float32(1 / height) - np.float32(0.5)
+    y, x = _pixels((height, width))
+    x, y = x * np.float32(1 / width) - np.float32(0.5), y * np.float32(1 / height) - np.float32(0.5)
     light = x * np.float32(falloff * family.light[0]) + y * np.float32(falloff * family.light[1])
     light += np.float32(1)
     light *= np.float32(255 * exposure)

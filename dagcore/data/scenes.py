@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .. import checks
-from .example import Example
+from .example import Example, boxes_of
 from .painting import FAMILIES, OBJECTS, Scene, draw
 
 SCENE_CLASSES = ("background", *OBJECTS)
@@ -86,33 +86,21 @@ def _annotate(key: str, scene: Scene) -> Example:
     """A scene with its mask and boxes."""
     instances = scene.instances
     void = np.zeros(instances.shape, dtype=bool)
-    for before, after in (
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-    ):
+    for before, after in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
         edge = instances[before] != instances[after]
         void[before] |= edge
         void[after] |= edge
     mask = np.array([0, *scene.labels], dtype=np.uint8)[instances]
     mask[void] = VOID
-    boxes, labels, difficult = [], [], []
+    objects = []
     visible = np.bincount(instances.ravel(), minlength=len(scene.labels) + 1)[1:].tolist()
-    for k, (label, area, seen) in enumerate(
-        zip(scene.labels, scene.areas, visible, strict=True), start=1
-    ):
+    for k, label in enumerate(scene.labels, start=1):
+        area, seen = scene.areas[k - 1], visible[k - 1]
         if seen < 16:
             continue
         place = instances == k
         (rows,), (columns,) = place.any(1).nonzero(), place.any(0).nonzero()
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-        labels.append(label)
-        difficult.append(4 * seen < area)
-    image = scene.image.astype(np.float32)
-    return Example(
-        key=key,
-        image=torch.from_numpy(image / np.float32(255)),
-        mask=torch.from_numpy(mask),
-        boxes=torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        difficult=torch.tensor(difficult, dtype=torch.bool),
-    )
+        box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        objects.append((box, label, 4 * seen < area))
+    image = torch.from_numpy(scene.image.astype(np.float32) / np.float32(255))
+    return Example(key, image, torch.from_numpy(mask), *boxes_of(objects))

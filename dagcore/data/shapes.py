@@ -29,22 +29,11 @@ def pick(rng: Random, items: Any) -> Any:
     return items[int(rng.random() * len(items))]
 
 
-def least(a: Array, b: Array | np.float32) -> Array:
-    """The smaller of two, pixel by pixel."""
-    smaller: Array = np.minimum(a, b)
-    return smaller
-
-
-def magnitude(x: Array) -> Array:
-    """The absolute value, pixel by pixel."""
-    absolute: Array = np.abs(x)
-    return absolute
-
-
-def most(a: Array, b: Array | np.float32) -> Array:
-    """The larger of two, pixel by pixel."""
-    larger: Array = np.maximum(a, b)
-    return larger
+# numpy's own, which would not be known to keep float32.
+least: Callable[[Array, Array | np.float32], Array] = np.minimum
+most: Callable[[Array, Array | np.float32], Array] = np.maximum
+magnitude: Callable[[Array], Array] = np.abs
+_root: Callable[[Array], Array] = np.sqrt
 
 
 def clip(x: Array) -> Array:
@@ -63,8 +52,7 @@ def rotation(rng: Random) -> tuple[float, float]:
 
 
 def _radius(u: Array, v: Array) -> Array:
-    radius: Array = np.sqrt(u * u + v * v)
-    return radius
+    return _root(u * u + v * v)
 
 
 def disc(u: Array, v: Array) -> Array:
@@ -159,6 +147,13 @@ def _cycles(rng: Random, scale: float) -> tuple[np.float32, float]:
     return np.float32(cycles), max(scale / (2 * cycles), 1.5)
 
 
+def _lattice(u: Array, v: Array, scale: float, rng: Random) -> tuple[Array, Array, float]:
+    """Waves along both axes, each begun at random, and the slope of their edges."""
+    cycles, slope = _cycles(rng, scale)
+    x, y = (wave(along * cycles + np.float32(rng.random())) for along in (u, v))
+    return x, y, slope
+
+
 def plain(u: Array, v: Array, scale: float, rng: Random) -> Array:
     """One colour."""
     return np.zeros_like(u)
@@ -179,23 +174,20 @@ def stripes(u: Array, v: Array, scale: float, rng: Random) -> Array:
 
 def checks(u: Array, v: Array, scale: float, rng: Random) -> Array:
     """A chessboard."""
-    cycles, slope = _cycles(rng, scale)
-    x, y = wave(u * cycles + np.float32(rng.random())), wave(v * cycles + np.float32(rng.random()))
+    x, y, slope = _lattice(u, v, scale, rng)
     return _steep(x * y, 4 * slope)
 
 
 def dots(u: Array, v: Array, scale: float, rng: Random) -> Array:
     """Round dots on a square lattice."""
-    cycles, slope = _cycles(rng, scale)
-    x, y = wave(u * cycles + np.float32(rng.random())), wave(v * cycles + np.float32(rng.random()))
+    x, y, slope = _lattice(u, v, scale, rng)
     x, y = x + np.float32(0.5), y + np.float32(0.5)
     return _steep(np.float32(0.42) - x * x - y * y, slope)
 
 
 def grid(u: Array, v: Array, scale: float, rng: Random) -> Array:
     """Thin crossing lines."""
-    cycles, slope = _cycles(rng, scale)
-    x, y = wave(u * cycles + np.float32(rng.random())), wave(v * cycles + np.float32(rng.random()))
+    x, y, slope = _lattice(u, v, scale, rng)
     return _steep(most(x, y) - np.float32(0.2), slope)
 
 

@@ -15,34 +15,22 @@ from torch.utils.data import Dataset
 from .. import checks
 from ..errors import ArgumentError
 from ..optional import optional_import
-from .example import Example
+from .example import Example, boxes_of
 
+# fmt: off
 VOC_CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
 )
+# fmt: on
 OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
-TASKS = ("segmentation", "detection")
+# Of each task the folder of its lists, the folder of its truths, and how their names end.
+TASKS = {
+    "segmentation": ("Segmentation", "SegmentationClass", ".png"),
+    "detection": ("Main", "Annotations", ".xml"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +91,23 @@ class VOC(Dataset[Example]):
         if not root.is_dir():
             raise FileNotFoundError(f"root must be a VOCdevkit folder, {root} does not exist")
         self.task = task
+        lists, truths, ending = TASKS[task]
         items: dict[str, _Item] = {}
         for year, name in map(_pair, sets):
             folder = _member(root, f"VOC{year}", "the folder of a set")
-            for key in _read_list(folder, task, name):
-                items.setdefault(key, _item(folder, task, key))
+            path = _member(folder / "ImageSets" / lists, name, "the name of a set")
+            for key in _ids(path.with_name(f"{name}.txt")):
+                image = folder / "JPEGImages" / f"{key}.jpg"
+                items.setdefault(key, _Item(key, image, folder / truths / f"{key}{ending}"))
         if not items:
             raise ArgumentError("sets must name at least one image, their lists are empty")
         own = len(items)
         if sbd:
-            held_out = _held_out(root)
+            held_out = {
+                key
+                for path in root.glob("VOC*/ImageSets/Segmentation/val.txt")
+                for key in _ids(path)
+            }
             for item in _sbd_items(root):
                 if item.key not in held_out:
                     items.setdefault(item.key, item)
@@ -145,7 +140,7 @@ class VOC(Dataset[Example]):
                 f"mask {item.truth} must have the size of {item.image}, {(height, width)}, "
                 f"got {tuple(mask.shape)}"
             )
-        return Example(item.key, image, mask, *_boxes([], [], []))
+        return Example(item.key, image, mask, *boxes_of([]))
 
 
 def _pair(entry: object) -> tuple[str, str]:
@@ -162,16 +157,10 @@ def _member(folder: Path, name: str, what: str) -> Path:
     return folder / name
 
 
-def _read_list(folder: Path, task: str, name: str) -> list[str]:
+def _ids(path: Path) -> list[str]:
     """The image ids of a list."""
-    lists = folder / "ImageSets" / ("Main" if task == "detection" else "Segmentation")
-    path = _member(lists, name, "the name of a set").with_name(f"{name}.txt")
     if not path.is_file():
         raise FileNotFoundError(f"image list {path} does not exist")
-    return _ids(path)
-
-
-def _ids(path: Path) -> list[str]:
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     for key in filter(None, keys):
         if len(key.split()) > 1:
@@ -180,28 +169,12 @@ def _ids(path: Path) -> list[str]:
     return [key for key in keys if key]
 
 
-def _item(folder: Path, task: str, key: str) -> _Item:
-    truth = (
-        folder / "Annotations" / f"{key}.xml"
-        if task == "detection"
-        else folder / "SegmentationClass" / f"{key}.png"
-    )
-    return _Item(key, folder / "JPEGImages" / f"{key}.jpg", truth)
-
-
-def _held_out(root: Path) -> set[str]:
-    lists = root.glob("VOC*/ImageSets/Segmentation/val.txt")
-    return {key for path in lists for key in _ids(path)}
-
-
 def _sbd_items(root: Path) -> Iterator[_Item]:
     """What there is of SBD, as its authors released it or as PNG files."""
     release = root / "benchmark_RELEASE" / "dataset"
     if release.is_dir():
         optional_import("scipy.io", "data")
         for name in ("train.txt", "val.txt"):
-            if not (release / name).is_file():
-                raise FileNotFoundError(f"image list {release / name} does not exist")
             for key in _ids(release / name):
                 yield _Item(key, release / "img" / f"{key}.jpg", release / "cls" / f"{key}.mat")
         return
@@ -267,7 +240,7 @@ def read_voc_boxes(
     height, width = size
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    boxes, labels, difficult = [], [], []
+    found = []
     try:
         tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
         for thing in tree.getroot().iterfind("object"):
@@ -282,19 +255,8 @@ def read_voc_boxes(
                 raise ArgumentError(
                     f"a box must lie in the image ({width} x {height}), got {corners}"
                 )
-            boxes.append([left - 1, top - 1, right, bottom])
-            labels.append(classes[name])
-            difficult.append(bool(int(thing.findtext("difficult", "0"))))
+            difficult = bool(int(thing.findtext("difficult", "0")))
+            found.append(((left - 1, top - 1, right, bottom), classes[name], difficult))
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         raise ArgumentError(f"annotation {path} cannot be read: {error}") from error
-    return _boxes(boxes, labels, difficult)
-
-
-def _boxes(
-    boxes: list[list[float]], labels: list[int], difficult: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(difficult, dtype=torch.bool),
-    )
+    return boxes_of(found)

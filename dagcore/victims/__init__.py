@@ -6,12 +6,4 @@ from .prepare import prepare
 from .prepare.low_resolution import low_resolution
 from .segmentation import Victim
 
-__all__ = [
-    "Detector",
-    "Targets",
-    "Victim",
-    "detector",
-    "load",
-    "low_resolution",
-    "prepare",
-]
+__all__ = ["Detector", "Targets", "Victim", "detector", "load", "low_resolution", "prepare"]

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from .detection import Detector, detector, is_detector
 from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim
 from .weights import load_state, read_state
 
-# The layer whose rows are the classes: FCN and DeepLab, LR-ASPP.
-LAST_LAYERS = ("classifier.4.weight", "classifier.low_classifier.weight")
-# The same, for each anchor, of two stages, RetinaNet and FCOS, SSD, SSDlite.
-DETECTION_LAYERS = (
+# The layer whose rows are the classes: FCN and DeepLab, LR-ASPP; the same, for each anchor, of two
+# stages, RetinaNet and FCOS, SSD, SSDlite.
+LAST_LAYERS = (
+    "classifier.4.weight",
+    "classifier.low_classifier.weight",
     "roi_heads.box_predictor.cls_score.weight",
     "head.classification_head.cls_logits.weight",
     "head.classification_head.module_list.0.weight",
@@ -134,39 +135,29 @@ def _torchvision(spec: str, path: Path | None) -> Victim | Detector:
         source, state = f"torchvision's {weights}", _download(name, weights)
     else:
         source, state = str(path), read_state(path)
-    if name in detectors:
-        return _torchvision_detector(name, state, source, weights.meta["categories"])
     # An auxiliary classifier serves training only.
     state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
-    last = next((state[key] for key in LAST_LAYERS if key in state), None)
-    if last is None or last.dim() != 4:
-        raise ArgumentError(f"weights must be a state dict of {name}, {source} has no classifier")
-    network = models.get_model(
-        name, weights=None, weights_backbone=None, num_classes=len(last), aux_loss=None
-    )
-    load_state(network, state, f"{source} and {name}")
-    categories = weights.meta["categories"]
-    names = categories if len(categories) == len(last) else None
-    return Victim(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
-
-
-def _torchvision_detector(
-    name: str, state: dict[str, Tensor], source: str, categories: Sequence[str]
-) -> Detector:
-    models = optional_import("torchvision.models", "vision")
+    detects = name in detectors
+    options = {} if detects else {"aux_loss": None}
 
     def built(num_classes: int) -> Any:
-        return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+        return models.get_model(
+            name, weights=None, weights_backbone=None, num_classes=num_classes, **options
+        )
 
     with torch.device("meta"):
         own = built(COCO_CLASSES).state_dict()
-    layer = next((key for key in DETECTION_LAYERS if key in own and key in state), None)
-    if layer is None:
+    layer = next((key for key in LAST_LAYERS if key in own and key in state), None)
+    if layer is None or state[layer].dim() != own[layer].dim():
         raise ArgumentError(f"weights must be a state dict of {name}, {source} has no classifier")
     num_classes = COCO_CLASSES * len(state[layer]) // len(own[layer])
     network = built(num_classes)
-    load_state(network, state, f"{source} and {name} of {num_classes} classes")
-    return detector(network, categories if len(categories) == num_classes else None)
+    load_state(network, state, f"{source} and {name}" + f" of {num_classes} classes" * detects)
+    categories = weights.meta["categories"]
+    names = categories if len(categories) == num_classes else None
+    if detects:
+        return detector(network, names)
+    return Victim(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
 
 
 def _download(name: str, weights: Any) -> dict[str, Tensor]:

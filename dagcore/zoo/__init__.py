@@ -4,13 +4,4 @@ from .backbones import fold
 from .checkpoint import read_metadata, save_weights
 from .registry import ENTRIES, Entry, build, find, load
 
-__all__ = [
-    "ENTRIES",
-    "Entry",
-    "build",
-    "find",
-    "fold",
-    "load",
-    "read_metadata",
-    "save_weights",
-]
+__all__ = ["ENTRIES", "Entry", "build", "find", "fold", "load", "read_metadata", "save_weights"]

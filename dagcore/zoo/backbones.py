@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -42,29 +43,11 @@ class Plain(nn.Sequential):
         self.in_channels = self.out_channels = in_channels
         self.width, self.norm = width, norm
 
-    def convolve(
-        self,
-        name: str,
-        channels: int,
-        size: int,
-        *,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
-        groups: int = 1,
-    ) -> Plain:
-        """Append a convolution and its ReLU; `channels` at width 1."""
+    def convolve(self, name: str, channels: int, size: int, **options: Any) -> Plain:
+        """Append a convolution and its ReLU; `channels` at width 1, options as of nn.Conv2d."""
         wide = scaled(channels, self.width)
-        convolution = nn.Conv2d(
-            self.out_channels,
-            wide,
-            size,
-            stride=stride,
-            padding=dilation * (size - 1) // 2 if padding is None else padding,
-            dilation=dilation,
-            groups=groups,
-            bias=not self.norm,
-        )
+        options.setdefault("padding", options.get("dilation", 1) * (size - 1) // 2)
+        convolution = nn.Conv2d(self.out_channels, wide, size, bias=not self.norm, **options)
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         self.add_module(name, convolution)
         if self.norm:

@@ -20,16 +20,8 @@ from .backbones import EXPANSION, resnet, scaled, vgg16, zf
 STRIDE = 16
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 # Image sides and anchors: for scenes of 128x160 with objects of 25 to 110 pixels, and the papers'.
-SCENE_SCALE: dict[str, Any] = {
-    "min_size": 128,
-    "max_size": 213,
-    "anchor_sizes": (16, 32, 64, 96),
-}
-PAPER_SCALE: dict[str, Any] = {
-    "min_size": 600,
-    "max_size": 1000,
-    "anchor_sizes": (128, 256, 512),
-}
+SCENE_SCALE: dict[str, Any] = {"min_size": 128, "max_size": 213, "anchor_sizes": (16, 32, 64, 96)}
+PAPER_SCALE: dict[str, Any] = {"min_size": 600, "max_size": 1000, "anchor_sizes": (128, 256, 512)}
 # The papers' mini-batches and numbers of proposals, where torchvision's differ.
 PAPER_OPTIONS = {
     "rpn_pre_nms_top_n_train": 12000,
@@ -39,20 +31,15 @@ PAPER_OPTIONS = {
 }
 
 
-def faster_rcnn_zf(
-    num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, **options: Any
-) -> nn.Module:
+def faster_rcnn_zf(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
     """Faster R-CNN on ZF: 6x6 RoI pooling of conv5, two fully connected layers."""
-    features = zf(width=width, norm=norm)
-    return _faster_rcnn(features, 6, 256, num_classes, width, dropout, options)
+    return _faster_rcnn(zf(width=width, norm=norm), 6, 256, num_classes, width, **options)
 
 
-def faster_rcnn_vgg(
-    num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, **options: Any
-) -> nn.Module:
+def faster_rcnn_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
     """Faster R-CNN on VGG-16: 7x7 RoI pooling of conv5_3, two fully connected layers."""
     features = vgg16(width=width, norm=norm, strides=(2, 2, 2, 2))
-    return _faster_rcnn(features, 7, 512, num_classes, width, dropout, options)
+    return _faster_rcnn(features, 7, 512, num_classes, width, **options)
 
 
 def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.Module:
@@ -93,6 +80,10 @@ def fcos_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> n
     return network
 
 
+Maps = Mapping[str, Tensor]
+Sizes = list[tuple[int, int]]
+
+
 class OnOneMap(nn.Module):
     """A pooling of torchvision.ops, called as torchvision's RoIHeads call theirs.
 
@@ -106,12 +97,7 @@ class OnOneMap(nn.Module):
         super().__init__()
         self.pool = pool
 
-    def forward(
-        self,
-        features: Mapping[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> Tensor:
+    def forward(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
         """(R, channels, k, k) of feature maps and proposals (R_n, 4), for each image a list."""
         pooled: Tensor = self.pool(features["0"], proposals)
         return pooled
@@ -170,12 +156,7 @@ class PositionSensitive(nn.Module):
         scores: Tensor = self.rfcn_cls(self._reduced(conv4))
         return scores
 
-    def pool_maps(
-        self,
-        maps: Mapping[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> Tensor:
+    def pool_maps(self, maps: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
         """(R, C, bins, bins): score maps read in each part of each proposal."""
         return position_sensitive_pool(maps["0"], proposals, self.bins)
 
@@ -183,12 +164,7 @@ class PositionSensitive(nn.Module):
         reduced: Tensor = self.conv_new_1(self.layer4(conv4)).relu_()
         return reduced
 
-    def forward(
-        self,
-        features: Mapping[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> Tensor:
+    def forward(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
         """(R, C + 4, bins, bins): class scores and box offsets in each part of each proposal."""
         reduced = self._reduced(features["0"])
         maps = torch.cat([self.rfcn_cls(reduced), self.rfcn_bbox(reduced)], 1)
@@ -215,8 +191,9 @@ def _faster_rcnn(
     rpn_channels: int,
     num_classes: int,
     width: float,
-    dropout: float,
-    options: Mapping[str, Any],
+    *,
+    dropout: float = 0.5,
+    **options: Any,
 ) -> nn.Module:
     pool = OnOneMap(optional_import("torchvision.ops", "vision").RoIPool(bins, 1 / STRIDE))
     hidden = scaled(4096, width)
@@ -230,8 +207,7 @@ def _faster_rcnn(
         head.add_module(f"{name}_drop", nn.Dropout(dropout))
     models = optional_import("torchvision.models.detection.faster_rcnn", "vision")
     predictor = models.FastRCNNPredictor(hidden, num_classes)
-    rpn_channels = scaled(rpn_channels, width)
-    return _detector(features, rpn_channels, pool, head, predictor, options)
+    return _detector(features, scaled(rpn_channels, width), pool, head, predictor, options)
 
 
 def _detector(
@@ -248,26 +224,21 @@ def _detector(
     anchors = detection.rpn.AnchorGenerator(
         (tuple(settings.pop("anchor_sizes")),), (tuple(settings.pop("aspect_ratios")),)
     )
+    # torchvision's region head, its 3x3 convolution to any number of channels.
+    region_head = detection.rpn.RPNHead(rpn_channels, anchors.num_anchors_per_location()[0])
+    region_head.conv[0][0] = _small(nn.Conv2d(backbone.out_channels, rpn_channels, 3, padding=1))
     network: Any = detection.FasterRCNN(
         backbone,
         image_mean=MEAN,
         image_std=STD,
         rpn_anchor_generator=anchors,
-        rpn_head=_region_head(backbone.out_channels, rpn_channels, anchors),
+        rpn_head=region_head,
         box_head=head,
         box_predictor=predictor,
         **settings,
     )
     network.roi_heads.box_roi_pool = pool  # its constructor takes a MultiScaleRoIAlign only
     return network  # type: ignore[no-any-return]
-
-
-def _region_head(in_channels: int, channels: int, anchors: Any) -> nn.Module:
-    """torchvision's region head with a 3x3 convolution to any number of channels."""
-    rpn = optional_import("torchvision.models.detection.rpn", "vision")
-    head: Any = rpn.RPNHead(channels, anchors.num_anchors_per_location()[0])
-    head.conv[0][0] = _small(nn.Conv2d(in_channels, channels, 3, padding=1))
-    return head  # type: ignore[no-any-return]
 
 
 def _small(convolution: nn.Conv2d) -> nn.Conv2d:

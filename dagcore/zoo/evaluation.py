@@ -50,21 +50,25 @@ def evaluate(
     if examples is None:
         examples = Scenes("07", "test", count=count)
     classes = getattr(network, "classes", None)
-    measure = _segmentation if isinstance(network, Victim) else _detection
-    training = network.training
+    num_classes = len(classes) if classes else NUM_CLASSES
+    where, training = next(network.parameters()).device, network.training
     network.eval()
     try:
         with torch.no_grad():
-            return measure(network, examples, len(classes) if classes else NUM_CLASSES, protocol)
+            if isinstance(network, Victim):
+                return _segmentation(network, examples, MeanIoU(num_classes), where)
+            precision = AveragePrecision(num_classes, protocol=protocol)
+            for example in examples:
+                found: dict[str, Tensor] = network([example.image.to(where)])[0]
+                precision.update(found, example.boxes, example.labels, example.difficult)
+            return precision.compute()
     finally:
         network.train(training)
 
 
 def _segmentation(
-    network: nn.Module, examples: Iterable[Example], num_classes: int, protocol: str
+    network: nn.Module, examples: Iterable[Example], measure: MeanIoU, device: torch.device
 ) -> Score:
-    measure = MeanIoU(num_classes)
-    device = _device(network)
     for example in examples:
         if example.mask is None:
             raise ArgumentError(f"examples must have masks, {example.key} has none")
@@ -72,18 +76,3 @@ def _segmentation(
         size = example.mask.shape
         measure.update(ops.argmax_bilinear(scores, (size[0], size[1]))[0], example.mask.to(device))
     return measure.compute()
-
-
-def _detection(
-    network: nn.Module, examples: Iterable[Example], num_classes: int, protocol: str
-) -> Score:
-    measure = AveragePrecision(num_classes, protocol=protocol)
-    device = _device(network)
-    for example in examples:
-        found: dict[str, Tensor] = network([example.image.to(device)])[0]
-        measure.update(found, example.boxes, example.labels, example.difficult)
-    return measure.compute()
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device

@@ -92,8 +92,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "fr-zf": detection.faster_rcnn_zf,
     "fr-vgg": detection.faster_rcnn_vgg,
     "fcos-vgg": detection.fcos_vgg,
-    "r-fcn-rn50": lambda *args, **kwargs: detection.r_fcn(*args, depth=50, **kwargs),
-    "r-fcn-rn101": lambda *args, **kwargs: detection.r_fcn(*args, depth=101, **kwargs),
+    "r-fcn-rn50": partial(detection.r_fcn, depth=50),
+    "r-fcn-rn101": partial(detection.r_fcn, depth=101),
 }
 RESIDUAL = ("dl-rn101", "r-fcn-rn50", "r-fcn-rn101")
 

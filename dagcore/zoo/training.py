@@ -12,16 +12,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset
 
 from .. import checks
-from ..data import SCENE_CLASSES, Scenes
+from ..data import SCENE_CLASSES, Example, Scenes
 from ..data.scenes import VOID
 from ..errors import ArgumentError
 from ..files import atomic_write
@@ -51,8 +51,8 @@ class Recipe:
 
     samples: int
     """Images to see, repeats counted."""
-    batch: int
-    learning_rate: float
+    batch: int = 8
+    learning_rate: float = 2e-3
     """At its peak: it rises linearly for a short while and falls as a cosine to 0."""
     weight_decay: float = 0.02
     dropout: float = 0.0
@@ -61,15 +61,15 @@ class Recipe:
 
 
 RECIPES = {
-    "fcn-alex": Recipe(75_000, 8, 2e-3),
-    "fcn-vgg": Recipe(50_000, 8, 2e-3),
-    "dl-vgg": Recipe(50_000, 8, 2e-3),
-    "dl-rn101": Recipe(90_000, 8, 2e-3),
-    "fr-zf": Recipe(60_000, 8, 2e-3),
-    "fr-vgg": Recipe(36_000, 8, 2e-3),
-    "r-fcn-rn50": Recipe(50_000, 8, 2e-3),
-    "r-fcn-rn101": Recipe(45_000, 8, 2e-3),
-    "fcos-vgg": Recipe(50_000, 8, 2e-3),
+    "fcn-alex": Recipe(75_000),
+    "fcn-vgg": Recipe(50_000),
+    "dl-vgg": Recipe(50_000),
+    "dl-rn101": Recipe(90_000),
+    "fr-zf": Recipe(60_000),
+    "fr-vgg": Recipe(36_000),
+    "r-fcn-rn50": Recipe(50_000),
+    "r-fcn-rn101": Recipe(45_000),
+    "fcos-vgg": Recipe(50_000),
 }
 
 
@@ -136,7 +136,9 @@ def train(
     recipe = dataclasses.replace(recipe, samples=samples)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with own_random_numbers(torch.device(device)):
+    where = torch.device(device)
+    devices = [] if where.type == "cpu" else [where]
+    with torch.random.fork_rng(devices, device_type=where.type):  # leaves the caller's as they were
         training = Training(
             entry, recipe, seed=seed, width=entry.width if width is None else width, device=device
         )
@@ -165,47 +167,30 @@ def finish(training: Training, path: Path, test_scenes: int) -> Path:
     save_weights(path, fold(training.network), metadata)
     network = load(entry.name, path, device=training.device)
     scenes = Scenes("07", "test", count=test_scenes)
-    measures = {"score": "voc2007"}
-    if entry.task == "detection":
-        measures["coco"] = "coco"
-    for key, protocol in measures.items():
-        score = evaluate(network, scenes, protocol=protocol).mean
+    protocols = {"score": "voc2007", "coco": "coco"}
+    for key in ("score", "coco") if entry.task == "detection" else ("score",):
+        score = evaluate(network, scenes, protocol=protocols[key]).mean
         metadata[key] = None if math.isnan(score) else round(score, 2)
     save_weights(path, network, {**metadata, "test_scenes": test_scenes})
     return path
-
-
-@contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the caller's global generators as they were."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        yield
 
 
 class Training:
     """A network on its way: all that a checkpoint holds."""
 
     def __init__(
-        self,
-        entry: Entry,
-        recipe: Recipe,
-        *,
-        seed: int,
-        width: float,
-        device: str | torch.device,
+        self, entry: Entry, recipe: Recipe, *, seed: int, width: float, device: str | torch.device
     ) -> None:
         self.entry, self.recipe, self.seed, self.width = entry, recipe, seed, width
         self.device = torch.device(device)
         self.step, self.steps = 0, -(-recipe.samples // recipe.batch)
         self.losses: dict[str, list[float]] = {}
         self.scenes = Pictures(TRAINING_SETS[entry.training_set])
-        options: dict[str, Any] = {}
-        if entry.two_stage:
-            options |= DETECTION_OPTIONS
+        options: dict[str, Any] = dict(DETECTION_OPTIONS) if entry.two_stage else {}
         if "rn" not in entry.architecture:
-            options |= {"norm": True}
-        if "rn" not in entry.architecture and entry.architecture != "fcos-vgg":
-            options |= {"dropout": recipe.dropout}
+            options["norm"] = True
+            if entry.architecture != "fcos-vgg":
+                options["dropout"] = recipe.dropout
         self.draw(0)
         network = build(entry.name, num_classes=len(SCENE_CLASSES), width=width, **options)
         # A fifth to a half faster on CPUs.
@@ -347,19 +332,18 @@ class Pictures:
     """
 
     def __init__(self, counts: dict[str, int]) -> None:
-        self._parts = [Scenes(family, "train", count=count) for family, count in counts.items()]
+        self._scenes: ConcatDataset[Example] = ConcatDataset(
+            Scenes(family, "train", count=count) for family, count in counts.items()
+        )
         self._known: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return len(self._scenes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Image and mask, uint8; boxes and labels."""
         if index not in self._known:
-            k, part = index, iter(self._parts)
-            while k >= len(scenes := next(part)):
-                k -= len(scenes)
-            example = scenes[k]
+            example = self._scenes[index]
             assert example.mask is not None
             self._known[index] = (
                 (example.image * 255).round().byte(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,7 @@ from ... import checks
 from ...engine import frozen
 from ...errors import ArgumentError
 from ...optional import optional_import
-from .targets import (
-    ADVERSARIAL_KINDS,
-    Targets,
-    check_inside,
-    draw_adversarial_labels,
-    match,
-    stack,
-)
+from .targets import ADVERSARIAL_KINDS, Targets, check_inside, draw_adversarial_labels, match, stack
 
 
 class Detector(nn.Module, abc.ABC):
@@ -165,12 +159,8 @@ class Detector(nn.Module, abc.ABC):
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() != 4 or images.shape[1] != 3:
             raise ArgumentError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
-        for name, value in (
-            ("nms_threshold", nms_threshold),
-            ("min_iou", min_iou),
-            ("min_score", min_score),
-            ("confidence", confidence),
-        ):
+        shares = {"min_iou": min_iou, "min_score": min_score, "confidence": confidence}
+        for name, value in {"nms_threshold": nms_threshold, **shares}.items():
             checks.number(name, value)
             if not 0 <= value <= 1:
                 raise ArgumentError(f"{name} must lie in [0, 1], got {value}")
@@ -294,6 +284,43 @@ def rescale(
         ]
     )
     return boxes * factors[:, None]
+
+
+class OfTorchvision(Detector):
+    """What torchvision's detectors share: a transform, a backbone, and the form of detections."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def kinds(detection: Any) -> tuple[type, ...]:
+        """The classes of torchvision.models.detection that are understood."""
+
+    @classmethod
+    def understands(cls, network: nn.Module) -> bool:
+        """Whether a network is of one of the `kinds`, or built on one."""
+        # Where this was never imported, the network is none of its.
+        detection = sys.modules.get("torchvision.models.detection")
+        return detection is not None and isinstance(network, cls.kinds(detection))
+
+    def features(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Images as the transform resizes them, and their feature maps by name."""
+        transformed, _ = self.network.transform(list(images))
+        features = self.network.backbone(transformed.tensors)
+        return transformed, {"0": features} if isinstance(features, Tensor) else dict(features)
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """What the whole detector finds."""
+        found: list[dict[str, Tensor]] = self.network(list(images))
+        return [{key: one[key] for key in ("boxes", "labels", "scores")} for one in found]
+
+    def restored(self, boxes: Tensor, size: tuple[int, int], images: Tensor) -> Tensor:
+        """Boxes (P, 4) in an image resized to `size`, as boxes in pixels of the images.
+
+        Those that rounding moved past the border are moved back.
+        """
+        raw = (images.shape[-2], images.shape[-1])
+        clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
+        clipped: Tensor = clip(rescale(boxes[None], [size], [raw])[0], raw)
+        return clipped
 
 
 class Known(nn.Module):

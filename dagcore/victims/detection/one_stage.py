@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ...optional import optional_import
-from .base import Detector, rescale
+from .base import OfTorchvision
 
 
 def _sigmoid_threshold(network: Any) -> float | None:
@@ -27,7 +26,7 @@ def _sigmoid_threshold(network: Any) -> float | None:
     return threshold if isinstance(network, detection.RetinaNet) else None
 
 
-class OneStage(Detector):
+class OneStage(OfTorchvision):
     """torchvision's RetinaNet, FCOS, SSD and SSDlite, which need no boxes.
 
     RetinaNet and FCOS give every class a sigmoid of its own and the background none. Its column of
@@ -52,26 +51,15 @@ class OneStage(Detector):
             )
 
     @staticmethod
-    def understands(network: nn.Module) -> bool:
-        """Whether a network is one of torchvision's one-stage detectors."""
-        # Where this was never imported, the network is none of its.
-        detection = sys.modules.get("torchvision.models.detection")
-        return detection is not None and isinstance(
-            network, (detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
-        )
+    def kinds(detection: Any) -> tuple[type, ...]:
+        """torchvision's one-stage detectors."""
+        return detection.RetinaNet, detection.FCOS, detection.ssd.SSD
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, A) of images (N, 3, H, W) at all anchors."""
-        transformed, _ = self.network.transform(list(images))
-        features = _levels(self.network.backbone(transformed.tensors))
-        return self._with_background(self.network.head.classification_head(features)).transpose(
-            1, 2
-        )
-
-    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """What the whole detector finds."""
-        found: list[dict[str, Tensor]] = self.network(list(images))
-        return found
+        _, features = self.features(images)
+        logits = self.network.head.classification_head(list(features.values()))
+        return self._with_background(logits).transpose(1, 2)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Of each class: sigmoids, or SSD's softmax."""
@@ -82,19 +70,16 @@ class OneStage(Detector):
     ) -> list[tuple[Tensor, Tensor]]:
         """Every anchor's predicted box and scores."""
         network = self.network
-        transformed, _ = network.transform(list(images))
-        features = _levels(network.backbone(transformed.tensors))
-        outputs = network.head(features)
-        anchors = network.anchor_generator(transformed, features)
+        transformed, features = self.features(images)
+        levels = list(features.values())
+        outputs, anchors = network.head(levels), network.anchor_generator(transformed, levels)
         # FCOS's coder has one method for single images and batches.
         decode = getattr(network.box_coder, "decode_single", network.box_coder.decode)
-        clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
-        raw = (images.shape[-2], images.shape[-1])
         scores = self._with_background(outputs["cls_logits"])
         found = []
         for n, size in enumerate(transformed.image_sizes):
             boxes = decode(outputs["bbox_regression"][n], anchors[n])
-            found.append((clip(rescale(boxes[None], [size], [raw])[0], raw), scores[n]))
+            found.append((self.restored(boxes, size, images), scores[n]))
         return found
 
     def _with_background(self, logits: Tensor) -> Tensor:
@@ -103,7 +88,3 @@ class OneStage(Detector):
             return logits
         constant = math.log(self.threshold / (1 - self.threshold))
         return torch.cat([torch.full_like(logits[..., :1], constant), logits[..., 1:]], -1)
-
-
-def _levels(features: Any) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features.values())

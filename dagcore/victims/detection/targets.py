@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...engine.stream import Sample
 from ...errors import ArgumentError
-from ...labels import derangement
+from ...labels import draw
 from ...optional import optional_import
 
 ADVERSARIAL_KINDS = ("permutation", "random", "vanish")
@@ -123,11 +123,5 @@ def draw_adversarial_labels(
         return labels.clone()
     # Ranks among the object classes; a label that is none of them gets the rank after its own.
     ranks = torch.bucketize(torch.where(counted, labels, 0), classes).clamp_(0, len(classes) - 1)
-    if kind == "permutation":
-        tables = [derangement(len(classes), generator) for _ in range(len(labels))]
-        drawn = torch.stack(tables).to(labels.device).gather(1, ranks) if tables else ranks
-    else:
-        device = "cpu" if generator is None else generator.device
-        shift = torch.randint(1, len(classes), labels.shape, generator=generator, device=device)
-        drawn = (ranks + shift.to(labels.device)) % len(classes)
+    drawn = draw(kind, ranks, len(classes), generator)
     return torch.where(counted, classes[drawn], ignore_index)

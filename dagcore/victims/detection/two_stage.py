@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...errors import ArgumentError
-from ...optional import optional_import
-from .base import Detector, rescale
+from .base import OfTorchvision, rescale
 from .targets import check_inside
 
 ROWS = 1024  # boxes that pass the head at a time
 
 
-class TwoStage(Detector):
+class TwoStage(OfTorchvision):
     """torchvision's Faster R-CNN family, with and without FPN, and R-FCN.
 
     Scores are read at boxes (N, P, 4) in pixels of the images; rows of NaN are padding, whose
@@ -50,18 +48,16 @@ class TwoStage(Detector):
         self.active_only, self.distinct, self.rows = active_only, distinct, rows
 
     @staticmethod
-    def understands(network: nn.Module) -> bool:
-        """Whether a network is one of torchvision's two-stage detectors, or built on one."""
-        # Where this was never imported, the network is none of its.
-        detection = sys.modules.get("torchvision.models.detection")
-        return detection is not None and isinstance(network, detection.faster_rcnn.GeneralizedRCNN)
+    def kinds(detection: Any) -> tuple[type, ...]:
+        """torchvision's two-stage detectors."""
+        return (detection.faster_rcnn.GeneralizedRCNN,)
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
         if boxes is None:
             raise ArgumentError("boxes must be given for a two-stage detector, got None")
-        transformed, _ = self.network.transform(list(images))
-        maps = self._maps(transformed.tensors)
+        transformed, features = self.features(images)
+        maps = self._pooled_from(features)
         sizes = transformed.image_sizes
         boxes = rescale(boxes, [(images.shape[-2], images.shape[-1])] * len(images), sizes)
         present = ~boxes[..., 0].isnan()
@@ -76,10 +72,7 @@ class TwoStage(Detector):
         return scores.view(*present.shape, scores.shape[1]).transpose(1, 2)
 
     def read(
-        self,
-        maps: Mapping[str, Tensor],
-        boxes: Sequence[Tensor],
-        sizes: list[tuple[int, int]],
+        self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: list[tuple[int, int]]
     ) -> Tensor:
         """Scores (R, C) at the boxes (R_n, 4) of each image, in pixels of the resized images."""
         head = Head(self.network.roi_heads, list(maps), sizes, self.rows)
@@ -97,18 +90,12 @@ class TwoStage(Detector):
             scores = head(boxes, list(maps.values()))
         return scores if again is None else scores[again]
 
-    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """What the whole detector finds."""
-        found: list[dict[str, Tensor]] = self.network(list(images))
-        return [{key: one[key] for key in ("boxes", "labels", "scores")} for one in found]
-
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
         """The region network's proposals at another NMS threshold, and their scores."""
-        network, rpn = self.network, copy.copy(self.network.rpn)  # others may be at work with it
-        transformed, _ = network.transform(list(images))
-        features = _named(network.backbone(transformed.tensors))
+        rpn = copy.copy(self.network.rpn)  # others may be at work with it
+        transformed, features = self.features(images)
         before = {**rpn._pre_nms_top_n}
         before["testing"] = max(before["testing"], 2 * max_proposals)
         after = {**rpn._post_nms_top_n, "testing": max_proposals}
@@ -116,12 +103,10 @@ class TwoStage(Detector):
         proposals, _ = rpn(transformed, features)
         sizes = transformed.image_sizes
         scores = self.read(self._pooled_from(features), proposals, sizes)
-        raw = (images.shape[-2], images.shape[-1])
+        parts = torch.split(scores, [len(own) for own in proposals])
         return [
-            (_inside(rescale(own[None], [size], [raw])[0], raw), of_own)
-            for own, size, of_own in zip(
-                proposals, sizes, torch.split(scores, [len(own) for own in proposals]), strict=True
-            )
+            (self.restored(own, size, images), of_own)
+            for own, size, of_own in zip(proposals, sizes, parts, strict=True)
         ]
 
     def check_boxes(self, boxes: Tensor | None, images: Tensor) -> None:
@@ -135,9 +120,6 @@ class TwoStage(Detector):
         padding = boxes.isnan().all(-1)
         whole = boxes.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
         check_inside("boxes", torch.where(padding[..., None], whole, boxes), images)
-
-    def _maps(self, images: Tensor) -> dict[str, Tensor]:
-        return self._pooled_from(_named(self.network.backbone(images)))
 
     def _pooled_from(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The maps that boxes are pooled from: the features, or R-FCN's score maps."""
@@ -244,13 +226,3 @@ class _ActiveRows(torch.autograd.Function):
                 if part is not None:
                     total += part
         return None, None, *gradients
-
-
-def _named(features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"0": features} if isinstance(features, Tensor) else dict(features)
-
-
-def _inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes that rounding moved past the border of their image, moved back."""
-    clipped: Tensor = optional_import("torchvision.ops", "vision").clip_boxes_to_image(boxes, size)
-    return clipped

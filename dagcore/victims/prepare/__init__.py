@@ -17,7 +17,7 @@ from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
 from .merge import is_mergeable, merge
-from .prepared import ChannelsLast, Preparation, Prepared
+from .prepared import Preparation, Prepared
 
 CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 EXAMPLE_SIDE = 224
@@ -76,36 +76,36 @@ def prepare(
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
     if isinstance(model, Detector):
-        for name, wanted in (
-            ("low_resolution", low_resolution),
-            ("bf16", bf16),
-            ("compile", compile),
-        ):
+        refused = {"low_resolution": low_resolution, "bf16": bf16, "compile": compile}
+        for name, wanted in refused.items():
             if wanted:
                 raise ArgumentError(f"{name} must not be set for a detector, got {wanted}")
     network = copy.deepcopy(model).eval().requires_grad_(False)
-    if isinstance(network, Detector):
-        folded, left, merged = _rewrite(network, example, fold_batch_norm, merge_linear)
-        channels_last = channels_last is not False
-        if channels_last:
-            network.to(memory_format=torch.channels_last)
-        network.preparation = Preparation(False, folded, left, merged, channels_last, False, False)
-        return network
     shallow = None
-    if low_resolution is not False:
+    if low_resolution is not False and not isinstance(network, Detector):
         shallow = stop_early(network) if low_resolution else find(network)
-    like = network = network if shallow is None else shallow
+    network = network if shallow is None else shallow
     folded, left, merged = _rewrite(network, example, fold_batch_norm, merge_linear)
     if channels_last is None:
-        channels_last = merged > 0 or _mostly_convolutions(network)
+        channels_last = isinstance(network, Detector) or merged > 0 or _mostly_convolutions(network)
     if channels_last:
-        network = ChannelsLast(network)
+        network.to(memory_format=torch.channels_last)
+        if not isinstance(network, Detector):
+            network.register_forward_pre_hook(_channels_last)
     if bf16:
         _hold_weights(network, torch.bfloat16)
     if compile:
         network.compile()
     done = Preparation(shallow is not None, folded, left, merged, channels_last, bf16, compile)
-    return Prepared(network, done, like=like)
+    if isinstance(network, Detector):
+        network.preparation = done
+        return network
+    return Prepared(network, done)
+
+
+def _channels_last(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Hand a network its images with the channels last in memory."""
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)
 
 
 def _rewrite(

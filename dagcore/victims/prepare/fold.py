@@ -169,16 +169,26 @@ def _normalises_and_activates(norm: nn.Module) -> bool:
     return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
 
 
-def thaw(network: nn.Module) -> None:
-    """Put ordinary batch norms in the place of torchvision's FrozenBatchNorm2d."""
+def replace(network: nn.Module, made: Callable[[Any], nn.Module | None]) -> int:
+    """Put what is made of a module in its place, in place; count them. None: it stays."""
+    count = 0
     for module in list(network.modules()):
         for name, child in module._modules.items():
-            kind = type(child)
-            if kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision."):
-                module._modules[name] = _thawed(child)
+            if (new := made(child)) is not None:
+                module._modules[name] = new
+                count += 1
+    return count
 
 
-def _thawed(frozen: Any) -> nn.BatchNorm2d:
+def thaw(network: nn.Module) -> None:
+    """Put ordinary batch norms in the place of torchvision's FrozenBatchNorm2d."""
+    replace(network, _thawed)
+
+
+def _thawed(frozen: Any) -> nn.BatchNorm2d | None:
+    kind = type(frozen)
+    if kind.__name__ != "FrozenBatchNorm2d" or not kind.__module__.startswith("torchvision."):
+        return None
     norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps).to(frozen.weight).eval()
     norm.load_state_dict({**norm.state_dict(), **frozen.state_dict()})
     return norm.requires_grad_(False)

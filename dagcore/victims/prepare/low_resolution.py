@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...errors import ArgumentError, ArgumentTypeError
 from ..segmentation import Victim
 
+Read = Callable[[Any, Tensor], Any]
 UNDERSTOOD = (
     "torchvision's segmentation networks, transformers' ...ForSemanticSegmentation, "
     "segmentation_models_pytorch, and these inside a dagcore.victims.Victim or at the end of an "
@@ -21,17 +22,22 @@ UNDERSTOOD = (
 class LowResolution(nn.Module):
     """A network whose scores come out before they are enlarged to the size of the image.
 
-    Each kind of network has its own `forward`, (N, 3, H, W) -> (N, C, h, w). `align_corners` says
-    how the network itself would enlarge the scores, bilinearly: read them that way.
+    Args:
+        network: the network itself.
+        kind: package and name of the class that its forward comes from.
+        align_corners: how the network itself would enlarge the scores, bilinearly: read them so.
     """
 
-    network: Any
-    align_corners = False
-
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, kind: tuple[str, str], align_corners: bool) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.kind, self.align_corners = network, kind, align_corners
         self.training = network.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (N, C, h, w) of images (N, 3, H, W)."""
+        read: Read = SCORES.get(self.kind, own_logits)
+        scores: Tensor = read(self.network, images)
+        return scores
 
 
 def low_resolution(model: nn.Module) -> nn.Module:
@@ -80,11 +86,12 @@ def find(model: nn.Module) -> nn.Module | None:
         inside = find(last)
         found = None if inside is None else Chain(*first, inside)
     else:
-        package, name = _origin(model)
-        if (package, name) in HEADS:
-            found = HEADS[package, name](model)
+        kind = package, name = _origin(model)
+        if kind in SCORES:
+            align_corners = package == SMP and _check_smp(model, name)
+            found = LowResolution(model, kind, align_corners)
         elif package == "transformers" and name.endswith("ForSemanticSegmentation"):
-            return OwnLogits(model)
+            return LowResolution(model, kind, False)
     if found is not None and (
         "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
     ):
@@ -114,101 +121,60 @@ class Chain(nn.Sequential):
         return bool(getattr(self[-1], "align_corners", False))
 
 
-class BackboneAndHead(LowResolution):
-    """torchvision's FCN and DeepLabV3."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores at the backbone's resolution."""
-        scores: Tensor = self.network.classifier(self.network.backbone(images)["out"])
-        return scores
-
-
-class TwoLevelHead(LowResolution):
-    """torchvision's LR-ASPP, whose head takes both feature maps."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores at the resolution of the finer feature map."""
-        scores: Tensor = self.network.classifier(self.network.backbone(images))
-        return scores
-
-
-class OwnLogits(LowResolution):
-    """transformers' networks, whose logits come as the head makes them.
+def own_logits(network: Any, images: Tensor) -> Tensor:
+    """The logits of transformers' networks, as the head makes them.
 
     Some heads enlarge inside before transformers' own enlargement (DPT: by 2, with
     align_corners=True): two different interpolations in a row are not one, so that step stays.
     """
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The network's logits."""
-        logits: Tensor = self.network(images, return_dict=True).logits
-        return logits
+    logits: Tensor = network(images, return_dict=True).logits
+    return logits
 
 
-class UperNet(LowResolution):
-    """transformers' UperNet, which enlarges its logits to the size of the image."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores at the resolution of the finest feature map."""
-        features = self.network.backbone.forward_with_filtered_kwargs(images).feature_maps
-        scores: Tensor = self.network.decode_head(features)
-        return scores
+def _upernet(network: Any, images: Tensor) -> Any:
+    """UperNet, which enlarges its logits to the image's size: at the finest feature map's."""
+    features = network.backbone.forward_with_filtered_kwargs(images).feature_maps
+    return network.decode_head(features)
 
 
-class EncoderDecoder(LowResolution):
-    """segmentation_models_pytorch: encoder, decoder, head."""
+def _encoder_decoder(network: Any, images: Tensor) -> Any:
+    """Encoder, decoder, head: at the decoder's resolution."""
+    network.check_input_shape(images)
+    return network.segmentation_head[0](network.decoder(network.encoder(images)))
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
-        parameters = inspect.signature(self.network.decoder.forward).parameters.values()
-        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            raise ArgumentTypeError(
-                "model must be of segmentation_models_pytorch 0.4 or later, got one of an older "
-                "release, whose decoder takes each feature map as an argument"
-            )
-        self.align_corners = self._enlargement()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores at the decoder's resolution."""
-        self.network.check_input_shape(images)
-        scores: Tensor = self.network.segmentation_head[0](
-            self.network.decoder(self.network.encoder(images))
+def _dpt(network: Any, images: Tensor) -> Any:
+    """DPT, whose decoder takes the prefix tokens as well: at the decoder's resolution."""
+    network.check_input_shape(images)
+    return network.segmentation_head.head(network.decoder(*network.encoder(images)))
+
+
+def _check_smp(network: Any, name: str) -> bool:
+    """The align_corners of a head's enlargement; raise where it is something else."""
+    parameters = inspect.signature(network.decoder.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        raise ArgumentTypeError(
+            "model must be of segmentation_models_pytorch 0.4 or later, got one of an older "
+            "release, whose decoder takes each feature map as an argument"
         )
-        return scores
-
-    def _enlargement(self) -> bool:
-        """The align_corners of the head's enlargement; raise where it is something else."""
-        head = self.network.segmentation_head
-        if not isinstance(head, nn.Sequential) or len(head) != 3:
-            raise ArgumentTypeError(
-                "model's segmentation_head must be convolution, upsampling and activation, "
-                f"got {type(head).__name__}"
-            )
-        _check_activation(head[2])
-        enlarge = head[1]
-        if isinstance(enlarge, nn.Identity):
-            return False
-        if not isinstance(enlarge, nn.Upsample) or enlarge.mode != "bilinear":
-            raise ArgumentTypeError(
-                f"model's segmentation_head must enlarge bilinearly or not at all, got {enlarge}"
-            )
-        return bool(enlarge.align_corners)
-
-
-class EncoderDecoderDPT(EncoderDecoder):
-    """segmentation_models_pytorch's DPT, whose decoder takes the prefix tokens as well."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores at the decoder's resolution."""
-        self.network.check_input_shape(images)
-        scores: Tensor = self.network.segmentation_head.head(
-            self.network.decoder(*self.network.encoder(images))
-        )
-        return scores
-
-    def _enlargement(self) -> bool:
-        _check_activation(self.network.segmentation_head.activation)
+    head = network.segmentation_head
+    if name == "DPT":
+        _check_activation(head.activation)
         return True  # a literal in its forward
+    if not isinstance(head, nn.Sequential) or len(head) != 3:
+        raise ArgumentTypeError(
+            "model's segmentation_head must be convolution, upsampling and activation, "
+            f"got {type(head).__name__}"
+        )
+    _, enlarge, activation = head
+    _check_activation(activation)
+    if isinstance(enlarge, nn.Identity):
+        return False
+    if not isinstance(enlarge, nn.Upsample) or enlarge.mode != "bilinear":
+        raise ArgumentTypeError(
+            f"model's segmentation_head must enlarge bilinearly or not at all, got {enlarge}"
+        )
+    return bool(enlarge.align_corners)
 
 
 def _check_activation(module: nn.Module) -> None:
@@ -220,11 +186,16 @@ def _check_activation(module: nn.Module) -> None:
         )
 
 
-# By package and name of the class that has the forward.
-HEADS: dict[tuple[str, str], Callable[[nn.Module], LowResolution]] = {
-    ("torchvision", "_SimpleSegmentationModel"): BackboneAndHead,
-    ("torchvision", "LRASPP"): TwoLevelHead,
-    ("transformers", "UperNetForSemanticSegmentation"): UperNet,
-    ("segmentation_models_pytorch", "SegmentationModel"): EncoderDecoder,
-    ("segmentation_models_pytorch", "DPT"): EncoderDecoderDPT,
+SMP = "segmentation_models_pytorch"
+# How the scores are computed, by package and name of the class that has the forward.
+SCORES: dict[tuple[str, str], Read] = {
+    # FCN and DeepLabV3: at the backbone's resolution.
+    ("torchvision", "_SimpleSegmentationModel"): lambda network, images: network.classifier(
+        network.backbone(images)["out"]
+    ),
+    # LR-ASPP, whose head takes both feature maps: at the resolution of the finer one.
+    ("torchvision", "LRASPP"): lambda network, images: network.classifier(network.backbone(images)),
+    ("transformers", "UperNetForSemanticSegmentation"): _upernet,
+    (SMP, "SegmentationModel"): _encoder_decoder,
+    (SMP, "DPT"): _dpt,
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fold import replace
+
 
 class MergedHead(nn.Module):
     """What transformers' SegformerDecodeHead computes, at the size of each level.
@@ -21,7 +23,7 @@ class MergedHead(nn.Module):
         super().__init__()
         fuse = head.linear_fuse
         # The head concatenates the levels last to first.
-        levels = _projections(head)
+        levels = getattr(head, "linear_projections", None) or head.linear_c  # transformers 5, 4
         mixers = fuse.weight[:, :, 0, 0].double().chunk(len(levels), dim=1)[::-1]
         bias = torch.zeros_like(fuse.weight[:, 0, 0, 0], dtype=torch.float64)
         if fuse.bias is not None:
@@ -30,7 +32,10 @@ class MergedHead(nn.Module):
         for mixer, level in zip(mixers, levels, strict=True):
             weight = mixer @ level.proj.weight.double()
             bias = bias + mixer @ level.proj.bias.double()  # enlarging leaves a constant as it is
-            self.levels.append(_convolution(weight, fuse.weight))
+            convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
+            weight = weight[:, :, None, None].to(fuse.weight)
+            convolution.weight = nn.Parameter(weight, requires_grad=False)
+            self.levels.append(convolution)
         self.levels[0].bias = nn.Parameter(bias.to(fuse.weight), requires_grad=False)
         self.rest = nn.Sequential(head.batch_norm, head.activation, head.dropout, head.classifier)
 
@@ -46,27 +51,10 @@ class MergedHead(nn.Module):
         return scores
 
 
-def _projections(head: Any) -> Any:
-    """The head's layers for each level, by their name in transformers 5 or 4."""
-    return getattr(head, "linear_projections", None) or head.linear_c
-
-
-def _convolution(weight: Tensor, like: Tensor) -> nn.Conv2d:
-    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
-    convolution.weight = nn.Parameter(weight[:, :, None, None].to(like), requires_grad=False)
-    return convolution
-
-
 def merge(network: nn.Module) -> int:
     """Put a `MergedHead` in the place of each decode head of SegFormer, and count them."""
-    count = 0
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            if is_mergeable(child):
-                with torch.no_grad():
-                    module._modules[name] = MergedHead(child)
-                count += 1
-    return count
+    with torch.no_grad():
+        return replace(network, lambda head: MergedHead(head) if is_mergeable(head) else None)
 
 
 def is_mergeable(head: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +31,14 @@ class Preparation:
 class Prepared(nn.Module):
     """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation, *, like: nn.Module) -> None:
+    def __init__(self, network: nn.Module, preparation: Preparation) -> None:
         super().__init__()
         self.network = network
         self.preparation = preparation
-        self.align_corners = bool(getattr(like, "align_corners", False))
-        self.classes: tuple[str, ...] | None = getattr(like, "classes", None)
-        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(like, "palette", None)
-        self.cells = bool(getattr(like, "cells", False))
+        self.align_corners = bool(getattr(network, "align_corners", False))
+        self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
+        self.palette: tuple[tuple[int, int, int], ...] | None = getattr(network, "palette", None)
+        self.cells = bool(getattr(network, "cells", False))
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,15 +56,3 @@ class Prepared(nn.Module):
     def extra_repr(self) -> str:
         """What was done."""
         return str(self.preparation)
-
-
-class ChannelsLast(nn.Module):
-    """A network that computes with the channels last in memory."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Any:
-        """What the network returns."""
-        return self.network(images.contiguous(memory_format=torch.channels_last))
