@@ -344,13 +344,13 @@ def test_a_source_may_use_its_buffers_again(slots: int) -> None:
         assert torch.equal(found[one.key].active, expected.active)
 
 
-def test_a_look_that_is_known_saves_the_first_evaluation() -> None:
+def test_scores_that_are_known_save_the_first_evaluation() -> None:
     model = Net()
     (sample,) = samples(model, [(8, 10)])
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     leaf = sample.image[None].clone().requires_grad_()
-    known = dataclasses.replace(sample, look=(leaf, model(leaf)))
+    known = dataclasses.replace(sample, known=(leaf, model(leaf)))
     attack = DAG(gamma=GAMMA, max_iter=3)
     (expected,) = attack.stream(model, [sample], slots=1)
     without = len(calls)
@@ -361,5 +361,5 @@ def test_a_look_that_is_known_saves_the_first_evaluation() -> None:
     # The scores of another image are not taken for this one's.
     other = dataclasses.replace(known, image=sample.image * 0.9)
     (result,) = attack.stream(model, [other], slots=1)
-    (expected,) = attack.stream(model, [dataclasses.replace(other, look=None)], slots=1)
+    (expected,) = attack.stream(model, [dataclasses.replace(other, known=None)], slots=1)
     assert torch.equal(result.adversarial, expected.adversarial)

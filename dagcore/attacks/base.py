@@ -184,7 +184,7 @@ class Attack(abc.ABC):
         return objective.seed(scores, labels, adversarial, align_corners=align_corners, state={})[1]
 
     def network(self, model: Callable[..., Any]) -> Network:
-        """A network as this attack looks at it."""
+        """A network as this attack evaluates it."""
         return Network(model, self.objective(), self.schedule())
 
     def assign(self, wanted: Tensor | str | None, generator: torch.Generator | None) -> Assign:

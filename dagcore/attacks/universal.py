@@ -97,7 +97,7 @@ def universal_perturbation(
 
 
 class Rounds:
-    """Looks at one batch of images after the other, all under one perturbation."""
+    """Evaluates one batch of images after the other, all under one perturbation."""
 
     networks = 1
     capturable = False
@@ -117,7 +117,7 @@ class Rounds:
         self.schedule = attack.schedule()
         self.batch_size = batch_size
         self.batches = -(-len(samples) // batch_size)  # of one round
-        self.looks = 0
+        self.evaluations = 0
         self.batch = self._read(0)
         device = self.batch[0].image.device
         self.fooled = torch.zeros(1, dtype=torch.int64, device=device)  # batches in a row
@@ -126,9 +126,9 @@ class Rounds:
         self.table: Tensor | None = None  # the permutation of the classes
         self.recent: deque[tuple[int, Tensor, Tensor | str]] = deque(maxlen=0)
 
-    def _read(self, look: int) -> list[Sample]:
-        """The samples of a look, checked."""
-        begin = look % self.batches * self.batch_size
+    def _read(self, evaluation: int) -> list[Sample]:
+        """The samples of an evaluation, checked."""
+        begin = evaluation % self.batches * self.batch_size
         batch: list[Sample] = []
         for k in range(begin, min(begin + self.batch_size, len(self.samples))):
             sample, name = self.samples[k], f"samples[{k}]"
@@ -139,7 +139,7 @@ class Rounds:
             if sample.start is not None:
                 raise ArgumentError(f"{name}: start must be None for a universal perturbation")
             check_sample([self.attack], [self.model.model], sample, name)
-            like = self.batch[0].image if look else (batch or [sample])[0].image
+            like = self.batch[0].image if evaluation else (batch or [sample])[0].image
             if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
                 raise ArgumentError(
                     f"{name}: image must have shape ({like.shape[0]}, H, W), "
@@ -151,9 +151,9 @@ class Rounds:
 
     def advance(self, state: State) -> None:
         """Read the next batch; the perturbation grows with the images."""
-        if self.looks:
-            self.batch = self._read(self.looks)
-        self.looks += 1
+        if self.evaluations:
+            self.batch = self._read(self.evaluations)
+        self.evaluations += 1
         sizes = [state["x"].shape[2:], *(sample.image.shape[1:] for sample in self.batch)]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         if (height, width) != tuple(state["x"].shape[2:]):
@@ -161,7 +161,7 @@ class Rounds:
                 state[name] = fit(state[name], (height, width))
         self.recent = deque(self.recent, maxlen=(LAG + 1) * len(self.batch))
 
-    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+    def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
         r = state["x"]
         total, left, wanted = None, [], []
@@ -179,7 +179,7 @@ class Rounds:
                 scores, labels, adversarial, align_corners=self.model.align_corners, state=state
             )
             counted = self.objective.count(classes, labels, adversarial)
-            if self.looks <= self.batches:
+            if self.evaluations <= self.batches:
                 self.targets += counted.sum()
                 own = value_range(images, self.attack.bounds).max()
                 self.value_range = torch.maximum(self.value_range, own)

@@ -105,7 +105,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Looks at the images: `Networks`, or what an attack brings itself."""
+    """Evaluates the images: `Networks`, or what an attack brings itself."""
 
     @property
     def networks(self) -> int:
@@ -113,16 +113,16 @@ class Evaluator(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether a look is the same launches each time, and can be captured as a CUDA graph."""
+        """Whether an evaluation launches the same each time, and can be a CUDA graph."""
 
     @property
     def states(self) -> Sequence[State]:
         """Rows of its own for each slot, which move with those of the loop."""
 
     def advance(self, state: State) -> None:
-        """What the host has to do before a look; may replace tensors of the loop."""
+        """What the host has to do before an evaluation; may replace tensors of the loop."""
 
-    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+    def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the first N slots, the rows in `state`.
 
         Args:
@@ -160,7 +160,7 @@ class Slots:
     """Images of one size under attack together.
 
     Args:
-        evaluator: what looks at them.
+        evaluator: what evaluates them.
         step: how they move.
         schedule: how long.
         capacity: number of slots.
@@ -247,7 +247,7 @@ class Slots:
         state = first_rows(self.state, self.count, self.capacity)
         running, updates, status = state["running"], state["updates"], state["status"]
         budget = updates < self.schedule.max_iter
-        active, wanted, done, gradient = self.evaluator.look(
+        active, wanted, done, gradient = self.evaluator.evaluate(
             state, running & budget, synchronous=self.synchronous
         )
         self.counts = active.masked_fill(~running[:, None], -1)

@@ -1,4 +1,4 @@
-"""Networks that look at images under attack, each with an objective at targets of its own."""
+"""Networks that evaluate images under attack, each with an objective at targets of its own."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Targets(NamedTuple):
     labels: Tensor  # (N, *T)
     assign: Assign
     boxes: Tensor | None = None  # (N, *), what else the model takes for each image
-    look: tuple[Tensor, Tensor] | None = None  # of a single image: itself as a leaf, its scores
+    known: tuple[Tensor, Tensor] | None = None  # of a single image: itself as a leaf, its scores
 
 
 class Network:
     """One network with its targets in the slots.
 
-    The adversarial labels of new images are drawn at the next look, once the classes are known.
+    The adversarial labels of new images are drawn at their first evaluation, which tells the
+    classes.
     """
 
     def __init__(self, model: Callable[..., Any], objective: Objective, schedule: Schedule) -> None:
@@ -38,7 +39,7 @@ class Network:
         self.num_classes: int | None = None
         self.kept = ""  # what stands for adversarial labels where there are none, as "runner-up"
         self.undrawn: list[tuple[slice, Assign]] = []
-        self.known: tuple[Tensor, Tensor] | None = None  # the look of the image admitted last
+        self.known: tuple[Tensor, Tensor] | None = None  # of the image admitted last
 
     def open(self, capacity: int, labels: Tensor, boxes: Tensor | None) -> Network:
         """The same network with slots for targets like those of an image: (*T), (*)."""
@@ -57,7 +58,7 @@ class Network:
         if targets.boxes is not None:
             self.state["boxes"][taken] = targets.boxes.detach()
         self.undrawn.append((taken, targets.assign))
-        self.known = targets.look
+        self.known = targets.known
         if self.num_classes is not None:
             self._draw(self.num_classes)
 
@@ -81,7 +82,7 @@ class Network:
     def _adversarial(self, rows: slice) -> Tensor | str:
         return self.state["adversarial"][rows] if "adversarial" in self.state else self.kept
 
-    def look(
+    def evaluate(
         self, state: State, may_move: Tensor, *, synchronous: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Active targets (N,), whether that is too many, and the gradient (N, *) if any may move.
@@ -145,17 +146,19 @@ class Networks:
             part.admit(taken, own)
 
     def advance(self, state: State) -> None:
-        """Nothing: all that a look needs is in the slots."""
+        """Nothing: all that an evaluation needs is in the slots."""
 
-    def look(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+    def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the images at every network; see `loop.Evaluator`."""
         if len(self.parts) == 1:
-            active, wanted, gradient = self.parts[0].look(state, may_move, synchronous=synchronous)
+            active, wanted, gradient = self.parts[0].evaluate(
+                state, may_move, synchronous=synchronous
+            )
             return Evaluation(active[:, None], wanted, ~wanted, gradient)
         total: Tensor | None = None
         actives, wanteds = [], []
         for part in self.parts:
-            active, wanted, gradient = part.look(state, may_move, synchronous=synchronous)
+            active, wanted, gradient = part.evaluate(state, may_move, synchronous=synchronous)
             actives.append(active)
             wanteds.append(wanted)
             if gradient is None:

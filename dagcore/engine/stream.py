@@ -44,7 +44,7 @@ class Sample:
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
-    look: tuple[Tensor, Tensor] | None = None
+    known: tuple[Tensor, Tensor] | None = None
     """The image (1, 3, H, W) as a leaf, and the scores that the model has computed from it, with
     their graph: saves the first evaluation where the image is alone in its slots."""
 
@@ -73,7 +73,7 @@ class Sample:
             return list(map(changed, value)) if isinstance(value, (list, tuple)) else value
 
         names = [field.name for field in dataclasses.fields(self)]
-        names = [name for name in names if name not in ("key", "look")]
+        names = [name for name in names if name not in ("key", "known")]
         return dataclasses.replace(self, **{name: changed(getattr(self, name)) for name in names})
 
 
@@ -247,7 +247,7 @@ class Stream:
             start = None if sample.start is None else sample.start[None]
             taken = slots.admit([sample.key], sample.image[None], start)
             targets = [
-                Targets(labels[None], assign, None if boxes is None else boxes[None], sample.look)
+                Targets(labels[None], assign, None if boxes is None else boxes[None], sample.known)
                 for (labels, _, boxes), assign in zip(each, self.assign(sample), strict=True)
             ]
             networks.admit(taken, targets)

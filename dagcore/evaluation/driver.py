@@ -77,7 +77,7 @@ class Driver:
         self.attacked = victim if attacked is None else attacked
         self.rules = rules_for(options, self.attacked)
         self.slots = slots
-        self.reuse = device.type == "cpu" and slots == 1  # where the engine takes a look as its own
+        self.reuse = device.type == "cpu" and slots == 1
         self.stopping = threading.Event()
         self.in_flight: set[str] = set()
         self._ready: dict[int, Job] = {}
@@ -238,7 +238,7 @@ class _Image(Deferred):
                 raise type(error)(f"{driver.source.names[self.number]}: {error}") from error
         target = job.target
         return Sample(
-            job.image, target.labels, target.adversarial, target.boxes, key=job, look=target.look
+            job.image, target.labels, target.adversarial, target.boxes, key=job, known=target.known
         )
 
     def refused(self, error: Exception) -> bool:

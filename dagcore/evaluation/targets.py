@@ -38,7 +38,7 @@ class ImageTarget:
     boxes: Tensor | None = None
     truth: Mapping[str, Tensor] | None = None
     """A detector's, its own detections where none was given."""
-    look: tuple[Tensor, Tensor] | None = None
+    known: tuple[Tensor, Tensor] | None = None
     """The image as a leaf with its scores; see `dagcore.Sample`."""
 
 
@@ -182,8 +182,8 @@ class MapRules(TargetRules):
             labels = truth.to(leaf.device)
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
         record = {"num_classes": self.num_classes, "label_map": list(labels.shape), **chosen}
-        look = (leaf, scores) if scores.requires_grad else None
-        return ImageTarget(labels, adversarial, prediction.cpu(), record, look=look)
+        known = (leaf, scores) if scores.requires_grad else None
+        return ImageTarget(labels, adversarial, prediction.cpu(), record, known=known)
 
     def _size(self, name: str, image: tuple[int, int], truth: Truth) -> tuple[int, int]:
         """How many rows and columns of targets an image has; raise for a truth of another size."""
@@ -260,9 +260,9 @@ class BoxRules(TargetRules):
             except (ArgumentTypeError, ArgumentError) as error:
                 raise type(error)(f"{name}: {error}") from error
             boxes = None if model.has_own_targets else targets.boxes
-            look = None
+            known = None
             if leaf.requires_grad and bool(targets.counts[0]):
-                look = leaf, model(leaf, boxes)
+                known = leaf, model(leaf, boxes)
         self.num_classes = targets.num_classes
         if self.goal is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
             try:
@@ -290,5 +290,5 @@ class BoxRules(TargetRules):
             record,
             None if boxes is None else boxes[0],
             truth,
-            look,
+            known,
         )
