@@ -46,7 +46,8 @@ def universal_perturbation(
         attack: the settings. Its bounds hold for the images, its epsilon for the perturbation:
             without one nothing limits it but the number of updates. Its backend does not matter.
         model: as for `DAG.__call__`.
-        samples: the images and their targets, at least one, read once in each round. Where
+        samples: the images and their targets, at least one, read and checked as their turn comes,
+            once in each round. Where
             adversarial labels are not given, or "permutation", one permutation of the classes
             without fixed points holds for all of them.
         batch_size: samples an update.
@@ -55,7 +56,7 @@ def universal_perturbation(
 
     Returns:
         A `Result` whose perturbation, (1, 3, H, W), has the largest height and width among the
-        images; `dagcore.perturbation.fit` cuts it to an image.
+        images that were read; `dagcore.perturbation.fit` cuts it to an image, or fills it up.
 
     Raises:
         TypeError, ValueError: the argument, what was required and what came.

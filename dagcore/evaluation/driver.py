@@ -77,6 +77,7 @@ class Driver:
         self.attacked = victim if attacked is None else attacked
         self.rules = rules_for(options, self.attacked)
         self.slots = slots
+        # Where the engine takes the scores of the clean image as its first evaluation.
         self.reuse = device.type == "cpu" and slots == 1
         self.stopping = threading.Event()
         self.in_flight: set[str] = set()
