@@ -270,7 +270,8 @@ def check_sample(
     """Raise unless a sample can be attacked at networks, by the attack of each."""
 
     def batched(value: Any) -> Any:
-        return value[None] if isinstance(value, Tensor) else value
+        dense = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+        return value[None] if dense else value  # what is not dense is refused as it is
 
     try:
         each = sample.each(len(models))
