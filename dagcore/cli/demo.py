@@ -40,7 +40,8 @@ LOOK_AT = """\
 What to look at:
   {permutation}
     The photograph, what the network sees in each cell of it, the change times 10, and what it
-    sees afterwards: no cell keeps its class. {image} looks like the original.
+    sees in the file {image}, which looks like the original. No cell kept its class
+    before the file was rounded.
   {one_class}
     The same, every cell pushed towards one class, {target}. A cell counts no more as soon as it
     has left its own class, so that few get there.
