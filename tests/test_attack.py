@@ -17,6 +17,7 @@ from support import LABEL_DTYPES, generator, same_bits
 from torch import Tensor, nn
 
 from dagcore import DAG, Result, Status, reference
+from dagcore.attacks.schedules import UntilFooled
 from dagcore.ops import native
 from dagcore.perturbation import value_range
 
@@ -1145,3 +1146,11 @@ def test_trace_of_the_reference_has_the_documented_types() -> None:
     assert trace.status == ["budget"] * 3
     assert trace.active.shape == (3, 3)
     assert trace.adversarial_labels == "runner-up"
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.06 - 0.01, 0.1 * 3, 0.29, 1 / 3, 0.7 * 0.1])
+def test_the_allowance_is_the_largest_count_within_the_tolerance(tolerance: float) -> None:
+    targets = torch.arange(3000)
+    allowed = UntilFooled(1, tolerance).allowed(targets)
+    for count, most in zip(targets.tolist(), allowed.tolist(), strict=True):
+        assert most / max(1, count) <= tolerance < (most + 1) / max(1, count)

@@ -205,3 +205,14 @@ def test_bad_samples_of_a_stream():
         list(joint_stream(DAG(), [Part(net)] * 2, [Sample(images[0], [labels[0]])]))
     with pytest.raises(ValueError, match=r"parts\[0\]: labels must be None"):
         joint_stream(DAG(), [Part(net, labels)], [])
+
+
+def test_known_scores_are_those_of_one_network():
+    nets, images = [network(1), network(2)], some_images()
+    labels = [seen(net, images)[0] for net in nets]
+    leaf = images[:1].clone().requires_grad_()
+    plain = Sample(images[0], labels, ["runner-up"] * 2, key=0)
+    known = Sample(images[0], labels, ["runner-up"] * 2, key=0, known=(leaf, nets[0](leaf)))
+    parts, attack = [Part(net) for net in nets], DAG(max_iter=3)
+    (expected,), (result,) = (list(joint_stream(attack, parts, [one])) for one in (plain, known))
+    assert torch.equal(result.adversarial, expected.adversarial)

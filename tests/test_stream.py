@@ -363,3 +363,32 @@ def test_scores_that_are_known_save_the_first_evaluation() -> None:
     (result,) = attack.stream(model, [other], slots=1)
     (expected,) = attack.stream(model, [dataclasses.replace(other, known=None)], slots=1)
     assert torch.equal(result.adversarial, expected.adversarial)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_label_out_of_range_leaves_the_images_before_it_alone(slots: int) -> None:
+    model = Net()
+    given = samples(model, [(8, 10)] * 4)
+    wrong = given[3].labels.clone()
+    wrong[0, 0] = 77
+    given[3] = dataclasses.replace(given[3], labels=wrong, adversarial_labels="permutation")
+    given = [dataclasses.replace(one, adversarial_labels="permutation") for one in given]
+    found: list[int] = []
+    results = DAG(gamma=GAMMA, max_iter=20).stream(model, given, slots=slots)
+    with pytest.raises(ValueError, match=r"labels must lie in .* got 77"):
+        found.extend(result.key for result in results)
+    assert sorted(found) == [0, 1, 2]
+
+
+def test_a_callback_hears_nothing_of_an_image_that_had_the_slot_before() -> None:
+    model = Net()
+    given = samples(model, [(8, 10)] * 6)
+    heard: dict[Any, list[int]] = {}
+
+    def hear(keys: list[Any], active: Tensor) -> None:
+        for key, count in zip(keys, active.tolist(), strict=True):
+            heard.setdefault(key, []).append(count)
+
+    results = DAG(gamma=GAMMA, max_iter=20).stream(model, given, slots=2, callback=hear)
+    histories = {r.key: [n for n in r.active[:, 0].tolist() if n >= 0] for r in results}
+    assert heard == histories

@@ -203,3 +203,12 @@ def test_bad_input(change, error, message):
     arguments |= {k: v for k, v in change.items() if k in ("samples", "batch_size")}
     with pytest.raises(error, match=message):
         universal_perturbation(DAG(), net, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_255_is_a_class_where_another_label_is_ignored(dtype):
+    net = network(classes=256)
+    image = torch.rand(3, 4, 4, generator=generator(1)) * 0.8 + 0.1
+    sample = Sample(image, torch.full((4, 4), 255, dtype=dtype))
+    made = universal_perturbation(DAG(max_iter=0, ignore_index=-1), net, [sample])
+    assert made.targets.tolist() == [16]

@@ -326,7 +326,7 @@ def run_batch(
     def report(update: int, places: list[Any], counts: Tensor) -> None:
         if callback is not None and bool((counts >= 0).any()):
             of_all = torch.full((total, len(networks)), -1, dtype=torch.int32)
-            of_all[torch.tensor(places[: len(counts)])] = counts
+            of_all[torch.tensor(places)] = counts
             callback(update, of_all.T if joint else of_all[:, 0])
 
     if not total:

@@ -30,6 +30,7 @@ class UntilFooled:
 
     def allowed(self, targets: Tensor) -> Tensor:
         """The largest count k with k / targets <= tolerance, exactly: (N,) float64."""
-        count = targets.double()
-        k = (self.tolerance * count).floor()
-        return torch.where((k + 1) / count <= self.tolerance, k + 1, k)
+        count = targets.double().clamp(min=1)
+        k = (self.tolerance * count).floor()  # the product is rounded: k may be one off either way
+        k = torch.where((k + 1) / count <= self.tolerance, k + 1, k)
+        return torch.where(k / count > self.tolerance, k - 1, k)

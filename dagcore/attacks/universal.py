@@ -160,7 +160,7 @@ class Rounds:
         if (height, width) != tuple(state["x"].shape[2:]):
             for name in ("x", "origin"):
                 state[name] = fit(state[name], (height, width))
-        self.recent = deque(self.recent, maxlen=(LAG + 1) * len(self.batch))
+        self.recent = deque(self.recent, maxlen=(LAG + 1) * self.batch_size)
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
@@ -207,7 +207,7 @@ class Rounds:
             assert isinstance(drawn, Tensor)
             self.table = drawn[0]
         ignored = self.attack.ignore_index
-        return torch.where(labels == ignored, labels, self.table[labels.long() % classes])
+        return torch.where(labels.long() == ignored, labels, self.table[labels.long() % classes])
 
     def refuse(self, slot: int) -> None:
         """Raise for a label of the last batches that is out of range."""

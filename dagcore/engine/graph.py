@@ -26,13 +26,14 @@ class Graph:
             self.iteration()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads, which load images, may go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.iteration()
         except RuntimeError as error:
             self.refused = True
+            torch.cuda.set_stream(stream)  # a capture that fails does not leave its own
             reason = str(error).splitlines()[0]
             warnings.warn(
                 f"the model cannot be captured as a CUDA graph ({reason}): its iterations are "

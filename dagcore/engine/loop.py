@@ -18,7 +18,7 @@ from torch import Tensor
 from .graph import Graph
 from .readback import Readback
 
-EAGER = 3  # iterations before a CUDA graph is captured: libraries settle on their kernels
+EAGER = 3  # of full slots before a CUDA graph is captured: libraries settle on their kernels
 CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
 
 State = dict[str, Tensor]
@@ -186,8 +186,10 @@ class Slots:
         self.tags: list[Any] = [None] * capacity
         self.since = [0] * capacity  # iteration at which a slot was taken
         self.iteration = 0
+        self.eager = 0  # iterations of full slots that were launched one by one
+        self.stopped: set[int] = set()  # slots that are known to have stopped, and not told yet
         self.readback = Readback(image.device)
-        capturable = evaluator.capturable and not self.synchronous
+        capturable = evaluator.capturable and image.device.type == "cuda"
         self.graph = Graph(self.evaluate_and_update) if capturable else None
 
     @property
@@ -232,12 +234,22 @@ class Slots:
             self.state[name][taken] = values
         return taken
 
+    def take_back(self, taken: slice) -> None:
+        """Give back the slots of images that cannot be attacked after all."""
+        self.state["running"][taken] = False
+        if taken.stop == self.count:
+            self.count = taken.start
+        else:
+            self.free += range(taken.start, taken.stop)
+
     def iterate(self) -> None:
         """One evaluation of every image, and one update of those that still run."""
         self.evaluator.advance(self.state)
-        if self.graph is not None and self.count == self.capacity and self.iteration >= EAGER:
+        full = self.graph is not None and self.count == self.capacity
+        if self.graph is not None and full and self.eager >= EAGER:
             self.graph.replay()
         else:
+            self.eager += full
             self.evaluate_and_update()
         self.readback.add(self.iteration, self.counts, self.state["running"][: self.count])
         self.iteration += 1
@@ -273,20 +285,20 @@ class Slots:
 
     def finished(self, *, wait: bool = False) -> list[int]:
         """Slots whose image is known to have stopped, in rising order; with `wait`, all of them."""
-        stopped: set[int] = set()
         for iteration, counts, running in self.readback.known(wait):
             known = [
                 k for k in range(len(counts)) if self.since[k] <= iteration and k not in self.free
             ]
-            worst = counts.amin(1).tolist()
+            going, worst = running.tolist(), counts.amin(1).tolist()
+            self.stopped.update(k for k in known if not going[k])
             for k in known:
                 if worst[k] < -1:
+                    self.stopped.discard(k)
                     self.evaluator.refuse(k)
-            if self.callback is not None:
-                self.callback(iteration, self.tags, counts)
-            going = running.tolist()
-            stopped.update(k for k in known if not going[k])
-        return sorted(stopped)
+            if self.callback is not None and known:
+                self.callback(iteration, [self.tags[k] for k in known], counts[known])
+        stopped, self.stopped = sorted(self.stopped), set()
+        return stopped
 
     def outcome(self, slot: int) -> Finished:
         """What became of a finished slot's image, copied out."""

@@ -62,6 +62,11 @@ class Network:
         if self.num_classes is not None:
             self._draw(self.num_classes)
 
+    def take_back(self, taken: slice) -> None:
+        """Forget images that cannot be attacked after all."""
+        self.undrawn = [one for one in self.undrawn if one[0] != taken]
+        self.known = None
+
     def _draw(self, num_classes: int) -> None:
         self.num_classes = num_classes
         for taken, assign in self.undrawn:
@@ -144,6 +149,11 @@ class Networks:
         """Take the targets of new images at each network."""
         for part, own in zip(self.parts, targets, strict=True):
             part.admit(taken, own)
+
+    def take_back(self, taken: slice) -> None:
+        """Forget images that cannot be attacked after all."""
+        for part in self.parts:
+            part.take_back(taken)
 
     def advance(self, state: State) -> None:
         """Nothing: all that an evaluation needs is in the slots."""

@@ -148,7 +148,9 @@ class Prefetcher:
 
         def copied(value: Tensor) -> Tensor:
             pin = self._pin and value.device.type == "cpu" and value.layout == torch.strided
-            return value.detach().pin_memory() if pin else value.detach().clone()
+            if pin and not value.is_pinned():  # of what is pinned that would be no copy
+                return value.detach().pin_memory()
+            return value.detach().clone()
 
         return sample.with_tensors(copied)
 
@@ -245,16 +247,22 @@ class Stream:
                 self.groups[key] = slots, networks
             slots, networks = self.groups[key]
             start = None if sample.start is None else sample.start[None]
-            taken = slots.admit([sample.key], sample.image[None], start)
+            known = sample.known if len(self.parts) == 1 else None
             targets = [
-                Targets(labels[None], assign, None if boxes is None else boxes[None], sample.known)
+                Targets(labels[None], assign, None if boxes is None else boxes[None], known)
                 for (labels, _, boxes), assign in zip(each, self.assign(sample), strict=True)
             ]
-            networks.admit(taken, targets)
+            taken = slots.admit([sample.key], sample.image[None], start)
+            try:
+                networks.admit(taken, targets)
+            except BaseException:
+                networks.take_back(taken)
+                slots.take_back(taken)
+                raise
 
     def _report(self, _: int, keys: list[Any], counts: Tensor) -> None:
         if self.callback is not None:
-            self.callback(keys[: len(counts)], counts)
+            self.callback(keys, counts)
 
     def iterate(self) -> Iterator[Finished]:
         """One iteration of every group."""
@@ -264,11 +272,12 @@ class Stream:
             try:
                 with torch.inference_mode(False):
                     slots.iterate()
+                finished = slots.collect()
             except BaseException:
                 for other, _ in self.groups.values():  # what had finished is not lost
                     yield from other.collect(wait=True)
                 raise
-            yield from slots.collect()
+            yield from finished
 
 
 def form(value: object) -> Any:

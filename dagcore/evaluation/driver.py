@@ -1,8 +1,8 @@
 """One path for every command: source -> targets -> stream -> measurement.
 
-Each image is decoded once. The network that is attacked is run once on the clean image, for labels,
-prediction and the attack's first evaluation; the network itself is run once on the image as its
-8-bit file holds it.
+Each image is decoded once. The network that is attacked is run once on the clean image, for labels
+and prediction, which on the CPU, one image at a time, is the attack's first evaluation as well; the
+network itself is run once on the image as its 8-bit file holds it.
 """
 
 from __future__ import annotations
@@ -91,10 +91,14 @@ class Driver:
                 image, truth = self.source.read(number)
             except (OSError, ValueError):
                 continue
+            name = self.source.names[number]
+            self.in_flight.add(name)
             try:
                 self._ready[number] = self.job(number, image, truth)
             except UnfitImageError:
+                self.in_flight.discard(name)
                 continue
+            self.in_flight.discard(name)
             return
 
     def check(self, budget: int) -> None:
@@ -123,7 +127,6 @@ class Driver:
             ArgumentError: an image, truth or network that cannot be attacked.
         """
         name = self.source.names[number]
-        self.in_flight.add(name)
         image, index = image.to(self.device), (self.options.seed, number)
         target = self.rules.target(name, image, truth, generator_of(index), with_graph=self.reuse)
         return Job(number, name, image, target, seed_of(index))
@@ -217,6 +220,8 @@ class _Image(Deferred):
         self.driver, self.number, self.failed = driver, number, failed
         self.error: Exception | None = None
         self.ready = driver._ready.pop(number, None)
+        if not self.ready:
+            driver._ready.clear()  # numbers rise: another rank's, or done long ago
         self.read: tuple[Tensor, Truth] | None = None
         if self.ready is None:
             try:
@@ -227,6 +232,7 @@ class _Image(Deferred):
     def sample(self) -> Sample | None:
         """The image with its targets; None for one that cannot be attacked."""
         driver, job = self.driver, self.ready
+        driver.in_flight.add(driver.source.names[self.number])
         if self.error is not None:
             raise ArgumentError(str(self.error)) from self.error
         if job is None:
@@ -244,8 +250,8 @@ class _Image(Deferred):
 
     def refused(self, error: Exception) -> bool:
         """Put on record that the image cannot be attacked; not what is the network's own error."""
-        self.driver.in_flight.discard(self.driver.source.names[self.number])
         if self.failed is None or not isinstance(error, (ArgumentError, ArgumentTypeError)):
             return False
+        self.driver.in_flight.discard(self.driver.source.names[self.number])
         self.failed(self.number, " ".join(str(error).split()))
         return True

@@ -6,6 +6,8 @@ import contextlib
 import traceback
 from collections.abc import Collection, Iterator
 
+import torch
+
 from ..errors import ArgumentError, ArgumentTypeError
 
 
@@ -39,6 +41,8 @@ def comes_from(spec: str, error: BaseException) -> bool:
     package = spec.partition(":")[0].partition(".")[0]
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause):
+            return True
         for frame, _ in reversed(list(traceback.walk_tb(cause.__traceback__))):
             name = frame.f_globals.get("__name__", "")
             if name.partition(".")[0] == "dagcore":

@@ -34,7 +34,7 @@ class Outcome:
     active: list[int]
     """Active targets after 0, 1, ... updates."""
     targets: int
-    """Targets that count: neither ignored nor at their adversarial label from the start."""
+    """Targets that count: neither ignored nor, for "leave", meant for their label."""
     active_after_rounding: int
     """Active targets of the attacked image as its 8-bit file holds it."""
     perceptibility: float

@@ -85,7 +85,7 @@ def source_of(settings: Settings, victim: Victim | Detector) -> Source:
         voc = VOC(root, task, sets=[(year, name)])
         source = Examples(voc, voc.keys, VOC_CLASSES, victim)
     else:
-        source = Folder(root, settings.labels, victim)
+        source = ImageFolder(root, settings.labels, victim)
     if settings.images is not None:
         source.names = source.names[: settings.images]
     return source
@@ -184,7 +184,7 @@ class ImageFiles(Source):
         return image, self.truths.read(self.keys[index], size_of(image))
 
 
-class Folder(ImageFiles):
+class ImageFolder(ImageFiles):
     """The image files in a folder and below, in the order of their names.
 
     Hidden ones are left out, and folders that are links.

@@ -223,7 +223,7 @@ class BoxRules(TargetRules):
         ):
             if value is not None:
                 raise ArgumentError(f"{option} goes with a pattern only")
-        self.goal: int | None = None
+        self.target_class: int | None = None
 
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
         """Raise unless the true boxes are the detector's."""
@@ -264,9 +264,9 @@ class BoxRules(TargetRules):
             if leaf.requires_grad and bool(targets.counts[0]):
                 known = leaf, model(leaf, boxes)
         self.num_classes = targets.num_classes
-        if self.goal is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
+        if self.target_class is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
             try:
-                self.goal = find_class(kind, self.num_classes, model.classes)
+                self.target_class = find_class(kind, self.num_classes, model.classes)
             except ArgumentError as error:
                 raise ArgumentError(
                     f"--adversarial must be {', '.join(ADVERSARIAL_KINDS)}, runner-up or a class "
@@ -278,9 +278,9 @@ class BoxRules(TargetRules):
             "num_classes": self.num_classes,
             "proposals": int(targets.proposals[0]),
         }
-        if self.goal is not None:
-            adversarial = torch.where(labels == files.IGNORE, files.IGNORE, self.goal)
-            record["class"] = self.goal
+        if self.target_class is not None:
+            adversarial = torch.where(labels == files.IGNORE, files.IGNORE, self.target_class)
+            record["class"] = self.target_class
         elif kind == "runner-up":
             adversarial = kind
         return ImageTarget(
