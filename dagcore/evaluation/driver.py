@@ -243,9 +243,11 @@ class _Image(Deferred):
                 if self.failed is not None:
                     raise
                 raise type(error)(f"{driver.source.names[self.number]}: {error}") from error
-        target = job.target
+        known = job.target.known
+        target = dataclasses.replace(job.target, known=None)  # not to be held through the attack
+        key = dataclasses.replace(job, target=target)
         return Sample(
-            job.image, target.labels, target.adversarial, target.boxes, key=job, known=target.known
+            job.image, target.labels, target.adversarial, target.boxes, key=key, known=known
         )
 
     def refused(self, error: Exception) -> bool:
