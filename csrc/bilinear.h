@@ -50,16 +50,16 @@ DAGCORE_INLINE Real blend(const Real (&weights)[4], const Real (&scores)[4]) {
          weights[3] * scores[3];
 }
 
-// Whether a class whose largest corner is `most` loses everywhere in a cell to one whose smallest
-// corner is `floor`. The slack, some twenty units in the last place and a few of the smallest
-// numbers there are, is more than rounding can move either of the two values, so that they cannot
-// even tie. False if anything is not finite.
+// Whether a class whose largest corner is `most` loses everywhere in a cell, by the margin at
+// least, to one whose smallest corner is `floor`. The slack, some twenty units in the last place
+// and a few of the smallest numbers there are, is more than rounding can move either of the two
+// values, so that they cannot even tie. False if anything is not finite.
 template <typename Real>
-DAGCORE_INLINE bool dominated(Real most, Real floor) {
+DAGCORE_INLINE bool dominated(Real most, Real floor, Real margin = 0) {
   constexpr Real kUnit = std::numeric_limits<Real>::epsilon() / 2;
   constexpr Real kSmallest = std::numeric_limits<Real>::denorm_min();
-  const Real size = (most < 0 ? -most : most) + (floor < 0 ? -floor : floor);
-  return most + (20 * kUnit * size + 16 * kSmallest) < floor;
+  const Real size = (most < 0 ? -most : most) + (floor < 0 ? -floor : floor) + margin;
+  return most + (20 * kUnit * size + 16 * kSmallest) + margin < floor;
 }
 
 }  // namespace dagcore

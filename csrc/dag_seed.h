@@ -20,8 +20,8 @@ struct SeedArgs : Targets {
 struct TargetSeedCall : SeedCall {
   TargetSeedCall(const Tensor& scores, const Tensor& labels,
                  const std::optional<Tensor>& adversarial, const std::string& objective,
-                 int64_t ignore_index)
-      : SeedCall(with_classes(scores), labels, adversarial, objective, ignore_index) {
+                 int64_t ignore_index, double margin)
+      : SeedCall(with_classes(scores), labels, adversarial, objective, ignore_index, margin) {
     check_shape("labels", this->labels);
     if (adversarial) check_shape("adversarial_labels", *adversarial);
   }

@@ -13,8 +13,8 @@ struct BilinearSeedCall : SeedCall {
 
   BilinearSeedCall(const Tensor& scores, const Tensor& labels,
                    const std::optional<Tensor>& adversarial, const std::string& objective,
-                   int64_t ignore_index, bool align_corners)
-      : SeedCall(checked_score_maps(scores), labels, adversarial, objective, ignore_index),
+                   int64_t ignore_index, double margin, bool align_corners)
+      : SeedCall(checked_score_maps(scores), labels, adversarial, objective, ignore_index, margin),
         align_corners(align_corners) {
     check_shape("labels", labels);
     if (adversarial) check_shape("adversarial_labels", *adversarial);

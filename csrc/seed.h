@@ -30,7 +30,12 @@ struct Targets {
   LabelSource labels, adversarial;
   LabelRule rule;
   Objective objective;
+  bool runner_up;    // in place of the adversarial labels
+  double margin;     // a target counts until it is won by as much
   uint32_t* active;  // (N,)
+
+  // Whether each target's score of its own label has to be looked up.
+  DAGCORE_INLINE bool measures_label() const { return margin > 0 && objective == Objective::leave; }
 };
 
 // scores (N, C, *), already known to have these dimensions and a class; labels and adversarial
@@ -41,17 +46,19 @@ struct SeedCall {
   bool runner_up;
   Objective objective;
   LabelRule rule;
+  double margin;
   Tensor seed;    // laid out like scores
   Tensor active;  // (N,) int32, zero so far
 
   SeedCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
-           const std::string& objective, int64_t ignore_index)
+           const std::string& objective, int64_t ignore_index, double margin)
       : scores(scores),
         labels(labels),
         adversarial(adversarial ? *adversarial : labels),
         runner_up(!adversarial),
         objective(objective_named(objective)),
         rule{scores.size(1), ignore_index},
+        margin(margin),
         seed(torch::stable::empty_like(scores)),
         active(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int)) {
     check_class_count(scores);
@@ -59,19 +66,27 @@ struct SeedCall {
     if (adversarial) check_labels("adversarial_labels", *adversarial);
     STD_TORCH_CHECK(adversarial || this->objective != Objective::reach,
                     "adversarial_labels must be given for the objective reach");
+    STD_TORCH_CHECK(margin >= 0 && margin - margin == 0,
+                    "margin must be a finite number, at least 0, got ", margin);
   }
 
   Targets targets() const {
-    return {LabelSource(labels), LabelSource(adversarial), rule, objective,
+    return {LabelSource(labels),
+            LabelSource(adversarial),
+            rule,
+            objective,
+            runner_up,
+            margin,
             static_cast<uint32_t*>(active.mutable_data_ptr())};
   }
 
-  // Calls kernel(T{}, whether the runner-up is asked for, as a constant) if there are targets.
+  // Calls kernel(T{}, whether the second class is looked for, as a constant) if there are targets.
   template <typename Kernel>
   std::tuple<Tensor, Tensor> run(const Kernel& kernel) {
     if (labels.numel() == 0) return {torch::stable::zero_(seed), active};
+    const bool second = runner_up || (objective == Objective::reach && margin > 0);
     for_float_type("scores", scores.scalar_type(), [&](auto type) {
-      runner_up ? kernel(type, std::true_type{}) : kernel(type, std::false_type{});
+      second ? kernel(type, std::true_type{}) : kernel(type, std::false_type{});
     });
     return {seed, active};
   }

@@ -1,7 +1,9 @@
 // One pixel of the update X <- clip(X + gamma / ||r||_inf * r): shared by the CPU and CUDA.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "target.h"
 
@@ -78,6 +80,18 @@ struct Pixel<Half> {
 template <typename T>
 using RealOf = typename Pixel<T>::Real;
 
+// The score that a key stands for.
+template <typename T>
+DAGCORE_INLINE RealOf<T> value_of(typename Score<T>::Key key) {
+  if constexpr (sizeof(T) == 2) {
+    const int magnitude = key < 0 ? -key : key;
+    const int bits = key < 0 ? magnitude | 0x8000 : magnitude;
+    return Pixel<T>::load(T(static_cast<uint16_t>(bits), T::from_bits()));
+  } else {
+    return key;
+  }
+}
+
 template <typename T>
 DAGCORE_INLINE typename Pixel<T>::Bits magnitude_bits(T value) {
   using Bits = typename Pixel<T>::Bits;
@@ -93,6 +107,31 @@ struct Step {
     return {static_cast<Other>(gamma), static_cast<Other>(lower), static_cast<Other>(upper),
             static_cast<Other>(epsilon)};
   }
+};
+
+// The levels that results lie on, of which there are `last` + 1 from `lower` on: those of an 8-bit
+// file. Images are steered by a shadow between the levels and shown at the nearest level.
+template <typename Real>
+struct Grid {
+  Real lower, width, last, per_unit;
+  Real reach;  // the ball's radius in levels, rounded inward
+
+  Grid() = default;
+  Grid(int64_t levels, double lower, double upper, double epsilon)
+      : lower(static_cast<Real>(lower)),
+        width(static_cast<Real>(upper - lower)),
+        last(static_cast<Real>(levels - 1)),
+        per_unit(static_cast<Real>((levels - 1) / (upper - lower))) {
+    constexpr double kRounding = 1 + 1e-6;  // a radius of 8 / 255 is 8 levels, however computed
+    reach = static_cast<Real>(std::floor(epsilon * (levels - 1) / (upper - lower) * kRounding));
+  }
+
+  // The nearest level, the even one of two.
+  DAGCORE_INLINE Real nearest(Real value) const {
+    constexpr Real kRound = Real{1.5} / std::numeric_limits<Real>::epsilon();
+    return ((value - lower) * per_unit + kRound) - kRound;
+  }
+  DAGCORE_INLINE Real at(Real level) const { return lower + level * width / last; }
 };
 
 // gamma / norm, or 0 where the image must stay as it is: the norm is 0, not finite, or so small
@@ -115,6 +154,17 @@ DAGCORE_INLINE Real step_pixel(Real image, Real origin, Real gradient, Real scal
   const Real moved = image + scale * gradient;
   const Real inside = clip(moved, origin - step.epsilon, origin + step.epsilon);
   return clip(inside, step.lower, step.upper);
+}
+
+// What is shown of a shadow.
+template <bool kBall, typename Real>
+DAGCORE_INLINE Real show_pixel(Real shadow, Real origin, Grid<Real> grid) {
+  Real level = grid.nearest(shadow);
+  if (kBall) {
+    const Real middle = grid.nearest(origin);
+    level = clip(level, middle - grid.reach, middle + grid.reach);
+  }
+  return grid.at(clip(level, Real{0}, grid.last));
 }
 
 }  // namespace dagcore

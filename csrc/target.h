@@ -110,15 +110,18 @@ struct Verdict {
   Index minus;
 };
 
-// `label` and `adversarial` come from read_label and read_adversarial, `top` is the argmax.
+// `label` and `adversarial` come from read_label and read_adversarial, `top` is the argmax. `near`:
+// less than the margin lies between the winner and the label (leave), or `second` (reach), so that
+// a target that is won already still counts.
 template <typename Index>
 DAGCORE_INLINE Verdict<Index> judge(Objective objective, Index label, Index adversarial, Index top,
-                                    bool top_is_nan) {
+                                    bool top_is_nan, bool near = false, Index second = kUncounted) {
   const bool reach = objective == Objective::reach;
   const bool counts = (label >= 0) & (adversarial >= 0) & (reach | (label != adversarial));
-  const bool holds = reach ? top != adversarial : top == label;
-  const bool active = counts & (holds | top_is_nan);
-  const Index minus = reach ? top : label;
+  const bool won = reach ? top == adversarial : top != label;
+  near &= !reach | (second >= 0);
+  const bool active = counts & (!won | near | top_is_nan);
+  const Index minus = reach ? (won & near ? second : top) : label;
   return {active ? adversarial : static_cast<Index>(kUncounted),
           active ? minus : static_cast<Index>(kUncounted)};
 }
@@ -129,8 +132,8 @@ DAGCORE_INLINE int seed_at(Verdict<Index> verdict, Index c) {
   return static_cast<int>(verdict.plus == c) - static_cast<int>(verdict.minus == c);
 }
 
-// The running winner, and with kRunnerUp the winner among the rest, over classes in rising order.
-template <typename T, typename Index, bool kRunnerUp>
+// The running winner, and with kSecond the winner among the rest, over classes in rising order.
+template <typename T, typename Index, bool kSecond>
 struct Top {
   using Key = typename Score<T>::Key;
   Key best, second;
@@ -143,7 +146,7 @@ struct Top {
   }
   DAGCORE_INLINE void next(Key key, Index c) {
     const bool wins = Score<T>::beats(key, best);
-    if (kRunnerUp) {
+    if (kSecond) {
       const bool follows = second_class < 0 || Score<T>::beats(key, second);
       second = wins ? best : (follows ? key : second);
       second_class = wins ? best_class : (follows ? c : second_class);

@@ -16,6 +16,7 @@ LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = sys.float_info.max
 INT64 = torch.iinfo(torch.int64)
+MOST_LEVELS = 2**17  # of a step: a perturbation has twice as many as its images
 MOST_PIXELS = 2**31 - 1  # of a side
 MOST_DIMS = 16  # of targets or pixels: what the native loops hold
 
@@ -66,16 +67,25 @@ def choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ArgumentError(f"{name} must be {names(map(repr, allowed))}, got {value!r}")
 
 
-def number(name: str, value: object, *, above: float | None = None, infinite: bool = False) -> None:
-    """Raise unless `value` is a real number, larger than `above` and finite unless allowed."""
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    infinite: bool = False,
+) -> None:
+    """Raise unless `value` is a real number within its limits, and finite unless allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ArgumentError(f"{name} must be a number that a float can hold, got {shown(value)}")
-    fits = (above is None or value > above) and not math.isnan(value)
-    if not fits or not (infinite or math.isfinite(value)):
+    fits = (above is None or value > above) and (at_least is None or value >= at_least)
+    is_number = value == value if infinite else abs(value) <= LARGEST  # not for a NaN
+    if not (fits and is_number):
         kind = "a number" if infinite else "a finite number"
         bound = "" if above is None else f" above {above:g}"
+        bound = bound if at_least is None else f" of at least {at_least:g}"
         raise ArgumentError(f"{name} must be {kind}{bound}, got {value}")
 
 
@@ -140,6 +150,7 @@ def seed_arguments(
     adversarial_labels: Tensor | str,
     goal: str,
     ignore_index: int,
+    margin: float,
     *,
     bilinear: bool = False,
 ) -> Tensor | None:
@@ -157,6 +168,7 @@ def seed_arguments(
     most_dims("scores", "target dimensions", scores.dim() - 2)
     choice("goal", goal, GOALS)
     integer("ignore_index", ignore_index)
+    number("margin", margin, at_least=0)
     expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
     if bilinear:
         score_maps(scores)
@@ -256,18 +268,24 @@ def step_arguments(
     lower: float | None,
     upper: float | None,
     epsilon: float | None,
+    grid: Tensor | None,
+    levels: int | None,
 ) -> tuple[float, float, float]:
     """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite where None."""
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
         raise ArgumentError("images must have a batch dimension, got a scalar")
     most_dims("images", "pixel dimensions", images.dim() - 1)
-    if images.numel() and overlaps(images):
-        raise ArgumentError("images must not be an expanded tensor: it is written in place")
-    # The imaginary part of a conjugate, say: torch cannot write to it through an op.
-    if not torch.compiler.is_compiling() and images.is_neg():
-        raise ArgumentError("images must not be a negated view: it is written in place")
-    for name, value in (("origin", origin), ("gradient", gradient)):
+    _written("images", images)
+    shaped = [("origin", origin), ("gradient", gradient)]
+    if (grid is None) != (levels is None):
+        raise ArgumentError(
+            f"grid and levels must be given together, got grid={type(grid).__name__} and "
+            f"levels={levels!r}"
+        )
+    if grid is not None:
+        shaped.append(("grid", grid))
+    for name, value in shaped:
         tensor(name, value, (images.dtype,))
         shape(name, value, tuple(images.shape), "images")
         device(name, value, "images", images)
@@ -283,4 +301,30 @@ def step_arguments(
     number("epsilon", ball, above=0, infinite=True)
     if not low < high:
         raise ArgumentError(f"lower must be below upper, got {low} and {high}")
-    return low, high, ball
+    if grid is not None:
+        _written("grid", grid)
+        if not torch.compiler.is_compiling() and images.numel() and share(grid, images):
+            raise ArgumentError("grid must not be the images themselves: both are written")
+        level_count("levels", levels, MOST_LEVELS)
+        if not math.isfinite(high - low):
+            raise ArgumentError(f"lower and upper must be finite with levels, got {low} and {high}")
+    return float(low), float(high), float(ball)
+
+
+def _written(name: str, value: Tensor) -> None:
+    """Raise unless a tensor can be written in place."""
+    if value.numel() and overlaps(value):
+        raise ArgumentError(f"{name} must not be an expanded tensor: it is written in place")
+    # The imaginary part of a conjugate, say: torch cannot write to it through an op.
+    if not torch.compiler.is_compiling() and value.is_neg():
+        raise ArgumentError(f"{name} must not be a negated view: it is written in place")
+
+
+def share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at one place in memory."""
+    return one.device == other.device and one.data_ptr() == other.data_ptr()
+
+
+def level_count(name: str, levels: object, at_most: int = 2**16) -> None:
+    """Raise unless images can have so many levels."""
+    integer(name, levels, at_least=2, at_most=at_most)

@@ -20,10 +20,12 @@ class DAGObjective:
         goal: "leave": a target is active while its label wins; "reach": until its adversarial
             label does.
         ignore_index: label of the targets that never count.
+        margin: by how much a target must be won to count no more, in the units of the scores.
     """
 
     goal: str = "leave"
     ignore_index: int = 255
+    margin: float = 0.0
 
     def assign(
         self,
@@ -70,7 +72,12 @@ class DAGObjective:
         """+1 at the adversarial label of each active target, -1 at its label; their number."""
         if scores.shape[2:] == labels.shape[1:]:
             return ops.dag_seed(
-                scores, labels, adversarial, goal=self.goal, ignore_index=self.ignore_index
+                scores,
+                labels,
+                adversarial,
+                goal=self.goal,
+                ignore_index=self.ignore_index,
+                margin=self.margin,
             )
         return ops.dag_seed_bilinear(
             scores,
@@ -78,6 +85,7 @@ class DAGObjective:
             adversarial,
             goal=self.goal,
             ignore_index=self.ignore_index,
+            margin=self.margin,
             align_corners=align_corners,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .errors import ArgumentError
+from .levels import nearest, value
 
 
 def combine(*perturbations: Tensor) -> Tensor:
@@ -116,13 +117,32 @@ def perceptibility(perturbation: Tensor, value_range: float | Tensor = 1.0) -> T
 
 
 def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Images as they come back from an 8-bit file: rounded to 256 levels within `bounds`.
+    """Images as they come back from an 8-bit file: `round_to_levels` with 256 levels.
 
     `DAG.count_active` tells how many targets still hold for them.
     """
+    return round_to_levels(images, 256, bounds)
+
+
+def round_to_levels(
+    images: Tensor, levels: int, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Each value at the nearest of `levels` evenly from one bound to the other.
+
+    With bounds (0, 1) and (0, 255) and 256 levels, the values are those that an 8-bit file is read
+    as: `x / 255` and `x`.
+
+    Args:
+        images: (N, *) floating point.
+        levels: from 2 to 65,536.
+        bounds: (lower, upper).
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+    """
     checks.tensor("images", images, checks.FLOAT_DTYPES)
+    checks.level_count("levels", levels)
     checks.bounds(bounds)
-    lower, upper = bounds
     exact = images.to(torch.promote_types(images.dtype, torch.float32))
-    levels = ((exact - lower) / (upper - lower) * 255).round().clamp(0, 255)
-    return (levels / 255 * (upper - lower) + lower).to(images.dtype)
+    level = nearest(exact, bounds, levels).clamp(0, levels - 1)
+    return value(level, bounds, levels).to(images.dtype)

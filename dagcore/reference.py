@@ -38,6 +38,8 @@ def dag(
     epsilon: float | None = None,
     tolerance: float = 0.0,
     ignore_index: int = 255,
+    margin: float = 0.0,
+    levels: int | None = None,
     align_corners: bool = False,
     generator: torch.Generator | None = None,
     boxes: Tensor | None = None,  # (N, *)
@@ -51,6 +53,10 @@ def dag(
     lower, upper = bounds or (None, None)
     begin = images if start is None else start
     x = begin.detach().clone(memory_format=torch.contiguous_format)
+    shadow = None if levels is None else x.clone()
+    if levels is not None:
+        assert bounds is not None
+        x = on_levels(x, images, levels, *bounds, math.inf if epsilon is None else epsilon)
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     status = ["budget"] * len(x)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
@@ -73,10 +79,14 @@ def dag(
         # line 3: T_m = {t : argmax_c f_c(X_m, t) = l_t}
         arguments = (scores, labels[live], l_adv if isinstance(l_adv, str) else l_adv[live])
         if scores.shape[2:] == labels.shape[1:]:
-            seed, active = dag_seed(*arguments, goal=goal, ignore_index=ignore_index)
+            seed, active = dag_seed(*arguments, goal=goal, ignore_index=ignore_index, margin=margin)
         else:
             seed, active = dag_seed_bilinear(
-                *arguments, goal=goal, ignore_index=ignore_index, align_corners=align_corners
+                *arguments,
+                goal=goal,
+                ignore_index=ignore_index,
+                margin=margin,
+                align_corners=align_corners,
             )
         history[m, live] = active
         done = active / total[live].clamp(min=1).double() <= tolerance
@@ -88,8 +98,9 @@ def dag(
         r = _gradient(scores, x_m, seed)
         # lines 5 to 7: X_{m+1} = X_m + gamma / ||r_m||_inf r_m
         x_m = x_m.detach()
+        accumulated = x_m if shadow is None else shadow[live]
         norms = linf_step_(
-            x_m,
+            accumulated,
             images[live],
             r,
             torch.where(done, 0, active),
@@ -97,8 +108,12 @@ def dag(
             lower=lower,
             upper=upper,
             epsilon=epsilon,
+            grid=None if shadow is None else x_m,
+            levels=levels,
         )
         x[live] = x_m
+        if shadow is not None:
+            shadow[live] = accumulated
         moved = _scale(norms, gamma) > 0
         for n in live[~done & ~moved].tolist():
             status[n] = "stalled"
@@ -116,13 +131,18 @@ def dag_seed(
     *,
     goal: str = "leave",
     ignore_index: int = 255,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """What `dagcore.ops.dag_seed` computes, by autograd. Same arguments, results and errors."""
-    adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
+    adversarial = checks.seed_arguments(
+        scores, labels, adversarial_labels, goal, ignore_index, margin
+    )
     if scores.numel() == 0:
         return torch.empty_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     with torch.inference_mode(False), torch.enable_grad():
-        plus, minus, active = verdicts(scores.detach(), labels, adversarial, goal, ignore_index)
+        plus, minus, active = verdicts(
+            scores.detach(), labels, adversarial, goal, ignore_index, margin
+        )
         f = _leaf(scores)
         f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
@@ -135,6 +155,7 @@ def verdicts(
     adversarial: Tensor | None,  # (N, *T)
     goal: str,
     ignore_index: int,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
     counted = _counted(scores.shape[1], labels, adversarial, ignore_index)
@@ -145,8 +166,18 @@ def verdicts(
     else:
         plus = torch.where(counted, adversarial, 0).long()
     if goal == "leave":
-        return plus, true, counted & (plus != true) & ((winner == true) | top.isnan())
-    return plus, winner, counted & ((winner != plus) | top.isnan())
+        held = (winner == true) | top.isnan() | _within(margin, top, scores, true)
+        return plus, true, counted & (plus != true) & held
+    rival = _runner_up(scores, plus)  # the strongest class but the adversarial label
+    near = (winner == plus) & (rival != plus) & _within(margin, top, scores, rival)
+    return plus, torch.where(near, rival, winner), counted & ((winner != plus) | top.isnan() | near)
+
+
+def _within(margin: float, top: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
+    """Whether the scores of classes (N, *T) are less than a margin behind the largest."""
+    real = norm_dtype(scores)
+    lead = top.to(real) - scores.gather(1, classes.unsqueeze(1)).squeeze(1).to(real)
+    return lead < _representable(margin, real)
 
 
 def dag_seed_bilinear(
@@ -156,10 +187,13 @@ def dag_seed_bilinear(
     *,
     goal: str = "leave",
     ignore_index: int = 255,
+    margin: float = 0.0,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `dagcore.ops.dag_seed_bilinear` computes, enlarged for real. Same arguments, results."""
-    checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index, bilinear=True)
+    checks.seed_arguments(
+        scores, labels, adversarial_labels, goal, ignore_index, margin, bilinear=True
+    )
     checks.boolean("align_corners", align_corners)
     if labels.numel() == 0:
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
@@ -167,7 +201,7 @@ def dag_seed_bilinear(
         low = _leaf(scores)
         high = enlarge(low, labels.shape[1:], align_corners)
         seed, active = dag_seed(
-            high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index
+            high, labels, adversarial_labels, goal=goal, ignore_index=ignore_index, margin=margin
         )
         (gradient,) = torch.autograd.grad(high, low, seed)
     return _like(scores, gradient), active
@@ -198,9 +232,13 @@ def linf_step_(
     lower: float | None,
     upper: float | None,
     epsilon: float | None,
+    grid: Tensor | None = None,  # (N, *)
+    levels: int | None = None,
 ) -> Tensor:
     """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
-    limits = checks.step_arguments(images, origin, gradient, active, gamma, lower, upper, epsilon)
+    limits = checks.step_arguments(
+        images, origin, gradient, active, gamma, lower, upper, epsilon, grid, levels
+    )
     real = norm_dtype(images)
     low, high, ball = (_representable(limit, real) for limit in limits)
     if images.numel() == 0:
@@ -213,7 +251,35 @@ def linf_step_(
         moved = torch.where(moved < least, least, moved)
         moved = torch.where(moved > most, most, moved)
     images.detach().copy_(torch.where(scale > 0, moved, x))
+    if grid is not None and levels is not None:
+        shown = on_levels(images.detach(), origin.detach(), levels, *limits[:2], ball)
+        grid.detach().copy_(torch.where(scale > 0, shown, grid.detach()))
     return norms
+
+
+def on_levels(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    levels: int,
+    lower: float,
+    upper: float,
+    epsilon: float,
+) -> Tensor:
+    """Each pixel at the nearest level, of those within epsilon of the origin's level."""
+    real = norm_dtype(images)
+    last, width = levels - 1, upper - lower
+
+    def nearest(values: Tensor) -> Tensor:
+        return ((values.to(real) - lower) * (last / width)).round()
+
+    level = nearest(images)
+    if math.isfinite(epsilon):
+        within = math.floor(min(epsilon * last / width * (1 + 1e-6), last))  # 8/255 is 8 levels
+        level = torch.minimum(
+            torch.maximum(level, nearest(origin) - within), nearest(origin) + within
+        )
+    level = level.clamp(0, last)
+    return (level * width / level.new_tensor(last) + lower).to(images.dtype)
 
 
 def _counted(

@@ -91,13 +91,14 @@ def unpruned(
     goal: str,
     align_corners: bool,
     ignore_index: int = 255,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """What `dag_seed_bilinear` returns if pruning changes nothing; the seed's sums in float64."""
     labels = labels.cpu()
     size = tuple(labels.shape[1:])
     other = None if isinstance(adversarial, str) else adversarial.cpu()
     high = enlarged(scores, size, align_corners)
-    plus, minus, active = reference.verdicts(high, labels, other, goal, ignore_index)
+    plus, minus, active = reference.verdicts(high, labels, other, goal, ignore_index, margin)
     real = high.numpy().dtype
     num_images, num_classes, *low = scores.shape
     image = np.arange(num_images)[:, None, None]

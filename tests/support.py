@@ -21,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 LAYOUTS = ("contiguous", "class-last", "transposed", "gaps", "expanded")
 MODES = ("leave", "reach", "runner-up")  # "runner-up" is for the goal "leave"
+MARGINS = (0.0, 0.5, 0.7)  # random_case has scores that are just 0.5 apart
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 BOTH = pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])

@@ -838,7 +838,7 @@ WRONG_CALLS = {
     "images above": (
         {"images": X + 0.6},
         ValueError,
-        r"images must lie within bounds \(0.0, 1.0\), got values in \[1.1, 1.1\]",
+        r"images must lie within bounds \(0.0, 1.0\), got values in \[1.10000002, 1.10000002\]",
     ),
     "images below": ({"images": X - 0.6}, ValueError, "images must lie within bounds"),
     "images NaN": ({"images": X * NAN}, ValueError, "images must be finite, got a NaN"),

@@ -15,6 +15,7 @@ from support import (
     GOALS,
     INF,
     LAYOUTS,
+    MARGINS,
     MODES,
     NAN,
     arguments,
@@ -40,7 +41,12 @@ def first_largest(scores: list[float]) -> int:
 
 
 def by_hand(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | str, goal: str, ignore_index: int
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | str,
+    goal: str,
+    ignore_index: int,
+    margin: float,
 ) -> tuple[Tensor, Tensor]:
     """Section 2 of DESIGN.md in Python loops, one target after another."""
     num_images, num_classes = scores.shape[:2]
@@ -62,8 +68,15 @@ def by_hand(
         if other == ignore_index and not 0 <= other < num_classes:
             continue
         broken = any(math.isnan(v) for v in values)
-        minus = label if goal == "leave" else winner
-        holds = winner == label if goal == "leave" else winner != other
+        if goal == "leave":
+            minus, holds = label, winner == label or values[winner] - values[label] < margin
+        else:
+            minus, holds = winner, winner != other
+            rivals = [c for c in range(num_classes) if c != other]
+            if not holds and rivals:
+                rival = rivals[first_largest([values[c] for c in rivals])]
+                holds = values[winner] - values[rival] < margin
+                minus = rival if holds else winner
         if (goal == "leave" and other == label) or not (holds or broken):
             continue
         active[n] += 1
@@ -90,10 +103,11 @@ def test_equals_hand_written_oracle(
             shape, k, dtype=dtype, broken=k % 2 * 0.05, ignore_index=ignore_index
         )
         other, goal = arguments(mode, adversarial)
-        expected = by_hand(scores, labels, other, goal, ignore_index)
         given = on(device, scores, labels, other)
-        got = module.dag_seed(*given, goal=goal, ignore_index=ignore_index)
-        assert_same_seed(got, expected, given[0])
+        for margin in MARGINS:
+            expected = by_hand(scores, labels, other, goal, ignore_index, margin)
+            got = module.dag_seed(*given, goal=goal, ignore_index=ignore_index, margin=margin)
+            assert_same_seed(got, expected, given[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,10 +118,12 @@ def test_reference_in_every_layout(device: torch.device, layout: str) -> None:
         scores, labels, adversarial = random_case(shape, k, dtype=dtype, broken=k % 2 * 0.05)
         scores = lay_out(scores, layout)
         other, goal = arguments(MODES[(k + DTYPES.index(dtype)) % 3], adversarial)
-        expected = by_hand(scores, labels, other, goal, 255)
+        margin = MARGINS[k % 3]
+        expected = by_hand(scores, labels, other, goal, 255, margin)
         there, labels, other = on(device, scores, labels, other)
         there = lay_out(there, layout)
-        assert_same_seed(reference.dag_seed(there, labels, other, goal=goal), expected, there)
+        got = reference.dag_seed(there, labels, other, goal=goal, margin=margin)
+        assert_same_seed(got, expected, there)
 
 
 special = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1.5, 2.0**-24, -(2.0**-24)])
@@ -124,9 +140,11 @@ def test_one_target_of_special_scores(
     scores = torch.tensor(values, dtype=torch.float64).to(dtype)[None]
     other, goal = arguments(mode, torch.tensor([adversarial]))
     labels = torch.tensor([label])
-    expected = by_hand(scores, labels, other, goal, 255)
-    assert_same_seed(ops.dag_seed(scores, labels, other, goal=goal), expected, scores)
-    assert_same_seed(reference.dag_seed(scores, labels, other, goal=goal), expected, scores)
+    margin = data.draw(st.sampled_from((0.0, 2.0**-24, 1.0, 2.5)))
+    expected = by_hand(scores, labels, other, goal, 255, margin)
+    for module in (ops, reference):
+        got = module.dag_seed(scores, labels, other, goal=goal, margin=margin)
+        assert_same_seed(got, expected, scores)
 
 
 @settings(max_examples=50, deadline=None)

@@ -24,7 +24,20 @@ from bilinear_oracle import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BOTH, DTYPES, GOALS, INF, MODES, NAN, arguments, bits, crop, on, random_case
+from support import (
+    BOTH,
+    DTYPES,
+    GOALS,
+    INF,
+    MARGINS,
+    MODES,
+    NAN,
+    arguments,
+    bits,
+    crop,
+    on,
+    random_case,
+)
 from torch import Tensor
 
 from dagcore import ops, reference
@@ -134,9 +147,10 @@ def test_whole_factors_are_exact(kernels: torch.device, dtype: torch.dtype) -> N
         scores = score_maps((*batch, *low), 3, KINDS[(k + m) % 2], dtype)
         labels, adversarial = label_maps(scores, size, False, 3)
         other, goal = arguments(mode, adversarial)
-        sums, active = unpruned(scores, labels, other, goal, False)
+        margin = MARGINS[(k + m) % 3]
+        sums, active = unpruned(scores, labels, other, goal, False, margin=margin)
         given = on(kernels, scores, labels, other)
-        got = ops.dag_seed_bilinear(*given, goal=goal)
+        got = ops.dag_seed_bilinear(*given, goal=goal, margin=margin)
         assert torch.equal(got[0].cpu(), sums.to(dtype)), (name, mode)
         assert torch.equal(got[1].cpu(), active), (name, mode)
 
@@ -200,11 +214,13 @@ def test_every_width_next_to_a_vectors(kernels: torch.device) -> None:
 
 def test_equals_reference_where_nothing_rounds(kernels: torch.device) -> None:
     """Scores in quarters at a whole factor: even ties are interpolate's."""
-    for name, mode in itertools.product((*WHOLE, "one row", "one by one"), MODES):
+    names = (*WHOLE, "one row", "one by one")
+    for name, mode, margin in itertools.product(names, MODES, MARGINS[:2]):
         scores, labels, adversarial = in_quarters(name, None)
         other, goal = arguments(mode, adversarial)
-        expected = reference.dag_seed_bilinear(scores, labels, other, goal=goal)
-        got = ops.dag_seed_bilinear(*on(kernels, scores, labels, other), goal=goal)
+        rule = {"goal": goal, "margin": margin}
+        expected = reference.dag_seed_bilinear(scores, labels, other, **rule)
+        got = ops.dag_seed_bilinear(*on(kernels, scores, labels, other), **rule)
         assert torch.equal(got[1].cpu(), expected[1]), (name, mode)
         assert torch.equal(got[0].cpu(), expected[0]), (name, mode)
 
@@ -253,8 +269,10 @@ def test_any_size(data: st.DataObject) -> None:
         scores = score_maps(shape, seed, "random", dtype)
     labels, adversarial = label_maps(scores, size, align_corners, seed)
     other, goal = arguments(mode, adversarial)
-    expected = unpruned(scores, labels, other, goal, align_corners)
-    got = ops.dag_seed_bilinear(scores, labels, other, goal=goal, align_corners=align_corners)
+    margin = data.draw(st.sampled_from((0.0, 1e-6, *MARGINS, 30.0)))
+    expected = unpruned(scores, labels, other, goal, align_corners, margin=margin)
+    rule = {"goal": goal, "margin": margin, "align_corners": align_corners}
+    got = ops.dag_seed_bilinear(scores, labels, other, **rule)
     assert_seed(got, expected, scores, size, align_corners)
 
 
@@ -421,7 +439,7 @@ def test_wrong_shapes_past_the_wrapper(device: torch.device, case: str) -> None:
     scores, message = PAST_THE_WRAPPER[case]
     scores, labels = on(device, scores, L)
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "leave", 255, False)
+        torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "leave", 255, 0.0, False)
 
 
 def test_weights_beyond_the_room_of_the_fixed_point(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from support import (
     INF,
     LABEL_DTYPES,
     LAYOUTS,
+    MARGINS,
     MODES,
     NAN,
     arguments,
@@ -80,7 +81,8 @@ def seed_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[str,
     labels = as_labels(draw, labels, num_classes, ignored)
     adversarial = as_labels(draw, adversarial, num_classes, ignored)
     other, goal = arguments(draw(st.sampled_from(MODES)), adversarial)
-    return scores, labels, other, {"goal": goal, "ignore_index": ignored}
+    margin = draw(st.sampled_from((*MARGINS, 1e-30, 1e300)))
+    return scores, labels, other, {"goal": goal, "ignore_index": ignored, "margin": margin}
 
 
 @st.composite
@@ -110,7 +112,7 @@ def bilinear_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[
     adversarial = as_labels(draw, adversarial, num_classes, ignored)
     other, goal = arguments(draw(st.sampled_from(MODES)), adversarial)
     settings = {"goal": goal, "ignore_index": ignored, "align_corners": align_corners}
-    return scores, labels, other, settings
+    return scores, labels, other, settings | {"margin": draw(st.sampled_from((*MARGINS, 1e-30)))}
 
 
 @st.composite
@@ -155,6 +157,12 @@ def step_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[st
         "upper": draw(st.sampled_from((None, INF, 1e-3, 0.75, 1, 1e300))),
         "epsilon": draw(st.sampled_from((None, INF, 0.01, 2, 1e-30, 1e300))),
     }
+    ends = (settings["lower"], settings["upper"])
+    if all(end is not None and abs(end) < 1e3 for end in ends) and draw(st.booleans()):
+        grid = values(0.5, 0)
+        layout = draw(st.sampled_from(("contiguous", "gaps")))
+        settings["grid"] = lay_out(grid, layout) if grid.numel() else grid
+        settings["levels"] = draw(st.sampled_from((2, 3, 256, 2**16)))
     return *tensors, active, settings
 
 
@@ -173,8 +181,10 @@ def assert_same_error(got: Any, expected: Any, names: tuple[str, ...]) -> None:
 
 
 SEED_NAMES = ("scores", "labels", "adversarial_labels", "goal", "ignore_index", "align_corners")
+SEED_NAMES += ("margin",)
 SIZE_NAMES = ("scores", "size", "align_corners")
 STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper", "epsilon")
+STEP_NAMES += ("grid", "levels")
 
 
 @FUZZ
@@ -210,7 +220,8 @@ def test_dag_seed_bilinear(case: Any) -> None:
         assert not active.any()
         return
     size, corners = tuple(labels.shape[1:]), settings["align_corners"]
-    right = unpruned(scores, labels, other, settings["goal"], corners, settings["ignore_index"])
+    rule = (settings["ignore_index"], settings["margin"])
+    right = unpruned(scores, labels, other, settings["goal"], corners, *rule)
     assert_seed(got, right, scores, size, corners)
 
 
@@ -230,8 +241,11 @@ def test_argmax_bilinear(case: Any) -> None:
 def test_linf_step(case: Any) -> None:
     images, origin, gradient, active, settings = case
     expected, before = images.clone(), [bits(origin), bits(gradient)]
-    expected_norms = reference.linf_step_(expected, origin, gradient, active, **settings)
+    grid = settings.get("grid")
+    on_grid = {} if grid is None else {"grid": grid.clone()}
+    expected_norms = reference.linf_step_(expected, origin, gradient, active, **settings | on_grid)
     norms = ops.linf_step_(images, origin, gradient, active, **settings)
+    assert grid is None or same_bits(grid, on_grid["grid"])
     assert same_bits(images, expected)
     assert same_bits(norms, expected_norms)
     assert torch.equal(bits(origin), before[0]), "origin was written to"
@@ -247,13 +261,13 @@ def valid_arguments(op: str) -> dict[str, Any]:
         active = torch.ones(2, dtype=torch.int32)
         limits = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.1}
         tensors = {"images": images, "origin": origin, "gradient": gradient, "active": active}
-        return tensors | limits
+        return tensors | limits | {"grid": gradient.clone(), "levels": 256}
     scores, labels, adversarial = random_case((2, 3, 4, 5), 0)
     if op == "argmax_bilinear":
         return {"scores": scores, "size": (3, 7), "align_corners": False}
     maps = {"scores": scores, "labels": labels, "adversarial_labels": adversarial}
     more = {"align_corners": True} if op == "dag_seed_bilinear" else {}
-    return maps | {"goal": "leave", "ignore_index": 255} | more
+    return maps | {"goal": "leave", "ignore_index": 255, "margin": 0.5} | more
 
 
 def same(got: Any, expected: Any) -> bool:

@@ -575,7 +575,7 @@ PAST_THE_WRAPPER = {
 def test_wrong_arguments_past_the_wrapper(device: torch.device, name: str) -> None:
     tensors, message = PAST_THE_WRAPPER[name]
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dagcore.linf_step_(*(t.to(device) for t in tensors), 0.1, -INF, INF, INF)
+        torch.ops.dagcore.linf_step_(*(t.to(device) for t in tensors), 0.1, -INF, INF, INF, None, 0)
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -583,7 +583,7 @@ def test_mixed_devices_past_the_wrapper(which: int) -> None:
     tensors = [X.clone(), X, X, A]
     tensors[which] = tensors[which].to("meta")
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.dagcore.linf_step_(*tensors, 0.1, -INF, INF, INF)
+        torch.ops.dagcore.linf_step_(*tensors, 0.1, -INF, INF, INF, None, 0)
 
 
 def test_mixed_devices_with_cuda(cuda: torch.device) -> None:

@@ -55,7 +55,7 @@ def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
         scores = lay_out(scores, layout)
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
-    arguments = (scores, labels.to(device), other, objective, 255)
+    arguments = (scores, labels.to(device), other, objective, 255, 0.5)
     results = torch.library.opcheck(torch.ops.dagcore.dag_seed.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -82,7 +82,7 @@ def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) 
     _, labels, adversarial = random_case((shape[0], shape[1], *size), 0)
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
-    arguments = (scores, labels.to(device), other, objective, 255, align_corners)
+    arguments = (scores, labels.to(device), other, objective, 255, 0.5, align_corners)
     results = torch.library.opcheck(torch.ops.dagcore.dag_seed_bilinear.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
     arguments = (scores, *size, align_corners)
@@ -94,8 +94,9 @@ def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype) -> None:
     images, origin, gradient, active = step_case(device, dtype)
-    for clip in ((0.0, 1.0, 0.05), (-math.inf, math.inf, math.inf)):
-        arguments = (lay_out(images, layout), origin, gradient, active, 0.01, *clip)
+    free = (-math.inf, math.inf, math.inf, None, 0)
+    for rest in ((0.0, 1.0, 0.05, None, 0), free, (0.0, 1.0, 0.05, torch.zeros_like(images), 256)):
+        arguments = (lay_out(images, layout), origin, gradient, active, 0.01, *rest)
         results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -103,7 +104,7 @@ def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype
 def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
     empty = torch.zeros(2, 3, 0, device=device)
     active = torch.ones(2, dtype=torch.int32, device=device)
-    arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1)
+    arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1, None, 0)
     results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -449,7 +450,7 @@ for wrong in (labels.fill_(7), "runner-up"), (labels, labels):
     else:
         raise AssertionError("a label out of range went by")
 try:
-    torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "stay", 255, False)
+    torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "stay", 255, 0.0, False)
 except ValueError as error:
     assert str(error) == "objective must be 'leave' or 'reach', got 'stay'", error
 else:

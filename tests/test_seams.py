@@ -40,7 +40,7 @@ class CrossEntropy:
 class MomentumStep:
     """The sign of a running mean of gradients: one tensor of state for each image."""
 
-    def begin(self, images):
+    def begin(self, images, start):
         return {"momentum": torch.zeros_like(images)}
 
     def move(self, state, gradient, going):

@@ -18,6 +18,7 @@ from support import (
     GOALS,
     LABEL_DTYPES,
     LAYOUTS,
+    MARGINS,
     MODES,
     arguments,
     assert_same_seed,
@@ -65,7 +66,7 @@ class AtFullSize:
     empty = (((0, 4, 9), (0, 9)), ((2, 4, 0), (2, 0)), ((0, 4), (0,)), ((0, 4, 0), (0, 0)))
     empty += (((2, 4, 3, 0), (2, 3, 0)),)
     needs_labels = r"\(2, 3, 50\) to match scores \(2, 4, 3, 50\)"
-    flags: tuple[bool, ...] = ()  # at the end of the op's arguments
+    flags: tuple[float | bool, ...] = (0.0,)  # at the end of the op's arguments
 
     def case(
         self, k: int | None, turn: int, dtype: torch.dtype, broken: float, **ignore: int
@@ -92,7 +93,7 @@ class Enlarged:
     blank = ((2, 4, 3, 5), (2, 11, 50))
     empty = tuple(((n, 3, 4, 5), (n, *size)) for n, *size in ((2, 0, 5), (2, 5, 0), (0, 8, 9)))
     needs_labels = r"\(2, H, W\) to match scores \(2, 4, 3, 5\)"
-    flags = (False,)
+    flags = (0.0, False)
 
     def case(
         self, k: int | None, turn: int, dtype: torch.dtype, broken: float, **ignore: int
@@ -109,8 +110,8 @@ class Enlarged:
 
     def expected(self, case: Case, scores: Tensor, other: Tensor | str, **settings: Any) -> Any:
         goal, ignored = settings["goal"], settings.get("ignore_index", 255)
-        corners = case.options["align_corners"]
-        return unpruned(scores, case.labels, other, goal, corners, ignored)
+        corners, margin = case.options["align_corners"], settings.get("margin", 0.0)
+        return unpruned(scores, case.labels, other, goal, corners, ignored, margin)
 
     def check(self, got: Any, expected: Any, scores: Tensor, case: Case) -> None:
         corners = case.options["align_corners"]
@@ -136,13 +137,14 @@ def prepared(
     expanded: bool = False,
     broken: float = 0.0,
     **ignore: int,
-) -> tuple[Case, Tensor | str, str, tuple[Tensor, Tensor]]:
-    """A case, its adversarial labels and goal, which take turns, and what is right."""
+) -> tuple[Case, Tensor | str, dict[str, Any], tuple[Tensor, Tensor]]:
+    """A case, its adversarial labels, goal and margin, which take turns, and what is right."""
     case = op.case(k, turn, dtype, broken, **ignore)
     if expanded:
         case = case._replace(scores=lay_out(case.scores, "expanded").contiguous())
     other, goal = arguments(MODES[turn % TURNS], case.adversarial)
-    return case, other, goal, op.expected(case, case.scores, other, goal=goal, **ignore)
+    settings = {"goal": goal, "margin": MARGINS[(turn + k) % len(MARGINS)], **ignore}
+    return case, other, settings, op.expected(case, case.scores, other, **settings)
 
 
 def assert_right(
@@ -155,10 +157,10 @@ def assert_right(
     **ignore: int,
 ) -> None:
     """A case of `prepared`, its scores in a memory layout on a device."""
-    case, other, goal, expected = prepared(op, *which, layout == "expanded", broken, **ignore)
+    case, other, settings, expected = prepared(op, *which, layout == "expanded", broken, **ignore)
     scores, labels, other = on(device, case.scores, case.labels, other)
     scores = lay_out(scores, layout)
-    got = call(module, op, scores, labels, other, goal=goal, **case.options, **ignore)
+    got = call(module, op, scores, labels, other, **settings, **case.options)
     op.check(got, expected, scores, case)
     assert torch.equal(bits(scores).cpu(), bits(case.scores)), "scores were written to"
 
@@ -208,7 +210,10 @@ def test_simd_level_and_thread_count_change_no_bit(
         for level, threads in itertools.product(simd_levels, one_and_two_threads):
             native.module.use_simd(level)
             torch.set_num_threads(threads)
-            seed, active = call(ops, op, scores, case.labels, other, goal=goal, **case.options)
+            margin = MARGINS[turn % len(MARGINS) - (broken > 0)]
+            seed, active = call(
+                ops, op, scores, case.labels, other, goal=goal, margin=margin, **case.options
+            )
             results.append((bits(seed), active))
         for seed, active in results[1:]:
             assert torch.equal(seed, results[0][0])
@@ -349,10 +354,10 @@ def test_label_out_of_range_on_cuda_is_a_negative_count(cuda: torch.device, op: 
 
 @OPS
 def test_scores_that_require_grad(device: torch.device, op: Op) -> None:
-    case, other, goal, expected = prepared(op, 3, 0, torch.float32)
+    case, other, settings, expected = prepared(op, 3, 0, torch.float32)
     leaf, labels, other = on(device, case.scores, case.labels, other)
     leaf = leaf.clone().requires_grad_()
-    seed, active = call(ops, op, leaf, labels, other, goal=goal, **case.options)
+    seed, active = call(ops, op, leaf, labels, other, **settings, **case.options)
     assert not seed.requires_grad
     op.check((seed, active), expected, leaf, case)
     (leaf * 2).backward(seed)
@@ -363,18 +368,18 @@ def test_scores_that_require_grad(device: torch.device, op: Op) -> None:
 @OPS
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(module: object, device: torch.device, op: Op, mode: type) -> None:
-    case, other, goal, expected = prepared(op, 9, 0, torch.float64)
+    case, other, settings, expected = prepared(op, 9, 0, torch.float64)
     scores, labels, other = on(device, case.scores, case.labels, other)
     with mode():
-        got = call(module, op, scores.clone(), labels, other, goal=goal, **case.options)
+        got = call(module, op, scores.clone(), labels, other, **settings, **case.options)
     op.check(got, expected, scores, case)
 
 
 @OPS
 def test_views_with_pending_negation(op: Op) -> None:
-    case, other, goal, expected = prepared(op, 3, 0, torch.float32)
+    case, other, settings, expected = prepared(op, 3, 0, torch.float32)
     negated = torch._neg_view(-case.scores)
-    got = call(ops, op, negated, case.labels, other, goal=goal, **case.options)
+    got = call(ops, op, negated, case.labels, other, **settings, **case.options)
     op.check(got, expected, case.scores, case)
 
 

@@ -41,10 +41,10 @@ DAGCORE_INLINE void read_row(const T* scores, int64_t class_stride, int64_t colu
   }
 }
 
-// For each cell of a row: which classes can win (or come second, with kRunnerUp) in it.
+// For each cell of a row: which classes can win (or come second, with kSecond) in it.
 // above, below: the rows of the cells' corners; floors (2, padded): scratch; keep (C, padded):
 // result, bytes
-template <typename Real, bool kRunnerUp>
+template <typename Real, bool kSecond>
 DAGCORE_INLINE void prune(const ScoreRow<Real>& above, const ScoreRow<Real>& below, int64_t classes,
                           int64_t padded, Real* floors, uint8_t* keep) {
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -55,14 +55,14 @@ DAGCORE_INLINE void prune(const ScoreRow<Real>& above, const ScoreRow<Real>& bel
     const Real *a = above.least.data() + c * padded, *b = below.least.data() + c * padded;
     for (int64_t x = 0; x < padded; ++x) {
       const Real floor = a[x] < b[x] ? a[x] : b[x];
-      if (kRunnerUp) {
+      if (kSecond) {
         const Real lower = best[x] < floor ? best[x] : floor;
         second[x] = second[x] > lower ? second[x] : lower;
       }
       best[x] = best[x] > floor ? best[x] : floor;
     }
   }
-  const Real* bar = kRunnerUp ? second : best;
+  const Real* bar = kSecond ? second : best;
   for (int64_t c = 0; c < classes; ++c) {
     const Real *a = above.most.data() + c * padded, *b = below.most.data() + c * padded;
     uint8_t* k = keep + c * padded;
@@ -141,7 +141,7 @@ struct CellRow {
 
 // Moves on to the cells of segment y of image n: reads their rows and lists the classes that can
 // win. `previous_high` is the lower row of the cells before, -1 if there are none.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previous_high,
               CellRow<T>* row) {
   if (y.low == previous_high) {
@@ -150,8 +150,8 @@ void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previo
     cells.read(n, y.low, &row->above);
   }
   cells.read(n, y.high, &row->below);
-  run_simd<prune<RealOf<T>, kRunnerUp>>(cells.simd, row->above, row->below, cells.classes,
-                                        cells.padded, row->floors.data(), row->keep.data());
+  run_simd<prune<RealOf<T>, kSecond>>(cells.simd, row->above, row->below, cells.classes,
+                                      cells.padded, row->floors.data(), row->keep.data());
   std::fill(row->counts.begin(), row->counts.end(), 0);
   for (int64_t c = 0; c < cells.classes; ++c) {
     const uint8_t* keep = row->keep.data() + c * cells.padded;
@@ -168,6 +168,25 @@ void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previo
   }
 }
 
+// Whether a class is behind one that wins everywhere in a cell, by the margin at least.
+template <typename T>
+bool is_far(const Cells<T>& cells, int64_t x, const CellRow<T>& row, int64_t c, int64_t winner,
+            double margin) {
+  const int64_t at = c * cells.padded + x, best = winner * cells.padded + x;
+  return dominated(std::max(row.above.most[at], row.below.most[at]),
+                   std::min(row.above.least[best], row.below.least[best]),
+                   static_cast<RealOf<T>>(margin));
+}
+
+// A class's scores at the corners of a cell.
+template <typename T>
+Candidate<RealOf<T>> candidate(const Cells<T>& cells, int64_t x, const CellRow<T>& row, int32_t c) {
+  const int64_t right = x + (x + 1 < cells.width ? cells.column_step : 0);
+  const auto* above = &row.above.scores[c * cells.padded];
+  const auto* below = &row.below.scores[c * cells.padded];
+  return {{above[x], above[right], below[x], below[right]}, c};
+}
+
 // The class that wins everywhere in a cell without evaluating it, or kUncounted.
 template <typename T>
 int32_t only_winner(const Cells<T>& cells, int64_t x, const CellRow<T>& row) {
@@ -180,19 +199,14 @@ int32_t only_winner(const Cells<T>& cells, int64_t x, const CellRow<T>& row) {
 }
 
 // `only` is the cell's only winner, or kUncounted.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 void find_tile_winners(const Cells<T>& cells, int64_t x, int32_t only, CellRow<T>* row) {
   using Real = RealOf<T>;
   if (only >= 0) return run_simd<fill_winner<Real>>(cells.simd, only, &row->tile);
   const int32_t* classes = &row->lists[x * (cells.classes + 1)];
-  const int64_t right = x + (x + 1 < cells.width ? cells.column_step : 0);
   const int count = row->counts[x];
-  for (int k = 0; k < count; ++k) {
-    const Real* above = &row->above.scores[classes[k] * cells.padded];
-    const Real* below = &row->below.scores[classes[k] * cells.padded];
-    row->candidates[k] = {{above[x], above[right], below[x], below[right]}, classes[k]};
-  }
-  run_simd<find_winners<Real, kRunnerUp>>(cells.simd, row->candidates.data(), count, &row->tile);
+  for (int k = 0; k < count; ++k) row->candidates[k] = candidate(cells, x, *row, classes[k]);
+  run_simd<find_winners<Real, kSecond>>(cells.simd, row->candidates.data(), count, &row->tile);
 }
 
 }  // namespace dagcore

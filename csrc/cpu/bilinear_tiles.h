@@ -118,7 +118,7 @@ struct Candidate {
 
 // The winner at every pixel of a tile among a cell's candidates, in rising class order. A vector of
 // pixels at a time, so that their weights and winners stay in registers.
-template <typename Real, bool kRunnerUp>
+template <typename Real, bool kSecond>
 DAGCORE_INLINE void find_winners(const Candidate<Real>* candidates, int count, Tile<Real>* tile) {
   using Index = IndexOf<Real>;
   const auto& corner = tile->weights->corner;
@@ -137,11 +137,11 @@ DAGCORE_INLINE void find_winners(const Candidate<Real>* candidates, int count, T
     for (int k = 1; k < count; ++k) {
       const Candidate<Real> q = candidates[k];
       for (int j = 0; j < kLanes; ++j) {
-        Top<Real, Index, kRunnerUp> top{best[j], second[j], best_class[j], second_class[j]};
+        Top<Real, Index, kSecond> top{best[j], second[j], best_class[j], second_class[j]};
         top.next(blend({w0[j], w1[j], w2[j], w3[j]}, q.corner), q.c);
         best[j] = top.best;
         best_class[j] = top.best_class;
-        if (kRunnerUp) {
+        if (kSecond) {
           second[j] = top.second;
           second_class[j] = top.second_class;
         }
@@ -150,8 +150,33 @@ DAGCORE_INLINE void find_winners(const Candidate<Real>* candidates, int count, T
     for (int j = 0; j < kLanes; ++j) {
       tile->best[p + j] = best[j];
       tile->best_class[p + j] = best_class[j];
-      if (kRunnerUp) tile->second_class[p + j] = second_class[j];
+      if (kSecond) {
+        tile->second[p + j] = second[j];
+        tile->second_class[p + j] = second_class[j];
+      }
     }
+  }
+}
+
+// The score of one class at every pixel of a tile, as that of their label.
+template <typename Real>
+DAGCORE_INLINE void fill_own(const Candidate<Real>& q, Tile<Real>* tile) {
+  const auto& corner = tile->weights->corner;
+  for (int p = 0; p < tile->weights->padded; ++p) {
+    tile->own[p] = blend({corner[0][p], corner[1][p], corner[2][p], corner[3][p]}, q.corner);
+  }
+}
+
+// The score of each pixel's label. `above` and `below` are rows of scores, (C, padded), from the
+// cell's left corners on; `right` is the step to its right corners.
+template <typename Real>
+DAGCORE_INLINE void gather_own(const Real* above, const Real* below, int64_t padded, int64_t right,
+                               Tile<Real>* tile) {
+  const auto& corner = tile->weights->corner;
+  for (int p = 0; p < tile->weights->padded; ++p) {
+    const int64_t at = (tile->label[p] < 0 ? 0 : tile->label[p]) * padded;
+    tile->own[p] = blend({corner[0][p], corner[1][p], corner[2][p], corner[3][p]},
+                         {above[at], above[at + right], below[at], below[at + right]});
   }
 }
 

@@ -18,7 +18,7 @@ struct Strip {
   int count;
 };
 
-template <typename T, typename Index, bool kRunnerUp>
+template <typename T, typename Index, bool kSecond>
 DAGCORE_INLINE void find_strip_winners(const SeedArgs& args, const Strip& strip,
                                        TargetRow<T, Index>* row) {
   const int64_t stride = args.walk.inner_stride(kScores);
@@ -27,25 +27,37 @@ DAGCORE_INLINE void find_strip_winners(const SeedArgs& args, const Strip& strip,
   for (int i = 0; i < count; ++i) {
     row->best[i] = Score<T>::key(scores[i * stride]);
     row->best_class[i] = 0;
-    if (kRunnerUp) row->second_class[i] = kUncounted;
+    if (kSecond) row->second_class[i] = kUncounted;
   }
   const int64_t classes = args.rule.classes, class_stride = args.scores_class;
   for (int64_t c = 1; c < classes; ++c) {
     scores += class_stride;
     for (int i = 0; i < count; ++i) {
-      Top<T, Index, kRunnerUp> top{row->best[i], {}, row->best_class[i], {}};
-      if (kRunnerUp) {
+      Top<T, Index, kSecond> top{row->best[i], {}, row->best_class[i], {}};
+      if (kSecond) {
         top.second = row->second[i];
         top.second_class = row->second_class[i];
       }
       top.next(Score<T>::key(scores[i * stride]), static_cast<Index>(c));
       row->best[i] = top.best;
       row->best_class[i] = top.best_class;
-      if (kRunnerUp) {
+      if (kSecond) {
         row->second[i] = top.second;
         row->second_class[i] = top.second_class;
       }
     }
+  }
+}
+
+// The scores of the targets' labels; of those that do not count, whichever.
+template <typename T, typename Index>
+DAGCORE_INLINE void read_own(const SeedArgs& args, const Strip& strip, TargetRow<T, Index>* row) {
+  const int64_t stride = args.walk.inner_stride(kScores), class_stride = args.scores_class;
+  const T* scores = static_cast<const T*>(args.scores) + strip.at[kScores];
+  const int count = strip.count;
+  for (int i = 0; i < count; ++i) {
+    const Index label = row->label[i];
+    row->own[i] = scores[(label < 0 ? 0 : label) * class_stride + i * stride];
   }
 }
 
@@ -82,21 +94,21 @@ void write_seed_rows(const SeedArgs& args, const Strip& strip, const Index* plus
   }
 }
 
-template <typename T, typename Index, bool kRunnerUp>
+template <typename T, typename Index, bool kSecond>
 uint32_t seed_strip(Simd simd, const SeedArgs& args, const Strip& strip) {
   TargetRow<T, Index> row;
-  uint32_t active = 0;
   const auto& walk = args.walk;
   run_simd<read_labels<Index, false>>(simd, args.labels, strip.at[kLabels],
                                       walk.inner_stride(kLabels), strip.count, args.rule,
                                       row.label);
-  if (!kRunnerUp) {
+  if (!args.runner_up) {
     run_simd<read_labels<Index, true>>(simd, args.adversarial, strip.at[kAdversarial],
                                        walk.inner_stride(kAdversarial), strip.count, args.rule,
                                        row.adversarial);
   }
-  run_simd<find_strip_winners<T, Index, kRunnerUp>>(simd, args, strip, &row);
-  run_simd<judge_row<T, Index, kRunnerUp>>(simd, args.objective, strip.count, &row, &active);
+  run_simd<find_strip_winners<T, Index, kSecond>>(simd, args, strip, &row);
+  if (args.measures_label()) run_simd<read_own<T, Index>>(simd, args, strip, &row);
+  const uint32_t active = judge_targets<T, Index, kSecond>(simd, args, strip.count, &row);
   if (args.seed_class == 1 && walk.inner_stride(kSeed) != 1) {
     write_seed_rows<T>(args, strip, row.plus, row.minus);
   } else {
@@ -105,7 +117,7 @@ uint32_t seed_strip(Simd simd, const SeedArgs& args, const Strip& strip) {
   return active;
 }
 
-template <typename T, typename Index, bool kRunnerUp>
+template <typename T, typename Index, bool kSecond>
 void seed_targets(int64_t images, const SeedArgs& args) {
   const Simd simd = simd_in_use();
   const int64_t classes = args.rule.classes, rows = args.walk.rows(), inner = args.walk.inner();
@@ -124,7 +136,7 @@ void seed_targets(int64_t images, const SeedArgs& args) {
       const int64_t n = item / strips / rows;
       Strip strip{{}, static_cast<int>(std::min(strip_size, inner - first))};
       args.walk.locate(n, row * inner + first, strip.at);
-      add_active(args.active + n, seed_strip<T, Index, kRunnerUp>(simd, args, strip));
+      add_active(args.active + n, seed_strip<T, Index, kSecond>(simd, args, strip));
     }
   });
 }
@@ -132,16 +144,16 @@ void seed_targets(int64_t images, const SeedArgs& args) {
 // scores (N, C, *T), labels and adversarial (N, *T); without adversarial labels the runner-up's.
 // Returns the seed, laid out like scores, and the number of active targets (N,), int32.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
-                                    std::string objective, int64_t ignore_index) {
-  TargetSeedCall call(scores, labels, adversarial, objective, ignore_index);
+                                    std::string objective, int64_t ignore_index, double margin) {
+  TargetSeedCall call(scores, labels, adversarial, objective, ignore_index, margin);
   advise_huge_pages(call.seed.mutable_data_ptr(), call.seed.numel() * call.seed.element_size());
-  return call.run([&](auto type, auto runner_up) {
+  return call.run([&](auto type, auto second) {
     using T = decltype(type);
     using Index = typename Score<T>::Index;
     if (sizeof(Index) == 2 && call.rule.classes > INT16_MAX) {
-      seed_targets<T, int32_t, runner_up.value>(scores.size(0), call.args());
+      seed_targets<T, int32_t, second.value>(scores.size(0), call.args());
     } else {
-      seed_targets<T, Index, runner_up.value>(scores.size(0), call.args());
+      seed_targets<T, Index, second.value>(scores.size(0), call.args());
     }
   });
 }

@@ -44,7 +44,7 @@ DAGCORE_INLINE void find_changes(const Index* rows, int64_t width, int count, In
 }
 
 // The labels of the rows of pixels that one row of cells holds, and of which tiles are uniform.
-template <typename Index, bool kRunnerUp>
+template <typename Index>
 struct LabelRows {
   int64_t width;
   std::vector<Index> labels, adversarial, down, across;
@@ -52,14 +52,14 @@ struct LabelRows {
   explicit LabelRows(int64_t width)
       : width(width),
         labels(kSide * width),
-        adversarial(kRunnerUp ? 0 : kSide * width),
+        adversarial(kSide * width),
         down(width),
         across(width) {}
 
   void read(Simd simd, const BilinearSeedCall& call, const Targets& targets, int64_t n,
             const Segment& y) {
     read_maps<false>(simd, call.labels, targets.labels, call.rule, n, y, labels.data());
-    if (kRunnerUp) return;  // every pixel has its own adversarial label
+    if (targets.runner_up) return;  // every pixel has its own adversarial label
     read_maps<true>(simd, call.adversarial, targets.adversarial, call.rule, n, y,
                     adversarial.data());
     std::fill(down.begin(), down.end(), Index{0});
@@ -87,12 +87,12 @@ struct LabelRows {
 };
 
 // What a thread needs to seed bands, one after the other.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 struct Workshop {
   using Real = RealOf<T>;
   CellRow<T> cell_row;
   ClassSums<Real> rest;
-  LabelRows<IndexOf<Real>, kRunnerUp> rows;
+  LabelRows<IndexOf<Real>> rows;
   std::vector<Real> sums[2];  // of the rows of the cells' upper and lower corners, (C, w)
 
   explicit Workshop(const Cells<T>& cells)
@@ -103,24 +103,47 @@ struct Workshop {
              std::vector<Real>(cells.classes * cells.width)} {}
 };
 
+// The scores of a tile's labels, which the margin is measured from.
+template <typename T, typename Index>
+void find_own(const Cells<T>& cells, int64_t x, bool uniform, CellRow<T>* row) {
+  Tile<RealOf<T>>& tile = row->tile;
+  if (uniform) {
+    const Index label = std::max<Index>(tile.label[0], 0);
+    const auto own = candidate(cells, x, *row, static_cast<int32_t>(label));
+    return run_simd<fill_own<RealOf<T>>>(cells.simd, own, &tile);
+  }
+  const int64_t right = x + 1 < cells.width ? cells.column_step : 0;
+  run_simd<gather_own<RealOf<T>>>(cells.simd, &row->above.scores[x], &row->below.scores[x],
+                                  cells.padded, right, &tile);
+}
+
 // Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
-template <typename T, bool kRunnerUp>
-uint32_t seed_segment(Objective objective, const Cells<T>& cells, const Segment& y,
-                      Workshop<T, kRunnerUp>* workshop) {
+template <typename T, bool kSecond>
+uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segment& y,
+                      Workshop<T, kSecond>* workshop) {
   using Real = RealOf<T>;
   using Index = IndexOf<Real>;
-  const LabelRows<Index, kRunnerUp>& rows = workshop->rows;
+  const LabelRows<Index>& rows = workshop->rows;
   CellRow<T>& cell_row = workshop->cell_row;
   Tile<Real>& tile = cell_row.tile;
   const CornerSums<Real> sums{workshop->sums[0].data(), workshop->sums[y.high != y.low].data(),
                               cells.width};
+  const bool measures_label = targets.measures_label();
   uint32_t active = 0;
   for (const Segment& x : cells.xs) {
     tile.weights = &cell_row.weights_of(cells.simd, y, x);
-    const int32_t only = kRunnerUp ? kUncounted : only_winner(cells, x.low, cell_row);
-    if (only >= 0 && rows.uniform(x)) {  // one verdict for all pixels
-      const Index label = rows.labels[x.begin], adversarial = rows.adversarial[x.begin];
-      const Verdict<Index> verdict = judge<Index>(objective, label, adversarial, only, false);
+    int32_t only = kSecond ? kUncounted : only_winner(cells, x.low, cell_row);
+    const bool uniform = !targets.runner_up && (only >= 0 || measures_label) && rows.uniform(x);
+    const Index label = rows.labels[x.begin];
+    if (only >= 0 && measures_label) {
+      const bool clear = uniform && (label < 0 || label == only ||
+                                     is_far(cells, x.low, cell_row, label, only, targets.margin));
+      if (!clear) only = kUncounted;  // the winner's lead is to be measured
+    }
+    if (only >= 0 && uniform) {  // one verdict for all pixels
+      const Index adversarial = rows.adversarial[x.begin];
+      const Verdict<Index> verdict =
+          judge<Index>(targets.objective, label, adversarial, only, false);
       if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
       if (verdict.plus < 0) continue;
       active += static_cast<uint32_t>(tile.weights->count);
@@ -129,15 +152,15 @@ uint32_t seed_segment(Objective objective, const Cells<T>& cells, const Segment&
       continue;
     }
     run_simd<take_labels<Index>>(cells.simd, rows.labels.data(), rows.width, y, x, tile.label);
-    if (!kRunnerUp) {
+    if (!targets.runner_up) {
       run_simd<take_labels<Index>>(cells.simd, rows.adversarial.data(), rows.width, y, x,
                                    tile.adversarial);
     }
-    find_tile_winners<T, kRunnerUp>(cells, x.low, only, &cell_row);
-    uint32_t here = 0;
     const int count = tile.weights->count, padded = tile.weights->padded;
     for (int p = count; p < padded; ++p) tile.label[p] = tile.adversarial[p] = kUncounted;
-    run_simd<judge_row<Real, Index, kRunnerUp>>(cells.simd, objective, padded, &tile, &here);
+    find_tile_winners<T, kSecond>(cells, x.low, only, &cell_row);
+    if (measures_label) find_own<T, Index>(cells, x.low, uniform, &cell_row);
+    uint32_t here = judge_targets<Real, Index, kSecond>(cells.simd, targets, padded, &tile);
     active |= here & kOutOfRangeFlag;
     here &= ~kOutOfRangeFlag;
     active += here;
@@ -147,9 +170,9 @@ uint32_t seed_segment(Objective objective, const Cells<T>& cells, const Segment&
 }
 
 // One band of one image: counts its active pixels and seeds its low-resolution rows.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const Cells<T>& cells,
-                   int64_t n, int64_t index, Workshop<T, kRunnerUp>* workshop,
+                   int64_t n, int64_t index, Workshop<T, kSecond>* workshop,
                    SharedRows<RealOf<T>>* shared) {
   using Real = RealOf<T>;
   const size_t begin = cells.band_begin[index], end = cells.band_begin[index + 1];
@@ -159,11 +182,11 @@ uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const C
   for (size_t s = begin; s < end; ++s) {
     const Segment& y = cells.ys[s];
     if (s == begin || y.low != cells.ys[s - 1].low) {
-      open_row<T, kRunnerUp>(cells, n, y, s == begin ? -1 : cells.ys[s - 1].high,
-                             &workshop->cell_row);
+      open_row<T, kSecond>(cells, n, y, s == begin ? -1 : cells.ys[s - 1].high,
+                           &workshop->cell_row);
     }
     workshop->rows.read(cells.simd, call, targets, n, y);
-    const uint32_t here = seed_segment(call.objective, cells, y, workshop);
+    const uint32_t here = seed_segment(targets, cells, y, workshop);
     active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
     if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
     if (y.low == cells.ys[begin].low) {
@@ -183,14 +206,14 @@ uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const C
   return active;
 }
 
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 void seed_maps(const BilinearSeedCall& call) {
   const Cells<T> cells(call.maps());
   const Targets targets = call.targets();
   const int64_t bands = cells.bands();
   SharedRows<RealOf<T>> shared(cells, bands);
   torch::stable::parallel_for(0, cells.images * bands, 1, [&](int64_t begin, int64_t end) {
-    const auto workshop = std::make_unique<Workshop<T, kRunnerUp>>(cells);
+    const auto workshop = std::make_unique<Workshop<T, kSecond>>(cells);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / bands, band = item % bands;
       add_active(targets.active + n,
@@ -208,10 +231,10 @@ void seed_maps(const BilinearSeedCall& call) {
 std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial,
                                              std::string objective, int64_t ignore_index,
-                                             bool align_corners) {
-  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, align_corners);
-  return call.run(
-      [&](auto type, auto runner_up) { seed_maps<decltype(type), runner_up.value>(call); });
+                                             double margin, bool align_corners) {
+  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, margin,
+                        align_corners);
+  return call.run([&](auto type, auto second) { seed_maps<decltype(type), second.value>(call); });
 }
 
 }  // namespace

@@ -33,13 +33,15 @@ DAGCORE_INLINE void find_largest(const StepArgs& args, const Chunk& chunk,
   *largest = most;
 }
 
-template <typename T, bool kBall>
+template <typename T, bool kBall, bool kGrid>
 DAGCORE_INLINE void update(const StepArgs& args, const Chunk& chunk, RealOf<T> scale,
-                           Step<RealOf<T>> step) {
+                           Step<RealOf<T>> step, Grid<RealOf<T>> grid) {
   const int64_t image_stride = args.walk.inner_stride(kImages);
+  const int64_t shown_stride = args.walk.inner_stride(kShown);
   const int64_t origin_stride = args.walk.inner_stride(kOrigin);
   const int64_t gradient_stride = args.walk.inner_stride(kGradient);
   T* images = static_cast<T*>(args.images) + chunk.at[kImages];
+  T* shown = static_cast<T*>(args.shown) + chunk.at[kShown];
   const T* origin = static_cast<const T*>(args.origin) + chunk.at[kOrigin];
   const T* gradient = static_cast<const T*>(args.gradient) + chunk.at[kGradient];
   const int64_t count = chunk.count;
@@ -48,12 +50,18 @@ DAGCORE_INLINE void update(const StepArgs& args, const Chunk& chunk, RealOf<T> s
     const RealOf<T> now = Pixel<T>::load(*image);
     const RealOf<T> start = kBall ? Pixel<T>::load(origin[i * origin_stride]) : now;
     const RealOf<T> r = Pixel<T>::load(gradient[i * gradient_stride]);
-    *image = Pixel<T>::store(step_pixel(now, start, r, scale, step));
+    const T next = Pixel<T>::store(step_pixel(now, start, r, scale, step));
+    *image = next;
+    if (kGrid) {
+      shown[i * shown_stride] =
+          Pixel<T>::store(show_pixel<kBall>(Pixel<T>::load(next), start, grid));
+    }
   }
 }
 
 template <typename T>
-void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step) {
+void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
+              const Grid<RealOf<T>>* grid) {
   using Real = RealOf<T>;
   using Bits = typename Pixel<T>::Bits;
   const bool ball = step.epsilon < std::numeric_limits<Real>::infinity();
@@ -88,23 +96,32 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step)
   for_chunks([&](int64_t n, int64_t, const Chunk& chunk) {
     const Real scale = step_scale(step.gamma, norms[n]);
     if (scale == 0) return;
-    ball ? run_simd<update<T, true>>(simd, args, chunk, scale, step)
-         : run_simd<update<T, false>>(simd, args, chunk, scale, step);
+    if (grid) {
+      ball ? run_simd<update<T, true, true>>(simd, args, chunk, scale, step, *grid)
+           : run_simd<update<T, false, true>>(simd, args, chunk, scale, step, *grid);
+    } else {
+      const Grid<Real> none{};
+      ball ? run_simd<update<T, true, false>>(simd, args, chunk, scale, step, none)
+           : run_simd<update<T, false, false>>(simd, args, chunk, scale, step, none);
+    }
   });
 }
 
 // images, origin, gradient (N, *); active (N,), int32: images without active targets stay as they
-// are, and so do those whose gradient has no usable norm. Returns ||gradient||_inf (N,), 0 for
-// images that are not active.
+// are, and so do those whose gradient has no usable norm. With a grid (N, *), images between the
+// levels are stepped, and what they look like at the levels goes into the grid. Returns
+// ||gradient||_inf (N,), 0 for images that are not active.
 Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
-                 double lower, double upper, double epsilon) {
-  const Tensor norms = check_step(images, origin, gradient, active);
+                 double lower, double upper, double epsilon, std::optional<Tensor> grid,
+                 int64_t levels) {
+  const Tensor norms = check_step(images, origin, gradient, active, lower, upper, grid, levels);
   if (images.numel() == 0) return norms;
-  const StepArgs args(images, origin, gradient, active, norms);
+  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, norms);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    step_all<T>(images.size(0), args, step.as<RealOf<T>>());
+    const Grid<RealOf<T>> on(levels, lower, upper, epsilon);
+    step_all<T>(images.size(0), args, step.as<RealOf<T>>(), grid ? &on : nullptr);
   });
   return norms;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../seed.h"
+#include "simd.h"
 
 namespace dagcore {
 
@@ -15,8 +16,9 @@ constexpr int kRoom = kTargets + 32;
 template <typename T, typename Index>
 struct alignas(64) TargetRow {
   typename Score<T>::Key best[kRoom], second[kRoom];
+  T own[kRoom];  // the label's score, where a margin is measured from it
   Index best_class[kRoom], second_class[kRoom];
-  Index label[kRoom], adversarial[kRoom], plus[kRoom], minus[kRoom];
+  Index label[kRoom], adversarial[kRoom], near[kRoom], plus[kRoom], minus[kRoom];
 };
 
 template <typename Raw, bool kIsAdversarial, typename Index>
@@ -45,24 +47,59 @@ DAGCORE_INLINE void read_labels(const LabelSource& labels, int64_t at, int64_t s
   }
 }
 
-// Verdicts of the first `count` targets; the number of active ones, flagged if a label is out of
-// range. With kRunnerUp the runners-up become the adversarial labels.
-template <typename T, typename Index, bool kRunnerUp>
+// Which targets are near: less than the margin lies between their winner and their label, or with
+// kSecond the second class.
+template <typename T, typename Index, bool kSecond>
+DAGCORE_INLINE void find_near(RealOf<T> margin, int count, TargetRow<T, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    const RealOf<T> rival = kSecond ? value_of<T>(row->second[i]) : Pixel<T>::load(row->own[i]);
+    row->near[i] = value_of<T>(row->best[i]) - rival < margin ? 1 : 0;
+  }
+}
+
+// The strongest class other than the label, as the adversarial label.
+template <typename T, typename Index>
+DAGCORE_INLINE void take_runner_up(int count, TargetRow<T, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    const Index best_class = row->best_class[i];
+    row->adversarial[i] = best_class == row->label[i] ? row->second_class[i] : best_class;
+  }
+}
+
+template <typename T, typename Index, bool kSecond, bool kMargin>
 DAGCORE_INLINE void judge_row(Objective objective, int count, TargetRow<T, Index>* row,
                               uint32_t* active) {
   uint32_t sum = 0, bad = 0;
   for (int i = 0; i < count; ++i) {
-    const Index label = row->label[i], best_class = row->best_class[i];
-    if (kRunnerUp) row->adversarial[i] = best_class == label ? row->second_class[i] : best_class;
-    const Index adversarial = row->adversarial[i];
-    const Verdict<Index> verdict =
-        judge(objective, label, adversarial, best_class, Score<T>::is_nan(row->best[i]));
+    const Index label = row->label[i], adversarial = row->adversarial[i];
+    const Index second_class = kSecond ? row->second_class[i] : static_cast<Index>(kUncounted);
+    const bool near = kMargin && row->near[i] != 0;
+    const Verdict<Index> verdict = judge(objective, label, adversarial, row->best_class[i],
+                                         Score<T>::is_nan(row->best[i]), near, second_class);
     row->plus[i] = verdict.plus;
     row->minus[i] = verdict.minus;
     sum += verdict.plus >= 0;
     bad |= is_out_of_range(label, adversarial);
   }
   *active = sum | (bad ? kOutOfRangeFlag : 0);
+}
+
+// Verdicts of the first `count` targets; the number of active ones, flagged if a label is out of
+// range. Runners-up, where they are asked for, become the adversarial labels.
+template <typename T, typename Index, bool kSecond>
+uint32_t judge_targets(Simd simd, const Targets& targets, int count, TargetRow<T, Index>* row) {
+  uint32_t active = 0;
+  const Objective objective = targets.objective;
+  if (targets.runner_up) run_simd<take_runner_up<T, Index>>(simd, count, row);
+  if (targets.margin > 0) {
+    const RealOf<T> margin = static_cast<RealOf<T>>(targets.margin);
+    targets.measures_label() ? run_simd<find_near<T, Index, false>>(simd, margin, count, row)
+                             : run_simd<find_near<T, Index, true>>(simd, margin, count, row);
+    run_simd<judge_row<T, Index, kSecond, true>>(simd, objective, count, row, &active);
+  } else {
+    run_simd<judge_row<T, Index, kSecond, false>>(simd, objective, count, row, &active);
+  }
+  return active;
 }
 
 // Adds to an image's count: integers, so the order of the threads does not matter.

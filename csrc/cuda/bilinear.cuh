@@ -116,9 +116,9 @@ struct PixelWeights {
   RealOf<T> corner[4];
 };
 
-// The best (or with kRunnerUp, second best) of the classes' smallest corners: a bar that a class
+// The best (or with kSecond, second best) of the classes' smallest corners: a bar that a class
 // must reach with its largest to be worth evaluating.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 __device__ RealOf<T> bar_of(const PatchGrid& grid, const Patch& patch) {
   RealOf<T> best = -std::numeric_limits<RealOf<T>>::infinity(), second = best;
   for (int64_t c = threadIdx.x % 32; c < grid.classes; c += 32) {
@@ -135,15 +135,15 @@ __device__ RealOf<T> bar_of(const PatchGrid& grid, const Patch& patch) {
     second = max(min(best, other), max(second, other_second));
     best = max(best, other);
   }
-  return kRunnerUp ? second : best;
+  return kSecond ? second : best;
 }
 
 // The winners at a lane's pixels, over the classes that can win, in rising order.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 __device__ void find_patch_winners(const PatchGrid& grid, const Patch& patch,
                                    const PixelWeights<T> (&weights)[kSlots],
-                                   Top<RealOf<T>, int32_t, kRunnerUp> (&top)[kSlots]) {
-  const RealOf<T> bar = bar_of<T, kRunnerUp>(grid, patch);
+                                   Top<RealOf<T>, int32_t, kSecond> (&top)[kSlots]) {
+  const RealOf<T> bar = bar_of<T, kSecond>(grid, patch);
   const int lane = threadIdx.x % 32;
   bool first = true;
   for (int64_t base = 0; base < grid.classes; base += 32) {

@@ -15,8 +15,8 @@ constexpr int kUnroll = 4;         // classes loaded before the first is compare
 
 // A thread works on V neighbouring targets, class after class: with V > 1 targets are neighbours in
 // memory and packs are aligned; with V = 1 strides are free.
-template <typename T, bool kRunnerUp, int V>
-__global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerUnit)
+template <typename T, bool kSecond, int V>
+__global__ void __launch_bounds__(kThreads, kSecond&& V == 8 ? 2 : kBlocksPerUnit)
     seed_planes(const __grid_constant__ SeedArgs args, int64_t blocks_per_image) {
   const int64_t n = blockIdx.x / blocks_per_image;
   const int64_t first =
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerU
     T* seed = static_cast<T*>(args.seed) + at[kSeed];
     const auto load = [&](int32_t c) { return load_pack<V>(scores + c * args.scores_class); };
 
-    Top<T, int32_t, kRunnerUp> top[V];
+    Top<T, int32_t, kSecond> top[V];
     const Pack<T, V> zeroth = load(0);
 #pragma unroll
     for (int v = 0; v < V; ++v) top[v].first(Score<T>::key(zeroth.value[v]));
@@ -54,9 +54,10 @@ __global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerU
     Verdict<int32_t> verdict[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      verdict[v] = judge_target<T, kRunnerUp>(
+      const auto own = [&](int32_t label) { return scores[label * args.scores_class + v]; };
+      verdict[v] = judge_target<T, kSecond>(
           args, at[kLabels] + v * args.walk.inner_stride(kLabels),
-          at[kAdversarial] + v * args.walk.inner_stride(kAdversarial), top[v], &count);
+          at[kAdversarial] + v * args.walk.inner_stride(kAdversarial), top[v], own, &count);
     }
     for (c = 0; c < classes; ++c) {
       Pack<T, V> pack;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kRunnerUp&& V == 8 ? 2 : kBlocksPerU
 
 // A target's classes lie side by side: warps copy rows through shared memory, so that reads and
 // writes are whole lines while each thread still sees one target's classes in order.
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
     seed_rows(const __grid_constant__ SeedArgs args, int64_t blocks_per_image) {
   __shared__ T tile[kRows][kColumns + 1];
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
   seed_at_row[mine] = at[kSeed];
   __syncthreads();
 
-  Top<T, int32_t, kRunnerUp> top;
+  Top<T, int32_t, kSecond> top;
   for (int32_t begin = 0; begin < classes; begin += kColumns) {
     const int columns = min(kColumns, classes - begin);
 #pragma unroll 8
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
 
   Count count;
   if (mine < rows) {
-    verdicts[mine] = judge_target<T, kRunnerUp>(args, at[kLabels], at[kAdversarial], top, &count);
+    const auto own = [&](int32_t label) { return scores[at[kScores] + label]; };
+    verdicts[mine] =
+        judge_target<T, kSecond>(args, at[kLabels], at[kAdversarial], top, own, &count);
   }
   __syncthreads();
   for (int row = warp; row < rows; row += kRows / 32) {
@@ -129,7 +132,7 @@ bool packs_fit(const SeedArgs& args) {
          args.seed_class % V == 0 && args.walk.in_packs(V, kSeed + 1);
 }
 
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 void seed_targets(int64_t images, const SeedArgs& args, const Launcher& launch) {
   // A block of `threads` works on `per_block` targets of one image, so that it counts for one.
   const auto seed = [&](auto kernel, int threads, int64_t per_block) {
@@ -138,21 +141,21 @@ void seed_targets(int64_t images, const SeedArgs& args, const Launcher& launch) 
   };
   constexpr int V = kPackSize<T>;
   if (args.scores_class == 1 && args.seed_class == 1 && args.rule.classes > 1) {
-    seed(seed_rows<T, kRunnerUp>, kRows, kRows);
+    seed(seed_rows<T, kSecond>, kRows, kRows);
   } else if (packs_fit<T>(args)) {
-    seed(seed_planes<T, kRunnerUp, V>, kThreads, kThreads * V);
+    seed(seed_planes<T, kSecond, V>, kThreads, kThreads * V);
   } else {
-    seed(seed_planes<T, kRunnerUp, 1>, kThreads, kThreads);
+    seed(seed_planes<T, kSecond, 1>, kThreads, kThreads);
   }
 }
 
 // scores (N, C, *T), labels and adversarial (N, *T); see the CPU's.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
-                                    std::string objective, int64_t ignore_index) {
+                                    std::string objective, int64_t ignore_index, double margin) {
   const Launcher launch("dag_seed", scores);
-  TargetSeedCall call(scores, labels, adversarial, objective, ignore_index);
-  return call.run([&](auto type, auto runner_up) {
-    seed_targets<decltype(type), runner_up.value>(scores.size(0), call.args(), launch);
+  TargetSeedCall call(scores, labels, adversarial, objective, ignore_index, margin);
+  return call.run([&](auto type, auto second) {
+    seed_targets<decltype(type), second.value>(scores.size(0), call.args(), launch);
   });
 }
 

@@ -75,7 +75,7 @@ __device__ void add_patch_seed(const BilinearSeedArgs& args, const Patch& patch,
   }
 }
 
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 __global__ void __launch_bounds__(kPatchThreads, 4)
     seed_cells(const __grid_constant__ BilinearSeedArgs args) {
   const int64_t warp = blockIdx.x * static_cast<int64_t>(kPatchWarps) + threadIdx.x / 32;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
   if (patch.pixels() == 0) return;
   PixelWeights<T> weights[kSlots];
   weigh<T>(args.grid, patch, weights);
-  Top<RealOf<T>, int32_t, kRunnerUp> top[kSlots];
-  find_patch_winners<T, kRunnerUp>(args.grid, patch, weights, top);
+  Top<RealOf<T>, int32_t, kSecond> top[kSlots];
+  find_patch_winners<T, kSecond>(args.grid, patch, weights, top);
 
   Count count;
   const auto& label_stride = args.label_stride;
@@ -99,7 +99,10 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
     const int64_t label_at = patch.n * label_stride[0] + y * label_stride[1] + x * label_stride[2];
     const int64_t adversarial_at =
         patch.n * adversarial_stride[0] + y * adversarial_stride[1] + x * adversarial_stride[2];
-    verdict[k] = judge_target(args, label_at, adversarial_at, top[k], &count);
+    const auto own = [&](int32_t label) {
+      return blend(weights[k].corner, Corners<T>::load(args.grid, patch, label).score);
+    };
+    verdict[k] = judge_target(args, label_at, adversarial_at, top[k], own, &count);
   }
   add_patch_seed<T>(args, patch, weights, verdict);
   count.add_to(args.active + patch.n);
@@ -142,7 +145,7 @@ double fixed_point_unit(const ScoreMaps& maps) {
   return std::ldexp(1, bits);
 }
 
-template <typename T, bool kRunnerUp>
+template <typename T, bool kSecond>
 void seed_maps(const BilinearSeedCall& call, const Launcher& launch) {
   const Tensor &scores = call.scores, &seed = call.seed;
   const Tensor sums = torch::stable::new_zeros(
@@ -156,7 +159,7 @@ void seed_maps(const BilinearSeedCall& call, const Launcher& launch) {
                               {adversarial.stride(0), adversarial.stride(1), adversarial.stride(2)},
                               unit,
                               data};
-  launch(seed_cells<T, kRunnerUp>, args.grid.blocks(), kPatchThreads, args);
+  launch(seed_cells<T, kSecond>, args.grid.blocks(), kPatchThreads, args);
   launch(store_seed<T>, ceil_div(scores.numel(), kPatchThreads), kPatchThreads, data, unit,
          static_cast<T*>(seed.mutable_data_ptr()), scores.numel(), scores.size(1), scores.size(2),
          scores.size(3), seed.stride(0), seed.stride(1), seed.stride(2), seed.stride(3));
@@ -166,11 +169,12 @@ void seed_maps(const BilinearSeedCall& call, const Launcher& launch) {
 std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial,
                                              std::string objective, int64_t ignore_index,
-                                             bool align_corners) {
+                                             double margin, bool align_corners) {
   const Launcher launch("dag_seed_bilinear", scores);
-  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, align_corners);
+  BilinearSeedCall call(scores, labels, adversarial, objective, ignore_index, margin,
+                        align_corners);
   return call.run(
-      [&](auto type, auto runner_up) { seed_maps<decltype(type), runner_up.value>(call, launch); });
+      [&](auto type, auto second) { seed_maps<decltype(type), second.value>(call, launch); });
 }
 
 }  // namespace

@@ -58,9 +58,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) atomic_largest(static_cast<Bits*>(args.norms) + share.n, most);
 }
 
-template <typename T, int V, bool kBall>
+template <typename T, int V, bool kBall, bool kGrid>
 __global__ void __launch_bounds__(kThreads)
-    update(const __grid_constant__ StepArgs args, int64_t blocks_per_image, Step<RealOf<T>> step) {
+    update(const __grid_constant__ StepArgs args, int64_t blocks_per_image, Step<RealOf<T>> step,
+           Grid<RealOf<T>> grid) {
   const Share<V> share(args, blocks_per_image);
   const auto scale = step_scale(step.gamma, static_cast<const RealOf<T>*>(args.norms)[share.n]);
   if (!args.is_active(share.n) || scale == 0) return;
@@ -73,43 +74,52 @@ __global__ void __launch_bounds__(kThreads)
     const Pack<T, V> r = load_pack<V>(static_cast<const T*>(args.gradient) + at[kGradient]);
     Pack<T, V> start = now;
     if (kBall) start = load_pack<V>(static_cast<const T*>(args.origin) + at[kOrigin]);
-    Pack<T, V> next;
+    Pack<T, V> next, shown;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       next.value[v] =
           Pixel<T>::store(step_pixel(Pixel<T>::load(now.value[v]), Pixel<T>::load(start.value[v]),
                                      Pixel<T>::load(r.value[v]), scale, step));
+      if (kGrid) {
+        shown.value[v] = Pixel<T>::store(
+            show_pixel<kBall>(Pixel<T>::load(next.value[v]), Pixel<T>::load(start.value[v]), grid));
+      }
     }
     store_pack(next, image);
+    if (kGrid) store_pack(shown, static_cast<T*>(args.shown) + at[kShown]);
   }
 }
 
 template <typename T, int V>
 void step_packs(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
-                const Launcher& launch) {
+                const Grid<RealOf<T>>* grid, const Launcher& launch) {
   const int64_t needed = ceil_div(args.walk.count(), kThreads * V);
   const int64_t per_image = std::max<int64_t>(1, std::min(needed, kBlocks / images));
   const bool ball = step.epsilon < std::numeric_limits<RealOf<T>>::infinity();
   launch(largest_magnitude<T, V>, images * per_image, kThreads, args, per_image);
-  launch(ball ? update<T, V, true> : update<T, V, false>, images * per_image, kThreads, args,
-         per_image, step);
+  const auto kernel = grid ? (ball ? update<T, V, true, true> : update<T, V, false, true>)
+                           : (ball ? update<T, V, true, false> : update<T, V, false, false>);
+  launch(kernel, images * per_image, kThreads, args, per_image, step,
+         grid ? *grid : Grid<RealOf<T>>());
 }
 
-// images, origin, gradient (N, *); active (N,); see the CPU's.
+// images, origin, gradient, grid (N, *); active (N,); see the CPU's.
 Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
-                 double lower, double upper, double epsilon) {
+                 double lower, double upper, double epsilon, std::optional<Tensor> grid,
+                 int64_t levels) {
   const Launcher launch("linf_step_", images);
-  const Tensor norms = check_step(images, origin, gradient, active);
+  const Tensor norms = check_step(images, origin, gradient, active, lower, upper, grid, levels);
   if (images.numel() == 0) return norms;
-  const StepArgs args(images, origin, gradient, active, norms);
+  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, norms);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     constexpr int V = kPackSize<T>;
-    const bool packs = aligned(args.images) && aligned(args.origin) && aligned(args.gradient) &&
-                       args.walk.in_packs(V, kStepOperands);
+    const bool packs = aligned(args.images) && aligned(args.shown) && aligned(args.origin) &&
+                       aligned(args.gradient) && args.walk.in_packs(V, kStepOperands);
     const auto run = packs ? step_packs<T, V> : step_packs<T, 1>;
-    run(images.size(0), args, step.as<RealOf<T>>(), launch);
+    const Grid<RealOf<T>> on(levels, lower, upper, epsilon);
+    run(images.size(0), args, step.as<RealOf<T>>(), grid ? &on : nullptr, launch);
   });
   return norms;
 }

@@ -23,19 +23,30 @@ struct Count {
   }
 };
 
-// `label_at` and `adversarial_at` are where the target's labels lie.
-template <typename T, bool kRunnerUp>
+// `label_at` and `adversarial_at` are where the target's labels lie; own(c) is its score of class
+// c.
+template <typename T, bool kSecond, typename Own>
 __device__ Verdict<int32_t> judge_target(const Targets& targets, int64_t label_at,
                                          int64_t adversarial_at,
-                                         const Top<T, int32_t, kRunnerUp>& top, Count* count) {
+                                         const Top<T, int32_t, kSecond>& top, const Own& own,
+                                         Count* count) {
   const LabelRule rule = targets.rule;
   const int32_t label = static_cast<int32_t>(read_label(targets.labels.read(label_at), rule));
   const int32_t adversarial =
-      kRunnerUp
+      kSecond && targets.runner_up
           ? top.runner_up(label)
           : static_cast<int32_t>(read_adversarial(targets.adversarial.read(adversarial_at), rule));
-  const Verdict<int32_t> verdict = judge<int32_t>(targets.objective, label, adversarial,
-                                                  top.best_class, Score<T>::is_nan(top.best));
+  bool near = false;
+  if (targets.margin > 0) {
+    const bool reach = kSecond && targets.objective == Objective::reach;
+    if (reach || label >= 0) {
+      const RealOf<T> rival = value_of<T>(reach ? top.second : Score<T>::key(own(label)));
+      near = value_of<T>(top.best) - rival < static_cast<RealOf<T>>(targets.margin);
+    }
+  }
+  const Verdict<int32_t> verdict =
+      judge<int32_t>(targets.objective, label, adversarial, top.best_class,
+                     Score<T>::is_nan(top.best), near, top.second_class);
   count->active += verdict.plus >= 0;
   count->bad |= is_out_of_range(label, adversarial);
   return verdict;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..engine.networks import Assign, Network, Networks, Targets
 from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
 from ..errors import ArgumentError, ArgumentTypeError
+from ..perturbation import round_to_levels
 from .result import Result, gather
 
 Callback = Callable[[int, Tensor], None]
@@ -36,6 +38,8 @@ class Attack(abc.ABC):
     """Radius of the ball around the clean image, None for none."""
     ignore_index: int = 255
     """Label of the targets that never count."""
+    levels: int | None = None
+    """Number of levels between the bounds that images lie on, None for any value."""
     backend: str = "native"
     """What runs it: only "native" streams."""
 
@@ -92,6 +96,7 @@ class Attack(abc.ABC):
         self.check(model, images, labels, adversarial_labels, boxes, generator)
         self.check_start(start, images)
         checks.callback(callback)
+        images, start = self.fitted("images", images), self.fitted_start(start)
         return self._attack(
             model, images, labels, adversarial_labels, generator, boxes, start, callback
         )
@@ -237,11 +242,57 @@ class Attack(abc.ABC):
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ArgumentError(f"{name} must be finite, got a NaN or an infinity")
         limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
-        if low < limits[0] or high > limits[1]:
+        if max(limits[0] - low, high - limits[1]) > self.rounding(images.dtype):
             raise ArgumentError(
-                f"{name} must lie within bounds {self.bounds}, got values in [{low:g}, {high:g}]"
+                f"{name} must lie within bounds {self.bounds}, "
+                f"got values in [{low:.9g}, {high:.9g}]"
             )
         self.check_spacing(torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high)), images)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """How far images may be off their bounds or levels: what resizing leaves of rounding."""
+        largest = max(map(abs, self.bounds)) if self.bounds else 1.0
+        return max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps) * largest
+
+    def fitted(self, name: str, images: Tensor) -> Tensor:
+        """Checked images without what rounding has put them off the bounds or the levels.
+
+        Raises:
+            ValueError: images between the levels. Reads values: synchronises.
+        """
+        if self.bounds is None or not images.numel():
+            return images
+        low, high = torch.aminmax(images.detach())
+        limits = images.new_tensor(self.bounds)
+        if bool((low < limits[0]) | (high > limits[1])):
+            images = images.clamp(*limits)
+        if self.levels is None:
+            return images
+        step = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
+        spacing = torch.finfo(images.dtype).eps / 2 * max(map(abs, self.bounds))
+        if step < 4 * spacing:
+            raise ArgumentError(
+                f"levels must be at least four times the spacing of {checks.names([images.dtype])} "
+                f"{name} apart, {spacing:.2g}, got {self.levels} levels, {step:.2g} apart: "
+                "use float32"
+            )
+        on = round_to_levels(images, self.levels, self.bounds)
+        away = (on - images.detach()).abs()
+        if float(away.max()) > self.rounding(images.dtype):
+            worst = float(images.reshape(-1)[int(away.argmax())])
+            helper = f"round_to_levels({name}, {self.levels}, {self.bounds})"
+            if self.levels == 256:
+                helper = f"round_to_8_bits({name}, {self.bounds})"
+            raise ArgumentError(
+                f"{name} must lie on {self.levels} levels between {self.bounds[0]:g} and "
+                f"{self.bounds[1]:g}, got {worst:.9g}, which is {float(away.max()) / step:.2g} of "
+                f"a level away: round them first, with dagcore.perturbation.{helper}"
+            )
+        return on
+
+    def fitted_start(self, start: Tensor | None) -> Tensor | None:
+        """A checked start within the bounds; it may lie between the levels."""
+        return start if start is None or self.bounds is None else start.clamp(*self.bounds)
 
     def check_spacing(self, spacing: float, images: Tensor) -> None:  # noqa: B027
         """Raise where steps would be lost between neighbouring numbers of the images' dtype."""
@@ -266,8 +317,12 @@ class Attack(abc.ABC):
 
 def check_sample(
     attacks: Sequence[Attack], models: Sequence[object], sample: Sample, name: str
-) -> None:
-    """Raise unless a sample can be attacked at networks, by the attack of each."""
+) -> Sample:
+    """The sample as it is attacked at networks by the attack of each.
+
+    Raises:
+        TypeError, ValueError: what of it cannot be attacked.
+    """
 
     def batched(value: Any) -> Any:
         dense = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
@@ -279,6 +334,11 @@ def check_sample(
             labels, adversarial, boxes = map(batched, one)
             attack.check(model, batched(sample.image), labels, adversarial, boxes)
         attacks[0].check_start(sample.start, sample.image)
+        return dataclasses.replace(
+            sample,
+            image=attacks[0].fitted("images", sample.image),
+            start=attacks[0].fitted_start(sample.start),
+        )
     except (ArgumentTypeError, ArgumentError) as error:
         raise type(error)(f"{name}: {error}") from error
 
@@ -397,8 +457,8 @@ def run_stream(
     joint, rules = attacks is not None, attacks or [attack]
     models = [network.model.model for network in networks]
 
-    def check(sample: Sample) -> None:
-        check_sample(rules, models, sample, f"sample {sample.key!r}")
+    def check(sample: Sample) -> Sample:
+        return check_sample(rules, models, sample, f"sample {sample.key!r}")
 
     def assign(sample: Sample) -> list[Assign]:
         # A seed of its own for each sample: slots finish in any order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..engine import ScoreModel, frozen
 from ..engine.loop import Objective, Schedule, Step
 from ..errors import ArgumentError
 from ..labels import KINDS
+from ..levels import radius
 from ..losses import DAGObjective
 from ..perturbation import perceptibility, value_range
 from .base import Attack, Callback
@@ -36,6 +38,11 @@ class DAG(Attack):
         epsilon: radius of the L-infinity ball around the clean image, None for none.
         tolerance: an image is done when at most this fraction of its targets is active.
         ignore_index: label of the targets that never count.
+        margin: kappa, in the units of the scores: a target counts until it is won by as much, so
+            that true classes are not left just behind the winner. 0 is the paper's rule.
+        levels: number of levels evenly from one bound to the other on which every image that is
+            evaluated or returned lies: 256 for 8-bit files. The ball is rounded inward. The clean
+            images must lie on them too. None for any value.
         backend: "native", or "reference" for the plain PyTorch loop, which neither streams nor
             calls back.
 
@@ -50,6 +57,8 @@ class DAG(Attack):
     epsilon: float | None = None
     tolerance: float = 0.0
     ignore_index: int = 255
+    margin: float = 0.0
+    levels: int | None = None
     backend: str = "native"
 
     def __post_init__(self) -> None:
@@ -64,15 +73,27 @@ class DAG(Attack):
         if not 0 <= self.tolerance < 1:
             raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
         checks.integer("ignore_index", self.ignore_index)
+        checks.number("margin", self.margin, at_least=0)
+        if self.levels is not None:
+            checks.level_count("levels", self.levels)
+            if self.bounds is None:
+                raise ArgumentError(f"bounds must be given with levels={self.levels}, got None")
+            if self.epsilon is not None and not radius(self.epsilon, self.bounds, self.levels):
+                warnings.warn(
+                    f"epsilon={self.epsilon:g} is less than the distance of two of "
+                    f"{self.levels} levels in {self.bounds}: no image can change",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         checks.choice("backend", self.backend, ("native", "reference"))
 
     def objective(self) -> Objective:
         """f_l' - f_l, summed over the active targets."""
-        return DAGObjective(self.goal, self.ignore_index)
+        return DAGObjective(self.goal, self.ignore_index, self.margin)
 
     def step(self) -> Step:
         """gamma in the L-infinity norm."""
-        return NormalisedStep(self.gamma, self.bounds, self.epsilon)
+        return NormalisedStep(self.gamma, self.bounds, self.epsilon, self.levels)
 
     def schedule(self) -> Schedule:
         """Until no more targets are active than the tolerance allows."""

@@ -75,6 +75,7 @@ def joint_attack(
         assign = own.assign(part.adversarial_labels, generator)
         targets.append(Targets(part.labels, assign, part.boxes))
     attack.check_start(start, images)
+    images, start = attack.fitted("images", images), attack.fitted_start(start)
     checks.callback(callback)
     networks = [own.network(part.model) for part, own in zip(parts, attacks, strict=True)]
     return run_batch(attack, networks, images, targets, start, callback, joint=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..engine.loop import State
+from ..levels import nearest, radius, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +21,40 @@ class NormalisedStep:
         gamma: step length, in the units of the images.
         bounds: valid range of the images, None for no clipping.
         epsilon: radius of the L-infinity ball around the origin, None for none.
+        levels: number of levels between the bounds on which images are shown, None for any value.
+            Steps then add up in a shadow, whose nearest level is what is evaluated.
     """
 
     gamma: float
     bounds: tuple[float, float] | None = None
     epsilon: float | None = None
+    levels: int | None = None
 
-    def begin(self, images: Tensor) -> State:
-        """No state of its own."""
-        return {}
+    def begin(self, images: Tensor, start: Tensor) -> State:
+        """With levels, the shadow, and what it looks like."""
+        if self.levels is None or self.bounds is None:
+            return {}
+        level = nearest(start, self.bounds, self.levels)
+        middle = nearest(images, self.bounds, self.levels)
+        level = level.clamp(middle - self.reach, middle + self.reach).clamp(0, self.levels - 1)
+        return {"shadow": start, "x": value(level, self.bounds, self.levels).to(start.dtype)}
+
+    @property
+    def reach(self) -> float:
+        """How many levels an image may be changed by."""
+        assert self.levels is not None
+        assert self.bounds is not None
+        epsilon = math.inf if self.epsilon is None else self.epsilon
+        return radius(epsilon, self.bounds, self.levels)
 
     def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
-        """Take the step; not where the norm is 0 or not finite."""
+        """Take the step; not where the norm is 0 or not finite, or no other level is near."""
         lower, upper = self.bounds or (None, None)
+        on_levels = self.levels is not None
+        if on_levels and self.reach == 0:
+            return torch.zeros_like(going)
         norms = ops.linf_step_(
-            state["x"],
+            state["shadow" if on_levels else "x"],
             state["origin"],
             gradient,
             going.int(),
@@ -40,5 +62,7 @@ class NormalisedStep:
             lower=lower,
             upper=upper,
             epsilon=self.epsilon,
+            grid=state["x"] if on_levels else None,
+            levels=self.levels,
         )
         return ops.step_scale(norms, self.gamma) > 0

@@ -17,7 +17,7 @@ from ..engine.readback import LAG
 from ..engine.scores import ScoreModel
 from ..engine.stream import Sample, form
 from ..errors import ArgumentError, ArgumentTypeError
-from ..perturbation import fit, perceptibility, value_range
+from ..perturbation import fit, perceptibility, round_to_levels, value_range
 from .base import Callback, check_sample, held
 from .dag import DAG
 from .result import Result, gather
@@ -78,7 +78,7 @@ def universal_perturbation(
     with held([model], first.device), torch.inference_mode(False):
         slots = Slots(
             rounds,
-            NormalisedStep(attack.gamma, None, attack.epsilon),
+            _step(attack),
             UntilFooled(attack.max_iter, attack.tolerance, patience=rounds.batches),
             1,
             first,
@@ -95,6 +95,15 @@ def universal_perturbation(
         perceptibility=perceptibility(result.perturbation, rounds.value_range[None]),
         adversarial_labels="given" if rounds.table is None else rounds.table,
     )
+
+
+def _step(attack: DAG) -> NormalisedStep:
+    """How the perturbation moves: with levels, by whole ones in either direction."""
+    if attack.levels is None or attack.bounds is None:
+        return NormalisedStep(attack.gamma, None, attack.epsilon)
+    width = attack.bounds[1] - attack.bounds[0]
+    either = 2 * attack.levels - 1
+    return NormalisedStep(attack.gamma, (-width, width), attack.epsilon, either)
 
 
 class Rounds:
@@ -139,7 +148,7 @@ class Rounds:
                 )
             if sample.start is not None:
                 raise ArgumentError(f"{name}: start must be None for a universal perturbation")
-            check_sample([self.attack], [self.model.model], sample, name)
+            sample = check_sample([self.attack], [self.model.model], sample, name)
             like = self.batch[0].image if evaluation else (batch or [sample])[0].image
             if sample.image.dim() != 3 or sample.image.shape[0] != like.shape[0]:
                 raise ArgumentError(
@@ -158,8 +167,9 @@ class Rounds:
         sizes = [state["x"].shape[2:], *(sample.image.shape[1:] for sample in self.batch)]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         if (height, width) != tuple(state["x"].shape[2:]):
-            for name in ("x", "origin"):
-                state[name] = fit(state[name], (height, width))
+            for name in ("x", "origin", "shadow"):
+                if name in state:
+                    state[name] = fit(state[name], (height, width))
         self.recent = deque(self.recent, maxlen=(LAG + 1) * self.batch_size)
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
@@ -170,6 +180,8 @@ class Rounds:
             leaf = images + fit(r, images.shape[2:])
             if self.attack.bounds:
                 leaf = leaf.clamp(*self.attack.bounds)
+            if self.attack.bounds and self.attack.levels:  # the sum is, but for rounding
+                leaf = round_to_levels(leaf, self.attack.levels, self.attack.bounds)
             leaf = leaf.detach().requires_grad_()
             with torch.enable_grad():
                 scores = self.model(leaf, labels, boxes)

@@ -62,8 +62,11 @@ class Objective(Protocol):
 class Step(Protocol):
     """How a gradient moves the images."""
 
-    def begin(self, images: Tensor) -> State:
-        """State of its own for new images (N, *), by names that no other part uses."""
+    def begin(self, images: Tensor, start: Tensor) -> State:
+        """State of its own for new images (N, *), by names that no other part uses.
+
+        An "x" among it is what the attack begins at in place of `start` (N, *).
+        """
 
     def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
         """Move state["x"] in place where `going` (N,), within a distance of state["origin"].
@@ -209,7 +212,7 @@ class Slots:
             "stuck": torch.zeros(new, dtype=torch.int64, device=device),
             "status": torch.zeros(new, dtype=torch.int8, device=device),
             "history": torch.full(history, -1, dtype=torch.int32, device=device),
-            **self.step.begin(images),
+            **self.step.begin(images, start),
             **self.schedule.begin(images),
         }
 

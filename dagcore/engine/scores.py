@@ -53,7 +53,8 @@ class ScoreModel:
 
         `boxes` (N, *) is what a detector takes beside the images; None for other models.
         """
-        output = self.model(images) if boxes is None else self.model(images, boxes)
+        given = images.clone()  # the model's to write into
+        output = self.model(given) if boxes is None else self.model(given, boxes.clone())
         scores = read_scores(output, images)
         checks.device("scores of model", scores, "labels", labels)
         score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])

@@ -172,7 +172,7 @@ class Stream:
         schedule: likewise.
         slots: images under attack at a time.
         device: where samples are moved; they stay where they are if None.
-        check: raises for a sample that cannot be attacked.
+        check: gives a sample as it is attacked; raises for one that cannot be.
         assign: how a sample gets its adversarial labels at each network.
         callback: called with (keys, counts (N, K)).
     """
@@ -185,7 +185,7 @@ class Stream:
         slots: int,
         device: torch.device | None,
         *,
-        check: Callable[[Sample], None],
+        check: Callable[[Sample], Sample],
         assign: Callable[[Sample], list[Assign]],
         callback: StreamCallback | None = None,
     ) -> None:
@@ -226,7 +226,7 @@ class Stream:
         """Take a sample into a slot of its form."""
         if not isinstance(sample, Sample):
             raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
-        self.check(sample)
+        sample = self.check(sample)
         if self.device is not None:
             device = self.device
             sample = sample.with_tensors(lambda value: value.to(device, non_blocking=True))

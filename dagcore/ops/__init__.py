@@ -23,12 +23,12 @@ OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_")
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "dag_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
-    "int ignore_index) -> (Tensor seed, Tensor active)",
+    "int ignore_index, float margin) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
-    "int ignore_index, bool align_corners) -> (Tensor seed, Tensor active)",
+    "int ignore_index, float margin, bool align_corners) -> (Tensor seed, Tensor active)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -37,7 +37,7 @@ _library.define(
 )
 _library.define(
     "linf_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, float gamma, "
-    "float lower, float upper, float epsilon) -> Tensor norms",
+    "float lower, float upper, float epsilon, Tensor(b!)? grid, int levels) -> Tensor norms",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -63,7 +63,12 @@ def _check_one_device(*tensors: Tensor) -> None:
 
 @_fake("dag_seed")
 def _seed_fake(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    objective: str,
+    ignore_index: int,
+    margin: float,
 ) -> tuple[Tensor, Tensor]:
     _check_one_device(scores, labels, *(() if adversarial is None else (adversarial,)))
     return torch.empty_like(scores), scores.new_empty(scores.shape[:1], dtype=torch.int32)
@@ -76,9 +81,10 @@ def _seed_bilinear_fake(
     adversarial: Tensor | None,
     objective: str,
     ignore_index: int,
+    margin: float,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _seed_fake(scores, labels, adversarial, objective, ignore_index)
+    return _seed_fake(scores, labels, adversarial, objective, ignore_index, margin)
 
 
 @_fake("argmax_bilinear")
@@ -96,8 +102,10 @@ def _step_fake(
     lower: float,
     upper: float,
     epsilon: float,
+    grid: Tensor | None,
+    levels: int,
 ) -> Tensor:
-    _check_one_device(images, origin, gradient, active)
+    _check_one_device(images, origin, gradient, active, *(() if grid is None else (grid,)))
     return images.new_empty(images.shape[:1], dtype=fallback.real(images))
 
 
@@ -108,6 +116,7 @@ def dag_seed(
     *,
     goal: str = "leave",
     ignore_index: int = 255,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Seed of the backward pass and number of active targets: lines 3 and 4 of Algorithm 1.
 
@@ -115,6 +124,11 @@ def dag_seed(
     is not yet its adversarial label (goal "reach"). Ties go to the lowest class. The seed is +1 at
     an active target's adversarial label, -1 at its label ("leave") or at its argmax ("reach"), and
     0 elsewhere: the gradient of sum over active t of f_l'(t) - f_l(t) with respect to the scores.
+
+    With a margin kappa above 0 a target that is won still counts while it is won by less: "leave"
+    while the label is less than kappa behind the winner, "reach" while the strongest other class,
+    which then gets the -1, is less than kappa behind the adversarial label. Differences are taken
+    in float32 (float64 for float64 scores).
 
     Targets labelled `ignore_index` never count; for "leave", neither do those whose adversarial
     label is their label. A target with a NaN among its scores is active whatever its argmax, so
@@ -129,6 +143,7 @@ def dag_seed(
             that is no class excludes the target too.
         goal: "leave" or "reach".
         ignore_index: the label of targets that never count.
+        margin: kappa, in the units of the scores, at least 0.
 
     Returns:
         seed, with the dtype, shape and layout of `scores`; active, (N,) int32.
@@ -140,9 +155,11 @@ def dag_seed(
             label comes back with a negative number of active targets, and the bad target is
             left out of the seed.
     """
-    adversarial = checks.seed_arguments(scores, labels, adversarial_labels, goal, ignore_index)
+    adversarial = checks.seed_arguments(
+        scores, labels, adversarial_labels, goal, ignore_index, margin
+    )
     seed, active = torch.ops.dagcore.dag_seed(
-        scores.detach(), labels, adversarial, goal, ignore_index
+        scores.detach(), labels, adversarial, goal, ignore_index, float(margin)
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
@@ -156,6 +173,7 @@ def dag_seed_bilinear(
     *,
     goal: str = "leave",
     ignore_index: int = 255,
+    margin: float = 0.0,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`dag_seed` through a bilinear enlargement of the scores that never exists in memory.
@@ -172,6 +190,7 @@ def dag_seed_bilinear(
         adversarial_labels: (N, H, W) likewise, or "runner-up"; see `dag_seed`.
         goal: "leave" or "reach".
         ignore_index: the label of targets that never count.
+        margin: kappa, in the units of the scores, at least 0.
         align_corners: as for `interpolate`.
 
     Returns:
@@ -181,11 +200,11 @@ def dag_seed_bilinear(
         TypeError, ValueError: as for `dag_seed`.
     """
     adversarial = checks.seed_arguments(
-        scores, labels, adversarial_labels, goal, ignore_index, bilinear=True
+        scores, labels, adversarial_labels, goal, ignore_index, margin, bilinear=True
     )
     checks.boolean("align_corners", align_corners)
     seed, active = torch.ops.dagcore.dag_seed_bilinear(
-        scores.detach(), labels, adversarial, goal, ignore_index, align_corners
+        scores.detach(), labels, adversarial, goal, ignore_index, float(margin), align_corners
     )
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
@@ -230,6 +249,8 @@ def linf_step_(
     lower: float | None,
     upper: float | None,
     epsilon: float | None,
+    grid: Tensor | None = None,  # (N, *)
+    levels: int | None = None,
 ) -> Tensor:
     """Take one step in place: X <- clip(X + gamma / ||r||_inf * r), lines 5 to 7 of Algorithm 1.
 
@@ -237,6 +258,10 @@ def linf_step_(
     [lower, upper]. Images with `active` <= 0 are not touched, and neither are images whose norm is
     0 or not finite (or so small that gamma / norm overflows). 16-bit images are stepped in float32
     and rounded once.
+
+    With `levels`, the images are the shadow that steps accumulate in, and `grid` gets what they
+    look like: of each pixel the nearest of so many levels evenly from `lower` to `upper`, among
+    those within `epsilon`, rounded inward, of the level of the origin.
 
     Args:
         images: (N, *) float16, bfloat16, float32 or float64, any strides; written in place.
@@ -246,6 +271,8 @@ def linf_step_(
         gamma: step length, in the units of `images`.
         lower, upper: the valid range, None for no bound.
         epsilon: radius of the ball around `origin`, None for none.
+        grid: like `images`; written in place where an image is stepped. With `levels` only.
+        levels: number of levels, 256 for 8-bit images; None for no grid.
 
     Returns:
         norms: (N,) ||gradient||_inf of each image in float32 (float64 for float64 images), NaN
@@ -256,7 +283,7 @@ def linf_step_(
         ValueError: a wrong shape, device or value.
     """
     low, high, ball = checks.step_arguments(
-        images, origin, gradient, active, gamma, lower, upper, epsilon
+        images, origin, gradient, active, gamma, lower, upper, epsilon, grid, levels
     )
     norms: Tensor = torch.ops.dagcore.linf_step_(
         images.detach(),
@@ -264,10 +291,13 @@ def linf_step_(
         gradient.detach(),
         active,
         float(gamma),
-        float(low),
-        float(high),
-        float(ball),
+        low,
+        high,
+        ball,
+        None if grid is None else grid.detach(),
+        levels or 0,
     )
-    if not (torch.compiler.is_compiling() or images.is_inference()):
-        torch.autograd.graph.increment_version(images)  # the write went past autograd
+    for written in (images, grid):
+        if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
+            torch.autograd.graph.increment_version(written)  # the write went past autograd
     return norms

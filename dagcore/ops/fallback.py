@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..levels import nearest, radius, value
 from . import native
 
 _warned: set[str] = set()
@@ -39,7 +40,12 @@ def warned(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dag_seed(
-    scores: Tensor, labels: Tensor, adversarial: Tensor | None, objective: str, ignore_index: int
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    objective: str,
+    ignore_index: int,
+    margin: float,
 ) -> tuple[Tensor, Tensor]:
     """See `dagcore.ops.dag_seed`."""
     checks.choice("objective", objective, checks.GOALS)
@@ -51,9 +57,9 @@ def dag_seed(
     counted = labels.long() != ignore_index
     label = torch.where(counted, labels.long(), 0)
     best, winner = scores.max(1)
+    second, rest = scores.scatter(1, winner.unsqueeze(1), -math.inf).max(1)
+    rest = torch.where(rest == winner, min(1, classes - 1), rest)  # all others are -inf
     if adversarial is None:
-        rest = scores.scatter(1, winner.unsqueeze(1), -math.inf).argmax(1)
-        rest = torch.where(rest == winner, min(1, classes - 1), rest)  # all others are -inf
         plus = torch.where(winner == label, rest, winner)
         counted = counted & (classes > 1)
     else:
@@ -61,11 +67,17 @@ def dag_seed(
         counted = counted & ~void
         plus = torch.where(counted, adversarial.long(), 0)
     if objective == "leave":
-        minus, holds = label, (winner == label) | best.isnan()
+        minus, won = label, winner != label
+        rival = scores.gather(1, label.unsqueeze(1)).squeeze(1)
         counted = counted & (plus != label)
     else:
-        minus, holds = winner, (winner != plus) | best.isnan()
-    active = counted & holds
+        minus, won, rival = winner, winner == plus, second
+    near = torch.zeros_like(won)
+    if margin and (objective == "leave" or classes > 1):
+        near = best.to(real(scores)) - rival.to(real(scores)) < margin
+    if objective == "reach":
+        minus = torch.where(won & near, rest, winner)
+    active = counted & (~won | near | best.isnan())
     one = active.unsqueeze(1).to(seed.dtype)
     seed.scatter_add_(1, plus.unsqueeze(1), one).scatter_add_(1, minus.unsqueeze(1), -one)
     return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
@@ -77,6 +89,7 @@ def dag_seed_bilinear(
     adversarial: Tensor | None,
     objective: str,
     ignore_index: int,
+    margin: float,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `dagcore.ops.dag_seed_bilinear`."""
@@ -84,7 +97,7 @@ def dag_seed_bilinear(
         return torch.zeros_like(scores), scores.new_zeros(len(scores), dtype=torch.int32)
     size = labels.shape[1:]
     high = _enlarged(scores, size[0], size[1], align_corners)
-    seed, active = dag_seed(high, labels, adversarial, objective, ignore_index)
+    seed, active = dag_seed(high, labels, adversarial, objective, ignore_index, margin)
     gradient = torch.ops.aten.upsample_bilinear2d_backward(seed, size, scores.shape, align_corners)
     return torch.empty_like(scores).copy_(gradient), active
 
@@ -112,6 +125,8 @@ def linf_step_(
     lower: float,
     upper: float,
     epsilon: float,
+    grid: Tensor | None,
+    levels: int,
 ) -> Tensor:
     """See `dagcore.ops.linf_step_`."""
     dtype = real(images)
@@ -122,6 +137,12 @@ def linf_step_(
     scale = step_scale(norms, gamma).view(-1, *[1] * (x.dim() - 1))
     moved = (x + scale * r).clamp(x0 - epsilon, x0 + epsilon).clamp(lower, upper)
     images.detach().copy_(torch.where(scale > 0, moved, x))
+    if grid is not None:
+        bounds = (lower, upper)
+        level = nearest(images.detach().to(dtype), bounds, levels)
+        middle, reach = nearest(x0, bounds, levels), radius(epsilon, bounds, levels)
+        level = level.clamp(middle - reach, middle + reach).clamp(0, levels - 1)
+        grid.detach().copy_(torch.where(scale > 0, value(level, bounds, levels), grid.to(dtype)))
     return norms
 
 
