@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import files
 from ..engine import frozen, read_scores
+from ..engine.scores import aligns_corners, check_layout, warn_of_probabilities
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ops import argmax_bilinear
 from ..victims import Detector
@@ -155,6 +156,8 @@ class MapRules(TargetRules):
                 f"got {tuple(seen.shape)}"
             )
         if self.adversary is None:
+            check_layout(seen, size_of(leaf[0]))
+            warn_of_probabilities(seen)
             self.num_classes = seen.shape[1]
             self.adversary = Adversary.parse(
                 self.options.adversarial,
@@ -173,8 +176,11 @@ class MapRules(TargetRules):
         assert self.adversary is not None
         size = self._size(name, size_of(leaf[0]), truth)
         self.adversary.check(*size)
-        align_corners = bool(getattr(self.model, "align_corners", False))
-        prediction = argmax_bilinear(scores.detach(), size, align_corners=align_corners)[0]
+        align_corners, seen = (
+            aligns_corners(self.model, scores),
+            scores.detach().as_subclass(Tensor),
+        )
+        prediction = argmax_bilinear(seen, size, align_corners=align_corners)[0]
         if truth is None:
             labels = prediction.int()
         else:

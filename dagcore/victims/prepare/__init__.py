@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...engine import read_scores
 from ...errors import ArgumentError, ArgumentTypeError
-from ..detection import Detector
+from ..detection import Detector, is_detector
 from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
@@ -73,6 +73,11 @@ def prepare(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if is_detector(model):
+        raise ArgumentTypeError(
+            "model must be a Detector where it is a detector: prepare(victims.detector(model)), "
+            f"got a plain {type(model).__name__}"
+        )
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
     if isinstance(model, Detector):
@@ -150,7 +155,7 @@ def _scores(network: nn.Module, images: Tensor) -> Tensor:
     whole = images.new_tensor([0, 0, width, height]).expand(len(images), 1, 4)
     with torch.no_grad():
         output = network(images, whole) if isinstance(network, Detector) else network(images)
-        return read_scores(output, images).nan_to_num()
+        return read_scores(output, images, least=1).nan_to_num()
 
 
 def _example(network: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine import read_scores
+from ...engine.scores import aligned, aligns_corners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Prepared(nn.Module):
         super().__init__()
         self.network = network
         self.preparation = preparation
-        self.align_corners = bool(getattr(network, "align_corners", False))
+        self.align_corners = aligns_corners(network)
         self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
         self.palette: tuple[tuple[int, int, int], ...] | None = getattr(network, "palette", None)
         self.cells = bool(getattr(network, "cells", False))
@@ -47,7 +48,8 @@ class Prepared(nn.Module):
         x = images.float() if lower else images  # autocast leaves float64 alone
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             output = self.network(x)
-        return read_scores(output, images).to(images.dtype)
+        scores = read_scores(output, images, least=1).to(images.dtype)
+        return aligned(scores) if self.align_corners else scores
 
     def train(self, mode: bool = True) -> Prepared:
         """Stay in eval mode: a folded network cannot be trained."""
