@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..engine import read_scores
-from ..engine.scores import aligns_corners
+from ..engine.scores import aligns_corners, warn_of_probabilities
 from ..errors import ArgumentError, ArgumentTypeError
 
 
@@ -38,11 +37,11 @@ class Binary(nn.Module):
                 f"model must return one logit a target, ({len(images)}, 1, *targets), "
                 f"got {tuple(logits.shape)}"
             )
-        if not self.looked:
+        constant = math.log(self.threshold / (1 - self.threshold))
+        if not self.looked and not 0 <= constant <= 1:  # the attack itself looks at the others
             self.looked = True
-            self._warn_of_probabilities(logits.detach())
-        background = torch.full_like(logits, math.log(self.threshold / (1 - self.threshold)))
-        return torch.cat([background, logits], 1)
+            warn_of_probabilities(logits)
+        return torch.cat([torch.full_like(logits, constant), logits], 1)
 
     @property
     def align_corners(self) -> bool:
@@ -52,16 +51,6 @@ class Binary(nn.Module):
     def around(self, network: Callable[[Tensor], Any]) -> Binary:
         """The same with another network inside."""
         return Binary(network, self.threshold, self.classes)
-
-    @staticmethod
-    def _warn_of_probabilities(logits: Tensor) -> None:
-        if logits.numel() > 1 and bool(((logits >= 0) & (logits <= 1)).all()):
-            warnings.warn(
-                "the model's logits all lie in [0, 1], as after a sigmoid: binary wants the logit "
-                "before it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 def binary(
