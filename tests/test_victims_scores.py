@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import generator, shaken
 from torch import nn
 
@@ -213,3 +214,48 @@ def test_scores_that_align_corners_stay_so():
     scores = aligned(torch.rand(2, 4, 3, 3))
     for same in (scores.half(), scores[:, 1:], scores * 2, torch.cat([scores, scores], 1)):
         assert isinstance(same, AlignedScores)
+
+
+# --- networks of one size
+
+
+class OneSize(nn.Module):
+    """Takes 16 x 24 pixels only."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.inside = network(stride=stride)
+
+    def forward(self, images):
+        if images.shape[2:] != (16, 24):
+            raise RuntimeError("needs 16 x 24 pixels")
+        return {"out": self.inside(images)}
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("size", [(16, 24), (40, 24), (8, 48), (12, 20)])
+def test_images_are_resized_to_the_networks_size(size, stride):
+    victim = victims.Victim(OneSize(stride), size=(16, 24), mean=[0.5] * 3).eval()
+    images = some_images(size)
+    resized = F.interpolate(images, (16, 24), mode="bilinear", antialias=True)
+    maps = victim.network.inside(resized - 0.5)
+    fits = maps.shape[2] <= size[0] and maps.shape[3] <= size[1]
+    expected = maps if fits else F.interpolate(maps, size, mode="bilinear")
+    scores = read_scores(victim(images), images)
+    torch.testing.assert_close(scores, expected)
+    labels = labels_of(victim, images)
+    result = DAG(max_iter=2)(victim, images, labels)
+    assert result.adversarial.shape == images.shape
+    assert result.active[0].tolist() == [size[0] * size[1]] * 2
+    assert float(result.perturbation.abs().max()) > 0
+    prepared = victims.prepare(victim)
+    torch.testing.assert_close(prepared(images), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_sizes():
+    with pytest.raises(TypeError, match=r"size must be \(height, width\), got 16"):
+        victims.Victim(network(), size=16)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        victims.Victim(network(), size=(0, 16))
+    with pytest.raises(ValueError, match="'FR-ZF-07', a detector that resizes images itself"):
+        victims.load("FR-ZF-07", size=(16, 24))

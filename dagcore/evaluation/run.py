@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from .. import info
 from ..errors import ArgumentError
-from ..victims import Detector, load, prepare
+from ..victims import Detector, prepare
 from . import faults
 from .driver import Driver, Job
-from .options import find_device
+from .options import find_device, find_victim
 from .outcome import Outcome, draw
 from .progress import ImageProgress
 from .ranks import Ranks, connect
@@ -50,7 +50,7 @@ class Work:
         self.settings, self.ranks, self.progress = settings, ranks, progress
         own = ranks.device() if settings.device in (None, "cuda") else None
         self.device = find_device(own or settings.device)
-        self.victim = load(settings.model, settings.weights, self.device)
+        self.victim = find_victim(settings, self.device)
         self.source = source_of(settings, self.victim)
         self.driver = Driver(
             settings,

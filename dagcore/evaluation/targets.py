@@ -107,14 +107,20 @@ class TargetRules(abc.ABC):
         """Tell of errors of the network as the image's, where they are."""
         try:
             yield
-        except RuntimeError as error:
+        except ArgumentError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
             machine = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
             if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
                 raise
             reason = str(error).partition("\n")[0]
+            hint = " (--size WIDTHxHEIGHT resizes images for a network that takes one size)"
+            resizes = isinstance(self.model, Detector) and not hasattr(self.model, "size")
             raise UnfitImageError(
                 f"model {self.options.model!r} cannot take {name} "
                 f"({leaf.shape[3]} x {leaf.shape[2]} pixels): {reason}"
+                + hint
+                * (self.options.size is None and not resizes)
             ) from error
 
 
