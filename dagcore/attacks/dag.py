@@ -143,5 +143,6 @@ class DAG(Attack):
         if self.gamma < spacing:
             raise ArgumentError(
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images"
+                f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
             )

@@ -147,7 +147,15 @@ class ScoreModel:
 
         `boxes` (N, *) is what a detector takes beside the images; None for other models.
         """
-        output = self.model(images) if boxes is None else self.model(images, boxes)
+        try:
+            output = self.model(images) if boxes is None else self.model(images, boxes)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved for backward" not in str(error):
+                raise
+            raise ArgumentError(
+                "model must not be made under torch.inference_mode, its weights then have no "
+                "gradients to the images: copy.deepcopy(model) outside of it can be attacked"
+            ) from error
         scores = self.read(read_scores(output, images))
         checks.device("scores of model", scores, "labels", labels)
         score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])

@@ -74,6 +74,8 @@ class Work:
                 return prepare(self.victim)
             return prepare(self.victim, low_resolution=False if self.victim.cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
+            if str(error).startswith("model must return"):  # prepared or not
+                raise
             raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
                 "it as it is"

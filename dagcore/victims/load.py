@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.freeze import to_eval
 from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, detector, is_detector
@@ -121,7 +123,10 @@ def load(
         if victim.size not in (None, size):
             raise ArgumentError(f"size must be {victim.size}, model {spec!r}'s own, got {size}")
         victim.size = check_size(size)
-    return victim.eval().to(device)
+    if any(p.is_inference() for p in victim.parameters()):
+        victim = copy.deepcopy(victim)  # an ordinary one
+    to_eval(victim)
+    return victim.to(device)
 
 
 def _around(network: Any) -> Victim | Detector:

@@ -15,13 +15,12 @@ from ..errors import ArgumentTypeError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Victim(nn.Module):
     """A network that takes images in [0, 1], with its normalisation inside.
 
-    A network in half precision is given its images in that.
+    A network whose weights are in half precision or float64 is given its images in that.
 
     Args:
         network: maps normalised images (N, 3, H, W) to scores (N, C, *T) before softmax.
@@ -61,7 +60,7 @@ class Victim(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Scores of images (N, 3, H, W), as the network returns them, or fitted to the images."""
         x = (resized(images, self.size) - self.mean) / self.std
-        output = self.network(x.to(_half(self.network) or x.dtype))
+        output = self.network(x.to(precision(self.network) or x.dtype))
         if self.size is not None:
             output = self._fitted(read_scores(output, images, least=1), images)
         if not self.align_corners:
@@ -113,12 +112,12 @@ def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
     return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def _half(network: Any) -> torch.dtype | None:
-    """The half precision that a network has its weights in, and computes in; None for another.
+def precision(network: Any) -> torch.dtype | None:
+    """The precision that a network has its weights in, where it is not float32's.
 
     What `prepare` made converts images itself.
     """
     if not isinstance(network, nn.Module) or hasattr(network, "preparation"):
         return None
     first = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
-    return first if first in HALF else None
+    return None if first == torch.float32 else first

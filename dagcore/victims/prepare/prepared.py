@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...engine import read_scores
 from ...engine.scores import aligned, aligns_corners
+from ..segmentation import precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Prepared(nn.Module):
         self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
         self.palette: tuple[tuple[int, int, int], ...] | None = getattr(network, "palette", None)
         self.cells = bool(getattr(network, "cells", False))
-        super().train(False)
+        self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
         lower = self.preparation.bf16
-        x = images.float() if lower else images  # autocast leaves float64 alone
+        # Autocast leaves float64 alone.
+        x = images.to(torch.float32 if lower else precision(self.network) or images.dtype)
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             output = self.network(x)
         scores = read_scores(output, images, least=1).to(images.dtype)
