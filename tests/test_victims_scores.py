@@ -1,5 +1,7 @@
 """Scores as networks return them: one logit, probabilities, classes last, fixed sizes."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from support import generator, shaken
 from torch import nn
 
 import dagcore
-from dagcore import DAG, Sample, victims
+from dagcore import DAG, Sample, Status, victims
 from dagcore.engine import ScoreModel, read_scores
 from dagcore.engine.scores import AlignedScores, aligned
 
@@ -214,6 +216,31 @@ def test_scores_that_align_corners_stay_so():
     scores = aligned(torch.rand(2, 4, 3, 3))
     for same in (scores.half(), scores[:, 1:], scores * 2, torch.cat([scores, scores], 1)):
         assert isinstance(same, AlignedScores)
+
+
+# --- the network that a prepared one was made of
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_attack_ends_with_a_look_at_the_network_itself(backend):
+    images, model = some_images(), Aligned()
+    prepared = victims.prepare(model)
+    labels = labels_of(model, images, align_corners=True)
+    # As if preparing had lost the last digits: nothing is right at the copy.
+    prepared.network.inside[-1].bias.data += torch.tensor([1e3, 0, 0, 0])
+    labels = torch.where(labels == 0, 255, labels)
+    dag, wrong = DAG(backend=backend), (labels != 255).sum((1, 2))
+    with pytest.warns(RuntimeWarning, match=f"^{int(wrong.sum())} targets of 2 images, of 2 that"):
+        result = dag(prepared, images, labels, "runner-up")
+    assert set(result.status) == {Status.CONVERGED}
+    with pytest.warns(RuntimeWarning, match="targets of 1 images, of 1 that"):
+        dag(prepared, images[:1], labels[:1])
+    DAG(backend=backend, tolerance=0.999)(victims.prepare(model), images, labels)  # says nothing
+    again = pickle.loads(pickle.dumps(prepared))
+    assert again.original is None
+    dag(again, images, labels)
+    del model
+    dag(prepared, images, labels)  # nobody has the network any more
 
 
 # --- networks of one size

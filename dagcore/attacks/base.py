@@ -18,6 +18,7 @@ from ..engine.networks import Assign, Network, Networks, Targets
 from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
 from ..errors import ArgumentError, ArgumentTypeError
+from .original import warn_at_original
 from .result import Result, gather
 
 Callback = Callable[[int, Tensor], None]
@@ -92,9 +93,11 @@ class Attack(abc.ABC):
         self.check(model, images, labels, adversarial_labels, boxes, generator)
         self.check_start(start, images)
         checks.callback(callback)
-        return self._attack(
+        result = self._attack(
             model, images, labels, adversarial_labels, generator, boxes, start, callback
         )
+        warn_at_original(self, model, result, labels, boxes)
+        return result
 
     def _attack(
         self,

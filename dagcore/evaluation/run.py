@@ -76,9 +76,12 @@ class Work:
         except (TypeError, ValueError, RuntimeError) as error:
             if str(error).startswith("model must return"):  # prepared or not
                 raise
+            one_size = ", --size WIDTHxHEIGHT resizes images for a network that takes one size"
             raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
                 "it as it is"
+                + one_size
+                * (str(error).startswith("example") and self.settings.size is None)
             ) from error
 
     def made_with(self) -> dict[str, Any]:

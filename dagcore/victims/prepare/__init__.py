@@ -40,7 +40,9 @@ def prepare(
 
     With the defaults the scores and their gradients stay within float32 rounding of the network's
     own, and so do a detector's detections. The network itself is never changed, and later changes
-    to it do not reach the copy. What was done stands in the result's `preparation`.
+    to it do not reach the copy. What was done stands in the result's `preparation`. An attack on a
+    batch looks at the network itself once, where it is still there, and warns (RuntimeWarning) of
+    targets that are active at it in images that converged on the copy.
 
     Args:
         model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores; or a `Detector`.
@@ -107,7 +109,7 @@ def prepare(
     if isinstance(network, Detector):
         network.preparation = done
         return network
-    return Prepared(network, done)
+    return Prepared(network, done, model)
 
 
 def _copied(model: nn.Module) -> Any:

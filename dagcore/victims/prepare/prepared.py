@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +35,14 @@ class Preparation:
 class Prepared(nn.Module):
     """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation) -> None:
+    original: weakref.ref[nn.Module] | None
+    """The network that it was made of, as long as someone else holds it; not pickled."""
+
+    def __init__(
+        self, network: nn.Module, preparation: Preparation, original: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.original = None if original is None else weakref.ref(original)
         self.network = network
         self.preparation = preparation
         self.align_corners = aligns_corners(network)
@@ -52,6 +60,9 @@ class Prepared(nn.Module):
             output = self.network(x)
         scores = read_scores(output, images, least=1).to(images.dtype)
         return aligned(scores) if self.align_corners else scores
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "original": None}
 
     def train(self, mode: bool = True) -> Prepared:
         """Stay in eval mode: a folded network cannot be trained."""
