@@ -1,5 +1,6 @@
 """Any detector through `dense_detector`: its targets, detections, attacks and errors."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from support import generator
 from torch import nn
 
 from dagcore import DAG, Status, victims
+from dagcore.__main__ import main
 
 ops = pytest.importorskip("torchvision.ops")
 
@@ -222,6 +224,39 @@ def test_the_ways_into_detector():
         victims.detector(victim, classes=["a"])
     with pytest.raises(TypeError, match="dense_detector takes any other"):
         victims.detector(made())
+
+
+PLACES = """
+import torch
+from dagcore import victims
+
+def make():
+    weight = torch.tensor([[4.0, -2, -2], [-2, 4, -2]])[:, :, None, None] / 64
+    weight = weight.repeat(1, 1, 8, 8)
+    y, x = torch.meshgrid(8 * torch.arange(3), 8 * torch.arange(4), indexing="ij")
+    boxes = torch.stack([x, y, x + 8, y + 8], -1).reshape(12, 4).float()
+
+    def function(images):
+        logits = torch.nn.functional.conv2d(images, weight, stride=8).flatten(2)
+        return boxes.expand(len(images), 12, 4), logits
+
+    return victims.dense_detector(function, threshold=0.7, classes=["red", "green"])
+"""
+
+
+def test_a_run_judges_class_0_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "places_victim.py").write_text(PLACES)
+    (tmp_path / "photos").mkdir()
+    image = np.full((24, 32, 3), 30, np.uint8)
+    image[:8, :8, 0] = image[16:, 8:16, 1] = 250
+    Image.fromarray(image).save("photos/a.png")
+    options = ["--data", "photos", "--model", "places_victim:make", "--out", "out"]
+    assert main(["run", *options, "--adversarial", "vanish", "--gamma", "2/255"]) == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["mAP"]
+    assert found["before"] == {"mean": 100.0, "classes": {"red": 100.0, "green": 100.0}}
+    assert found["after"]["mean"] == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not there")

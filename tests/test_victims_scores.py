@@ -179,6 +179,9 @@ WRAPPED = {
     "operations": lambda: nn.Sequential(victims.prepare(Aligned()), Tail()),
     "DataParallel": lambda: nn.DataParallel(Aligned()),
     "a victim": lambda: nn.Sequential(victims.Victim(Aligned()), Tail()),
+    "compiled": lambda: in_a_function(
+        torch.compile(victims.Victim(Aligned()).eval(), backend="aot_eager", fullgraph=True)
+    ),
     "a victim in a victim": lambda: victims.Victim(
         nn.Sequential(victims.Victim(Aligned()), Tail())
     ),

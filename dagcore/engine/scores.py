@@ -25,11 +25,8 @@ class AlignedScores(Tensor):
 
 
 def aligned(scores: Tensor) -> Tensor:
-    """Scores that say themselves that they are to be enlarged with corners aligned.
-
-    A compiled network's are as they were: the module around it has to say it.
-    """
-    return scores if torch.compiler.is_compiling() else scores.as_subclass(AlignedScores)
+    """Scores that say themselves that they are to be enlarged with corners aligned."""
+    return scores.as_subclass(AlignedScores)
 
 
 def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
