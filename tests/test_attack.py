@@ -713,7 +713,11 @@ def test_outputs_understood(backend: str, wrap: str) -> None:
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (lambda s: (s,), TypeError, "model must return scores as a tensor.*got tuple"),
+        (
+            lambda s: (s, s),
+            TypeError,
+            r"model must return scores as a tensor.*got tuple of 2: \(3, 6",
+        ),
         (lambda s: None, TypeError, "model must return scores.*got NoneType"),
         (lambda s: {"scores": s}, TypeError, "model must return scores.*got dict"),
         (lambda s: {"out": None}, TypeError, "model must return scores"),
@@ -726,7 +730,8 @@ def test_outputs_understood(backend: str, wrap: str) -> None:
             r"or be larger maps, got \(3, 9, 10\)",
         ),
         (lambda s: s.detach().round().long(), TypeError, "scores must be float16.*got int64"),
-        (lambda s: s[:, :0], ValueError, "model must return scores of at least one class"),
+        (lambda s: s[:, :0], ValueError, "model must return scores of at least 2 classes"),
+        (lambda s: s[:, :1], ValueError, r"at least 2 classes, got.*victims.binary"),
         (lambda s: s[:, :3], ValueError, r"labels must lie in \[0, 3\)"),
     ],
 )

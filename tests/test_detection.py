@@ -698,6 +698,54 @@ def test_detections_of_the_background_are_no_objects():
     assert 0 not in targets.labels
 
 
+class Own(victims.Detector):
+    """A detector of the user's own, with a mistake."""
+
+    has_own_targets = True
+
+    def __init__(self, mistake):
+        super().__init__(nn.Conv2d(3, CLASSES, 8, 8))
+        self.mistake = mistake
+
+    def forward(self, images, boxes=None):
+        return self.network(images).flatten(2)
+
+    def candidates(self, images, nms_threshold, max_proposals):
+        scores = self(images).transpose(1, 2)
+        boxes = torch.tensor([0.0, 0, 9, 9]).repeat(*scores.shape[:2], 1)
+        if self.mistake == "images":
+            return [(boxes[0], scores[0])]
+        if self.mistake == "boxes":
+            boxes = boxes.transpose(1, 2)
+        if self.mistake == "scores":
+            scores = scores.transpose(1, 2)
+        return list(zip(boxes, scores, strict=True))
+
+    def detect(self, images):
+        return [{"boxes": b, "labels": s.argmax(1)} for b, s in self.candidates(images, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("images", r"Own.candidates must return boxes and scores for each of 2 images, got 1"),
+        ("boxes", r"Own.candidates must return boxes of shape \(P, 4\), got \(4, 108\)"),
+        ("scores", r"Own.candidates must return scores of shape \(108, C\).*got \(5, 108\)"),
+        ("detect", "Own.detect must return 'boxes', 'labels' and 'scores'.*got dict of 2: 'boxes'"),
+    ],
+)
+def test_methods_of_the_users_own_are_named(mistake, message):
+    with pytest.raises(ValueError, match=message):
+        Own(mistake).dense_targets(some_images())
+
+
+def test_a_plain_detector_is_not_prepared():
+    with pytest.raises(
+        TypeError, match=r"prepare\(victims.detector\(model\)\), got a plain Faster"
+    ):
+        victims.prepare(made(small_fpn))
+
+
 def test_names_of_objects():
     network = made(TWO_STAGE["FR-ZF"])
     names = ["__background__", "cat", "N/A", "dog", "cow"]

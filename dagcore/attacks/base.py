@@ -20,6 +20,7 @@ from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
 from ..errors import ArgumentError, ArgumentTypeError
 from ..perturbation import round_to_levels
+from .original import warn_at_original
 from .result import Result, gather
 
 Callback = Callable[[int, Tensor], None]
@@ -97,9 +98,11 @@ class Attack(abc.ABC):
         self.check_start(start, images)
         checks.callback(callback)
         images, start = self.fitted("images", images), self.fitted_start(start)
-        return self._attack(
+        result = self._attack(
             model, images, labels, adversarial_labels, generator, boxes, start, callback
         )
+        warn_at_original(self, model, result, labels, boxes)
+        return result
 
     def _attack(
         self,

@@ -119,13 +119,21 @@ class DAG(Attack):
         scores_of = ScoreModel(model)
         settings = dataclasses.asdict(self)
         del settings["backend"]
+        align_corners = scores_of.align_corners
+
+        def scores_at(x: Tensor, boxes: Tensor | None = None) -> Tensor:
+            scores = scores_of(x, labels, boxes)
+            if scores_of.align_corners != align_corners:  # the scores say it, not the model
+                scores = reference.enlarge(scores, labels.shape[1:], scores_of.align_corners)
+            return scores
+
         with frozen(model), torch.inference_mode(False):
             trace = reference.dag(
-                lambda x, boxes=None: scores_of(x, labels, boxes),
+                scores_at,
                 images,
                 labels,
                 "permutation" if adversarial_labels is None else adversarial_labels,
-                align_corners=scores_of.align_corners,
+                align_corners=align_corners,
                 generator=generator,
                 boxes=boxes,
                 start=start,
@@ -156,5 +164,6 @@ class DAG(Attack):
         if self.gamma < spacing:
             raise ArgumentError(
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images"
+                f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..checks import GOALS, fraction
+from ..evaluation.options import parse_size
 
 Decorator = Callable[[Any], Any]
 
@@ -19,10 +20,10 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 def size(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     """Read a size WIDTHxHEIGHT as (height, width)."""
-    width, _by, height = value.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise click.BadParameter(f"{value!r} is no size like 512x384.")
-    return int(height), int(width)
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
 
 
 def existing(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -94,6 +95,12 @@ def attack(*, required: bool) -> Decorator:
     """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
     return all_of(
         model(required=required),
+        click.option(
+            "--size",
+            metavar="WIDTHxHEIGHT",
+            help="Size that images are resized to for a network that takes one size only, "
+            "differentiably: the files keep their size.  [default: images as they are]",
+        ),
         click.option(
             "--labels",
             type=FOLDER,

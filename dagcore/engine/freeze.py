@@ -15,11 +15,13 @@ class _Held:
 
     def __init__(self, thing: nn.Module | nn.Parameter) -> None:
         self.thing = thing
-        self.before = thing.training if isinstance(thing, nn.Module) else thing.requires_grad
+        self.before = _mode(thing) if isinstance(thing, nn.Module) else thing.requires_grad
         self.holders: set[object] = set()
         # A network's own `train` may do more than set the mode: merge or split weights, say.
+        # That of an exported graph raises.
         self.hooked = (
             isinstance(thing, nn.Module)
+            and not isinstance(thing, torch.fx.GraphModule)
             and getattr(thing.train, "__func__", None) is not nn.Module.train
         )
 
@@ -29,12 +31,27 @@ class _Held:
                 # What was made in inference mode can be changed there only.
                 with torch.inference_mode(self.thing.is_inference()):
                     self.thing.requires_grad_(self.before)
-        elif self.thing.training != self.before:
+        elif _mode(self.thing) != self.before:
             try:
                 if self.hooked:
                     self.thing.train(self.before)
             finally:
                 self.thing.training = self.before
+
+
+def _mode(module: nn.Module) -> bool:
+    """Whether a module is in training mode, which one that torch.jit has frozen never is."""
+    return bool(getattr(module, "training", False))
+
+
+def to_eval(model: nn.Module) -> None:
+    """Put a model into eval mode, graphs of torch.export included, which refuse to change it."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            if _mode(module):
+                module.training = False
 
 
 # A generator that is collected may end its block in a thread that holds the lock, between any two
@@ -63,7 +80,7 @@ def frozen(model: object) -> Iterator[None]:
                     held.holders.add(holder)
                     if _held.get(id(thing)) is held:
                         break
-            model.eval()
+            to_eval(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
         yield

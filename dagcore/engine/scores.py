@@ -2,51 +2,142 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ArgumentError, ArgumentTypeError
 
+MOST_DESCRIBED = 4  # members of an output that a message shows
+FEW = 16  # targets whose scores may all lie in [0, 1] by chance
 
-def read_scores(output: Any, images: Tensor) -> Tensor:
-    """The scores (N, C, *T) in a model's output: a tensor, {"out": tensor}, or .logits."""
+
+class AlignedScores(Tensor):
+    """Score maps that are to be enlarged with their corners aligned.
+
+    Networks that say so hand out their scores as such, and every operation on them keeps the kind,
+    so that whatever is wrapped around a network does not lose how they are to be read.
+    """
+
+
+def aligned(scores: Tensor) -> Tensor:
+    """Scores that say themselves that they are to be enlarged with corners aligned."""
+    return scores.as_subclass(AlignedScores)
+
+
+def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
+    """The scores (N, C, *T) in a model's output, of `least` classes or more.
+
+    A tensor, {"out": tensor}, .logits, or the only tensor of a tuple that has targets.
+    """
     scores = output
     if isinstance(output, Mapping) and "out" in output:
         scores = output["out"]
     elif not isinstance(output, Tensor) and hasattr(output, "logits"):
         scores = output.logits
+    elif isinstance(output, (tuple, list)):
+        maps = [one for one in output if isinstance(one, Tensor) and one.dim() > 2]
+        scores = maps[0] if len(maps) == 1 else output[0] if len(output) == 1 else output
     if not isinstance(scores, Tensor):
         raise ArgumentTypeError(
             "model must return scores as a tensor, a mapping with 'out' or an object with .logits, "
-            f"got {type(output).__name__}"
+            f"got {described(output)} (wrap it: lambda images: model(images)[...]; detectors go "
+            "through dagcore.victims.detector or dense_detector)"
         )
     if scores.dim() < 2 or len(scores) != len(images):
         raise ArgumentError(
             f"model must return scores of shape ({len(images)}, C, *targets) for "
             f"{len(images)} images, got {tuple(scores.shape)}"
         )
-    if scores.shape[1] < 1:
+    if scores.shape[1] < least:
+        hint = ": dagcore.victims.binary(model) makes two of one logit" * (scores.shape[1] == 1)
         raise ArgumentError(
-            f"model must return scores of at least one class, got {tuple(scores.shape)}"
+            f"model must return scores of at least {least} classes, got {tuple(scores.shape)}{hint}"
         )
     return scores
+
+
+def described(output: Any) -> str:
+    """What a model returned, for a message: "list of 3: (1, 80, 52, 52), ..."."""
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        members = [f"{key!r}: {_shape(value)}" for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        members = [_shape(value) for value in output]
+    else:
+        return kind if not isinstance(output, Tensor) else f"{kind} {tuple(output.shape)}"
+    shown = ", ".join(members[:MOST_DESCRIBED]) + ", ..." * (len(members) > MOST_DESCRIBED)
+    return f"{kind} of {len(members)}" + f": {shown}" * bool(members)
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_layout(scores: Tensor, targets: tuple[int, ...]) -> None:
+    """Raise for scores (N, *T, C), with the classes last, of targets (*T)."""
+    shape = tuple(scores.shape)
+    if shape[2:] != targets and shape[1:-1] == targets:
+        order = (0, scores.dim() - 1, *range(1, scores.dim() - 1))
+        raise ArgumentError(
+            "model must return scores (N, C, *targets), got the classes last, "
+            f"{shape}: return scores.permute{order}"
+        )
+
+
+def warn_of_probabilities(scores: Tensor) -> None:
+    """Warn where scores (N, C, *T) are probabilities, after a softmax or sigmoids. Reads values."""
+    if scores.numel() < FEW * scores.shape[1]:
+        return
+    seen = scores.detach()
+    low, high = map(float, torch.aminmax(seen))
+    if not 0 <= low < high <= 1 or bool(((seen == 0) | (seen == 1)).all()):
+        return
+    off = float((seen.sum(1, dtype=torch.float32) - 1).abs().max())
+    kind = "a softmax" if off < 1e-2 else "sigmoids"
+    warnings.warn(
+        f"the model's scores all lie in [{low:.2g}, {high:.2g}], as after {kind}: attacks want the "
+        "scores before that, whose gradients do not vanish",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def aligns_corners(model: object, scores: Tensor | None = None) -> bool:
+    """Whether scores below their targets' size are to be enlarged with their corners aligned.
+
+    As the scores say, or the model by an attribute `align_corners`, also where it is the last
+    of an nn.Sequential or inside of DataParallel.
+    """
+    if isinstance(scores, AlignedScores):
+        return True
+    while not hasattr(model, "align_corners"):
+        if isinstance(model, nn.Sequential) and len(model):
+            model = model[-1]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return False
+    return bool(model.align_corners)
 
 
 class ScoreModel:
     """A model's scores at the targets of given labels.
 
-    Maps of a lower resolution than the labels are read through bilinear interpolation; a model
-    whose own enlargement aligns corners says so by an attribute `align_corners`.
+    Maps of a lower resolution than the labels are read through bilinear interpolation, in the way
+    that the scores or the model say (`aligns_corners`): `align_corners` after a call.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         if not callable(model):
             raise ArgumentTypeError(f"model must be callable, got {type(model).__name__}")
         self.model = model
-        self.align_corners = bool(getattr(model, "align_corners", False))
+        self.align_corners = aligns_corners(model)
+        self.looked = False
 
     def __call__(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
@@ -54,10 +145,19 @@ class ScoreModel:
         `boxes` (N, *) is what a detector takes beside the images; None for other models.
         """
         given = images.clone()  # the model's to write into
-        output = self.model(given) if boxes is None else self.model(given, boxes.clone())
-        scores = read_scores(output, images)
+        try:
+            output = self.model(given) if boxes is None else self.model(given, boxes.clone())
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved for backward" not in str(error):
+                raise
+            raise ArgumentError(
+                "model must not be made under torch.inference_mode, its weights then have no "
+                "gradients to the images: copy.deepcopy(model) outside of it can be attacked"
+            ) from error
+        scores = self.read(read_scores(output, images))
         checks.device("scores of model", scores, "labels", labels)
         score_map, label_map = tuple(scores.shape[2:]), tuple(labels.shape[1:])
+        check_layout(scores, label_map)
         enlarged = len(score_map) == len(label_map) == 2 and all(
             0 < low <= high for low, high in zip(score_map, label_map, strict=True)
         )
@@ -66,4 +166,14 @@ class ScoreModel:
                 f"labels must have shape {(len(labels), *score_map)} to match the model's scores "
                 f"{tuple(scores.shape)}, or be larger maps, got {tuple(labels.shape)}"
             )
+        if not self.looked:
+            self.looked = True
+            warn_of_probabilities(scores)
+        return scores
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Scores as a plain tensor; `align_corners` is how they are to be enlarged."""
+        if isinstance(scores, AlignedScores):
+            self.align_corners = True
+            return scores.as_subclass(Tensor)
         return scores

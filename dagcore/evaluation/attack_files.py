@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import files
 from ..errors import ArgumentError
 from ..info import versions
-from ..victims import load
 from .driver import Driver, Job
-from .options import AttackOptions, find_device
+from .options import AttackOptions, find_device, find_victim
 from .outcome import Outcome, output_files, write
 from .sources import ImageFiles
 
@@ -45,7 +44,7 @@ class Plan:
         paths = list(request.images)
         for path in paths:
             files.probe_image(path)
-        victim = load(request.model, request.weights, self.device)
+        victim = find_victim(request, self.device)
         names = [path.name for path in paths]
         self.source = ImageFiles(paths, list(map(str, paths)), names, request.labels, victim)
         self._check_outputs()
@@ -81,6 +80,7 @@ class Plan:
             "labels": "prediction" if labels is None else str(labels),
             "model": request.model,
             "weights": None if request.weights is None else str(request.weights),
+            "size": request.size,
             "adversarial": request.adversarial,
             "settings": dataclasses.asdict(self.driver.attack),
             "seed": request.seed,

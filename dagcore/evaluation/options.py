@@ -10,6 +10,7 @@ import torch
 from .. import files
 from ..attacks import DAG
 from ..errors import ArgumentError
+from ..victims import Detector, Victim, load
 from .adversary import is_pattern
 
 
@@ -19,6 +20,7 @@ class AttackOptions:
 
     model: str
     weights: Path | None = None
+    size: str | None = None
     adversarial: str = "permutation"
     foreground: str | None = None
     background: str | None = None
@@ -46,6 +48,20 @@ class AttackOptions:
             tolerance=self.tolerance,
             ignore_index=files.IGNORE,
         )
+
+
+def find_victim(options: AttackOptions, device: torch.device) -> Victim | Detector:
+    """The network that is attacked, for images of any size where it takes only one."""
+    size = None if options.size is None else parse_size(options.size)
+    return load(options.model, options.weights, device, size=size)
+
+
+def parse_size(given: str) -> tuple[int, int]:
+    """A size WIDTHxHEIGHT as (height, width)."""
+    width, _by, height = given.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ArgumentError(f"size must be WIDTHxHEIGHT, {given!r} is no size like 512x384")
+    return int(height), int(width)
 
 
 def find_device(name: str | None) -> torch.device:

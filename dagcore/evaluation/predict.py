@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine import frozen, read_scores
+from ..engine.scores import aligns_corners
 from ..ops import argmax_bilinear
 from ..victims import Detector
 
@@ -27,5 +28,6 @@ def predict(
             (found,) = victim.detect(image[None])
             return {key: value.cpu() for key, value in found.items()}
         scores = read_scores(victim(image[None]), image[None])
-    align_corners = bool(getattr(victim, "align_corners", False))
+    align_corners = aligns_corners(victim, scores)
+    scores = scores.as_subclass(Tensor)
     return argmax_bilinear(scores, size, align_corners=align_corners)[0].cpu()

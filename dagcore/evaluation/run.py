@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from .. import info
 from ..errors import ArgumentError
-from ..victims import Detector, load, prepare
+from ..victims import Detector, prepare
 from . import faults
 from .driver import Driver, Job
-from .options import find_device
+from .options import find_device, find_victim
 from .outcome import Outcome, draw
 from .progress import ImageProgress
 from .ranks import Ranks, connect
@@ -50,7 +50,7 @@ class Work:
         self.settings, self.ranks, self.progress = settings, ranks, progress
         own = ranks.device() if settings.device in (None, "cuda") else None
         self.device = find_device(own or settings.device)
-        self.victim = load(settings.model, settings.weights, self.device)
+        self.victim = find_victim(settings, self.device)
         self.source = source_of(settings, self.victim)
         self.driver = Driver(
             settings,
@@ -74,9 +74,14 @@ class Work:
                 return prepare(self.victim)
             return prepare(self.victim, low_resolution=False if self.victim.cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
+            if str(error).startswith("model must return"):  # prepared or not
+                raise
+            one_size = ", --size WIDTHxHEIGHT resizes images for a network that takes one size"
             raise ArgumentError(
                 f"--model {self.settings.model} cannot be prepared ({error}): --no-prepare attacks "
                 "it as it is"
+                + one_size
+                * (str(error).startswith("example") and self.settings.size is None)
             ) from error
 
     def made_with(self) -> dict[str, Any]:

@@ -96,19 +96,23 @@ def mean_iou(tallies: Sequence[Mapping[str, Sequence[int]]], num_classes: int) -
 
 def average_precision(records: Sequence[Record], stage: str, num_classes: int) -> Score:
     """Mean average precision at IoU 0.5 as in VOC2007."""
-    measure = AveragePrecision(num_classes)
+    # The measure keeps class 0 for the background, which a detector may have anywhere.
+    measure = AveragePrecision(num_classes + 1)
     for record in records:
         found, truth = record["seen"][stage], record["truth"]
         measure.update(
             {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
             *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult")),
         )
-    return measure.compute()
+    score = measure.compute()
+    return Score(score.per_class[1:], score.mean)
 
 
 def _tensor(name: str, values: Sequence[Any]) -> Tensor:
     kinds = {"labels": torch.int64, "difficult": torch.bool}
     made = torch.tensor(values, dtype=kinds.get(name, torch.float64))
+    if name == "labels":
+        return made + 1
     return made.reshape(-1, 4) if name == "boxes" else made
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import files
 from ..engine import frozen, read_scores
+from ..engine.scores import aligns_corners, check_layout, warn_of_probabilities
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ops import argmax_bilinear
 from ..victims import Detector
@@ -106,14 +107,20 @@ class TargetRules(abc.ABC):
         """Tell of errors of the network as the image's, where they are."""
         try:
             yield
-        except RuntimeError as error:
+        except ArgumentError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
             machine = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
             if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
                 raise
             reason = str(error).partition("\n")[0]
+            hint = " (--size WIDTHxHEIGHT resizes images for a network that takes one size)"
+            resizes = isinstance(self.model, Detector) and not hasattr(self.model, "size")
             raise UnfitImageError(
                 f"model {self.options.model!r} cannot take {name} "
                 f"({leaf.shape[3]} x {leaf.shape[2]} pixels): {reason}"
+                + hint
+                * (self.options.size is None and not resizes)
             ) from error
 
 
@@ -155,6 +162,8 @@ class MapRules(TargetRules):
                 f"got {tuple(seen.shape)}"
             )
         if self.adversary is None:
+            check_layout(seen, size_of(leaf[0]))
+            warn_of_probabilities(seen)
             self.num_classes = seen.shape[1]
             self.adversary = Adversary.parse(
                 self.options.adversarial,
@@ -173,8 +182,11 @@ class MapRules(TargetRules):
         assert self.adversary is not None
         size = self._size(name, size_of(leaf[0]), truth)
         self.adversary.check(*size)
-        align_corners = bool(getattr(self.model, "align_corners", False))
-        prediction = argmax_bilinear(scores.detach(), size, align_corners=align_corners)[0]
+        align_corners, seen = (
+            aligns_corners(self.model, scores),
+            scores.detach().as_subclass(Tensor),
+        )
+        prediction = argmax_bilinear(seen, size, align_corners=align_corners)[0]
         if truth is None:
             labels = prediction.int()
         else:

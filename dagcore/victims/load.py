@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import re
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.freeze import to_eval
 from ..errors import ArgumentError
 from ..optional import optional_import
 from .detection import Detector, detector, is_detector
-from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim
+from .detection.dense import Dense
+from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, check_size
 from .weights import load_state, read_state
 
 # The layer whose rows are the classes: FCN and DeepLab, LR-ASPP; the same, for each anchor, of two
@@ -76,7 +79,11 @@ class PerCell(nn.Module):
 
 
 def load(
-    spec: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
+    spec: str,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    size: tuple[int, int] | None = None,
 ) -> Victim | Detector:
     """The victim that a name stands for, in eval mode.
 
@@ -90,12 +97,14 @@ def load(
         weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
             torch.save; the zoo's shipped ones or torchvision's own download if None.
         device: where it shall run.
+        size: (height, width) that images are resized to for a network that takes one size; see
+            `Victim` and `dense_detector`. Other detectors resize by themselves.
 
     Returns:
         A `Victim` for segmentation, a `Detector` for detection.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit.
+        ValueError: an unknown name, weights that do not fit, or a size that cannot be set.
         OSError: a file that is missing, or a download that fails.
         ImportError: an optional package that is missing.
     """
@@ -105,7 +114,19 @@ def load(
         own = {canonical(name): make for name, make in _registered.items()}
         make = own.get(canonical(spec), partial(_torchvision, spec))
         network = make(None if weights is None else Path(weights))
-    return _around(network).eval().to(device)
+    victim = _around(network)
+    if size is not None:
+        if not isinstance(victim, (Victim, Dense)):
+            raise ArgumentError(
+                f"size must be None for model {spec!r}, a detector that resizes images itself"
+            )
+        if victim.size not in (None, size):
+            raise ArgumentError(f"size must be {victim.size}, model {spec!r}'s own, got {size}")
+        victim.size = check_size(size)
+    if any(p.is_inference() for p in victim.parameters()):
+        victim = copy.deepcopy(victim)  # an ordinary one
+    to_eval(victim)
+    return victim.to(device)
 
 
 def _around(network: Any) -> Victim | Detector:

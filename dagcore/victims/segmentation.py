@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .. import checks
+from ..engine import read_scores
+from ..engine.scores import aligned, aligns_corners
+from ..errors import ArgumentTypeError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -15,6 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Victim(nn.Module):
     """A network that takes images in [0, 1], with its normalisation inside.
 
+    A network whose weights are in half precision or float64 is given its images in that.
+
     Args:
         network: maps normalised images (N, 3, H, W) to scores (N, C, *T) before softmax.
         mean: per channel, in units of the [0, 1] range.
@@ -22,6 +29,9 @@ class Victim(nn.Module):
         classes: names of the classes, for figures and the command line.
         palette: colour (r, g, b) in 0..255 of each class, for figures.
         cells: whether the commands take each cell of the scores as a target, not each pixel.
+        size: (height, width) that images are resized to for a network that takes one size:
+            bilinear, antialiased where that is smaller, without regard to their shape. Scores below
+            the images' size are enlarged to it as others are, larger ones reduced to it.
     """
 
     mean: Tensor
@@ -36,18 +46,37 @@ class Victim(nn.Module):
         classes: Sequence[str] | None = None,
         palette: Sequence[tuple[int, int, int]] | None = None,
         cells: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.cells = cells
+        self.size = None if size is None else check_size(size)
         self.classes = None if classes is None else tuple(classes)
         self.palette = None if palette is None else tuple(palette)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Any:
-        """Scores of images (N, 3, H, W), as the network returns them."""
-        return self.network((images - self.mean) / self.std)
+        """Scores of images (N, 3, H, W), as the network returns them, or fitted to the images."""
+        x = (resized(images, self.size) - self.mean) / self.std
+        output = self.network(x.to(precision(self.network) or x.dtype))
+        if self.size is not None:
+            output = self._fitted(read_scores(output, images, least=1), images)
+        if not self.align_corners:
+            return output
+        if isinstance(output, Mapping) and "out" in output:
+            return {**output, "out": aligned(output["out"])}
+        return aligned(output) if isinstance(output, Tensor) else output
+
+    def _fitted(self, scores: Tensor, images: Tensor) -> Tensor:
+        """Score maps (N, C, h, w), reduced to the images' size where they are larger."""
+        size = images.shape[2:]
+        if scores.dim() != 4 or (scores.shape[2] <= size[0] and scores.shape[3] <= size[1]):
+            return scores
+        return nn.functional.interpolate(
+            scores, size, mode="bilinear", align_corners=self.align_corners
+        )
 
     @property
     def align_corners(self) -> bool:
@@ -55,11 +84,40 @@ class Victim(nn.Module):
 
         False where it says nothing.
         """
-        return bool(getattr(self.network, "align_corners", False))
+        return aligns_corners(self.network)
 
     def around(self, network: Callable[[Tensor], Any]) -> Victim:
         """The same victim with another network inside."""
-        victim = Victim(network, classes=self.classes, palette=self.palette, cells=self.cells)
+        victim = Victim(
+            network, classes=self.classes, palette=self.palette, cells=self.cells, size=self.size
+        )
         victim.mean, victim.std = self.mean, self.std
         victim.training = self.training
         return victim
+
+
+def check_size(size: Any) -> tuple[int, int]:
+    """A size that images are resized to; raise unless it is (height, width) in pixels."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ArgumentTypeError(f"size must be (height, width), got {size!r}")
+    for side in size:
+        checks.integer("size", side, at_least=1)
+    return size[0], size[1]
+
+
+def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images (N, 3, H, W) at another size (H, W), differentiably; as they are if None."""
+    if size is None or tuple(images.shape[2:]) == tuple(size):
+        return images
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def precision(network: Any) -> torch.dtype | None:
+    """The precision that a network has its weights in, where it is not float32's.
+
+    What `prepare` made converts images itself.
+    """
+    if not isinstance(network, nn.Module) or hasattr(network, "preparation"):
+        return None
+    first = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+    return None if first == torch.float32 else first

@@ -1,7 +1,15 @@
 """Detectors to attack, and what an attack on them aims at."""
 
 from .base import Detector
+from .dense import dense_detector
 from .factory import detector, is_detector
 from .targets import ADVERSARIAL_KINDS, Targets
 
-__all__ = ["ADVERSARIAL_KINDS", "Detector", "Targets", "detector", "is_detector"]
+__all__ = [
+    "ADVERSARIAL_KINDS",
+    "Detector",
+    "Targets",
+    "dense_detector",
+    "detector",
+    "is_detector",
+]

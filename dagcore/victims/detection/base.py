@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...engine import frozen
+from ...engine.scores import described
 from ...errors import ArgumentError
 from ...optional import optional_import
 from .targets import ADVERSARIAL_KINDS, Targets, check_inside, draw_adversarial_labels, match, stack
@@ -27,7 +28,7 @@ from .targets import ADVERSARIAL_KINDS, Targets, check_inside, draw_adversarial_
 class Detector(nn.Module, abc.ABC):
     """A detector that takes images in [0, 1], its resizing and normalisation inside.
 
-    Made by `detector` or `load`. To attack it:
+    Made by `detector`, `dense_detector` or `load`. To attack it:
 
         targets = victim.dense_targets(images, ground_truth)
         result = dagcore.DAG(max_iter=150)(
@@ -174,6 +175,7 @@ class Detector(nn.Module, abc.ABC):
             )
         with frozen(self), torch.no_grad():
             found = self.candidates(images, nms_threshold, max_proposals) if len(images) else []
+            self._check_candidates(found, images)
             if ground_truth is None:
                 detections = self.detect(images) if len(images) else []
                 ground_truth = [self.confident(one, confidence, images) for one in detections]
@@ -220,6 +222,12 @@ class Detector(nn.Module, abc.ABC):
         self, found: Mapping[str, Tensor], least: float, images: Tensor
     ) -> dict[str, Tensor]:
         """The objects that were found in an image with at least a score, cut at its border."""
+        for key in ("boxes", "labels", "scores"):
+            if not isinstance(found, Mapping) or key not in found:
+                raise ArgumentError(
+                    f"{type(self).__name__}.detect must return 'boxes', 'labels' and 'scores' of "
+                    f"each image, got {described(found)}"
+                )
         kept = (found["scores"] >= least) & (found["labels"] != self.background)
         size = (images.shape[-2], images.shape[-1])
         boxes = optional_import("torchvision.ops", "vision").clip_boxes_to_image(
@@ -265,6 +273,25 @@ class Detector(nn.Module, abc.ABC):
                 f"({self.background}), got {int(labels[wrong][0])}"
             )
         return boxes, labels
+
+    def _check_candidates(self, found: Sequence[tuple[Tensor, Tensor]], images: Tensor) -> None:
+        """Raise unless there are boxes (P, 4) and scores (P, C) for each image."""
+        name = f"{type(self).__name__}.candidates"
+        if len(found) != len(images):
+            raise ArgumentError(
+                f"{name} must return boxes and scores for each of {len(images)} images, "
+                f"got {len(found)} entries"
+            )
+        for boxes, scores in found:
+            if boxes.dim() != 2 or boxes.shape[1] != 4:
+                raise ArgumentError(
+                    f"{name} must return boxes of shape (P, 4), got {tuple(boxes.shape)}"
+                )
+            if scores.dim() != 2 or len(scores) != len(boxes):
+                raise ArgumentError(
+                    f"{name} must return scores of shape ({len(boxes)}, C) for {len(boxes)} boxes, "
+                    f"got {tuple(scores.shape)}"
+                )
 
     def _objects(self, num_classes: int) -> Tensor:
         """The classes of objects: not the background, nor those that a data set left unused."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...optional import optional_import
-from ..segmentation import IMAGENET_MEAN, IMAGENET_STD
+from ..segmentation import IMAGENET_MEAN, IMAGENET_STD, resized
 from .base import Detector
 
 
@@ -97,6 +97,4 @@ class Queries(Detector):
             side if height == short else side * height // width,
             side if width == short else side * width // height,
         )
-        if size != (height, width):
-            images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
+        return (resized(images, size) - self.mean) / self.std

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import checks
 from ...engine import read_scores
+from ...engine.freeze import to_eval
 from ...errors import ArgumentError, ArgumentTypeError
-from ..detection import Detector
+from ..detection import Detector, is_detector
 from . import fold
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
@@ -38,7 +40,9 @@ def prepare(
 
     With the defaults the scores and their gradients stay within float32 rounding of the network's
     own, and so do a detector's detections. The network itself is never changed, and later changes
-    to it do not reach the copy. What was done stands in the result's `preparation`.
+    to it do not reach the copy. What was done stands in the result's `preparation`. An attack on a
+    batch looks at the network itself once, where it is still there, and warns (RuntimeWarning) of
+    targets that are active at it in images that converged on the copy.
 
     Args:
         model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores; or a `Detector`.
@@ -73,6 +77,11 @@ def prepare(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if is_detector(model):
+        raise ArgumentTypeError(
+            "model must be a Detector where it is a detector: prepare(victims.detector(model)), "
+            f"got a plain {type(model).__name__}"
+        )
     if example is not None:
         checks.tensor("example", example, checks.FLOAT_DTYPES)
     if isinstance(model, Detector):
@@ -80,7 +89,7 @@ def prepare(
         for name, wanted in refused.items():
             if wanted:
                 raise ArgumentError(f"{name} must not be set for a detector, got {wanted}")
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = _copied(model)
     shallow = None
     if low_resolution is not False and not isinstance(network, Detector):
         shallow = stop_early(network) if low_resolution else find(network)
@@ -100,7 +109,24 @@ def prepare(
     if isinstance(network, Detector):
         network.preparation = done
         return network
-    return Prepared(network, done)
+    return Prepared(network, done, model)
+
+
+def _copied(model: nn.Module) -> Any:
+    """A copy in eval mode, its parameters without gradients."""
+    # Hooks like weight_norm's keep what they have computed, which cannot be copied with its graph.
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    with torch.no_grad():  # of a scripted module's weights the copy would have a graph
+        network = copy.deepcopy(model, computed)
+    to_eval(network)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network
 
 
 def _channels_last(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -122,18 +148,19 @@ def _rewrite(
         return 0, {}, 0
     images = _example(network) if example is None else example
     try:
-        before = _scores(network, images)
+        output = _output(network, images)
     except Exception as error:
         raise ArgumentError(
             f"example must be images that the network takes, {tuple(images.shape)} fails: "
             f"{type(error).__name__}: {error} (give example=images, or fold_batch_norm=False and "
             "merge_linear=False)"
         ) from error
+    before = read_scores(output, images, least=1).nan_to_num()
     # A detector's scores at given boxes leave out the parts that propose them.
     whole = network.detect if isinstance(network, Detector) else network
     folded, left = fold.fold(network, partial(whole, images)) if fold_batch_norm else (0, {})
     merged = merge(network) if merge_linear else 0
-    after = _scores(network, images)
+    after = read_scores(_output(network, images), images, least=1).nan_to_num()
     difference = float((after - before).norm() / before.norm().clamp_min(1e-30))
     allowed = 1e4 * torch.finfo(before.dtype).eps
     if difference > allowed:
@@ -144,13 +171,12 @@ def _rewrite(
     return folded, left, merged
 
 
-def _scores(network: nn.Module, images: Tensor) -> Tensor:
-    """Scores of images; of a detector at the box around the whole image, if it needs boxes."""
+def _output(network: nn.Module, images: Tensor) -> Any:
+    """What comes of images; of a detector at the box around the whole image, if it needs boxes."""
     height, width = images.shape[-2:]
     whole = images.new_tensor([0, 0, width, height]).expand(len(images), 1, 4)
     with torch.no_grad():
-        output = network(images, whole) if isinstance(network, Detector) else network(images)
-        return read_scores(output, images).nan_to_num()
+        return network(images, whole) if isinstance(network, Detector) else network(images)
 
 
 def _example(network: nn.Module) -> Tensor:

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...engine.scores import aligned
 from ...errors import ArgumentError, ArgumentTypeError
+from ..binary import Binary
 from ..segmentation import Victim
 
 Read = Callable[[Any, Tensor], Any]
 UNDERSTOOD = (
     "torchvision's segmentation networks, transformers' ...ForSemanticSegmentation, "
-    "segmentation_models_pytorch, and these inside a dagcore.victims.Victim or at the end of an "
-    "nn.Sequential"
+    "segmentation_models_pytorch, and these inside a dagcore.victims.Victim or binary, or at the "
+    "end of an nn.Sequential"
 )
 
 
@@ -37,7 +39,7 @@ class LowResolution(nn.Module):
         """Scores (N, C, h, w) of images (N, 3, H, W)."""
         read: Read = SCORES.get(self.kind, own_logits)
         scores: Tensor = read(self.network, images)
-        return scores
+        return aligned(scores) if self.align_corners else scores
 
 
 def low_resolution(model: nn.Module) -> nn.Module:
@@ -51,13 +53,14 @@ def low_resolution(model: nn.Module) -> nn.Module:
 
     Args:
         model: a segmentation network of torchvision, transformers or
-            segmentation_models_pytorch (0.4 or later); or a `Victim` around one, or an
+            segmentation_models_pytorch (0.4 or later); or a `Victim` or `binary` around one, or an
             nn.Sequential that ends in one.
 
     Returns:
         A module: images (N, 3, H, W) -> scores (N, C, h, w) before softmax. Its attribute
         `align_corners` is how they must be enlarged to become the network's own: True for
-        segmentation_models_pytorch, else False.
+        segmentation_models_pytorch, else False. Scores that are to be enlarged so say it
+        themselves, through whatever is wrapped around the module.
 
     Raises:
         TypeError: a network that is not understood, or with hooks that would be bypassed.
@@ -78,7 +81,7 @@ def find(model: nn.Module) -> nn.Module | None:
     if isinstance(model, LowResolution):
         return model
     found: nn.Module | None = None
-    if type(model) is Victim and isinstance(model.network, nn.Module):
+    if isinstance(model, (Victim, Binary)) and isinstance(model.network, nn.Module):
         inside = find(model.network)
         found = None if inside is None else model.around(inside)
     elif type(model) is nn.Sequential and len(model) > 0:

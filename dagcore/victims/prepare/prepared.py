@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...engine import read_scores
+from ...engine.scores import aligned, aligns_corners
+from ..segmentation import precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +35,34 @@ class Preparation:
 class Prepared(nn.Module):
     """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation) -> None:
+    original: weakref.ref[nn.Module] | None
+    """The network that it was made of, as long as someone else holds it; not pickled."""
+
+    def __init__(
+        self, network: nn.Module, preparation: Preparation, original: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.original = None if original is None else weakref.ref(original)
         self.network = network
         self.preparation = preparation
-        self.align_corners = bool(getattr(network, "align_corners", False))
+        self.align_corners = aligns_corners(network)
         self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
         self.palette: tuple[tuple[int, int, int], ...] | None = getattr(network, "palette", None)
         self.cells = bool(getattr(network, "cells", False))
-        super().train(False)
+        self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
         lower = self.preparation.bf16
-        x = images.float() if lower else images  # autocast leaves float64 alone
+        # Autocast leaves float64 alone.
+        x = images.to(torch.float32 if lower else precision(self.network) or images.dtype)
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             output = self.network(x)
-        return read_scores(output, images).to(images.dtype)
+        scores = read_scores(output, images, least=1).to(images.dtype)
+        return aligned(scores) if self.align_corners else scores
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "original": None}
 
     def train(self, mode: bool = True) -> Prepared:
         """Stay in eval mode: a folded network cannot be trained."""
