@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,11 @@ def read_label_map(path: Path) -> Tensor:
     values = np.array(image).astype(np.int32)
     ignored = 255 if image.mode in ("P", "L") else 65535
     return torch.from_numpy(np.where(values == ignored, IGNORE, values).astype(np.int32))
+
+
+def composed(name: str) -> str:
+    """A name whose accents are one with their letters (NFC), however a file system has them."""
+    return unicodedata.normalize("NFC", name)
 
 
 def decode(path: Path) -> Image.Image:

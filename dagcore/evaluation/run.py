@@ -144,7 +144,8 @@ class Work:
                 if isinstance(one, Mapping)
             }
             truth = {name: values.tolist() for name, values in job.target.truth.items()}
-            truth.setdefault("difficult", [False] * len(truth["labels"]))
+            for flags in ("difficult", "iscrowd"):
+                truth.setdefault(flags, [False] * len(truth["labels"]))
             judged = {"truth": truth, "seen": found}
         else:
             labels = job.target.labels.cpu()

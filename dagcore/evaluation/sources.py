@@ -156,7 +156,7 @@ class ImageFiles(Source):
         self.paths, self.names, self.keys = paths, names, keys
         if labels is not None and not labels.exists():
             raise FileNotFoundError(f"--labels {labels} does not exist")
-        self.truths = None if labels is None else TruthFiles(labels, victim)
+        self.truths = None if labels is None else TruthFiles(labels, victim, keys)
         if self.truths is not None and not self.truths.of_many and len(paths) > 1:
             raise ArgumentError(
                 f"--labels must be a folder with NAME.{self.truths.ending} for each of "

@@ -101,13 +101,13 @@ def average_precision(records: Sequence[Record], stage: str, num_classes: int) -
         found, truth = record["seen"][stage], record["truth"]
         measure.update(
             {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
-            *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult")),
+            *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult", "iscrowd")),
         )
     return measure.compute()
 
 
 def _tensor(name: str, values: Sequence[Any]) -> Tensor:
-    kinds = {"labels": torch.int64, "difficult": torch.bool}
+    kinds = {"labels": torch.int64, "difficult": torch.bool, "iscrowd": torch.bool}
     made = torch.tensor(values, dtype=kinds.get(name, torch.float64))
     return made.reshape(-1, 4) if name == "boxes" else made
 

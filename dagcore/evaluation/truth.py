@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..victims import Detector, Victim
 
 Truth = Tensor | Mapping[str, Tensor] | None
-"""A label map (h, w) int32; "boxes", "labels" and "difficult"; None: what the network sees."""
+"""A label map (h, w) int32; "boxes", "labels" and flags; None: what the network sees."""
 
 
 class TruthFiles:
@@ -24,16 +24,24 @@ class TruthFiles:
         given: a folder with NAME.png (NAME.xml) for each image NAME, or one file: of one image, or
             COCO's, of many.
         victim: the network that it is for.
+        names: of the images.
         option: what messages call `given`.
     """
 
-    def __init__(self, given: Path, victim: Victim | Detector, option: str = "--labels") -> None:
+    def __init__(
+        self,
+        given: Path,
+        victim: Victim | Detector,
+        names: Sequence[str],
+        option: str = "--labels",
+    ) -> None:
         self.given, self.option = given, option
         self.classes = victim.object_classes() if isinstance(victim, Detector) else None
         self.ending = "xml" if isinstance(victim, Detector) else "png"
         self.coco: CocoBoxes | None = None
         if isinstance(victim, Detector) and given.suffix == ".json":
             self.coco = CocoBoxes(given, self.classes)
+            self.coco.check_paths(names)
 
     @property
     def of_many(self) -> bool:
@@ -45,6 +53,9 @@ class TruthFiles:
         if not self.given.is_dir():
             return self.given
         path = (self.given / name).with_suffix(f".{self.ending}")
+        if not path.is_file() and path.parent.is_dir():
+            alike = files.composed(path.name)  # with accents written in another way
+            path = next((p for p in path.parent.iterdir() if files.composed(p.name) == alike), path)
         if not path.is_file():
             raise FileNotFoundError(f"{self.option}: {path} does not exist, but {name} needs it")
         return path
@@ -58,9 +69,8 @@ class TruthFiles:
         if self.ending == "png":
             return files.read_label_map(self.find(name))
         if self.coco is not None:
-            known = name if name in self.coco.images else Path(name).name
-            boxes, labels, crowd = self.coco(known, size)
-            return {"boxes": boxes, "labels": labels, "difficult": crowd}
+            boxes, labels, crowd = self.coco(name, size)
+            return {"boxes": boxes, "labels": labels, "iscrowd": crowd}
         path = self.find(name)
         if self.classes is None:
             raise ArgumentError(f"the model names no classes, which {path} needs")
