@@ -100,6 +100,18 @@ def test_crowds_are_no_targets(folder):
     )
 
 
+def test_objects_of_unknown_classes_are_left_out_and_named(folder, capsys):
+    path = folder / "xml" / "scene0.xml"
+    known = path.read_text()
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    more = f"<object><name>unicorn</name>{box}</object></annotation>"
+    path.write_text(known.replace("</annotation>", more))
+    assert attack("--labels", "xml", "--max-iter", 0, model=NAME, image="scene0.png") == 0
+    note = "without objects of unknown classes (unicorn)"
+    assert record("scene0")["notes"] == [note]
+    assert f"scene0: ({note})\n" in capsys.readouterr().err
+
+
 def test_the_detectors_own_boxes(folder, capsys):
     assert attack("--adversarial", "vanish", "--max-iter", 60, model=NAME, image="scene0.png") == 0
     numbers = check_outputs(folder / "out", "scene0", pixels("scene0.png"))

@@ -327,6 +327,43 @@ def test_what_is_broken_is_put_on_record_and_passed_over(photos, capsys, spoil, 
     assert not (photos.parent / "strict" / "summary.json").exists()
 
 
+def test_label_maps_of_16_bits_and_names_with_accents_in_two_ways(photos):
+    with_maps(photos)
+    maps = photos.parent / "maps"
+    with Image.open(maps / "b.png") as image:
+        labels = np.array(image).astype(np.uint16)
+    labels[0], labels[1] = 255, 65535
+    Image.fromarray(labels).save(maps / "cafe\u0301.png")
+    (photos / "b.png").rename(photos / "caf\u00e9.png")
+    assert start("--data", "photos", "--labels", "maps", "--max-iter", 0, "--figures", 0) == 0
+    known = {record["name"]: record for record in lines()}
+    assert summary()["failed"] == []
+    assert known["caf\u00e9"]["targets"] == known["a"]["targets"] - 2 * SIZE[0]
+
+
+def test_other_formats_are_read_or_named(photos, capsys):
+    with Image.open(photos / "a.png") as image:
+        image.save(photos / "f.gif", save_all=True, append_images=[image.rotate(90)])
+        image.save(photos / "g.PPM")
+        image.save(photos / "h.jfif", format="JPEG")
+        image.save(photos / "i.jp2")
+    (photos / "more" / "notes.txt").write_text("no image")
+    (photos / ".hidden.txt").write_text("no image")
+    assert start("--data", "photos", "--max-iter", 0, "--figures", 0) == 0
+    output = capsys.readouterr()
+    assert "note: --data photos: passed over 2 files of other formats than BMP, GIF" in output.err
+    assert ": i.jp2, more/notes.txt\n" in output.err
+    notes = {record["name"]: record["notes"] for record in lines()}
+    assert set(notes) == {"a", "b", "c", "d", "f", "g", "h", "more/a", "more/e"}
+    assert notes["f"] == ["the first of its 2 frames"]
+    assert not any(notes[name] for name in notes if name != "f")
+    assert "(the first of its 2 frames)" in output.err
+    assert summary()["images with notes"] == 1
+    arguments = ["attack", "photos/f.gif", "--model", "run_victim:make", "--out", "alone"]
+    assert main([*arguments, "--max-iter", "0"]) == 0
+    assert "f: (the first of its 2 frames)\n" in capsys.readouterr().err
+
+
 def test_nothing_but_broken_images_is_an_error(photos, capsys):
     for path in photos.rglob("*.png"):
         path.write_text("no picture")

@@ -44,4 +44,7 @@ def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
                 outcomes.append(outcome)
                 progress.finished(len(outcomes), outcome.line())
     show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.notes:
+            click.echo(f"{outcome.name}:{outcome.remarks()}", err=True)
     click.echo(f"written to {work.request.out}")

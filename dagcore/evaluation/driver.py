@@ -45,6 +45,8 @@ class Job:
     target: ImageTarget
     seed: int
     """Of the image's random choices."""
+    notes: list[str]
+    """What users should know of it."""
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -129,7 +131,7 @@ class Driver:
         name = self.source.names[number]
         image, index = image.to(self.device), (self.options.seed, number)
         target = self.rules.target(name, image, truth, generator_of(index), with_graph=self.reuse)
-        return Job(number, name, image, target, seed_of(index))
+        return Job(number, name, image, target, seed_of(index), self.source.notes(number))
 
     def run(
         self,
@@ -184,6 +186,7 @@ class Driver:
             active_after_rounding=active,
             perceptibility=float(result.perceptibility[0]),
             perceptibility_after_rounding=float(perceptibility(written - job.image[None])[0]),
+            notes=job.notes,
         )
 
     def _judge(self, written: Tensor, job: Job) -> tuple[int, Prediction]:

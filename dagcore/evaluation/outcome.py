@@ -39,6 +39,8 @@ class Outcome:
     """Active targets of the attacked image as its 8-bit file holds it."""
     perceptibility: float
     perceptibility_after_rounding: float
+    notes: list[str]
+    """What users should know of the image."""
 
     @property
     def perturbation(self) -> Tensor:
@@ -63,8 +65,12 @@ class Outcome:
         """What became of it, in short."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
-            f"{self.active[-1]} targets active"
+            f"{self.active[-1]} targets active{self.remarks()}"
         )
+
+    def remarks(self) -> str:
+        """The notes, behind a line."""
+        return f" ({'; '.join(self.notes)})" if self.notes else ""
 
     def note(self, goal: str) -> str:
         """The numbers in one line."""

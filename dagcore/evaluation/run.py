@@ -29,7 +29,7 @@ from .sources import source_of
 from .store import FAILED, Folder, Record
 from .summary import STAGES, summarise, tally
 
-RECORDS = 2  # raised where old records cannot be gone on from
+RECORDS = 3  # raised where old records cannot be gone on from
 SIGNAL_SECONDS = 5  # from a signal to the next that counts
 
 T = TypeVar("T")
@@ -241,6 +241,8 @@ def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
     changed = work.folder.begin(work.settings, work.made_with(), work.versions())
     if changed:
         print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
+    if work.source.note:
+        print(f"dagcore run: note: {work.source.note}", file=sys.stderr)
     count = len(work.source.names)
     done = {k for k, one in work.folder.read(count).items() if one["status"] != FAILED}
     return [k for k in range(count) if k not in done]

@@ -32,6 +32,7 @@ NUMBERS = (
     "perceptibility",
     "perceptibility_after_rounding",
     "num_classes",
+    "notes",
 )
 LONGEST_NAME = 255  # in bytes
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.atomic_write

@@ -48,6 +48,7 @@ def summarise(
             [r["perceptibility_after_rounding"] for r in aimed]
         ),
         "iterations": _spread([r["iterations"] for r in aimed]),
+        "images with notes": sum(bool(record["notes"]) for record in attacked),
         "failed": [
             {key: record[key] for key in ("number", "name", "reason")}
             for record in records

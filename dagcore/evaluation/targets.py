@@ -179,7 +179,7 @@ class MapRules(TargetRules):
             labels = prediction.int()
         else:
             assert isinstance(truth, Tensor)
-            labels = truth.to(leaf.device)
+            labels = files.void_as_ignored(truth, self.num_classes).to(leaf.device)
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
         record = {"num_classes": self.num_classes, "label_map": list(labels.shape), **chosen}
         known = (leaf, scores) if scores.requires_grad else None
@@ -201,7 +201,8 @@ class MapRules(TargetRules):
             raise ArgumentError(
                 f"label map of {name} must have {' or '.join(allowed)}, got {given[1]} x {given[0]}"
             )
-        counted = truth[truth != files.IGNORE]
+        counted = files.void_as_ignored(truth, self.num_classes)
+        counted = counted[counted != files.IGNORE]
         if counted.numel() and int(counted.max()) >= self.num_classes:
             raise ArgumentError(
                 f"label map of {name} must hold classes below {self.num_classes} "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import files
 from ..data.coco import CocoBoxes
-from ..data.voc import read_voc_boxes
+from ..data.voc import read_voc_boxes, unknown_voc_names
 from ..errors import ArgumentError
 from ..victims import Detector, Victim
 
@@ -60,6 +60,18 @@ class TruthFiles:
             raise FileNotFoundError(f"{self.option}: {path} does not exist, but {name} needs it")
         return path
 
+    def uses(self, path: Path) -> bool:
+        """Whether a file is one with ground truth."""
+        if not self.given.is_dir():
+            return path.samefile(self.given)
+        return path.suffix == f".{self.ending}" and path.is_relative_to(self.given)
+
+    def notes(self, name: str) -> list[str]:
+        """What users should know of the truth of an image, which can be read."""
+        if self.ending == "png" or self.coco is not None or self.classes is None:
+            return []
+        return notes_on_names(unknown_voc_names(self.find(name), self.classes))
+
     def read(self, name: str, size: tuple[int, int]) -> Truth:
         """The truth of an image of a size (height, width).
 
@@ -76,6 +88,11 @@ class TruthFiles:
             raise ArgumentError(f"the model names no classes, which {path} needs")
         boxes, labels, difficult = read_voc_boxes(path, size, self.classes)
         return {"boxes": boxes, "labels": labels, "difficult": difficult}
+
+
+def notes_on_names(unknown: Sequence[str]) -> list[str]:
+    """Tell of objects of unknown classes, which were left out."""
+    return [f"without objects of unknown classes ({', '.join(unknown)})"] if unknown else []
 
 
 def size_of(image: Tensor) -> tuple[int, int]:
