@@ -230,6 +230,20 @@ def test_boxes_in_cocos_format(here):
         assert one["name"] == f"sub/{other['name']}"
 
 
+def test_two_images_do_not_get_the_boxes_of_one(here, capsys):
+    coco_of(Scenes("07", "test", count=1), here)
+    (known,) = (here / "pictures" / "sub").iterdir()
+    content = json.loads((here / "objects.json").read_text())
+    content["images"][0]["file_name"] = "0.png"
+    (here / "objects.json").write_text(json.dumps(content))
+    for name in ("a", "b"):
+        (here / "pictures" / name).mkdir()
+        (here / "pictures" / name / "0.png").write_bytes(known.read_bytes())
+    message = "tell a/0.png and b/0.png apart"
+    options = ("--data", "pictures", "--labels", "objects.json")
+    assert message in refused(capsys, *options, model="FR-ZF-07")
+
+
 def test_voc(here):
     root = here / "VOCdevkit" / "VOC2007"
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -283,6 +297,10 @@ def break_label_mode(photos):
     Image.new("RGB", SIZE).save(photos.parent / "maps" / "b.png")
 
 
+def break_label_format(photos):
+    Image.new("L", SIZE).save(photos.parent / "maps" / "b.png", format="JPEG")
+
+
 def break_label_away(photos):
     (photos.parent / "maps" / "b.png").unlink()
 
@@ -295,6 +313,7 @@ BROKEN = [
     (break_label_size, "label map of b must have 32 x 24 pixels, the size of the image"),
     (break_label_class, "label map of b must hold classes below 5 (255 is ignored), got 7"),
     (break_label_mode, "must be a palette or grey image whose values are classes, got mode RGB"),
+    (break_label_format, "b.png must be of a lossless format such as PNG, got JPEG"),
     (break_label_away, "maps/b.png does not exist, but b.png needs it"),
 ]
 
