@@ -1,6 +1,7 @@
 """`dagcore attack` on detectors, with true boxes from files and without."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,6 +111,25 @@ def test_objects_of_unknown_classes_are_left_out_and_named(folder, capsys):
     note = "without objects of unknown classes (unicorn)"
     assert record("scene0")["notes"] == [note]
     assert f"scene0: ({note})\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("heart", "warning: 2 of 2 images with labelled objects have no target"),
+        ("window", "warning: only 0.0 % of the labelled targets are right on the clean images"),
+    ],
+)
+def test_labels_of_other_classes_are_told(folder, capsys, name, says):
+    for path in (folder / "xml").iterdir():
+        path.write_text(re.sub("<name>.*?</name>", f"<name>{name}</name>", path.read_text()))
+    images = ["scene0.png", "scene1.png"]
+    assert attack("--labels", "xml", "--max-iter", 0, model=NAME, image=images) == 0
+    assert says in capsys.readouterr().err
+    assert attack("--labels", "coco.json", "--max-iter", 0, model=NAME, image=images) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name in ("scene0", "scene1"):
+        assert 0 < record(name)["right_before"] == record(name)["active"][0]
 
 
 def test_the_detectors_own_boxes(folder, capsys):

@@ -27,7 +27,7 @@ from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import source_of
 from .store import FAILED, Folder, Record
-from .summary import STAGES, summarise, tally
+from .summary import STAGES, summarise, tally, warning_of_labels
 
 RECORDS = 3  # raised where old records cannot be gone on from
 SIGNAL_SECONDS = 5  # from a signal to the next that counts
@@ -277,7 +277,12 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
             f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
             "the folder? The same command goes on from there"
         )
-    summary = summarise(list(records.values()), work.victim.classes, work.driver.attack.tolerance)
+    attack = work.driver.attack
+    made = list(records.values())
+    summary = summarise(made, work.victim.classes, attack.tolerance, attack.goal)
+    warning = warning_of_labels(made)
+    if warning is not None:
+        summary["warning"] = warning
     work.folder.finish(records, summary)
     if attacked:
         work.folder.add_speed(
@@ -293,6 +298,8 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         )
     work.progress.summary(summary, attacked / seconds if attacked else None)
     print(f"written to {work.folder.out}")
+    if warning is not None:
+        print(f"dagcore run: warning: {warning}", file=sys.stderr)
     if not summary["attacked"]:
         first = summary["failed"][0]
         raise ArgumentError(f"no image could be attacked: {first['name']}: {first['reason']}")
