@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,12 @@ def void_as_ignored(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def frame_count(path: Path) -> int:
-    """The number of frames of an image file, of which the first is read."""
-    with Image.open(path, formats=FORMATS) as image:
-        return int(getattr(image, "n_frames", 1))
+    """The number of frames of an image file that can be read, of which the first is."""
+    with _opened(path) as image:
+        try:
+            return int(getattr(image, "n_frames", 1))
+        except Exception:  # what is behind the first frame is not read, and may be broken
+            return 1
 
 
 def composed(name: str) -> str:
@@ -103,17 +107,27 @@ def decode(path: Path) -> Image.Image:
     return _open(path, load=True)[0]
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """An image file, not decoded yet; what Pillow thinks of the camera's notes is not told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+
+
 def _open(path: Path, *, load: bool) -> tuple[Image.Image, int]:
     """An image, and the largest value that its file has room for."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             pixels, largest = image.width * image.height, _largest(image)
             # Of 16 bits a colour Pillow reads the upper 8 only.
             cut = not image.mode.startswith(("I", "F")) and largest > 255
             if pixels <= MAX_PIXELS and not cut:
                 if load:
                     image.load()
-                    ImageOps.exif_transpose(image, in_place=True)
+                    with contextlib.suppress(Exception):  # broken notes cost no image
+                        ImageOps.exif_transpose(image, in_place=True)
                 return image, largest
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
@@ -152,7 +166,7 @@ def write_image(path: Path, image: Tensor) -> None:
         Image.fromarray(levels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place once the block has ended well.
 

@@ -204,6 +204,15 @@ def test_photographs_are_read_upright(tmp_path, ending, orientation):
         assert (written.size, 0x0112 in written.getexif()) == ((24, 16), False)
 
 
+@pytest.mark.parametrize("cut", [10, 16, 20, 24])
+def test_broken_notes_of_a_camera_cost_no_image(tmp_path, cut):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker with a long name"
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (32, 24)).save(path, exif=exif.tobytes()[:cut])
+    assert sorted(files.read_image(path).shape) == [3, 24, 32]
+
+
 def png_of_few_bits(path, bits, values):
     """A grey PNG of one row of values of less than 8 bits each."""
     row = sum(value << bits * k for k, value in enumerate(reversed(values)))

@@ -64,7 +64,9 @@ class TruthFiles:
         """Whether a file is one with ground truth."""
         if not self.given.is_dir():
             return path.samefile(self.given)
-        return path.suffix == f".{self.ending}" and path.is_relative_to(self.given)
+        return path.suffix == f".{self.ending}" and path.resolve().is_relative_to(
+            self.given.resolve()
+        )
 
     def notes(self, name: str) -> list[str]:
         """What users should know of the truth of an image, which can be read."""
