@@ -109,8 +109,13 @@ class AveragePrecision:
     VOC: detections come in the order of their scores, those of equal score in the order in which
     they were given; each belongs to the true box of its class that it overlaps most, and is
     right if it is the first one there. One that belongs to a difficult box counts neither way. COCO
-    lets a detection look for a box that is still free; difficult boxes are its "crowds". A class
-    without a true box that is not difficult has no score and does not count in the mean.
+    lets a detection look for a box that is still free, and treats difficult boxes as crowds.
+
+    A crowd is a region to ignore, in every protocol: a detection that is not right, and has at
+    least half of its own area in a crowd of its class, counts neither way, however many do.
+
+    A class without a true box other than difficult ones and crowds has no score and does not count
+    in the mean.
 
     Args:
         num_classes: number of classes C, the background (0, which has no score) included.
@@ -133,6 +138,7 @@ class AveragePrecision:
         boxes: Tensor,
         labels: Tensor,
         difficult: Tensor | None = None,
+        iscrowd: Tensor | None = None,
     ) -> None:
         """Count the detections in one image.
 
@@ -142,36 +148,43 @@ class AveragePrecision:
             boxes: the true ones (K, 4).
             labels: (K,) integers.
             difficult: (K,) bool; None where there is no difficult one.
+            iscrowd: (K,) bool; None where there is no crowd.
         """
         for key in ("boxes", "labels", "scores"):
             if key not in prediction:
                 raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
         found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
-        if difficult is None:
-            difficult = torch.zeros(len(labels), dtype=torch.bool)
+        none = torch.zeros(len(labels), dtype=torch.bool)
+        difficult = none if difficult is None else difficult
+        iscrowd = none if iscrowd is None else iscrowd
         self._check("prediction['boxes']", found, "prediction['labels']", classes)
         self._check("boxes", boxes, "labels", labels)
         checks.tensor("prediction['scores']", scores, checks.FLOAT_DTYPES)
         checks.shape("prediction['scores']", scores, (len(found),), "prediction['boxes']")
-        checks.tensor("difficult", difficult, (torch.bool,))
-        checks.shape("difficult", difficult, (len(boxes),), "boxes")
+        for name, flags in (("difficult", difficult), ("iscrowd", iscrowd)):
+            checks.tensor(name, flags, (torch.bool,))
+            checks.shape(name, flags, (len(boxes),), "boxes")
         if bool(scores.isnan().any()):
             raise ArgumentError("prediction['scores'] must be numbers, got NaN")
         found, boxes = found.detach().cpu().double(), boxes.detach().cpu().double()
-        classes, labels, scores, difficult = (
-            values.detach().cpu() for values in (classes.long(), labels.long(), scores, difficult)
+        classes, labels, scores, difficult, iscrowd = (
+            values.detach().cpu()
+            for values in (classes.long(), labels.long(), scores, difficult, iscrowd)
         )
-        for label in labels[~difficult].tolist():
+        ignored = difficult | iscrowd
+        for label in labels[~ignored].tolist():
             self._truths[label] += 1
         if self._coco is not None:
             self._coco.update(
                 [{"boxes": found, "labels": classes, "scores": scores}],
-                [{"boxes": boxes, "labels": labels, "iscrowd": difficult.long()}],
+                [{"boxes": boxes, "labels": labels, "iscrowd": ignored.long()}],
             )
             return
         for label in set(classes.tolist()):
-            own, true = classes == label, labels == label
-            self._match(label, found[own], scores[own], boxes[true], difficult[true])
+            own, crowd = classes == label, (labels == label) & iscrowd
+            true = (labels == label) & ~iscrowd
+            in_crowd = (_share_inside(found[own], boxes[crowd]) >= 0.5).any(1)
+            self._match(label, found[own], scores[own], in_crowd, boxes[true], difficult[true])
 
     def compute(self) -> Score:
         """The score of everything counted so far."""
@@ -194,7 +207,13 @@ class AveragePrecision:
             )
 
     def _match(
-        self, label: int, found: Tensor, scores: Tensor, boxes: Tensor, difficult: Tensor
+        self,
+        label: int,
+        found: Tensor,
+        scores: Tensor,
+        in_crowd: Tensor,
+        boxes: Tensor,
+        difficult: Tensor,
     ) -> None:
         """Judge the detections of one class in one image."""
         overlap = self._box_iou(found, boxes)
@@ -204,9 +223,12 @@ class AveragePrecision:
             hit = best >= 0 and bool(overlap[d, best] >= 0.5)
             if hit and bool(difficult[best]):
                 continue
-            self._found[label].append((float(scores[d]), hit and best not in taken))
-            if hit:
+            right = hit and best not in taken
+            if right:
                 taken.add(best)
+            elif bool(in_crowd[d]):
+                continue
+            self._found[label].append((float(scores[d]), right))
 
     def _area(self, label: int) -> float:
         """Average precision of a class by VOC's protocol."""
@@ -222,6 +244,13 @@ class AveragePrecision:
         # Recall k / truths is at least t / 10, in integers.
         first = (max(-(-t * truths // 10), 1) for t in range(11))
         return sum(precision[k - 1] for k in first) / 11
+
+
+def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
+    """The share of the area of boxes (D, 4) that lies in each of regions (K, 4): (D, K)."""
+    corner = torch.maximum(boxes[:, None, :2], regions[:, :2])
+    sides = (torch.minimum(boxes[:, None, 2:], regions[:, 2:]) - corner).clamp(min=0)
+    return sides.prod(2) / (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
 
 
 def _coco() -> Any:

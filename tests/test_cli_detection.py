@@ -1,6 +1,7 @@
 """`dagcore attack` on detectors, with true boxes from files and without."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from torchvision.models import detection
 
 from dagcore import zoo
+from dagcore.__main__ import main
 from dagcore.data import SCENE_CLASSES, Scenes
 
 NAME = "FR-ZF-07"
@@ -71,6 +73,63 @@ def test_true_boxes_from_files(folder, labels):
             )
         assert numbers["detections"]["scores"] == pytest.approx(before, abs=1e-4)
         assert numbers["attacked"]["scores"] == pytest.approx(after, abs=1e-4)
+
+
+def test_crowds_are_no_targets(folder):
+    content = json.loads((folder / "coco.json").read_text())
+    options = ("--max-iter", 0)
+    assert attack("--labels", "coco.json", *options, model=NAME, image="scene0.png") == 0
+    single = record("scene0")
+    crowd = {"image_id": 0, "category_id": 102, "bbox": [0, 0, 160, 128], "iscrowd": "1"}
+    content["annotations"].append(crowd)
+    (folder / "crowd.json").write_text(json.dumps(content))
+    labels = ("--labels", "crowd.json")
+    assert attack(*labels, *options, model=NAME, image="scene0.png", out="crowd") == 0
+    assert record("scene0", "crowd")["targets"] == single["targets"] > 0
+    crowds = [{**one, "iscrowd": 1} for one in content["annotations"]]
+    (folder / "crowd.json").write_text(json.dumps({**content, "annotations": crowds}))
+    assert attack(*labels, *options, model=NAME, image="scene0.png", out="crowds") == 0
+    assert record("scene0", "crowds")["targets"] == 0
+    pictures = ("--data", "pictures", "--out", "run", "--device", "cpu", "--max-iter", "0")
+    (folder / "pictures").mkdir()
+    (folder / "scene0.png").rename(folder / "pictures" / "scene0.png")
+    assert main(["run", "--model", NAME, *labels, *pictures]) == 0
+    kept = json.loads((folder / "run" / "images.jsonl").read_text())
+    assert kept["truth"]["iscrowd"] == [True] * len(kept["truth"]["boxes"])
+    assert (
+        json.loads((folder / "run" / "summary.json").read_text())["mAP"]["before"]["mean"] is None
+    )
+
+
+def test_objects_of_unknown_classes_are_left_out_and_named(folder, capsys):
+    path = folder / "xml" / "scene0.xml"
+    known = path.read_text()
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    more = f"<object><name>unicorn</name>{box}</object></annotation>"
+    path.write_text(known.replace("</annotation>", more))
+    assert attack("--labels", "xml", "--max-iter", 0, model=NAME, image="scene0.png") == 0
+    note = "without objects of unknown classes (unicorn)"
+    assert record("scene0")["notes"] == [note]
+    assert f"scene0: ({note})\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("heart", "warning: 2 of 2 images with labelled objects have no target"),
+        ("window", "warning: only 0.0 % of the labelled targets are right on the clean images"),
+    ],
+)
+def test_labels_of_other_classes_are_told(folder, capsys, name, says):
+    for path in (folder / "xml").iterdir():
+        path.write_text(re.sub("<name>.*?</name>", f"<name>{name}</name>", path.read_text()))
+    images = ["scene0.png", "scene1.png"]
+    assert attack("--labels", "xml", "--max-iter", 0, model=NAME, image=images) == 0
+    assert says in capsys.readouterr().err
+    assert attack("--labels", "coco.json", "--max-iter", 0, model=NAME, image=images) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name in ("scene0", "scene1"):
+        assert 0 < record(name)["right_before"] == record(name)["active"][0]
 
 
 def test_the_detectors_own_boxes(folder, capsys):
@@ -144,8 +203,12 @@ BAD = [
     (("--labels", "box.json"), "a bbox of scene0.png must be four numbers of a box, got [1]"),
     (("--labels", "negative.json"), "four numbers of a box, got [5, 5, -3, 4]"),
     (("--labels", "size.json"), "must be of the image scene0.png (160 x 128 pixels), it has 320"),
-    (("--labels", "outside.xml"), "a box must lie in the image (160 x 128)"),
+    (("--labels", "inverted.xml"), "a box must have xmin <= xmax and ymin <= ymax, got ['1', '1'"),
     (("--labels", "unicorn.xml"), "an object's name must be one of"),
+    (("--labels", "twice.json"), "of its own, got 'scene0.png' and './scene0.png' (id 7)"),
+    (("--labels", "ids.json"), "of its own, got 0 and 'scene7.png' (id 0)"),
+    (("--labels", "astray.json"), "image_id 'x' is of none of its images"),
+    (("--labels", "flag.json"), "iscrowd of an object of scene0.png must be 0 or 1, got 'maybe'"),
 ]
 
 
@@ -154,7 +217,7 @@ def test_bad_input(folder, capsys, options, message):
     content = json.loads((folder / "coco.json").read_text())
     (folder / "empty").mkdir()
     (folder / "bad.json").write_text("{")
-    (folder / "unknown.json").write_text(json.dumps({**content, "images": []}))
+    (folder / "unknown.json").write_text(json.dumps({**content, "images": [], "annotations": []}))
     broken = [{"image_id": 0, "category_id": 101, "bbox": [1]}]
     (folder / "box.json").write_text(json.dumps({**content, "annotations": broken}))
     broken = [{"image_id": 0, "category_id": 101, "bbox": [5, 5, -3, 4]}]
@@ -166,9 +229,19 @@ def test_bad_input(folder, capsys, options, message):
     good = (folder / "xml/scene0.xml").read_text()
     thing = "<object><name>{}</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>{}</xmax>"
     thing += "<ymax>9</ymax></bndbox></object></annotation>"
-    for name, values in (("outside", (SCENE_CLASSES[1], 161)), ("unicorn", ("unicorn", 9))):
-        text = good.replace("</annotation>", thing.format(*values))
-        (folder / f"{name}.xml").write_text(text)
+    (folder / "inverted.xml").write_text(
+        good.replace("</annotation>", thing.format(SCENE_CLASSES[1], 0))
+    )
+    (folder / "unicorn.xml").write_text("<annotation>" + thing.format("unicorn", 9))
+    for name, image in (
+        ("twice", {"id": 7, "file_name": "./scene0.png"}),
+        ("ids", {"id": 0, "file_name": "scene7.png"}),
+    ):
+        images = [*content["images"], image]
+        (folder / f"{name}.json").write_text(json.dumps({**content, "images": images}))
+    for name, change in (("astray", {"image_id": "x"}), ("flag", {"iscrowd": "maybe"})):
+        things = [*content["annotations"], {**content["annotations"][0], **change}]
+        (folder / f"{name}.json").write_text(json.dumps({**content, "annotations": things}))
     error = refused(capsys, *options, model=NAME, image="scene0.png")
     assert message in error
     assert not (folder / "out").exists()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dagcore import DAG, Part, Sample, joint_attack, labels, perturbation, universal_perturbation
 from dagcore.data.coco import CocoBoxes
 from dagcore.data.voc import OBJECTS, read_voc_boxes
-from dagcore.files import IGNORE, read_image, read_label_map
+from dagcore.files import IGNORE, frame_count, read_image, read_label_map
 
 FEW = settings(FUZZ, max_examples=300)
 MORE = settings(FUZZ, max_examples=1000)
@@ -475,10 +475,15 @@ def encoded(mode: str, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+ORIENTED = Image.Exif()
+ORIENTED[0x0112] = 6
+SECOND = Image.new("RGB", (9, 7))
 FILES = [
     *(encoded(mode, "PNG") for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")),
     encoded("P", "PNG", transparency=b"\x00\x80\xff"),
     *(encoded(mode, "JPEG") for mode in ("RGB", "L", "CMYK")),
+    encoded("RGB", "JPEG", exif=ORIENTED),
+    *(encoded("RGB", f, save_all=True, append_images=[SECOND]) for f in ("TIFF", "GIF", "PNG")),
     *(encoded("RGB", format) for format in ("BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")),
 ]
 
@@ -516,6 +521,7 @@ def test_images(
     got = attempt("fuzzed.png", read, path)
     if got is None:
         return
+    assert frame_count(path) >= 1
     assert min(got.shape) >= 1
     if read is read_image:
         assert got.dtype == torch.float32

@@ -149,6 +149,47 @@ def test_difficult_boxes_count_neither_way(protocol: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    # By its left edge a detection of 20 x 20 is in the crowd, half in it, or less. Where it counts
+    # the first detection is wrong and the second right: precision 1/2 everywhere.
+    [(120.0, 100), (90.0, 100), (89.9, 50), (60.0, 50)],
+)
+def test_detections_in_a_crowd_count_neither_way(
+    protocol: str, left: float, expected: float
+) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [100, 100, 200, 200]])
+    crowd = torch.tensor([False, True])
+    measure = AveragePrecision(3, protocol=protocol)
+    inside = [left, 120, left + 20, 140]
+    prediction = found((inside, 0.9), ([0.0, 0, 10, 10], 0.8), ([130.0, 130, 150, 150], 0.95))
+    measure.update(prediction, boxes, torch.tensor([1, 1]), iscrowd=crowd)
+    # Class 2 has a crowd alone: no score.
+    measure.update(found((inside, 0.9), label=2), boxes[1:], torch.tensor([2]), iscrowd=crowd[1:])
+    score = measure.compute()
+    assert score.per_class[1] == pytest.approx(expected)
+    assert math.isnan(score.per_class[2])
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
+def test_a_crowd_takes_what_no_box_of_its_class_has(protocol: str) -> None:
+    # The box lies in the crowd. Found, it is right; found again, the crowd has it. The crowd is
+    # none of class 2, whose detection there is wrong, before the right one.
+    boxes = torch.tensor([[110.0, 110, 120, 120], [100, 100, 200, 200], [0, 0, 10, 10]])
+    box, away = boxes[0].tolist(), boxes[2].tolist()
+    found_boxes = torch.tensor([box, box, box, away])
+    prediction = {
+        "boxes": found_boxes,
+        "labels": torch.tensor([1, 1, 2, 2]),
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
+    }
+    measure = AveragePrecision(3, protocol=protocol)
+    crowd = torch.tensor([False, True, False])
+    measure.update(prediction, boxes, torch.tensor([1, 1, 2]), iscrowd=crowd)
+    assert measure.compute().per_class[1:] == pytest.approx((100, 50))
+
+
+@pytest.mark.parametrize("protocol", ["voc2007", "voc2010", "coco"])
 @pytest.mark.parametrize(("width", "expected"), [(5.0, 100), (4.9, 0)])
 def test_an_overlap_of_one_half_is_enough(protocol: str, width: float, expected: float) -> None:
     assert ap(protocol, found(([0, 0, width, 10], 0.9)), 1) == pytest.approx(expected)
@@ -203,6 +244,8 @@ def test_average_precision_refuses() -> None:
         measure.update(good, TRUTH[0], ones)
     with pytest.raises(ValueError, match=r"difficult must have shape \(1,\) to match boxes"):
         measure.update(good, TRUTH[:1], ones, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"iscrowd must have shape \(1,\) to match boxes"):
+        measure.update(good, TRUTH[:1], ones, iscrowd=torch.tensor([True, False]))
     with pytest.raises(ValueError, match=r"prediction\['scores'\] must be numbers, got NaN"):
         measure.update({**good, "scores": torch.tensor([math.nan])}, TRUTH[:1], ones)
     assert math.isnan(measure.compute().mean)  # what was refused left nothing behind

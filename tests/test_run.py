@@ -21,6 +21,7 @@ from dagcore.data import Scenes
 from dagcore.evaluation import settings as run_settings
 from dagcore.evaluation import store as results
 from dagcore.evaluation.settings import tomllib
+from dagcore.evaluation.summary import summarise
 from dagcore.metrics import AveragePrecision, MeanIoU
 from dagcore.perturbation import perceptibility, round_to_8_bits
 from dagcore.zoo.evaluation import evaluate
@@ -230,6 +231,20 @@ def test_boxes_in_cocos_format(here):
         assert one["name"] == f"sub/{other['name']}"
 
 
+def test_two_images_do_not_get_the_boxes_of_one(here, capsys):
+    coco_of(Scenes("07", "test", count=1), here)
+    (known,) = (here / "pictures" / "sub").iterdir()
+    content = json.loads((here / "objects.json").read_text())
+    content["images"][0]["file_name"] = "0.png"
+    (here / "objects.json").write_text(json.dumps(content))
+    for name in ("a", "b"):
+        (here / "pictures" / name).mkdir()
+        (here / "pictures" / name / "0.png").write_bytes(known.read_bytes())
+    message = "tell a/0.png and b/0.png apart"
+    options = ("--data", "pictures", "--labels", "objects.json")
+    assert message in refused(capsys, *options, model="FR-ZF-07")
+
+
 def test_voc(here):
     root = here / "VOCdevkit" / "VOC2007"
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -279,8 +294,16 @@ def break_label_class(photos):
     Image.new("L", SIZE, 7).save(photos.parent / "maps" / "b.png")
 
 
+def break_label_count(photos):
+    Image.new("L", SIZE, 5).save(photos.parent / "maps" / "b.png")
+
+
 def break_label_mode(photos):
     Image.new("RGB", SIZE).save(photos.parent / "maps" / "b.png")
+
+
+def break_label_format(photos):
+    Image.new("L", SIZE).save(photos.parent / "maps" / "b.png", format="JPEG")
 
 
 def break_label_away(photos):
@@ -294,7 +317,9 @@ BROKEN = [
     (break_depth, "b.png must have 8 bits per channel, got mode I;16"),
     (break_label_size, "label map of b must have 32 x 24 pixels, the size of the image"),
     (break_label_class, "label map of b must hold classes below 5 (255 is ignored), got 7"),
+    (break_label_count, "got 5 (are they numbered from 1?)"),
     (break_label_mode, "must be a palette or grey image whose values are classes, got mode RGB"),
+    (break_label_format, "b.png must be of a lossless format such as PNG, got JPEG"),
     (break_label_away, "maps/b.png does not exist, but b.png needs it"),
 ]
 
@@ -325,6 +350,139 @@ def test_what_is_broken_is_put_on_record_and_passed_over(photos, capsys, spoil, 
     assert not (photos.parent / "out" / "images" / "b.png").exists()
     assert reason in refused(capsys, *arguments, "--strict", out="strict")
     assert not (photos.parent / "strict" / "summary.json").exists()
+
+
+def test_label_maps_of_16_bits_and_names_with_accents_in_two_ways(photos):
+    with_maps(photos)
+    maps = photos.parent / "maps"
+    with Image.open(maps / "b.png") as image:
+        labels = np.array(image).astype(np.uint16)
+    labels[0], labels[1] = 255, 65535
+    Image.fromarray(labels).save(maps / "cafe\u0301.png")
+    (photos / "b.png").rename(photos / "caf\u00e9.png")
+    assert start("--data", "photos", "--labels", "maps", "--max-iter", 0, "--figures", 0) == 0
+    known = {record["name"]: record for record in lines()}
+    assert summary()["failed"] == []
+    assert known["caf\u00e9"]["targets"] == known["a"]["targets"] - 2 * SIZE[0]
+
+
+def seen_as_labels(photos, change):
+    """Label maps of what the victim sees, changed: name and classes -> classes."""
+    import run_victim
+
+    victim = run_victim.make()
+    for path in photos.rglob("*.png"):
+        with torch.no_grad():
+            scores = victim(pixels(path)[None])
+        seen = dagcore.ops.argmax_bilinear(scores, SIZE[::-1])[0].numpy()
+        name = path.relative_to(photos)
+        target = photos.parent / "maps" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(change(name.stem, seen).astype(np.uint8)).save(target)
+
+
+SHIFTED = [(1, "1 less: are they numbered from 1?"), (-1, "1 more: does 0 stand for 1?")]
+
+
+@pytest.mark.parametrize(("shift", "says"), SHIFTED)
+def test_labels_that_do_not_fit_are_no_success(photos, capsys, shift, says):
+    def change(_, seen):
+        moved = seen + shift
+        return np.where((moved >= 0) & (moved < 5), moved, 255)
+
+    seen_as_labels(photos, change)
+    arguments = ("--data", "photos", "--labels", "maps", "--figures", 0)
+    assert start(*arguments) == 0
+    known, error = summary(), capsys.readouterr().err
+    assert known["targets right before, %"] == 0
+    assert (known["nothing to fool"], known["converged"]) == (6, 0)
+    assert known["success after rounding, %"] is None
+    assert known["perceptibility"] is None
+    assert error.splitlines()[-1] == f"dagcore run: warning: {known['warning']}"
+    assert known["warning"].startswith("only 0.0 % of the labelled targets are right on the clean")
+    assert known["warning"].endswith(f" 100.0 % would be right if every label were {says}")
+    image = ["attack", "photos/a.png", "--labels", "maps/a.png", "--model", "run_victim:make"]
+    assert main([*image, "--out", "alone"]) == 0
+    output = capsys.readouterr()
+    assert says in output.err.splitlines()[-1]
+    assert "nothing to fool" in output.out
+
+
+def test_success_is_told_of_what_was_right_before(photos, capsys):
+    def change(name, seen):
+        wrong = (seen + 2) % 5
+        if name != "b":  # half of each other image is labelled rightly
+            wrong[:12] = seen[:12]
+        return wrong
+
+    seen_as_labels(photos, change)
+    arguments = ("--data", "photos", "--labels", "maps", "--figures", 0)
+    assert start(*arguments, "--max-iter", 1) == 0
+    known, records = summary(), lines()
+    half = SIZE[0] * SIZE[1] // 2
+    assert [r["right_before"] for r in records] == [half, 0, half, half, half, half]
+    assert all(r["active"][0] == r["right_before"] for r in records)
+    assert known["nothing to fool"] == 1
+    assert known["targets right before, %"] == pytest.approx(100 * 5 / 12)
+    left = [r["active"][-1] / half for r in records if r["right_before"]]
+    assert known["active targets left, %"] == pytest.approx(100 * sum(left) / 5)
+    assert "warning" not in known
+    assert start(*arguments, out="whole") == 0
+    good = sum(r["active_after_rounding"] == 0 for r in lines("whole") if r["right_before"])
+    assert summary("whole")["success after rounding, %"] == pytest.approx(100 * good / 5)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("goal", "right", "active", "left", "tolerance", "expected"),
+    [
+        ("leave", 10, 10, 0, 0.0, 100),
+        ("leave", 10, 10, 2, 0.2, 100),  # of the ten that were right, not of all 100
+        ("leave", 10, 10, 3, 0.2, 0),
+        ("leave", 0, 0, 0, 0.2, None),
+        ("reach", 0, 50, 0, 0.0, 100),  # what was wrong before is to be led as well
+        ("reach", 90, 0, 0, 0.0, None),  # all are where they are wanted
+    ],
+)
+def test_success_with_a_tolerance(goal, right, active, left, tolerance, expected):
+    record = {
+        "status": "converged",
+        "targets": 100,
+        "right_before": right,
+        "active": [active, left],
+        "active_after_rounding": left,
+        "pixels": {"before": {}, "after": {}},
+        "num_classes": 2,
+        "perceptibility": 0.0,
+        "perceptibility_after_rounding": 0.0,
+        "iterations": 1,
+        "notes": [],
+    }
+    known = summarise([record], None, tolerance, goal)
+    assert known["success after rounding, %"] == expected
+
+
+def test_other_formats_are_read_or_named(photos, capsys):
+    with Image.open(photos / "a.png") as image:
+        image.save(photos / "f.gif", save_all=True, append_images=[image.rotate(90)])
+        image.save(photos / "g.PPM")
+        image.save(photos / "h.jfif", format="JPEG")
+        image.save(photos / "i.jp2")
+    (photos / "more" / "notes.txt").write_text("no image")
+    (photos / ".hidden.txt").write_text("no image")
+    assert start("--data", "photos", "--max-iter", 0, "--figures", 0) == 0
+    output = capsys.readouterr()
+    assert "note: --data photos: passed over 2 files of other formats than BMP, GIF" in output.err
+    assert ": i.jp2, more/notes.txt\n" in output.err
+    notes = {record["name"]: record["notes"] for record in lines()}
+    assert set(notes) == {"a", "b", "c", "d", "f", "g", "h", "more/a", "more/e"}
+    assert notes["f"] == ["the first of its 2 frames"]
+    assert not any(notes[name] for name in notes if name != "f")
+    assert "(the first of its 2 frames)" in output.err
+    assert summary()["images with notes"] == 1
+    arguments = ["attack", "photos/f.gif", "--model", "run_victim:make", "--out", "alone"]
+    assert main([*arguments, "--max-iter", "0"]) == 0
+    assert "f: (the first of its 2 frames)\n" in capsys.readouterr().err
 
 
 def test_nothing_but_broken_images_is_an_error(photos, capsys):

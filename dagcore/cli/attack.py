@@ -9,6 +9,7 @@ import click
 
 from ..evaluation import faults
 from ..evaluation.attack_files import Plan, Request
+from ..evaluation.summary import warning_of_labels
 from . import options
 from .progress import ImageProgress, show_table
 
@@ -44,4 +45,10 @@ def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
                 outcomes.append(outcome)
                 progress.finished(len(outcomes), outcome.line())
     show_table(["image"], [([outcome.name], outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.notes:
+            click.echo(f"{outcome.name}:{outcome.remarks()}", err=True)
+    warning = warning_of_labels(work.records)
+    if warning is not None:
+        click.echo(f"dagcore attack: warning: {warning}", err=True)
     click.echo(f"written to {work.request.out}")

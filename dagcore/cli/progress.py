@@ -188,7 +188,7 @@ class ImageProgress(Bars):
         """Print the summary of a run, and how many images were attacked a second."""
         rows = []
         for name, value in summary.items():
-            if name == "failed":
+            if name in ("failed", "warning"):
                 continue
             told = str(value)
             if isinstance(value, float):
@@ -231,15 +231,24 @@ def print_table(
 
 
 # The numbers stand on the right.
-COLUMNS = (">targets", ">updates", "status", ">active", ">active after rounding", ">perceptibility")
+COLUMNS = (
+    ">targets",
+    ">right before",
+    ">updates",
+    "status",
+    ">active",
+    ">active after rounding",
+    ">perceptibility",
+)
 
 
 def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> None:
     """Print a table of outcomes, each with columns of its own in front."""
     table: list[list[str | Text]] = []
     for row, outcome in rows:
-        status = str(outcome.status) if outcome.targets else "no targets"
+        status = str(outcome.status) if outcome.active[0] else "nothing to fool"
+        status = status if outcome.targets else "no targets"
         active = str(outcome.active[-1]), str(outcome.active_after_rounding)
-        counts = str(outcome.targets), str(outcome.iterations)
+        counts = str(outcome.targets), str(outcome.right_before), str(outcome.iterations)
         table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
     print_table([*names, *COLUMNS], table)

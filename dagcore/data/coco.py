@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .example import boxes_of
+from ..files import composed
+from .example import boxes_of, cut
+
+FLAGS = {0: False, 1: True}
 
 
 class CocoBoxes:
     """The objects of the images of a COCO annotation file ("instances_val2017.json").
+
+    Numbers may be written as text. Names of files are compared with their accents composed (NFC).
 
     Args:
         path: the file.
@@ -24,7 +30,8 @@ class CocoBoxes:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no COCO annotation, or a category that is no class.
+        ValueError: a file that is no COCO annotation, that names an image twice, or whose
+            objects are of no image, no category or no class.
     """
 
     def __init__(self, path: Path, classes: Mapping[str, int] | None = None) -> None:
@@ -33,19 +40,21 @@ class CocoBoxes:
         self.path = path
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self.images = {str(one["file_name"]): one for one in content["images"]}
-            self.ids = {name: one["id"] for name, one in self.images.items()}
-            hash(tuple(self.ids.values()))  # or TypeError
-            self.objects: dict[Any, list[dict[str, Any]]] = {}
+            names = {_id(one["id"]): str(one["name"]) for one in content["categories"]}
+            self.images: dict[str, dict[str, Any]] = {}
+            self.objects: dict[int | str, list[dict[str, Any]]] = {}
+            self._below: defaultdict[str, list[str]] = defaultdict(list)  # names by their last part
+            for one in content["images"]:
+                self._add_image(one)
+            used = {_id(one["category_id"]) for one in content["annotations"]}
             for one in content["annotations"]:
-                self.objects.setdefault(one["image_id"], []).append(one)
-            names = {one["id"]: str(one["name"]) for one in content["categories"]}
-            used: set[Any] = {
-                one.get("category_id") for own in self.objects.values() for one in own
-            }
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if (image := _id(one["image_id"])) not in self.objects:
+                    raise ArgumentError(f"image_id {one['image_id']!r} is of none of its images")
+                self.objects[image].append(one)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            told = "" if isinstance(error, ArgumentError) else f"{type(error).__name__}: "
             raise ArgumentError(
-                f"annotation {path} cannot be read as COCO's: {type(error).__name__}: {error}"
+                f"annotation {path} cannot be read as COCO's: {told}{error}"
             ) from error
         unknown = used - set(names)
         if unknown:
@@ -65,7 +74,55 @@ class CocoBoxes:
             )
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
-    def __call__(self, file_name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _add_image(self, one: dict[str, Any]) -> None:
+        """Take up an image; raise for a name or an id that another one has."""
+        name, number = _plain(str(one["file_name"])), _id(one["id"])
+        for known in (self.images.get(name), number in self.objects and {"file_name": number}):
+            if known:
+                raise ArgumentError(
+                    "each image must have a file_name and an id of its own, got "
+                    f"{known['file_name']!a} and {one['file_name']!a} (id {one['id']})"
+                )
+        self.images[name] = one
+        self._below[name.rpartition("/")[2]].append(name)
+        self.objects[number] = []
+
+    def find(self, path: str) -> str:
+        """The file_name that an image's path ends in, or that ends in the path: the longest one.
+
+        Raises:
+            ValueError: an image that the file does not know, or that several names fit.
+        """
+        path = _plain(path)
+        parts = path.split("/")
+        for k in range(len(parts)):
+            if (name := "/".join(parts[k:])) in self.images:
+                return name
+        outer = [name for name in self._below[parts[-1]] if name.endswith(f"/{path}")]
+        if len(outer) > 1:
+            raise ArgumentError(
+                f"annotation {self.path} must have one image {path!r}, got {', '.join(outer)}"
+            )
+        if not outer:
+            raise ArgumentError(f"annotation {self.path} has no image {path!r}")
+        return outer[0]
+
+    def check_paths(self, paths: Sequence[str]) -> None:
+        """Raise where two images would get the objects of the same one."""
+        taken: dict[str, str] = {}
+        for path in paths:
+            try:
+                name = self.find(path)
+            except ArgumentError:  # that image's own
+                continue
+            if name in taken:
+                raise ArgumentError(
+                    f"annotation {self.path} must tell {taken[name]} and {path} apart, both would "
+                    f"get the boxes of {name}"
+                )
+            taken[name] = path
+
+    def __call__(self, path: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (K, 4), labels (K,) and crowd flags (K,) of an image of `size` (height, width).
 
         Boxes are cut at the border; those that are nothing but border are left out.
@@ -73,30 +130,51 @@ class CocoBoxes:
         Raises:
             ValueError: an image that the file does not know, or a box that is none.
         """
-        if file_name not in self.images:
-            raise ArgumentError(f"annotation {self.path} has no image {file_name!r}")
+        name = self.find(path)
+        image = self.images[name]
         height, width = size
-        one = self.images[file_name]
-        known = one.get("height", height), one.get("width", width)
-        if known != (height, width):
+        known = [image.get(key) for key in ("width", "height")]
+        if any(
+            given is not None and _id(given) != side
+            for given, side in zip(known, (width, height), strict=True)
+        ):
             raise ArgumentError(
-                f"annotation {self.path} must be of the image {file_name} ({width} x {height} "
-                f"pixels), it has {known[1]} x {known[0]}"
+                f"annotation {self.path} must be of the image {name} ({width} x {height} "
+                f"pixels), it has {known[0]} x {known[1]}"
             )
         found = []
-        for one in self.objects.get(self.ids[file_name], []):
+        for one in self.objects[_id(image["id"])]:
             try:
                 left, top, across, down = (float(value) for value in one["bbox"])
                 if not (math.isfinite(left + top + across + down) and min(across, down) >= 0):
                     raise ValueError
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ArgumentError(
-                    f"annotation {self.path}: a bbox of {file_name} must be four numbers of a box, "
+                    f"annotation {self.path}: a bbox of {name} must be four numbers of a box, "
                     f"got {one.get('bbox')!r}"
                 ) from error
-            right, bottom = min(left + across, width), min(top + down, height)
-            left, top = max(left, 0.0), max(top, 0.0)
-            if left < right and top < bottom:
-                label, crowd = self.labels[one["category_id"]], bool(one.get("iscrowd", 0))
-                found.append(((left, top, right, bottom), label, crowd))
+            crowd = _id(one.get("iscrowd") or 0)
+            if crowd not in FLAGS:
+                raise ArgumentError(
+                    f"annotation {self.path}: iscrowd of an object of {name} must be 0 or 1, "
+                    f"got {one['iscrowd']!r}"
+                )
+            box = cut((left, top, left + across, top + down), size)
+            if box is not None:
+                found.append((box, self.labels[_id(one["category_id"])], FLAGS[crowd]))
         return boxes_of(found)
+
+
+def _plain(path: str) -> str:
+    """A path as they are compared."""
+    return PurePosixPath(composed(path)).as_posix()
+
+
+def _id(value: Any) -> int | str:
+    """An id, or another whole number, which some tools write as text or with a point."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (int, float)):
+        return value  # type: ignore[return-value]  # a fraction is an id like any other
+    text = str(value).strip()
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 20 else text

@@ -30,6 +30,18 @@ class Example:
     difficult: Tensor
 
 
+def cut(
+    box: tuple[float, float, float, float], size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """A box (left, top, right, bottom) cut at the border of an image of `size` (height, width).
+
+    None if nothing with an area is left of it.
+    """
+    left, top = max(box[0], 0.0), max(box[1], 0.0)
+    right, bottom = min(box[2], size[1]), min(box[3], size[0])
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
 def boxes_of(objects: Sequence[tuple[Sequence[float], int, bool]]) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them."""
     return (

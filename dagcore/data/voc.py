@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset
 from .. import checks
 from ..errors import ArgumentError
 from ..optional import optional_import
-from .example import Example, boxes_of
+from .example import Example, boxes_of, cut
 
 # fmt: off
 VOC_CLASSES = (
@@ -26,6 +28,7 @@ VOC_CLASSES = (
 # fmt: on
 OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
+FLAGS = {"": False, "unspecified": False, "false": False, "no": False, "true": True, "yes": True}
 # Of each task the folder of its lists, the folder of its truths, and how their names end.
 TASKS = {
     "segmentation": ("Segmentation", "SegmentationClass", ".png"),
@@ -225,6 +228,9 @@ def read_voc_boxes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objects of an annotation in VOC's XML.
 
+    Boxes are cut at the border; those that are nothing but border are left out, and so are objects
+    of unknown classes, unless there are no others.
+
     Args:
         path: the file.
         size: (height, width) of its image.
@@ -237,26 +243,59 @@ def read_voc_boxes(
         FileNotFoundError: no such file.
         ValueError: a file that is no annotation, or not one of such an image and such classes.
     """
-    height, width = size
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    found = []
-    try:
-        tree = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype()))
-        for thing in tree.getroot().iterfind("object"):
-            name = thing.findtext("name", "").strip()
-            if name not in classes:
-                raise ArgumentError(
-                    f"an object's name must be one of {', '.join(classes)}, got {name!r}"
-                )
+    with _parsed(path) as root:
+        _check_size(root, size)
+        things = root.findall("object")
+        known = [one for one in things if _name(one) in classes]
+        if things and not known:
+            raise ArgumentError(
+                f"an object's name must be one of {', '.join(classes)}, got {_name(things[0])!r}"
+            )
+        found = []
+        for thing in known:
             corners = [thing.findtext(f"bndbox/{c}", "") for c in ("xmin", "ymin", "xmax", "ymax")]
             left, top, right, bottom = map(float, corners)
-            if not (1 <= left <= right <= width and 1 <= top <= bottom <= height):
-                raise ArgumentError(
-                    f"a box must lie in the image ({width} x {height}), got {corners}"
-                )
-            difficult = bool(int(thing.findtext("difficult", "0")))
-            found.append(((left - 1, top - 1, right, bottom), classes[name], difficult))
+            if not (math.isfinite(left + top + right + bottom) and left <= right and top <= bottom):
+                raise ArgumentError(f"a box must have xmin <= xmax and ymin <= ymax, got {corners}")
+            box = cut((left - 1, top - 1, right, bottom), size)
+            if box is not None:
+                found.append((box, classes[_name(thing)], _difficult(thing)))
+    return boxes_of(found)
+
+
+def unknown_voc_names(path: Path, classes: Mapping[str, int] = OBJECTS) -> list[str]:
+    """The names in an annotation that are none of the classes'; errors as for `read_voc_boxes`."""
+    with _parsed(path) as root:
+        return sorted({_name(one) for one in root.iterfind("object")} - set(classes))
+
+
+@contextlib.contextmanager
+def _parsed(path: Path) -> Iterator[ElementTree.Element]:
+    """The root of an annotation; errors inside the block are told as its own."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        yield ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctype())).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         raise ArgumentError(f"annotation {path} cannot be read: {error}") from error
-    return boxes_of(found)
+
+
+def _name(thing: ElementTree.Element) -> str:
+    return thing.findtext("name", "").strip()
+
+
+def _check_size(root: ElementTree.Element, size: tuple[int, int]) -> None:
+    """Raise where an annotation says that its image has another size; some tools write 0."""
+    given = [root.findtext(f"size/{side}", "").strip() or "0" for side in ("height", "width")]
+    if any(float(one) not in (0, side) for one, side in zip(given, size, strict=True)):
+        raise ArgumentError(
+            f"its image must have {given[1]} x {given[0]} pixels, it has {size[1]} x {size[0]}"
+        )
+
+
+def _difficult(thing: ElementTree.Element) -> bool:
+    """Whether an object is marked difficult, however a tool says so."""
+    text = thing.findtext("difficult", "").strip().lower()
+    if text in FLAGS:
+        return FLAGS[text]
+    return bool(int(text))

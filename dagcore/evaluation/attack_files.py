@@ -55,6 +55,7 @@ class Plan:
     def run(self, callback: Callback) -> Iterator[Outcome]:
         """Attack each image alone, in order, and write what comes of it."""
         updates = [0] * len(self.source.paths)
+        self.records: list[dict[str, Any]] = []
 
         def tell(jobs: list[Job], active: Tensor) -> None:
             for job, count in zip(jobs, active.tolist(), strict=True):
@@ -63,6 +64,7 @@ class Plan:
 
         numbers = range(len(self.source.paths))
         for job, outcome in self.driver.run(numbers, callback=tell):
+            self.records.append(outcome.numbers() | job.target.record)
             outcome = dataclasses.replace(outcome, name=self.source.paths[job.number].stem)
             write(
                 outcome,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import files
 from ..attacks import DAG, Result
 from ..engine import ScoreModel, frozen
 from ..engine.stream import Deferred, Sample
@@ -45,6 +46,8 @@ class Job:
     target: ImageTarget
     seed: int
     """Of the image's random choices."""
+    notes: list[str]
+    """What users should know of it."""
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -129,7 +132,7 @@ class Driver:
         name = self.source.names[number]
         image, index = image.to(self.device), (self.options.seed, number)
         target = self.rules.target(name, image, truth, generator_of(index), with_graph=self.reuse)
-        return Job(number, name, image, target, seed_of(index))
+        return Job(number, name, image, target, seed_of(index), self.source.notes(number))
 
     def run(
         self,
@@ -181,10 +184,19 @@ class Driver:
             iterations=int(result.iterations[0]),
             active=[count for count in result.active[:, 0].tolist() if count >= 0],
             targets=int(result.targets[0]),
+            right_before=self._right(job.target),
             active_after_rounding=active,
             perceptibility=float(result.perceptibility[0]),
             perceptibility_after_rounding=float(perceptibility(written - job.image[None])[0]),
+            notes=job.notes,
         )
+
+    def _right(self, target: ImageTarget) -> int:
+        """How many targets that count the network has right on the clean image."""
+        aims = target.adversarial
+        right = torch.where(target.right, target.labels, files.IGNORE)[None]
+        aims = aims if isinstance(aims, str) else aims[None]
+        return int(self.attack.objective().count(target.record["num_classes"], right, aims))
 
     def _judge(self, written: Tensor, job: Job) -> tuple[int, Prediction]:
         """Active targets of an image (1, 3, H, W), and what the network sees in it."""

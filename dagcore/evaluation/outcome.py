@@ -35,10 +35,14 @@ class Outcome:
     """Active targets after 0, 1, ... updates."""
     targets: int
     """Targets that count: neither ignored nor, for "leave", meant for their label."""
+    right_before: int
+    """Those of them that the network has right on the clean image."""
     active_after_rounding: int
     """Active targets of the attacked image as its 8-bit file holds it."""
     perceptibility: float
     perceptibility_after_rounding: float
+    notes: list[str]
+    """What users should know of the image."""
 
     @property
     def perturbation(self) -> Tensor:
@@ -63,18 +67,25 @@ class Outcome:
         """What became of it, in short."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
-            f"{self.active[-1]} targets active"
+            f"{self.active[-1]} targets active, {self.right_before} of {self.targets} right before"
+            f"{self.remarks()}"
         )
+
+    def remarks(self) -> str:
+        """The notes, behind a line."""
+        return f" ({'; '.join(self.notes)})" if self.notes else ""
 
     def note(self, goal: str) -> str:
         """The numbers in one line."""
         if not self.targets:
             return "no targets: the image is left as it is"
+        if not self.active[0]:
+            return f"none of {self.targets} targets to fool: the image is left as it is"
         state = "still right" if goal == "leave" else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
-            f"{self.active[-1]} of {self.targets} targets {state}, "
-            f"{self.active_after_rounding} after rounding to 8 bits · "
+            f"{self.active[-1]} of {self.targets} targets {state} ({self.right_before} right "
+            f"before), {self.active_after_rounding} after rounding to 8 bits · "
             f"perceptibility {self.perceptibility:.2e}"
         )
 

@@ -27,9 +27,9 @@ from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import source_of
 from .store import FAILED, Folder, Record
-from .summary import STAGES, summarise, tally
+from .summary import STAGES, summarise, tally, warning_of_labels
 
-RECORDS = 2  # raised where old records cannot be gone on from
+RECORDS = 3  # raised where old records cannot be gone on from
 SIGNAL_SECONDS = 5  # from a signal to the next that counts
 
 T = TypeVar("T")
@@ -149,7 +149,8 @@ class Work:
                 if isinstance(one, Mapping)
             }
             truth = {name: values.tolist() for name, values in job.target.truth.items()}
-            truth.setdefault("difficult", [False] * len(truth["labels"]))
+            for flags in ("difficult", "iscrowd"):
+                truth.setdefault(flags, [False] * len(truth["labels"]))
             judged = {"truth": truth, "seen": found}
         else:
             labels = job.target.labels.cpu()
@@ -245,6 +246,8 @@ def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
     changed = work.folder.begin(work.settings, work.made_with(), work.versions())
     if changed:
         print(f"dagcore run: note: {'; '.join(changed)}", file=sys.stderr)
+    if work.source.note:
+        print(f"dagcore run: note: {work.source.note}", file=sys.stderr)
     count = len(work.source.names)
     done = {k for k, one in work.folder.read(count).items() if one["status"] != FAILED}
     return [k for k in range(count) if k not in done]
@@ -279,7 +282,12 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
             f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
             "the folder? The same command goes on from there"
         )
-    summary = summarise(list(records.values()), work.victim.classes, work.driver.attack.tolerance)
+    attack = work.driver.attack
+    made = list(records.values())
+    summary = summarise(made, work.victim.classes, attack.tolerance, attack.goal)
+    warning = warning_of_labels(made)
+    if warning is not None:
+        summary["warning"] = warning
     work.folder.finish(records, summary)
     if attacked:
         work.folder.add_speed(
@@ -295,6 +303,8 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         )
     work.progress.summary(summary, attacked / seconds if attacked else None)
     print(f"written to {work.folder.out}")
+    if warning is not None:
+        print(f"dagcore run: warning: {warning}", file=sys.stderr)
     if not summary["attacked"]:
         first = summary["failed"][0]
         raise ArgumentError(f"no image could be attacked: {first['name']}: {first['reason']}")

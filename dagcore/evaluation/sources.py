@@ -15,12 +15,17 @@ from .. import files
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..data.painting import FAMILIES
 from ..data.scenes import SPLITS
+from ..data.voc import unknown_voc_names
 from ..errors import ArgumentError
 from ..victims import Detector, Victim
 from .settings import Settings
-from .truth import Truth, TruthFiles, size_of
+from .truth import Truth, TruthFiles, notes_on_names, size_of
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png"}
+    | {".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+NAMED = 5  # of the files that are passed over
 SCENES = 200  # unless settings say how many
 
 
@@ -29,6 +34,8 @@ class Source(abc.ABC):
 
     names: Sequence[str]
     """What results are called: plain names, or paths below a folder."""
+    note = ""
+    """What users should know of them all."""
 
     @abc.abstractmethod
     def read(self, index: int) -> tuple[Tensor, Truth]:
@@ -37,6 +44,10 @@ class Source(abc.ABC):
         Raises:
             OSError, ValueError: an image that is broken, or whose truth is.
         """
+
+    def notes(self, index: int) -> list[str]:
+        """What users should know of an image that can be read."""
+        return []
 
     def digest(self) -> str:
         """The names of all images, and what else can be told at a glance, in one number."""
@@ -124,6 +135,12 @@ class Examples(Source):
         paths = self.examples.files(index)
         return " ".join(str(path.stat().st_size) for path in paths if path.is_file())
 
+    def notes(self, index: int) -> list[str]:
+        """Objects of unknown classes."""
+        if not (self.boxes and isinstance(self.examples, VOC)):
+            return []
+        return notes_on_names(unknown_voc_names(self.examples.files(index)[1]))
+
     def read(self, index: int) -> tuple[Tensor, Truth]:
         """An example's image, with its mask or its boxes."""
         example: Example = self.examples[index]
@@ -156,7 +173,7 @@ class ImageFiles(Source):
         self.paths, self.names, self.keys = paths, names, keys
         if labels is not None and not labels.exists():
             raise FileNotFoundError(f"--labels {labels} does not exist")
-        self.truths = None if labels is None else TruthFiles(labels, victim)
+        self.truths = None if labels is None else TruthFiles(labels, victim, keys)
         if self.truths is not None and not self.truths.of_many and len(paths) > 1:
             raise ArgumentError(
                 f"--labels must be a folder with NAME.{self.truths.ending} for each of "
@@ -176,6 +193,12 @@ class ImageFiles(Source):
                 sizes.append(labels.stat().st_size)
         return " ".join(map(str, sizes))
 
+    def notes(self, index: int) -> list[str]:
+        """Frames and objects that were left out."""
+        frames = files.frame_count(self.paths[index])
+        first = [f"the first of its {frames} frames"] if frames > 1 else []
+        return first + ([] if self.truths is None else self.truths.notes(self.keys[index]))
+
     def read(self, index: int) -> tuple[Tensor, Truth]:
         """An image file and its labels."""
         image = files.read_image(self.paths[index])
@@ -187,17 +210,17 @@ class ImageFiles(Source):
 class ImageFolder(ImageFiles):
     """The image files in a folder and below, in the order of their names.
 
-    Hidden ones are left out, and folders that are links.
+    Hidden ones are left out, and folders that are links. `note` names other files.
     """
 
     def __init__(self, root: Path, labels: Path | None, victim: Victim | Detector) -> None:
-        paths = sorted(
+        found = sorted(
             path
             for path in root.rglob("*")
-            if path.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            if not any(part.startswith(".") for part in path.relative_to(root).parts)
             and path.is_file()
         )
+        paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not paths:
             raise ArgumentError(
                 f"--data {root} must hold images ({', '.join(sorted(SUFFIXES))}), there are none"
@@ -220,3 +243,15 @@ class ImageFolder(ImageFiles):
                         "folder"
                     )
         super().__init__(paths, names, [path.as_posix() for path in relative], labels, victim)
+        others = [
+            path.relative_to(root).as_posix()
+            for path in found
+            if path.suffix.lower() not in SUFFIXES
+            and not (self.truths is not None and self.truths.uses(path))
+        ]
+        if others:
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            self.note = (
+                f"--data {root}: passed over {len(others)} files of other formats than "
+                f"{', '.join(files.FORMATS)}: {', '.join(others[:NAMED])}{more}"
+            )

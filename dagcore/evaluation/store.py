@@ -26,12 +26,14 @@ FOLDERS = ("images", "perturbations", "figures", "records")
 FAILED = "failed"  # status of an image that cannot be attacked
 NUMBERS = (
     "targets",
+    "right_before",
     "active",
     "active_after_rounding",
     "iterations",
     "perceptibility",
     "perceptibility_after_rounding",
     "num_classes",
+    "notes",
 )
 LONGEST_NAME = 255  # in bytes
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.atomic_write

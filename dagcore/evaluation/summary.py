@@ -15,6 +15,7 @@ from ..metrics import AveragePrecision, Score, iou
 from .store import FAILED, Record
 
 STAGES = ("before", "after")  # of the attack, in the files
+FEW = 0.2  # of the labelled targets right on the clean images: users are warned below
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
@@ -28,26 +29,40 @@ def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
 
 
 def summarise(
-    records: Sequence[Record], classes: Sequence[str] | None, tolerance: float
+    records: Sequence[Record], classes: Sequence[str] | None, tolerance: float, goal: str
 ) -> dict[str, Any]:
-    """The summary of a run, from the records of all its images."""
+    """The summary of a run, from the records of all its images.
+
+    What the attack achieved is told of the images that had something to fool (see `to_fool`): what
+    was wrong on the clean image is not the attack's success.
+    """
     attacked = [record for record in records if record["status"] != FAILED]
-    aimed = [record for record in attacked if record["targets"]]
+    with_targets = [record for record in attacked if record["targets"]]
+    aimed = [record for record in with_targets if to_fool(record, goal)]
     status = [record["status"] for record in aimed]
     measure = "mIoU" if any("pixels" in record for record in attacked) else "mAP"
     return {
         "images": len(records),
         "attacked": len(attacked),
-        "without targets": len(attacked) - len(aimed),
+        "without targets": len(attacked) - len(with_targets),
+        "targets right before, %": _share(
+            sum(r["right_before"] / r["targets"] for r in with_targets), with_targets
+        ),
+        "nothing to fool": len(with_targets) - len(aimed),
         **{name: status.count(name) for name in ("converged", "budget", "stalled")},
-        "success after rounding, %": _share(sum(succeeded(r, tolerance) for r in aimed), aimed),
-        "active targets left, %": _share(sum(r["active"][-1] / r["targets"] for r in aimed), aimed),
+        "success after rounding, %": _share(
+            sum(succeeded(r, tolerance, goal) for r in aimed), aimed
+        ),
+        "active targets left, %": _share(
+            sum(r["active"][-1] / to_fool(r, goal) for r in aimed), aimed
+        ),
         **({measure: scores(attacked, classes, measure)} if attacked else {}),
         "perceptibility": _spread([r["perceptibility"] for r in aimed]),
         "perceptibility after rounding": _spread(
             [r["perceptibility_after_rounding"] for r in aimed]
         ),
         "iterations": _spread([r["iterations"] for r in aimed]),
+        "images with notes": sum(bool(record["notes"]) for record in attacked),
         "failed": [
             {key: record[key] for key in ("number", "name", "reason")}
             for record in records
@@ -56,10 +71,49 @@ def summarise(
     }
 
 
-def succeeded(record: Record, tolerance: float) -> bool:
-    """Whether the attacked image is still one after rounding to 8 bits."""
-    allowed = UntilFooled(0, tolerance).allowed(torch.tensor([record["targets"]]))
+def to_fool(record: Record, goal: str) -> int:
+    """Targets that an attack has to fool.
+
+    For "leave" those that are right on the clean image, for "reach" those that are not at their
+    adversarial label there.
+    """
+    return int(record["right_before"] if goal == "leave" else record["active"][0])
+
+
+def succeeded(record: Record, tolerance: float, goal: str) -> bool:
+    """Whether the 8-bit file has no more active targets than are tolerated of those to fool."""
+    allowed = UntilFooled(0, tolerance).allowed(torch.tensor([to_fool(record, goal)]))
     return bool(record["active_after_rounding"] <= allowed)
+
+
+def warning_of_labels(records: Sequence[Record]) -> str | None:
+    """What is wrong with labels that were given, if hardly any fit what the network sees.
+
+    That is, where less than `FEW` of all targets are right on the clean images, or less than `FEW`
+    of the images with objects have targets. If labels one less or one more are right at least
+    there and twice as often, the message says so.
+    """
+    labelled = [record for record in records if record.get("labelled")]
+    targets, right = (sum(r[name] for r in labelled) for name in ("targets", "right_before"))
+    objects = [record for record in labelled if record.get("objects")]
+    without = sum(not record["targets"] for record in objects)
+    if objects and len(objects) - without < FEW * len(objects):
+        return (
+            f"{without} of {len(objects)} images with labelled objects have no target: the network "
+            "does not see what the labels say, are its classes those of the labels?"
+        )
+    if not targets or right >= FEW * targets:
+        return None
+    told = (
+        f"only {100 * right / targets:.1f} % of the labelled targets are right on the clean "
+        "images: are the network's classes those of the labels?"
+    )
+    for shift in ("-1", "+1"):
+        count = sum(record.get("right_if_shifted", {}).get(shift, 0) for record in labelled)
+        if count >= max(FEW * targets, 2 * right):
+            how = "less: are they numbered from 1" if shift == "-1" else "more: does 0 stand for 1"
+            told += f" {100 * count / targets:.1f} % would be right if every label were 1 {how}?"
+    return told
 
 
 def scores(
@@ -102,14 +156,14 @@ def average_precision(records: Sequence[Record], stage: str, num_classes: int) -
         found, truth = record["seen"][stage], record["truth"]
         measure.update(
             {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
-            *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult")),
+            *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult", "iscrowd")),
         )
     score = measure.compute()
     return Score(score.per_class[1:], score.mean)
 
 
 def _tensor(name: str, values: Sequence[Any]) -> Tensor:
-    kinds = {"labels": torch.int64, "difficult": torch.bool}
+    kinds = {"labels": torch.int64, "difficult": torch.bool, "iscrowd": torch.bool}
     made = torch.tensor(values, dtype=kinds.get(name, torch.float64))
     if name == "labels":
         return made + 1

@@ -34,6 +34,8 @@ class ImageTarget:
     adversarial: Tensor | str
     prediction: Prediction
     """What the network sees in the clean image."""
+    right: Tensor
+    """Where it sees the labels there: bool, shaped like `labels`."""
     record: dict[str, Any]
     """What the image's record says of it."""
     boxes: Tensor | None = None
@@ -191,11 +193,24 @@ class MapRules(TargetRules):
             labels = prediction.int()
         else:
             assert isinstance(truth, Tensor)
-            labels = truth.to(leaf.device)
+            labels = files.void_as_ignored(truth, self.num_classes).to(leaf.device)
         adversarial, chosen = self.adversary.choose(labels, self.num_classes, generator)
-        record = {"num_classes": self.num_classes, "label_map": list(labels.shape), **chosen}
+        record: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "label_map": list(labels.shape),
+            "labelled": truth is not None,
+            **chosen,
+        }
+        if truth is not None:
+            record["right_if_shifted"] = {
+                f"{shift:+d}": int(
+                    ((prediction == labels + shift) & (labels != files.IGNORE)).sum()
+                )
+                for shift in (-1, 1)
+            }
         known = (leaf, scores) if scores.requires_grad else None
-        return ImageTarget(labels, adversarial, prediction.cpu(), record, known=known)
+        right = prediction == labels
+        return ImageTarget(labels, adversarial, prediction.cpu(), right, record, known=known)
 
     def _size(self, name: str, image: tuple[int, int], truth: Truth) -> tuple[int, int]:
         """How many rows and columns of targets an image has; raise for a truth of another size."""
@@ -213,11 +228,13 @@ class MapRules(TargetRules):
             raise ArgumentError(
                 f"label map of {name} must have {' or '.join(allowed)}, got {given[1]} x {given[0]}"
             )
-        counted = truth[truth != files.IGNORE]
-        if counted.numel() and int(counted.max()) >= self.num_classes:
+        counted = files.void_as_ignored(truth, self.num_classes)
+        counted = counted[counted != files.IGNORE]
+        if counted.numel() and (largest := int(counted.max())) >= self.num_classes:
+            hint = " (are they numbered from 1?)" if largest == self.num_classes else ""
             raise ArgumentError(
                 f"label map of {name} must hold classes below {self.num_classes} "
-                f"(255 is ignored), got {int(counted.max())}"
+                f"(255 is ignored), got {largest}{hint}"
             )
         return given
 
@@ -257,9 +274,11 @@ class BoxRules(TargetRules):
                 stack.enter_context(model.encoded(leaf))
                 with torch.no_grad():
                     (found,) = model.detect(leaf)
+            labelled = truth is not None
             if truth is None:
                 truth = model.confident(found, CONFIDENT, leaf)
             assert isinstance(truth, Mapping)
+            objects = len(truth["boxes"]) - int(truth.get("iscrowd", torch.zeros(0)).sum())
             try:
                 with self._running(name, leaf):
                     targets = model.dense_targets(
@@ -272,9 +291,12 @@ class BoxRules(TargetRules):
             except (ArgumentTypeError, ArgumentError) as error:
                 raise type(error)(f"{name}: {error}") from error
             boxes = None if model.has_own_targets else targets.boxes
-            known = None
-            if leaf.requires_grad and bool(targets.counts[0]):
-                known = leaf, model(leaf, boxes)
+            known, right = None, torch.zeros_like(targets.labels[0], dtype=torch.bool)
+            if bool(targets.counts[0]):
+                with self._running(name, leaf):
+                    scores = model(leaf, boxes)
+                right = scores[0].detach().argmax(0) == targets.labels[0]
+                known = (leaf, scores) if leaf.requires_grad else None
         self.num_classes = targets.num_classes
         if self.target_class is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
             try:
@@ -289,6 +311,8 @@ class BoxRules(TargetRules):
         record: dict[str, Any] = {
             "num_classes": self.num_classes,
             "proposals": int(targets.proposals[0]),
+            "labelled": labelled,
+            "objects": objects,
         }
         if self.target_class is not None:
             adversarial = torch.where(labels == files.IGNORE, files.IGNORE, self.target_class)
@@ -299,6 +323,7 @@ class BoxRules(TargetRules):
             labels,
             adversarial,
             {key: value.cpu() for key, value in found.items()},
+            right,
             record,
             None if boxes is None else boxes[0],
             truth,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from .. import files
 from ..data.coco import CocoBoxes
-from ..data.voc import read_voc_boxes
+from ..data.voc import read_voc_boxes, unknown_voc_names
 from ..errors import ArgumentError
 from ..victims import Detector, Victim
 
 Truth = Tensor | Mapping[str, Tensor] | None
-"""A label map (h, w) int32; "boxes", "labels" and "difficult"; None: what the network sees."""
+"""A label map (h, w) int32; "boxes", "labels" and flags; None: what the network sees."""
 
 
 class TruthFiles:
@@ -24,16 +24,24 @@ class TruthFiles:
         given: a folder with NAME.png (NAME.xml) for each image NAME, or one file: of one image, or
             COCO's, of many.
         victim: the network that it is for.
+        names: of the images.
         option: what messages call `given`.
     """
 
-    def __init__(self, given: Path, victim: Victim | Detector, option: str = "--labels") -> None:
+    def __init__(
+        self,
+        given: Path,
+        victim: Victim | Detector,
+        names: Sequence[str],
+        option: str = "--labels",
+    ) -> None:
         self.given, self.option = given, option
         self.classes = victim.object_classes() if isinstance(victim, Detector) else None
         self.ending = "xml" if isinstance(victim, Detector) else "png"
         self.coco: CocoBoxes | None = None
         if isinstance(victim, Detector) and given.suffix == ".json":
             self.coco = CocoBoxes(given, self.classes)
+            self.coco.check_paths(names)
 
     @property
     def of_many(self) -> bool:
@@ -45,9 +53,26 @@ class TruthFiles:
         if not self.given.is_dir():
             return self.given
         path = (self.given / name).with_suffix(f".{self.ending}")
+        if not path.is_file() and path.parent.is_dir():
+            alike = files.composed(path.name)  # with accents written in another way
+            path = next((p for p in path.parent.iterdir() if files.composed(p.name) == alike), path)
         if not path.is_file():
             raise FileNotFoundError(f"{self.option}: {path} does not exist, but {name} needs it")
         return path
+
+    def uses(self, path: Path) -> bool:
+        """Whether a file is one with ground truth."""
+        if not self.given.is_dir():
+            return path.samefile(self.given)
+        return path.suffix == f".{self.ending}" and path.resolve().is_relative_to(
+            self.given.resolve()
+        )
+
+    def notes(self, name: str) -> list[str]:
+        """What users should know of the truth of an image, which can be read."""
+        if self.ending == "png" or self.coco is not None or self.classes is None:
+            return []
+        return notes_on_names(unknown_voc_names(self.find(name), self.classes))
 
     def read(self, name: str, size: tuple[int, int]) -> Truth:
         """The truth of an image of a size (height, width).
@@ -58,14 +83,18 @@ class TruthFiles:
         if self.ending == "png":
             return files.read_label_map(self.find(name))
         if self.coco is not None:
-            known = name if name in self.coco.images else Path(name).name
-            boxes, labels, crowd = self.coco(known, size)
-            return {"boxes": boxes, "labels": labels, "difficult": crowd}
+            boxes, labels, crowd = self.coco(name, size)
+            return {"boxes": boxes, "labels": labels, "iscrowd": crowd}
         path = self.find(name)
         if self.classes is None:
             raise ArgumentError(f"the model names no classes, which {path} needs")
         boxes, labels, difficult = read_voc_boxes(path, size, self.classes)
         return {"boxes": boxes, "labels": labels, "difficult": difficult}
+
+
+def notes_on_names(unknown: Sequence[str]) -> list[str]:
+    """Tell of objects of unknown classes, which were left out."""
+    return [f"without objects of unknown classes ({', '.join(unknown)})"] if unknown else []
 
 
 def size_of(image: Tensor) -> tuple[int, int]:

@@ -136,6 +136,7 @@ class Detector(nn.Module, abc.ABC):
             images: (N, 3, H, W) floating point in [0, 1].
             ground_truth: for each image its true "boxes" (K, 4) in pixels and "labels" (K,): a
                 mapping as torchvision's detectors are trained on, or a `dagcore.data.Example`.
+                Boxes that "iscrowd" (K,) marks are regions to ignore, and give no targets.
                 If None, what the detector itself finds with a score of `confidence` or more.
             nms_threshold: of the region network while it proposes (the paper: 0.9, where its
                 detectors have 0.7). One-stage detectors take all anchors.
@@ -247,18 +248,18 @@ class Detector(nn.Module, abc.ABC):
     def check_truth(
         self, n: int, truth: Any, images: Tensor, num_classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Boxes and labels of image n's ground truth; raise where anything is wrong with them."""
+        """Boxes and labels of image n's objects; raise where anything is wrong with its truth."""
         name = f"ground_truth[{n}]"
-        values = []
-        for key in ("boxes", "labels"):
+        values: list[Any] = []
+        for key in ("boxes", "labels", "iscrowd"):
             known = truth.get(key) if isinstance(truth, Mapping) else getattr(truth, key, None)
-            if known is None:
+            if known is None and key != "iscrowd":
                 raise ArgumentError(
                     f"{name} must have 'boxes' and 'labels', got {type(truth).__name__} "
                     f"without {key!r}"
                 )
             values.append(known)
-        boxes, labels = values
+        boxes, labels, crowd = values
         checks.tensor(f"{name} boxes", boxes, checks.FLOAT_DTYPES)
         checks.tensor(f"{name} labels", labels, checks.LABEL_DTYPES)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
@@ -272,7 +273,12 @@ class Detector(nn.Module, abc.ABC):
                 f"{name} labels must be classes below {num_classes} other than the background "
                 f"({self.background}), got {int(labels[wrong][0])}"
             )
-        return boxes, labels
+        if crowd is None:
+            return boxes, labels
+        checks.tensor(f"{name} iscrowd", crowd, (torch.bool, *checks.LABEL_DTYPES))
+        checks.shape(f"{name} iscrowd", crowd, (len(boxes),), "its boxes")
+        single = ~crowd.to(images.device).bool()
+        return boxes[single], labels[single]
 
     def _check_candidates(self, found: Sequence[tuple[Tensor, Tensor]], images: Tensor) -> None:
         """Raise unless there are boxes (P, 4) and scores (P, C) for each image."""
