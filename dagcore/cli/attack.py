@@ -9,7 +9,7 @@ import click
 
 from ..evaluation import faults
 from ..evaluation.attack_files import Plan, Request
-from ..evaluation.summary import warning_of_labels
+from ..evaluation.summary import warnings_of
 from . import options
 from .progress import ImageProgress, show_table
 
@@ -48,7 +48,7 @@ def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
     for outcome in outcomes:
         if outcome.notes:
             click.echo(f"{outcome.name}:{outcome.remarks()}", err=True)
-    warning = warning_of_labels(work.records)
-    if warning is not None:
+    attack = work.driver.attack
+    for warning in warnings_of(work.records, attack.tolerance, attack.goal, attack.levels):
         click.echo(f"dagcore attack: warning: {warning}", err=True)
     click.echo(f"written to {work.request.out}")

@@ -19,7 +19,7 @@ from .. import files
 from ..data import Scenes
 from ..evaluation.attack_files import Plan, Request
 from ..evaluation.driver import Driver, Job
-from ..evaluation.options import AttackOptions
+from ..evaluation.options import LEVELS, AttackOptions
 from ..evaluation.outcome import Outcome, output_files, write
 from ..evaluation.sources import Source
 from ..evaluation.targets import ImageTarget
@@ -40,8 +40,7 @@ LOOK_AT = """\
 What to look at:
   {permutation}
     The photograph, what the network sees in each cell of it, the change times 10, and what it
-    sees in the file {image}, which looks like the original. No cell kept its class
-    before the file was rounded.
+    sees in the file {image}, which looks like the original.
   {one_class}
     The same, every cell pushed towards one class, {target}. A cell counts no more as soon as it
     has left its own class, so that few get there.
@@ -50,8 +49,15 @@ What to look at:
     around it.
   {scenes}
     A scene as the zoo's networks are trained on, its segmentation and the objects found in it.
-"active after rounding" counts the targets that are active again once the attacked image is
-rounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the attack does."""
+{files}"""
+FILES = {
+    "256": "The network was shown every image as its 8-bit PNG holds it: what it sees in the file "
+    "is what\nwas attacked. --levels none attacks the images in memory, and shows what rounding "
+    "undoes.",
+    "none": '"active after rounding" counts the targets that are active again once the attacked '
+    "image is\nrounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the "
+    "attack does.",
+}
 
 
 class Photographs(Source):
@@ -71,14 +77,16 @@ class Photographs(Source):
 class Demo:
     """The demo network and photographs, attacked into a folder."""
 
-    def __init__(self, out: Path, source: Photographs, progress: ImageProgress) -> None:
-        self.out, self.source, self.progress = out, source, progress
+    def __init__(
+        self, out: Path, source: Photographs, progress: ImageProgress, levels: str
+    ) -> None:
+        self.out, self.source, self.progress, self.levels = out, source, progress, levels
         self.victim = load("demo")
         self.rows: list[tuple[Row, Outcome]] = []
 
     def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
         """Attack the first photographs, and write what comes of them; what the first aimed at."""
-        settings = AttackOptions(model="demo", **options)
+        settings = AttackOptions(model="demo", levels=self.levels, **options)
         cpu = torch.device("cpu")
         driver = Driver(settings, self.victim, self.source, cpu, slots=count)
         updates = itertools.count()
@@ -106,7 +114,8 @@ class Demo:
         path = self.out / "scene.png"
         files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
         for name in SCENE_NETWORKS:
-            work = Plan(Request(images=[path], out=self.out / name.lower(), model=name))
+            out = self.out / name.lower()
+            work = Plan(Request(images=[path], out=out, model=name, levels=self.levels))
             tell = partial(self.progress.update, name)
             for outcome in work.run(lambda _, *where, tell=tell: tell(*where)):
                 self.finished((f"scene, {name}", "permutation"), outcome)
@@ -117,11 +126,16 @@ class Demo:
         self.progress.finished(len(self.rows), outcome.line())
 
 
-def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = SIZE) -> None:
+def run(
+    out: Path,
+    names: Sequence[str] = PHOTOGRAPHS,
+    size: tuple[int, int] = SIZE,
+    levels: str = LEVELS[0],
+) -> None:
     """Attack photographs of scikit-image, cut to a size (width, height), and a scene."""
     files.make_folder(out)
     progress = ImageProgress(transient=True)
-    demo = Demo(out, Photographs(names, size), progress)
+    demo = Demo(out, Photographs(names, size), progress, levels)
     total = 2 * len(names) + 1 + len(SCENE_NETWORKS)
     progress.begin(total, total)
     with progress:
@@ -140,6 +154,7 @@ def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = S
             image=written["permutation"]["image"].name,
             target=TARGET,
             background=demo.victim.classes[pattern.record["background"]],
+            files=FILES[levels],
             scenes=" and ".join(map(str, scenes)),
         )
     )
@@ -147,6 +162,7 @@ def run(out: Path, names: Sequence[str] = PHOTOGRAPHS, size: tuple[int, int] = S
 
 @click.command("demo")
 @options.out("Folder for the output.", default="demo")
-def command(out: Path) -> None:
+@options.levels
+def command(out: Path, levels: str) -> None:
     """Attack the photographs of scikit-image and a scene, and say what to look at."""
-    run(out)
+    run(out, levels=levels)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..checks import GOALS, fraction
-from ..evaluation.options import parse_size
+from ..evaluation.options import LEVELS, parse_size
 
 Decorator = Callable[[Any], Any]
 
@@ -91,6 +91,16 @@ def model(*, note: str = "", **settings: Any) -> Decorator:
     )
 
 
+levels = click.option(
+    "--levels",
+    type=click.Choice(LEVELS),
+    default=LEVELS[0],
+    show_default=True,
+    help="Attack images as their 8-bit files hold them, at 256 levels, or as they are in memory: "
+    "none.",
+)
+
+
 def attack(*, required: bool) -> Decorator:
     """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
     return all_of(
@@ -139,6 +149,12 @@ def attack(*, required: bool) -> Decorator:
         ),
         number("--epsilon", help="Largest change of a pixel, for images in 0..1.  [default: none]"),
         number("--tolerance", default="0", help="Fraction of the targets that may be left active."),
+        number(
+            "--margin",
+            default="0",
+            help="By how much a target must be won to count no more, in the units of the scores.",
+        ),
+        levels,
         device,
         seed(),
     )

@@ -209,9 +209,9 @@ class Driver:
         prediction: Prediction
         with frozen(victim), torch.no_grad():
             if isinstance(victim, Detector):
-                with victim.encoded(written):
+                with victim.encoded(written.clone()):
                     scores = scores_of(written, labels, boxes)
-                    (found,) = victim.detect(written)
+                    (found,) = victim.detect(written.clone())
                 prediction = {key: value.cpu() for key, value in found.items()}
             else:
                 scores = scores_of(written, labels)

@@ -13,6 +13,8 @@ from ..errors import ArgumentError
 from ..victims import Detector, Victim, load
 from .adversary import is_pattern
 
+LEVELS = ("256", "none")  # that images which are written to 8-bit files can be attacked on
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackOptions:
@@ -29,6 +31,8 @@ class AttackOptions:
     goal: str | None = None
     epsilon: float | None = None
     tolerance: float = 0.0
+    margin: float = 0.0
+    levels: str = "256"
     device: str | None = None
     seed: int = 0
 
@@ -40,12 +44,16 @@ class AttackOptions:
         goal = self.goal or ("reach" if paints else "leave")
         if goal == "reach" and self.adversarial == "runner-up":
             raise ArgumentError("--adversarial runner-up goes with --goal leave only")
+        if self.levels not in LEVELS:
+            raise ArgumentError(f"--levels must be {' or '.join(LEVELS)}, got {self.levels!r}")
         return DAG(
             gamma=self.gamma,
             max_iter=self.max_iter,
             goal=goal,
             epsilon=self.epsilon,
             tolerance=self.tolerance,
+            margin=self.margin,
+            levels=None if self.levels == "none" else int(self.levels),
             ignore_index=files.IGNORE,
         )
 

@@ -23,11 +23,12 @@ def predict(
     size: tuple[int, int],
 ) -> Prediction:
     """A label map of a size (h, w), or detections, on the CPU."""
+    given = image[None].clone()  # the network's to write into
     with frozen(victim), torch.no_grad():
         if isinstance(victim, Detector):
-            (found,) = victim.detect(image[None])
+            (found,) = victim.detect(given)
             return {key: value.cpu() for key, value in found.items()}
-        scores = read_scores(victim(image[None]), image[None])
+        scores = read_scores(victim(given), given)
     align_corners = aligns_corners(victim, scores)
     scores = scores.as_subclass(Tensor)
     return argmax_bilinear(scores, size, align_corners=align_corners)[0].cpu()

@@ -27,7 +27,7 @@ from .ranks import Ranks, connect
 from .settings import Settings
 from .sources import source_of
 from .store import FAILED, Folder, Record
-from .summary import STAGES, summarise, tally, warning_of_labels
+from .summary import STAGES, summarise, tally, warnings_of
 
 RECORDS = 3  # raised where old records cannot be gone on from
 SIGNAL_SECONDS = 5  # from a signal to the next that counts
@@ -285,9 +285,8 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
     attack = work.driver.attack
     made = list(records.values())
     summary = summarise(made, work.victim.classes, attack.tolerance, attack.goal)
-    warning = warning_of_labels(made)
-    if warning is not None:
-        summary["warning"] = warning
+    warnings = warnings_of(made, attack.tolerance, attack.goal, attack.levels)
+    summary["warnings"] = warnings
     work.folder.finish(records, summary)
     if attacked:
         work.folder.add_speed(
@@ -303,7 +302,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         )
     work.progress.summary(summary, attacked / seconds if attacked else None)
     print(f"written to {work.folder.out}")
-    if warning is not None:
+    for warning in warnings:
         print(f"dagcore run: warning: {warning}", file=sys.stderr)
     if not summary["attacked"]:
         first = summary["failed"][0]

@@ -21,7 +21,7 @@ else:
 
 TABLES = ("made_with", "versions")  # of a kept file: what is no setting
 PATHS = ("weights", "labels", "out")
-FRACTIONS = ("gamma", "epsilon", "tolerance")
+FRACTIONS = ("gamma", "epsilon", "tolerance", "margin")
 # These change no result, or what they stand for is compared.
 NOT_COMPARED = ("out", "strict", "figures", "weights", "device")
 
@@ -101,6 +101,8 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
         return checks.fraction(name, value)
     if name in PATHS:
         kind = "Path"
+    if name == "levels" and isinstance(value, int):
+        value = str(value)
     kinds: dict[str, Any] = {"str": str, "int": int, "bool": bool, "Path": (str, Path)}
     wanted = kinds[kind]
     if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..attacks import Status
 from ..attacks.schedules import UntilFooled
 from ..metrics import AveragePrecision, Score, iou
 from .store import FAILED, Record
@@ -114,6 +115,37 @@ def warning_of_labels(records: Sequence[Record]) -> str | None:
             how = "less: are they numbered from 1" if shift == "-1" else "more: does 0 stand for 1"
             told += f" {100 * count / targets:.1f} % would be right if every label were 1 {how}?"
     return told
+
+
+def warning_of_files(
+    records: Sequence[Record], tolerance: float, goal: str, levels: int | None
+) -> str | None:
+    """What users should know where attacks that converged have failed in the 8-bit files."""
+    converged = [r for r in records if r["status"] == Status.CONVERGED and to_fool(r, goal)]
+    again = [record for record in converged if not succeeded(record, tolerance, goal)]
+    if not again:
+        return None
+    worst = max(again, key=lambda record: int(record["active_after_rounding"]))
+    hint = (
+        "--levels 256 attacks what the files hold"
+        if levels is None
+        else "the network itself differs there from the prepared copy that was attacked, "
+        "--no-prepare attacks itself"
+    )
+    return (
+        f"{len(again)} of {len(converged)} images that converged have active targets in their "
+        f"8-bit files, {worst['name']} {worst['active_after_rounding']} of {worst['targets']}: "
+        f"{hint}"
+    )
+
+
+def warnings_of(
+    records: Sequence[Record], tolerance: float, goal: str, levels: int | None
+) -> list[str]:
+    """What users should know of all images that were attacked."""
+    attacked = [record for record in records if record["status"] != FAILED]
+    told = warning_of_labels(attacked), warning_of_files(attacked, tolerance, goal, levels)
+    return [warning for warning in told if warning is not None]
 
 
 def scores(

@@ -152,7 +152,7 @@ class MapRules(TargetRules):
         """The network's scores of an image; the options are read once the classes are known."""
         model = self.model
         with self._running(name, leaf):
-            scores = read_scores(model(leaf), leaf)
+            scores = read_scores(model(leaf.clone()), leaf)
         seen = scores.detach()
         if not bool(seen.isfinite().all()):
             raise UnfitImageError(
@@ -271,9 +271,9 @@ class BoxRules(TargetRules):
         kind, model = self.options.adversarial, self.model
         with contextlib.ExitStack() as stack:
             with self._running(name, leaf):
-                stack.enter_context(model.encoded(leaf))
+                stack.enter_context(model.encoded(leaf.clone()))
                 with torch.no_grad():
-                    (found,) = model.detect(leaf)
+                    (found,) = model.detect(leaf.clone())
             labelled = truth is not None
             if truth is None:
                 truth = model.confident(found, CONFIDENT, leaf)
@@ -282,7 +282,7 @@ class BoxRules(TargetRules):
             try:
                 with self._running(name, leaf):
                     targets = model.dense_targets(
-                        leaf.detach(),
+                        leaf.detach().clone(),
                         [truth],
                         adversarial=kind if kind in ADVERSARIAL_KINDS else "vanish",
                         generator=generator,
@@ -294,7 +294,12 @@ class BoxRules(TargetRules):
             known, right = None, torch.zeros_like(targets.labels[0], dtype=torch.bool)
             if bool(targets.counts[0]):
                 with self._running(name, leaf):
-                    scores = model(leaf, boxes)
+                    scores = model(leaf.clone(), boxes)
+                if not bool(scores.detach().isfinite().all()):
+                    raise UnfitImageError(
+                        f"model {self.options.model!r} must return finite scores, for {name} it "
+                        "does not"
+                    )
                 right = scores[0].detach().argmax(0) == targets.labels[0]
                 known = (leaf, scores) if leaf.requires_grad else None
         self.num_classes = targets.num_classes
