@@ -132,6 +132,21 @@ def test_labels_of_other_classes_are_told(folder, capsys, name, says):
         assert 0 < record(name)["right_before"] == record(name)["active"][0]
 
 
+def test_images_of_one_name_in_two_folders(folder):
+    content = json.loads((folder / "coco.json").read_text())
+    for k in range(2):
+        (folder / f"part{k}").mkdir()
+        (folder / f"scene{k}.png").rename(folder / f"part{k}/0.png")
+        content["images"][k]["file_name"] = f"part{k}/0.png"
+    (folder / "coco.json").write_text(json.dumps(content))
+    for k, scene in enumerate(Scenes("07", "test", count=2)):
+        image = str(folder / f"part{k}/0.png")
+        options = ("--labels", "coco.json", "--max-iter", 0)
+        assert attack(*options, model=NAME, image=image, out=f"out{k}") == 0
+        assert record("0", f"out{k}")["objects"] == len(scene.boxes)
+        assert record("0", f"out{k}")["right_before"] > 10
+
+
 def test_the_detectors_own_boxes(folder, capsys):
     assert attack("--adversarial", "vanish", "--max-iter", 60, model=NAME, image="scene0.png") == 0
     numbers = check_outputs(folder / "out", "scene0", pixels("scene0.png"))

@@ -328,6 +328,23 @@ def test_without_objects_at_all():
     assert none.boxes.shape == (0, 0, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_crowds_give_no_targets(dtype):
+    victim = victims.load("FR-ZF-07")
+    (scene,) = Scenes("07", "test", count=1, first=2)  # four objects
+    images = scene.image[None]
+
+    def targets(**truth):
+        return victim.dense_targets(images, [truth], adversarial="vanish")
+
+    crowd = torch.tensor([1, 0, 0, 1]).to(dtype)
+    kept = targets(boxes=scene.boxes[1:3], labels=scene.labels[1:3])
+    found = targets(boxes=scene.boxes, labels=scene.labels, iscrowd=crowd)
+    assert int(kept.counts) > 0
+    assert torch.equal(found.labels, kept.labels)
+    assert int(targets(boxes=scene.boxes, labels=scene.labels).counts) > int(kept.counts)
+
+
 def test_detections_take_the_place_of_ground_truth():
     victim = victims.detector(made(TWO_STAGE["FR-VGG"]))
     images = some_images()
@@ -428,6 +445,8 @@ BAD_ARGUMENTS = [
     ),
     ({"ground_truth": [{**GOOD, "labels": torch.tensor([0])}]}, ValueError, "got 0"),
     ({"ground_truth": [{**GOOD, "labels": torch.tensor([1, 2])}]}, ValueError, "labels must have"),
+    ({"ground_truth": [{**GOOD, "iscrowd": torch.zeros(2).long()}]}, ValueError, "iscrowd must ha"),
+    ({"ground_truth": [{**GOOD, "iscrowd": torch.zeros(1)}]}, TypeError, "iscrowd must"),
     ({"ground_truth": [{**GOOD, "boxes": torch.ones(1, 5)}]}, ValueError, r"shape \(K, 4\)"),
     ({"ground_truth": [{**GOOD, "boxes": [[1, 1, 9, 9]]}]}, TypeError, "boxes must be a torch"),
     ({"images": torch.rand(3, 9, 9)}, ValueError, "images must have shape"),

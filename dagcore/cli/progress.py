@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
+OUTCOMES_WIDTH = 140  # of the table of outcomes there
 LINE_SECONDS = 15  # from one plain line to the next
 
 
@@ -251,4 +252,4 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
         active = str(outcome.active[-1]), str(outcome.active_after_rounding)
         counts = str(outcome.targets), str(outcome.right_before), str(outcome.iterations)
         table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
-    print_table([*names, *COLUMNS], table)
+    print_table([*names, *COLUMNS], table, width=OUTCOMES_WIDTH)

@@ -45,8 +45,9 @@ class Plan:
         for path in paths:
             files.probe_image(path)
         victim = find_victim(request, self.device)
-        names = [path.name for path in paths]
-        self.source = ImageFiles(paths, list(map(str, paths)), names, request.labels, victim)
+        of_many = request.labels is not None and request.labels.suffix == ".json"
+        keys = [path.as_posix() if of_many else path.name for path in paths]  # COCO's are paths
+        self.source = ImageFiles(paths, list(map(str, paths)), keys, request.labels, victim)
         self._check_outputs()
         self.driver = Driver(request, victim, self.source, self.device)
         self.driver.check(budget=files.MAX_PIXELS)
