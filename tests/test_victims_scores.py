@@ -11,7 +11,7 @@ from torch import nn
 import dagcore
 from dagcore import DAG, Sample, Status, victims
 from dagcore.engine import ScoreModel, read_scores
-from dagcore.engine.scores import AlignedScores, aligned
+from dagcore.engine.scores import AlignedScores
 
 
 def some_images(size=(24, 32), count=2):
@@ -216,9 +216,16 @@ def test_scores_that_were_known_are_enlarged_as_they_say():
 
 
 def test_scores_that_align_corners_stay_so():
-    scores = aligned(torch.rand(2, 4, 3, 3))
+    images = some_images().requires_grad_()
+    scores = victims.prepare(Aligned())(images)
     for same in (scores.half(), scores[:, 1:], scores * 2, torch.cat([scores, scores], 1)):
         assert isinstance(same, AlignedScores)
+    gradient, none = torch.autograd.grad(
+        scores.sum(), [images, torch.zeros(1, requires_grad=True)], allow_unused=True
+    )
+    assert type(gradient) is torch.Tensor
+    assert float(gradient.abs().max()) > 0
+    assert none is None
 
 
 # --- the network that a prepared one was made of

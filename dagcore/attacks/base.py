@@ -75,7 +75,8 @@ class Attack(abc.ABC):
                 nn.Module is run in eval mode without gradients of its parameters, and put back
                 as it was. {"out": scores} and .logits are understood. Scores (N, C, h, w) below
                 the labels' size are read through bilinear interpolation (with corners aligned if
-                the model has a true attribute `align_corners`).
+                the model has a true attribute `align_corners`, or is around one of
+                dagcore.victims that has).
             images: (N, 3, H, W) floating point, within `bounds`; left as they are.
             labels: (N, *T) uint8, int32 or int64: true classes, or `ignore_index`.
             adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the

@@ -20,8 +20,18 @@ class AlignedScores(Tensor):
     """Score maps that are to be enlarged with their corners aligned.
 
     Networks that say so hand out their scores as such, and every operation on them keeps the kind,
-    so that whatever is wrapped around a network does not lose how they are to be read.
+    so that whatever is wrapped around a network does not lose how they are to be read. Gradients
+    are plain tensors: they go to the images.
     """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func is not torch.autograd.grad:
+            return result
+        return tuple(g.as_subclass(Tensor) if isinstance(g, Tensor) else g for g in result)
 
 
 def aligned(scores: Tensor) -> Tensor:
