@@ -153,7 +153,7 @@ def test_an_image_gets_what_the_attack_alone_would_give(photos):
 
 
 def test_scenes_and_their_scores(here):
-    assert start("--data", "scenes", "--images", 3, "--max-iter", 5, model="FCN-Alex") == 0
+    assert start("--data", "scenes", "--images", 3, "--max-iter", 15, model="FCN-Alex") == 0
     known = summary()
     assert known["mIoU"]["before"]["mean"] == pytest.approx(
         evaluate("FCN-Alex", count=3).mean, rel=1e-9

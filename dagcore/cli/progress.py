@@ -189,7 +189,7 @@ class ImageProgress(Bars):
         """Print the summary of a run, and how many images were attacked a second."""
         rows = []
         for name, value in summary.items():
-            if name in ("failed", "warning"):
+            if name in ("failed", "warnings"):
                 continue
             told = str(value)
             if isinstance(value, float):
