@@ -223,26 +223,37 @@ def test_the_papers_tables_are_whole():
         assert set(map(len, table.published.values())) == {len(table.networks)}
         for row in table.rows:
             kind, networks = tables.parse(row)
-            assert (kind == "none") == (not networks)
+            assert (kind in ("none", "own")) == (not networks)
     assert tables.parse("r5 + r7 (permuted)") == ("permuted", ["FCN-Alex", "FCN-VGG"])
     assert tables.parse("r5 + r7") == ("sum", ["FCN-Alex", "FCN-VGG"])
     assert tables.parse("r5") == ("single", ["FCN-Alex"])
     assert tables.parse("universal r7") == ("universal", ["FCN-VGG"])
     setup = Setup(out="unused")
     needed = {one for table in tables.TABLES for one in tables.sources(setup, table)}
-    assert sorted(len(attack.networks) for attack in needed) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
+    paper = [attack for attack in needed if attack.levels is None]
+    assert sorted(len(attack.networks) for attack in paper) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
+    own = {one for table in tables.TABLES for one in table.networks}
+    assert {attack.networks for attack in needed if attack.levels} == {(name,) for name in own}
+    assert {attack.levels for attack in needed} == {None, 256}
+    assert {attack.margin for attack in needed} == {0.0, 2.0}
     assert [attack.networks for attack in needed if attack.universal] == [("FCN-VGG",)]
     assert tables.parse("joint r1 + r3") == ("joint", ["FR-ZF-07", "FR-VGG-07"])
-    assert [a.networks for a in tables.attacks(setup, "joint r1 + r3")] == [
+    assert [a.networks for a in tables.attacks(setup, "joint r1 + r3", "FCN-VGG")] == [
         ("FR-ZF-07", "FR-VGG-07")
     ]
-    assert [a.networks for a in tables.attacks(setup, "r1 + r3")] == [("FR-ZF-07",), ("FR-VGG-07",)]
+    assert [a.networks for a in tables.attacks(setup, "r1 + r3", "FCN-VGG")] == [
+        ("FR-ZF-07",),
+        ("FR-VGG-07",),
+    ]
+    (own,) = tables.attacks(setup, "own, margin 2, in 8 bits", "FR-ZF-07")
+    assert (own.networks, own.margin, own.levels) == (("FR-ZF-07",), 2.0, 256)
+    assert own.folder == "fr-zf-07-levels=256-margin=2"
 
 
 def test_what_a_row_adds(tmp_path):
     setup = Setup(out=tmp_path, images=1, jobs=1, max_iter=1)
     row = "r5 + r7 (permuted)"
-    (alex,), (vgg,) = made(setup, *tables.attacks(setup, row)).values()
+    (alex,), (vgg,) = made(setup, *tables.attacks(setup, row, "FCN-VGG")).values()
     summed = combine(alex.values, vgg.values)
 
     def added(row, network):
@@ -256,6 +267,23 @@ def test_what_a_row_adds(tmp_path):
     assert torch.equal(permuted.flatten().sort().values, total.flatten().sort().values)
     ((_, again),) = added(row, "FCN-Alex")
     assert torch.equal(again, permuted)
+
+
+def test_a_row_in_8_bits_is_measured_in_8_bits(tmp_path):
+    setup = Setup(out=tmp_path, images=1, jobs=1, max_iter=20)
+    (attack,) = tables.attacks(setup, "own, in 8 bits", "FCN-Alex")
+    (one,) = made(setup, attack)[attack]
+    image = setup.examples("segmentation")[0].image
+    levels = (image + one.values) * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert int((one.values * 255).abs().max().round()) >= 1
+    cell = tables.cell(setup, "own, in 8 bits", "FCN-Alex")
+    cells.measure_cell(setup, cell)
+    added = [(None, (one.values * 255).round() / 255 + 0.3 / 255)]  # rounded away again
+    score = work.score(setup, "FCN-Alex", added, in_8_bits=True)
+    assert cells.known(setup, cell) == pytest.approx(score.mean)
+    clean = work.score(setup, "FCN-Alex", [(None, torch.zeros_like(one.values))])
+    assert score.mean < clean.mean
 
 
 def measured(setup, table):
@@ -430,7 +458,7 @@ def test_everything(tmp_path):
             assert f">{value:.1f}" in content
     assert content.count('class="own"') == 1 + 2 + 2
     assert content.count("<small>") == 3 * 2
-    (joint,) = work.read_all(setup, tables.attacks(setup, "joint r1 + r5")[0])
+    (joint,) = work.read_all(setup, tables.attacks(setup, "joint r1 + r5", "FCN-VGG")[0])
     assert joint.active[0] > joint.active[-1]
     assert joint.targets > 5000  # pixels and boxes
     kept = [tmp_path / name for name in ("perturbations", "scores", "fancy")]
@@ -549,7 +577,7 @@ def test_voc_and_weights_of_the_users_own(tmp_path, capfd):
     assert records[0].targets == 80 * 96 - 81
     added = [(record.key, record.values) for record in records]
     assert found["r5"]["FCN-Alex"] == work.score(setup, "FCN-Alex", added).mean
-    (universal,) = tables.attacks(setup, "universal r5")
+    (universal,) = tables.attacks(setup, "universal r5", "FCN-VGG")
     assert work.read(setup, universal, 0).values.shape == (3, 96, 96)
     arguments = ["--images", "4", "--jobs", "1", "--out", str(tmp_path / "x")]
     arguments += [text for name, value in given.items() for text in (f"--{name}", str(value))]

@@ -65,7 +65,9 @@ def known(setup: Setup, cell: Cell) -> float | None:
 
 def measure_cell(setup: Setup, cell: Cell) -> None:
     """Measure a cell, and keep its score."""
-    found = score(setup, cell.network, added(setup, cell) if cell.attacks else None)
+    in_8_bits = any(attack.levels for attack in cell.attacks)
+    parts = added(setup, cell) if cell.attacks else None
+    found = score(setup, cell.network, parts, in_8_bits=in_8_bits)
     kept = {"score": found.mean, "per_class": found.per_class}
     keep_json(cell.path(setup), kept, cell.made_of(setup))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..evaluation.progress import Progress
 from . import published
@@ -20,6 +22,13 @@ SOURCES = {
     "r6": "FCN-Alex*",
     "r7": "FCN-VGG",
     "r8": "FCN-VGG*",
+}
+
+
+# Rows of each network's own perturbations, by attacks that go beyond the paper's.
+OWN: dict[str, dict[str, Any]] = {
+    "own, in 8 bits": {"levels": 256},
+    "own, margin 2, in 8 bits": {"levels": 256, "margin": 2.0},
 }
 
 
@@ -44,13 +53,13 @@ TABLES = (
         "segmentation",
         ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
         published.SEGMENTATION,
-        ("joint r5 + r7", "joint r6 + r8", "universal r7"),
+        ("joint r5 + r7", "joint r6 + r8", "universal r7", "own, in 8 bits"),
     ),
     Table(
         "detection",
         ("FR-ZF-07", "FR-ZF-0712", "FR-VGG-07", "FR-VGG-0712", "R-FCN-RN50", "R-FCN-RN101"),
         published.DETECTION,
-        ("joint r1 + r3", "joint r2 + r4"),
+        ("joint r1 + r3", "joint r2 + r4", "own, in 8 bits", "own, margin 2, in 8 bits"),
     ),
     Table(
         "cross-task",
@@ -63,6 +72,7 @@ TABLES = (
             "joint r3 + r5 + r7",
             "joint r1 + r3 + r5 + r7",
             "universal r7",
+            "own, in 8 bits",
         ),
     ),
 )
@@ -71,12 +81,15 @@ TABLES = (
 def parse(row: str) -> tuple[str, list[str]]:
     """The kind of perturbation that a row adds, and the networks that it was made for.
 
+    "own": of each network itself, by an attack of `OWN`.
     "none"; "single": of one network; "sum": of the perturbations of several; "permuted": such a
     sum with rows and columns permuted; "joint": one perturbation made for several networks at
     once; "universal": one for all images.
     """
     if row == "none":
         return row, []
+    if row in OWN:
+        return "own", []
     names, kind = row, "sum" if "+" in row else "single"
     if row.endswith(" (permuted)"):
         names, kind = row.removesuffix(" (permuted)"), "permuted"
@@ -85,9 +98,11 @@ def parse(row: str) -> tuple[str, list[str]]:
     return kind, [SOURCES[name] for name in names.split(" + ")]
 
 
-def attacks(setup: Setup, row: str) -> list[Attack]:
-    """The attacks whose perturbations a row adds up."""
+def attacks(setup: Setup, row: str, network: str) -> list[Attack]:
+    """The attacks whose perturbations a row adds up on the images of a network."""
     kind, networks = parse(row)
+    if kind == "own":
+        return [setup.attack(network, **OWN[row])]
     if kind == "universal":
         return [setup.attack(*networks, max_iter=1500, universal=256, epsilon=20 / 255)]
     if kind == "joint":
@@ -97,12 +112,13 @@ def attacks(setup: Setup, row: str) -> list[Attack]:
 
 def sources(setup: Setup, table: Table) -> list[Attack]:
     """The attacks that a table needs, each once."""
-    return list(dict.fromkeys(one for row in table.rows for one in attacks(setup, row)))
+    cells = itertools.product(table.rows, table.networks)
+    return list(dict.fromkeys(one for cell in cells for one in attacks(setup, *cell)))
 
 
 def cell(setup: Setup, row: str, network: str) -> Cell:
     """What a row's score of a network is measured on."""
-    return Cell(network, tuple(attacks(setup, row)), parse(row)[0] == "permuted")
+    return Cell(network, tuple(attacks(setup, row, network)), parse(row)[0] == "permuted")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +138,7 @@ class Scores:
             paper = [f"{p:.1f}" for p in self.table.published.get(row, ())]
             line = [Entry(named)]
             for network, beside in zip(networks, paper or [""] * len(networks), strict=True):
-                marked = kind != "permuted" and network in attacked
+                marked = kind == "own" or (kind != "permuted" and network in attacked)
                 line.append(Entry(f"{own[network]:.1f}", beside, marked))
             entries.append(line)
         return Report(

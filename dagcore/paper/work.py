@@ -26,7 +26,7 @@ from ..evaluation.progress import Progress
 from ..info import versions
 from ..labels import assign
 from ..metrics import Score
-from ..perturbation import fit
+from ..perturbation import fit, round_to_8_bits
 from ..processes import cores, pool
 from ..seeds import generator_of
 from ..victims import Detector, Victim, load, prepare
@@ -155,6 +155,8 @@ class Attack:
     universal: int = 0
     """Number of the other images; 0 for a perturbation of each image's own."""
     epsilon: float | None = None
+    margin: float = 0.0
+    levels: int | None = None
 
     @classmethod
     def of(cls, *networks: str, **settings: Any) -> Attack:
@@ -183,6 +185,8 @@ class Attack:
             max_iter=self.max_iter,
             epsilon=self.epsilon,
             ignore_index=IGNORE,
+            margin=self.margin,
+            levels=self.levels,
         )
 
 
@@ -408,6 +412,8 @@ def score(
     setup: Setup,
     network: str,
     added: Iterable[tuple[str | None, Tensor]] | None = None,
+    *,
+    in_8_bits: bool = False,
 ) -> Score:
     """A network's score on the images.
 
@@ -415,6 +421,7 @@ def score(
         setup: the run.
         network: its name.
         added: for each image its key, and the perturbation (3, H, W) that is added to it.
+        in_8_bits: whether the sums are read as from 8-bit files.
     """
     victim = setup.victim(network)
     examples = setup.examples(zoo.find(network).task)
@@ -422,11 +429,11 @@ def score(
     if isinstance(victim, Detector):
         inside = victim.network
         inside.classes = victim.classes
-    return evaluate(inside, examples if added is None else _added(examples, added))
+    return evaluate(inside, examples if added is None else _added(examples, added, in_8_bits))
 
 
 def _added(
-    examples: Sequence[Example], added: Iterable[tuple[str | None, Tensor]]
+    examples: Sequence[Example], added: Iterable[tuple[str | None, Tensor]], in_8_bits: bool
 ) -> Iterator[Example]:
     for example, (key, r) in zip(examples, added, strict=True):
         if key not in (None, example.key):
@@ -434,4 +441,5 @@ def _added(
                 f"--data must have masks and boxes of the same images, got {example.key} for {key}"
             )
         r = fit(r[None], example.image.shape[1:])[0]  # a universal one's size is its own
-        yield dataclasses.replace(example, image=(example.image + r).clamp(0, 1))
+        image = (example.image + r).clamp(0, 1)
+        yield dataclasses.replace(example, image=round_to_8_bits(image) if in_8_bits else image)
