@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("labels", ["xml", "coco.json"])
 def test_true_boxes_from_files(folder, labels):
     images = ["scene0.png", "scene1.png"]
-    options = ("--labels", labels, "--max-iter", 2)
+    options = ("--labels", labels, "--max-iter", 2, "--gamma", "2/255")
     assert attack(*options, model=NAME, image=images) == 0
     victim = zoo.load(NAME)
     for k, scene in enumerate(Scenes("07", "test", count=2)):

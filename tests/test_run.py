@@ -728,6 +728,8 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
         "max_iter": 5,
         "epsilon": 0.1,
         "tolerance": 0.0,
+        "margin": 0.0,
+        "levels": "256",
         "device": "cpu",
         "seed": 0,
         "images": 2,
