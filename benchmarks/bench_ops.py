@@ -78,6 +78,7 @@ def test_dag_seed(
         {
             "reference": lambda: dagcore.reference.dag_seed(scores, labels, adversarial),
             "floor": lambda: scores.clone(),
+            "with a margin": lambda: dagcore.ops.dag_seed(scores, labels, adversarial, margin=1.0),
         },
     )
 
@@ -116,6 +117,9 @@ def test_bilinear(
         {
             "reference": lambda: dagcore.reference.dag_seed_bilinear(scores, labels, adversarial),
             "floor": lambda: (scores.clone(), labels.clone(), adversarial.clone()),
+            "with a margin": lambda: dagcore.ops.dag_seed_bilinear(
+                scores, labels, adversarial, margin=1.0
+            ),
         },
     )
     if label_dtype == torch.int64:
@@ -143,9 +147,17 @@ def test_linf_step(
     images = origin.clone()
     active = torch.ones(8, dtype=torch.int32, device=rows.device)
 
+    settings = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": epsilon}
+    shadow, grid = images.clone(), images.clone()
+
     def step(backend: object) -> Callable[[], object]:
         return lambda: backend.linf_step_(  # type: ignore[attr-defined]
-            images, origin, gradient, active, gamma=2 / 255, lower=0.0, upper=1.0, epsilon=epsilon
+            images, origin, gradient, active, **settings
+        )
+
+    def on_levels() -> object:
+        return dagcore.ops.linf_step_(
+            shadow, origin, gradient, active, grid=grid, levels=256, **settings
         )
 
     compare(
@@ -154,5 +166,9 @@ def test_linf_step(
         "linf_step_",
         f"8x3x512x512 {name_of(dtype)} {'ball' if epsilon else 'no ball'}",
         step(dagcore.ops),
-        {"reference": step(dagcore.reference), "floor": lambda: images.clone()},
+        {
+            "reference": step(dagcore.reference),
+            "floor": lambda: images.clone(),
+            "on levels": on_levels,
+        },
     )

@@ -46,9 +46,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of one shape as a table."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([str(row[h]) for h in head] for row in rows)]
+    """Rows as a table, with a column for every name that any of them has."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [head, ["---"] * len(head), *([str(row.get(h, "")) for h in head] for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

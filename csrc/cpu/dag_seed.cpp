@@ -18,46 +18,40 @@ struct Strip {
   int count;
 };
 
-template <typename T, typename Index, bool kSecond>
+// With kOwn, the scores of the labels too: looked up afterwards, they would have left the cache
+// where the classes lie a power of two apart.
+template <typename T, typename Index, bool kSecond, bool kOwn>
 DAGCORE_INLINE void find_strip_winners(const SeedArgs& args, const Strip& strip,
                                        TargetRow<T, Index>* row) {
   const int64_t stride = args.walk.inner_stride(kScores);
   const T* scores = static_cast<const T*>(args.scores) + strip.at[kScores];
   const int count = strip.count;
   for (int i = 0; i < count; ++i) {
-    row->best[i] = Score<T>::key(scores[i * stride]);
+    const auto key = Score<T>::key(scores[i * stride]);
+    row->best[i] = key;
     row->best_class[i] = 0;
     if (kSecond) row->second_class[i] = kUncounted;
+    if (kOwn) row->own[i] = key;
   }
   const int64_t classes = args.rule.classes, class_stride = args.scores_class;
   for (int64_t c = 1; c < classes; ++c) {
     scores += class_stride;
     for (int i = 0; i < count; ++i) {
+      const auto key = Score<T>::key(scores[i * stride]);
       Top<T, Index, kSecond> top{row->best[i], {}, row->best_class[i], {}};
       if (kSecond) {
         top.second = row->second[i];
         top.second_class = row->second_class[i];
       }
-      top.next(Score<T>::key(scores[i * stride]), static_cast<Index>(c));
+      top.next(key, static_cast<Index>(c));
       row->best[i] = top.best;
       row->best_class[i] = top.best_class;
       if (kSecond) {
         row->second[i] = top.second;
         row->second_class[i] = top.second_class;
       }
+      if (kOwn) row->own[i] = row->label[i] == static_cast<Index>(c) ? key : row->own[i];
     }
-  }
-}
-
-// The scores of the targets' labels; of those that do not count, whichever.
-template <typename T, typename Index>
-DAGCORE_INLINE void read_own(const SeedArgs& args, const Strip& strip, TargetRow<T, Index>* row) {
-  const int64_t stride = args.walk.inner_stride(kScores), class_stride = args.scores_class;
-  const T* scores = static_cast<const T*>(args.scores) + strip.at[kScores];
-  const int count = strip.count;
-  for (int i = 0; i < count; ++i) {
-    const Index label = row->label[i];
-    row->own[i] = scores[(label < 0 ? 0 : label) * class_stride + i * stride];
   }
 }
 
@@ -106,8 +100,9 @@ uint32_t seed_strip(Simd simd, const SeedArgs& args, const Strip& strip) {
                                        walk.inner_stride(kAdversarial), strip.count, args.rule,
                                        row.adversarial);
   }
-  run_simd<find_strip_winners<T, Index, kSecond>>(simd, args, strip, &row);
-  if (args.measures_label()) run_simd<read_own<T, Index>>(simd, args, strip, &row);
+  args.measures_label()
+      ? run_simd<find_strip_winners<T, Index, kSecond, true>>(simd, args, strip, &row)
+      : run_simd<find_strip_winners<T, Index, kSecond, false>>(simd, args, strip, &row);
   const uint32_t active = judge_targets<T, Index, kSecond>(simd, args, strip.count, &row);
   if (args.seed_class == 1 && walk.inner_stride(kSeed) != 1) {
     write_seed_rows<T>(args, strip, row.plus, row.minus);

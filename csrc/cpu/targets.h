@@ -16,7 +16,7 @@ constexpr int kRoom = kTargets + 32;
 template <typename T, typename Index>
 struct alignas(64) TargetRow {
   typename Score<T>::Key best[kRoom], second[kRoom];
-  T own[kRoom];  // the label's score, where a margin is measured from it
+  typename Score<T>::Key own[kRoom];  // of the label, where a margin is measured from it
   Index best_class[kRoom], second_class[kRoom];
   Index label[kRoom], adversarial[kRoom], near[kRoom], plus[kRoom], minus[kRoom];
 };
@@ -52,7 +52,7 @@ DAGCORE_INLINE void read_labels(const LabelSource& labels, int64_t at, int64_t s
 template <typename T, typename Index, bool kSecond>
 DAGCORE_INLINE void find_near(RealOf<T> margin, int count, TargetRow<T, Index>* row) {
   for (int i = 0; i < count; ++i) {
-    const RealOf<T> rival = kSecond ? value_of<T>(row->second[i]) : Pixel<T>::load(row->own[i]);
+    const RealOf<T> rival = value_of<T>(kSecond ? row->second[i] : row->own[i]);
     row->near[i] = value_of<T>(row->best[i]) - rival < margin ? 1 : 0;
   }
 }
