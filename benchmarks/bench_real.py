@@ -1,6 +1,6 @@
 """Attacks on networks with real weights: two DeepLabs for VOC, a NanoDet for COCO.
 
-    python benchmarks/bench_real.py outcome | epsilon | speed
+    python benchmarks/bench_real.py outcome | epsilon | speed | figure
 
 outcome  whole attacks, in float32, on 256 levels, and on these with a margin: updates, beside those
          of a plain loop, perceptibility, and the share of the targets that is right again in the
@@ -9,6 +9,8 @@ epsilon  the largest change of a pixel in the file, for balls that are no multip
 speed    seconds of an update, against the bare network's forward pass and input gradient, the
          network's own repetition telling the noise, and against the `dag` of adv-lib
          (pip install --no-deps adv-lib)
+figure   the README's first picture: a DeepLab and NanoDet on photographs of scikit-image, attacked
+         on 256 levels, with what they see in the files
 
 Networks and annotated photographs are read from ../shared/real, see its README. The DeepLabs are
 attacked on their own predictions, each class to become the next; NanoDet on what it finds with a
@@ -30,7 +32,7 @@ from typing import Any
 
 import torch
 from bench_attack import GAMMA, adv_lib_dag, bare_iteration, full_size
-from common import alternate, chosen, save, spread
+from common import RESULTS, alternate, chosen, save, spread
 from torch import Tensor, nn
 
 import dagcore
@@ -38,6 +40,8 @@ from dagcore import DAG, files, victims
 from dagcore.attacks.base import open_slots
 from dagcore.engine import freed_memory_kept
 from dagcore.engine.networks import Targets
+from dagcore.evaluation.figures import attack_figure
+from dagcore.evaluation.predict import predict
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 DEEPLABS = ("deeplab_voc", "deeplab_voc_narrow")
@@ -65,13 +69,19 @@ class Work:
         return attack(self.model, self.image, self.labels, self.adversarial)
 
 
-def load_network(name: str) -> Any:
-    """A network of ../shared/real; NanoDet as the victim that reports what it itself would."""
+def real_networks() -> Any:
+    """The module that loads the networks."""
     spec = importlib.util.spec_from_file_location("real_networks", REAL / "networks.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_network(name: str) -> Any:
+    """A network of ../shared/real; NanoDet as the victim that reports what it itself would."""
+    module = real_networks()
     path = REAL / f"{name}.safetensors"
     if name in DEEPLABS:
         return module.load_deeplab(path)
@@ -96,16 +106,19 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
     for name in chosen(PHOTOGRAPHS, options.networks):
         model = load_network(name)
         for photo in chosen(PHOTOGRAPHS[name], options.photographs):
-            image = photograph(photo)
-            if name in DEEPLABS:
-                with torch.no_grad():
-                    labels = scores_at_targets(model, image).argmax(1)
-                adversarial = (labels + 1) % 21
-            else:
-                generator = torch.Generator().manual_seed(0)
-                targets = model.dense_targets(image, confidence=0.35, generator=generator)
-                labels, adversarial = targets.labels, targets.adversarial_labels
-            yield Work(name, photo, model, image, labels, adversarial)
+            yield aimed(name, photo, model)
+
+
+def aimed(name: str, photo: str, model: Any) -> Work:
+    """A network and a photograph, with what the attack aims at."""
+    image = photograph(photo)
+    if name in DEEPLABS:
+        with torch.no_grad():
+            labels = scores_at_targets(model, image).argmax(1)
+        return Work(name, photo, model, image, labels, (labels + 1) % 21)
+    generator = torch.Generator().manual_seed(0)
+    targets = model.dense_targets(image, confidence=0.35, generator=generator)
+    return Work(name, photo, model, image, targets.labels, targets.adversarial_labels)
 
 
 def scores_at_targets(model: nn.Module, images: Tensor) -> Tensor:
@@ -113,6 +126,7 @@ def scores_at_targets(model: nn.Module, images: Tensor) -> Tensor:
     scores: Tensor = model(images)
     if scores.dim() == 3:
         return scores
+    scores = scores.as_subclass(Tensor)  # as a Victim says how it is to be enlarged
     size = images.shape[2:]
     return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=True)
 
@@ -282,7 +296,43 @@ def speed(options: argparse.Namespace) -> None:
     save(options.save, "cpu", rows, record, options.command, note)
 
 
-COMMANDS = {"outcome": outcome, "epsilon": epsilon, "speed": speed}
+def figure(options: argparse.Namespace) -> None:
+    """One picture, a row a network, each made by `dagcore.evaluation.figures`."""
+    from PIL import Image
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, photo in (("deeplab_voc", "chelsea"), ("nanodet_coco", "astronaut")):
+            network = load_network(name)
+            if name in DEEPLABS:
+                network = victims.Victim(network, classes=real_networks().VOC)
+            work = aimed(name, photo, network)
+            result = work.attack(DAG(max_iter=options.max_iter, levels=256))
+            kept, size = in_file(result.adversarial), (work.image.shape[2], work.image.shape[3])
+            print(f"{name}, {photo}: {result}, right: {right(network, kept, work)}", flush=True)
+            path = Path(folder) / f"{name}.png"
+            attack_figure(
+                path,
+                image=work.image[0],
+                adversarial=kept[0],
+                predicted=predict(network, work.image[0], size),
+                attacked=predict(network, kept[0], size),
+                classes=network.classes,
+                note=f"{name}: {result.status[0]} after {int(result.iterations)} updates, "
+                f"{right(network, kept, work)} of {int(result.targets)} targets right in the file",
+                least=0.35,
+            )
+            row = Image.open(path).convert("RGB")
+            rows.append(row.resize((1400, round(row.height * 1400 / row.width))))
+    page = Image.new("RGB", (1400, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height
+    page.save(RESULTS / "real.jpg", quality=85, optimize=True)
+
+
+COMMANDS = {"outcome": outcome, "epsilon": epsilon, "speed": speed, "figure": figure}
 
 
 def main() -> None:
