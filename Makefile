@@ -39,6 +39,9 @@ bench: $(VENV)/built
 	$(BIN)/python benchmarks/bench_detection.py attack --save detection-cpu
 	$(BIN)/python benchmarks/bench_detection.py memory --save detection-memory-cpu
 	$(BIN)/python benchmarks/bench_run.py --save run-cpu
+	test ! -d ../shared/real || $(BIN)/python benchmarks/bench_real.py outcome --save real-outcome-cpu
+	test ! -d ../shared/real || $(BIN)/python benchmarks/bench_real.py epsilon --save real-epsilon-cpu
+	test ! -d ../shared/real || $(BIN)/python benchmarks/bench_real.py speed --save real-speed-cpu
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
