@@ -124,6 +124,20 @@ def test_counts_after_rounding_are_those_of_the_written_file(folder):
     assert record()["active_after_rounding"] == int(kept.sum())
 
 
+def test_attack_warns_of_a_file_that_fails(folder, capsys):
+    assert attack("--levels", "none") == 0
+    left = record()["active_after_rounding"]
+    assert left > 0
+    warning = "dagcore attack: warning: 1 of 1 images that converged have active targets in their"
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith(warning)]
+    assert f" cat.png {left} of " in line
+    assert attack("--margin", "0.1", out="kept") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert record(out="kept")["settings"]["levels"] == 256
+    assert record(out="kept")["settings"]["margin"] == 0.1
+    assert record(out="kept")["active_after_rounding"] == 0
+
+
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_attack_with_weights_from_a_file(folder, lraspp, kind):
     path = lraspp

@@ -152,6 +152,30 @@ def test_an_image_gets_what_the_attack_alone_would_give(photos):
         assert one.read() == other.read()
 
 
+def test_what_is_kept_is_what_was_attacked(photos, capsys):
+    """On 256 levels; with none, a warning tells of files that fail."""
+    common = ("--data", "photos", "--figures", 1)
+    assert start(*common, "--epsilon", "12.4/255") == 0
+    for record in lines():
+        assert record["active"][-1] == record["active_after_rounding"]
+        assert record["perceptibility"] == record["perceptibility_after_rounding"]
+        name = record["name"]
+        change = (pixels(f"out/images/{name}.png") - pixels(f"photos/{name}.png")) * 255
+        assert 1 <= int(change.abs().max().round()) <= 12
+    assert summary()["warnings"] == []
+    assert "warning" not in capsys.readouterr().err
+    assert start(*common, "--levels", "none", out="memory") == 0
+    converged = [record for record in lines("memory") if record["status"] == "converged"]
+    again = [record for record in converged if record["active_after_rounding"]]
+    assert again
+    (warning,) = summary("memory")["warnings"]
+    assert warning.startswith(
+        f"{len(again)} of {len(converged)} images that converged have active targets in their 8-bit"
+    )
+    assert warning.endswith("--levels 256 attacks what the files hold")
+    assert capsys.readouterr().err.splitlines()[-1] == f"dagcore run: warning: {warning}"
+
+
 def test_scenes_and_their_scores(here):
     assert start("--data", "scenes", "--images", 3, "--max-iter", 15, model="FCN-Alex") == 0
     known = summary()
