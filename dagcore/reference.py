@@ -325,6 +325,8 @@ def _gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
             "model must compute its scores from the images differentiably, got scores without a "
             "gradient (does it run under torch.no_grad, or detach?)"
         )
+    if scores.dtype == torch.float16:
+        seed = seed / 1024  # a step is as long anyway, and the sum over all targets stays finite
     (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
     if gradient is None:
         raise ArgumentError(

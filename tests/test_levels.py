@@ -444,6 +444,30 @@ def test_a_network_that_writes_into_its_images(how: str) -> None:
     assert torch.equal(images, before)
 
 
+# --- half precision
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_gradients_that_float16_cannot_hold(backend: str) -> None:
+    """Summed over all targets they pass its largest number, 65,504."""
+    weight = torch.tensor([[120.0, 60.0, -120.0], [0.0, 120.0, 60.0]])
+
+    def model(x: Tensor) -> Tensor:  # of the mean colour: every target pulls at every pixel
+        mean = x.mean((2, 3), keepdim=True).expand_as(x)
+        return torch.einsum("kc,nchw->nkhw", weight.to(x.dtype), mean)
+
+    images = round_to_8_bits(torch.rand(1, 3, 64, 64, generator=generator(0)))
+    labels = seen(model, images)
+    attack = DAG(gamma=2 / 255, max_iter=3, backend=backend)
+    exact = attack(model, images, labels, 1 - labels)
+    result = attack(model, images.half(), labels, 1 - labels)
+    leaf = images.half().requires_grad_()
+    (plain,) = torch.autograd.grad(model(leaf).diff(dim=1).sum(), leaf)
+    assert not bool(plain.isfinite().all())
+    assert result.status == exact.status == (Status.BUDGET,)
+    torch.testing.assert_close(result.adversarial.float(), exact.adversarial, rtol=0, atol=2e-3)
+
+
 # --- margins
 
 

@@ -39,6 +39,7 @@ def make():
     return Victim(net, classes=("sky", "fur", "eye", "nose", "ear"))
 """
 SIZE = (32, 24)
+WIDER = (33, 24)
 
 
 @pytest.fixture
@@ -174,6 +175,45 @@ def test_what_is_kept_is_what_was_attacked(photos, capsys):
     )
     assert warning.endswith("--levels 256 attacks what the files hold")
     assert capsys.readouterr().err.splitlines()[-1] == f"dagcore run: warning: {warning}"
+
+
+def test_a_label_map_that_does_not_fit_is_recorded_wherever_it_comes(photos, capsys):
+    for name in ("a", "b", "c"):
+        size = (WIDER if name == "a" else SIZE)[::-1]
+        levels = np.full(size, 9 if name == "b" else 1, dtype=np.uint8)
+        Image.fromarray(levels).save(photos.parent / f"{name}.png")
+    for path in photos.glob("[d]*"):
+        path.unlink()
+    (photos.parent / "maps").mkdir()
+    for name in ("a", "b", "c"):
+        (photos.parent / f"{name}.png").rename(photos.parent / "maps" / f"{name}.png")
+    for path in (photos / "more").glob("*"):
+        path.unlink()
+    arguments = ("--data", "photos", "--labels", "maps", "--max-iter", 2, "--figures", 1)
+    assert start(*arguments) == 0
+    a, b, c = lines()
+    assert "label map of a must have 32 x 24 pixels" in a["reason"]
+    assert "label map of b must hold classes below 5" in b["reason"]
+    assert c["status"] == "budget"
+
+
+def test_warnings_are_lines(photos):
+    """In a process of its own, where warnings are no errors."""
+    run = [sys.executable, "-m", "dagcore", "run", "--data", "photos", "--out", "out"]
+    run += ["--model", "run_victim:make", "--device", "cpu", "--epsilon", "0.001"]
+    done = subprocess.run([*run, "--max-iter", "1"], capture_output=True, text=True, check=True)
+    told = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+    assert told == [
+        "dagcore run: warning: epsilon=0.001 is less than the distance of two of 256 levels in "
+        "(0.0, 1.0): no image can change"
+    ]
+    done = subprocess.run(
+        [*run[:-1], "1.6/255", "--levels", "none", "--max-iter", "1", "--out", "free"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "dagcore run: warning: --epsilon 0.00627451 is no multiple of 1/255" in done.stderr
 
 
 def test_scenes_and_their_scores(here):

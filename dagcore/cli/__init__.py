@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -85,6 +89,32 @@ def main(argv: Sequence[str]) -> int:
     told_whole = len(arguments) < len(argv) or os.environ.get("DAGCORE_TRACEBACK", "0") != "0"
     names = [name for name in arguments[:1] if any(name in found for found in COMMANDS.values())]
     program = " ".join(["dagcore", *names])
+    with _warnings_in_lines(program):
+        return _run(arguments, program, told_whole)
+
+
+@contextlib.contextmanager
+def _warnings_in_lines(program: str) -> Iterator[None]:
+    """Tell the package's own warnings as it tells errors, each once."""
+    show, told, package = warnings.showwarning, set[str](), str(Path(__file__).parent.parent)
+
+    def line(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if category is not RuntimeWarning or not filename.startswith(package):
+            show(message, category, filename, *rest, **more)
+        elif text not in told:
+            told.add(text)
+            print(f"{program}: warning: {text}", file=sys.stderr)
+
+    warnings.showwarning = line
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+def _run(arguments: list[str], program: str, told_whole: bool) -> int:
+    """The exit status of a command line."""
     try:
         status = group.main(arguments or ["--help"], prog_name="dagcore", standalone_mode=False)
         return status if isinstance(status, int) else 0

@@ -48,7 +48,6 @@ def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
     for outcome in outcomes:
         if outcome.notes:
             click.echo(f"{outcome.name}:{outcome.remarks()}", err=True)
-    attack = work.driver.attack
-    for warning in warnings_of(work.records, attack.tolerance, attack.goal, attack.levels):
+    for warning in warnings_of(work.records, work.driver.attack):
         click.echo(f"dagcore attack: warning: {warning}", err=True)
     click.echo(f"written to {work.request.out}")

@@ -12,6 +12,8 @@ from ..errors import ArgumentError
 from .loop import Evaluation, Objective, Schedule, State, first_rows
 from .scores import ScoreModel
 
+HALF_SCALE = 2.0**-10  # of the seeds of float16 scores
+
 Assign = Callable[[Tensor, int], "Tensor | str"]
 """Adversarial labels of labels (N, *T) at scores of so many classes."""
 
@@ -190,12 +192,14 @@ class Networks:
 
 
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
-    """The backward pass from a seed at the scores to the images."""
+    """The backward pass from a seed at the scores to the images, up to a factor."""
     if not scores.requires_grad:
         raise ArgumentError(
             "model must compute its scores from the images differentiably, got scores without a "
             "gradient (does it run under torch.no_grad, or detach?)"
         )
+    if scores.dtype == torch.float16:  # whose largest number a sum over all targets passes
+        seed = seed * HALF_SCALE
     (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
     if gradient is None:
         raise ArgumentError(

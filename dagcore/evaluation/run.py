@@ -285,7 +285,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
     attack = work.driver.attack
     made = list(records.values())
     summary = summarise(made, work.victim.classes, attack.tolerance, attack.goal)
-    warnings = warnings_of(made, attack.tolerance, attack.goal, attack.levels)
+    warnings = warnings_of(made, attack)
     summary["warnings"] = warnings
     work.folder.finish(records, summary)
     if attacked:

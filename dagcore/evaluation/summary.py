@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..attacks import Status
+from ..attacks import DAG, Status
 from ..attacks.schedules import UntilFooled
 from ..metrics import AveragePrecision, Score, iou
 from .store import FAILED, Record
@@ -139,12 +139,26 @@ def warning_of_files(
     )
 
 
-def warnings_of(
-    records: Sequence[Record], tolerance: float, goal: str, levels: int | None
-) -> list[str]:
+def warning_of_epsilon(attack: DAG) -> str | None:
+    """That 8-bit files may leave the ball, where its radius is no whole number of levels."""
+    if attack.levels is not None or attack.epsilon is None:
+        return None
+    if abs(attack.epsilon * 255 - round(attack.epsilon * 255)) < 1e-4:
+        return None
+    return (
+        f"--epsilon {attack.epsilon:.6g} is no multiple of 1/255, and rounding to 8 bits may lead "
+        "out of it: --levels 256 keeps files within epsilon"
+    )
+
+
+def warnings_of(records: Sequence[Record], attack: DAG) -> list[str]:
     """What users should know of all images that were attacked."""
     attacked = [record for record in records if record["status"] != FAILED]
-    told = warning_of_labels(attacked), warning_of_files(attacked, tolerance, goal, levels)
+    told = (
+        warning_of_labels(attacked),
+        warning_of_files(attacked, attack.tolerance, attack.goal, attack.levels),
+        warning_of_epsilon(attack) if attacked else None,
+    )
     return [warning for warning in told if warning is not None]
 
 

@@ -46,7 +46,7 @@ class ImageTarget:
 
 
 class UnfitImageError(ArgumentError):
-    """An image that a network cannot take."""
+    """An image that a network cannot take, or whose truth does not go with it."""
 
 
 class TargetRules(abc.ABC):
@@ -84,9 +84,8 @@ class TargetRules(abc.ABC):
             with_graph: whether the scores are to be handed on as the attack's first evaluation.
 
         Raises:
-            UnfitImageError: an image that the network cannot take.
-            ArgumentError: a network that cannot be attacked, options that do not go with it, or
-                truth that does not go with the image.
+            UnfitImageError: an image that the network cannot take, or that its truth does not fit.
+            ArgumentError: a network that cannot be attacked, or options that do not go with it.
         """
         leaf = image[None].detach().requires_grad_(with_graph)
         with frozen(self.model), torch.inference_mode(False), torch.set_grad_enabled(with_graph):
@@ -225,14 +224,14 @@ class MapRules(TargetRules):
         given = size_of(truth[None])
         if given not in sizes:
             allowed = [f"{w} x {h} pixels, the size of {of}" for (h, w), of in sizes.items()]
-            raise ArgumentError(
+            raise UnfitImageError(
                 f"label map of {name} must have {' or '.join(allowed)}, got {given[1]} x {given[0]}"
             )
         counted = files.void_as_ignored(truth, self.num_classes)
         counted = counted[counted != files.IGNORE]
         if counted.numel() and (largest := int(counted.max())) >= self.num_classes:
             hint = " (are they numbered from 1?)" if largest == self.num_classes else ""
-            raise ArgumentError(
+            raise UnfitImageError(
                 f"label map of {name} must hold classes below {self.num_classes} "
                 f"(255 is ignored), got {largest}{hint}"
             )
