@@ -303,8 +303,9 @@ def step_arguments(
         raise ArgumentError(f"lower must be below upper, got {low} and {high}")
     if grid is not None:
         _written("grid", grid)
-        if not torch.compiler.is_compiling() and images.numel() and share(grid, images):
-            raise ArgumentError("grid must not be the images themselves: both are written")
+        for name, value in (("images", images), ("origin", origin), ("gradient", gradient)):
+            if not torch.compiler.is_compiling() and images.numel() and share(grid, value):
+                raise ArgumentError(f"grid must have memory of its own, got that of {name}")
         level_count("levels", levels, MOST_LEVELS)
         if not math.isfinite(high - low):
             raise ArgumentError(f"lower and upper must be finite with levels, got {low} and {high}")
@@ -321,8 +322,13 @@ def _written(name: str, value: Tensor) -> None:
 
 
 def share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors begin at one place in memory."""
-    return one.device == other.device and one.data_ptr() == other.data_ptr()
+    """Whether two tensors are known to have memory in common."""
+    if one.device != other.device or not one.data_ptr():
+        return False  # a tensor without memory, as for tracing
+    if not (one.is_contiguous() and other.is_contiguous()):
+        return one.data_ptr() == other.data_ptr()
+    first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
+    return second.data_ptr() < first.data_ptr() + first.numel() * first.element_size()
 
 
 def level_count(name: str, levels: object, at_most: int = 2**16) -> None:

@@ -24,7 +24,7 @@ def nearest(values: Tensor, bounds: tuple[float, float], levels: int) -> Tensor:
 def value(level: Tensor, bounds: tuple[float, float], levels: int) -> Tensor:
     """The value of a level: for bounds (0, 1) and (0, 255) what an 8-bit file is read as."""
     lower, upper = bounds
-    last = level.new_tensor(levels - 1)  # a tensor: a number might be multiplied by its inverse
+    last = level.new_full((), levels - 1)  # a tensor: a number might be multiplied by its inverse
     return level * (upper - lower) / last + lower
 
 

@@ -54,9 +54,12 @@ def dag(
     begin = images if start is None else start
     x = begin.detach().clone(memory_format=torch.contiguous_format)
     shadow = None if levels is None else x.clone()
+    fixed = False
     if levels is not None:
         assert bounds is not None
-        x = on_levels(x, images, levels, *bounds, math.inf if epsilon is None else epsilon)
+        ball = math.inf if epsilon is None else epsilon
+        x = on_levels(x, images, levels, *bounds, ball)
+        fixed = ball * (levels - 1) / (bounds[1] - bounds[0]) * (1 + 1e-6) < 1  # no other level
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     status = ["budget"] * len(x)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
@@ -114,7 +117,7 @@ def dag(
         x[live] = x_m
         if shadow is not None:
             shadow[live] = accumulated
-        moved = _scale(norms, gamma) > 0
+        moved = (_scale(norms, gamma) > 0) & (not fixed)
         for n in live[~done & ~moved].tolist():
             status[n] = "stalled"
         live = live[moved]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,18 @@ import torch
 from support import DTYPES, LAYOUTS, bits, generator, lay_out, same_bits
 from torch import Tensor, nn
 
-from dagcore import DAG, Part, Sample, Status, joint_attack, ops, reference, universal_perturbation
+from dagcore import (
+    DAG,
+    Part,
+    Sample,
+    Status,
+    joint_attack,
+    ops,
+    reference,
+    universal_perturbation,
+    victims,
+)
+from dagcore.engine.scores import aligned
 from dagcore.levels import nearest, radius, value
 from dagcore.ops import fallback
 from dagcore.perturbation import round_to_8_bits, round_to_levels
@@ -173,7 +186,7 @@ WRONG_STEPS = {
     "no bound": ({"lower": None}, "lower and upper must be finite with levels"),
     "another shape": ({"grid": torch.zeros(2, 5)}, r"grid must have shape \(2, 4\)"),
     "an expanded grid": ({"grid": torch.zeros(4).expand(2, 4)}, "grid must not be an expanded"),
-    "the images": ({"grid": "images"}, "grid must not be the images themselves"),
+    "the images": ({"grid": "images"}, "grid must have memory of its own, got that of images"),
 }
 
 
@@ -248,14 +261,16 @@ def test_files_lie_within_epsilon() -> None:
 def test_a_ball_without_another_level() -> None:
     model, file = Network(), photographs()
     images = as_images(file, (0.0, 1.0))
-    with pytest.warns(
-        RuntimeWarning, match="epsilon=0.001 is less than the distance of two of 256"
-    ):
+    message = r"epsilon=0\.001 is less than the distance of two of 256 levels"
+    with pytest.warns(RuntimeWarning, match=message):
         attack = attack_of((0.0, 1.0), epsilon=0.001)
-    result = attack(model, images, seen(model, images))
-    assert torch.equal(result.adversarial, images)
-    assert result.status == (Status.STALLED, Status.STALLED)
-    assert result.iterations.tolist() == [0, 0]
+    with pytest.warns(RuntimeWarning, match=message):
+        reference_attack = dataclasses.replace(attack, backend="reference")
+    for one in (attack, reference_attack):
+        result = one(model, images, seen(model, images))
+        assert torch.equal(result.adversarial, images)
+        assert result.status == (Status.STALLED, Status.STALLED)
+        assert result.iterations.tolist() == [0, 0]
 
 
 def test_start_between_the_levels() -> None:
@@ -362,6 +377,12 @@ def test_images_off_their_levels_by_rounding_alone() -> None:
     assert same_bits(results[0].perturbation, results[1].perturbation)
 
 
+def test_images_with_gradients_are_taken() -> None:
+    images = as_images(photographs(), (0.0, 1.0)).requires_grad_()
+    result = attack_of((0.0, 1.0), max_iter=2)(Network(), images, seen(Network(), images))
+    assert not result.adversarial.requires_grad
+
+
 def test_images_off_their_bounds_by_rounding_alone() -> None:
     """As antialiased resizing leaves them."""
     model = Network()
@@ -466,6 +487,61 @@ def test_gradients_that_float16_cannot_hold(backend: str) -> None:
     assert not bool(plain.isfinite().all())
     assert result.status == exact.status == (Status.BUDGET,)
     torch.testing.assert_close(result.adversarial.float(), exact.adversarial, rtol=0, atol=2e-3)
+
+
+def test_detectors_and_examples_are_not_written_to() -> None:
+    def writing(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            x.mul_(2).sub_(1)
+        logits = nn.functional.avg_pool2d(x, 4).flatten(2)
+        return torch.tensor([[2.0, 2.0, 9.0, 9.0]]).expand(len(x), logits.shape[2], 4), logits
+
+    images = as_images(photographs(2, 16), (0.0, 1.0))
+    before = images.clone()
+    detector = victims.dense_detector(writing, threshold=0.3)
+    found = detector.detect(images)
+    assert torch.equal(images, before)
+    targets = detector.dense_targets(images)
+    assert torch.equal(images, before)
+    with detector.encoded(images):
+        again = detector.detect(images)
+    assert torch.equal(images, before)
+    assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(found, again, strict=True))
+    assert targets.labels.shape == (2, 16)
+
+    class Writing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x.mul_(2).sub_(1)
+            return super().forward(x)
+
+    net = Writing(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    right = nn.Sequential(*net)(images * 2 - 1)
+    prepared = victims.prepare(net, example=images)
+    assert torch.equal(images, before)
+    torch.testing.assert_close(prepared(images.clone()), right)
+
+
+def test_a_part_of_a_network_called_original() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.original = Network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.original(x)
+
+    images = as_images(photographs(), (0.0, 1.0))
+    result = attack_of((0.0, 1.0))(Named(), images, seen(Network(), images), "runner-up")
+    assert bool(result.converged.all())
+
+
+def test_scores_that_align_corners_are_copied_as_plain_tensors(tmp_path: Path) -> None:
+    scores = aligned(torch.rand(1, 2, 3, 3))
+    torch.save(scores, tmp_path / "scores.pt")
+    for copied in (torch.load(tmp_path / "scores.pt"), copy.deepcopy(scores)):
+        assert type(copied) is Tensor
+        assert torch.equal(copied, scores)
 
 
 # --- margins

@@ -524,7 +524,7 @@ def test_success_with_a_tolerance(goal, right, active, left, tolerance, expected
         "iterations": 1,
         "notes": [],
     }
-    known = summarise([record], None, tolerance, goal)
+    known = summarise([record], None, tolerance)
     assert known["success after rounding, %"] == expected
 
 

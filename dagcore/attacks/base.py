@@ -266,7 +266,8 @@ class Attack(abc.ABC):
         """
         if self.bounds is None or not images.numel():
             return images
-        low, high = torch.aminmax(images.detach())
+        images = images.detach()
+        low, high = torch.aminmax(images)
         limits = images.new_tensor(self.bounds)
         if bool((low < limits[0]) | (high > limits[1])):
             images = images.clamp(*limits)
@@ -281,7 +282,7 @@ class Attack(abc.ABC):
                 "use float32"
             )
         on = round_to_levels(images, self.levels, self.bounds)
-        away = (on - images.detach()).abs()
+        away = (on - images).abs()
         if float(away.max()) > self.rounding(images.dtype):
             worst = float(images.reshape(-1)[int(away.argmax())])
             helper = f"round_to_levels({name}, {self.levels}, {self.bounds})"

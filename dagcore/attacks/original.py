@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..engine import ScoreModel, frozen
 from ..engine.stream import device_of
-from ..victims.segmentation import precision
+from ..victims.segmentation import Victim, precision
 from .result import Result, Status
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def warn_at_original(
     It is run once, on the images that converged on the copy.
     """
     reference = getattr(model, "original", None)
-    original = None if reference is None else reference()
+    original = reference() if isinstance(reference, weakref.ref) else None
     done = [n for n, status in enumerate(result.status) if status is Status.CONVERGED]
     if original is None or not done:
         return
@@ -41,9 +42,10 @@ def warn_at_original(
     aims = aims[done] if isinstance(aims, Tensor) else aims
     scores_of = ScoreModel(original)
     scores_of.looked = True  # at the copy's scores
+    own = None if isinstance(original, Victim) else precision(original)
     with frozen(original), torch.no_grad():
         scores = scores_of(
-            images.to(precision(original) or images.dtype),
+            images.to(images.dtype if own is None else own),
             labels[done],
             None if boxes is None else boxes[done],
         )

@@ -16,8 +16,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import files
-from ..attacks import DAG
-from ..checks import GOALS
 from ..data import Scenes
 from ..evaluation.attack_files import Plan, Request
 from ..evaluation.driver import Driver, Job
@@ -86,7 +84,6 @@ class Demo:
         self.out, self.source, self.progress, self.levels = out, source, progress, levels
         self.victim = load("demo")
         self.rows: list[tuple[Row, Outcome]] = []
-        self.attacks: list[DAG] = []  # one a row
 
     def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
         """Attack the first photographs, and write what comes of them; what the first aimed at."""
@@ -110,7 +107,7 @@ class Demo:
             named = dataclasses.replace(outcome, name=f"{job.name}-{what}")
             record |= job.target.record
             write(named, self.out, self.victim, goal=driver.attack.goal, record=record)
-            self.finished((job.name, what), named, driver.attack)
+            self.finished((job.name, what), named)
         return found[0][0].target
 
     def attack_scene(self) -> None:
@@ -122,12 +119,11 @@ class Demo:
             work = Plan(Request(images=[path], out=out, model=name, levels=self.levels))
             tell = partial(self.progress.update, name)
             for outcome in work.run(lambda _, *where, tell=tell: tell(*where)):
-                self.finished((f"scene, {name}", "permutation"), outcome, work.driver.attack)
+                self.finished((f"scene, {name}", "permutation"), outcome)
 
-    def finished(self, row: Row, outcome: Outcome, attack: DAG) -> None:
+    def finished(self, row: Row, outcome: Outcome) -> None:
         """Count an image."""
         self.rows.append((row, outcome))
-        self.attacks.append(attack)
         self.progress.finished(len(self.rows), outcome.line())
 
 
@@ -149,15 +145,10 @@ def run(
         pattern = demo.attack("pattern", 1, adversarial=PATTERN, foreground=TARGET)
         demo.attack_scene()
     show_table(("image", "attack"), demo.rows)
-    for goal in GOALS:
-        own = [
-            one.numbers()
-            for (_, one), a in zip(demo.rows, demo.attacks, strict=True)
-            if a.goal == goal
-        ]
-        warning = warning_of_files(own, 0.0, goal, demo.attacks[0].levels)
-        if warning is not None:
-            click.echo(f"dagcore demo: warning: {warning}", err=True)
+    outcomes = [outcome.numbers() for _, outcome in demo.rows]
+    warning = warning_of_files(outcomes, 0.0, None if levels == "none" else int(levels))
+    if warning is not None:
+        click.echo(f"dagcore demo: warning: {warning}", err=True)
     assert demo.victim.classes is not None
     attacks = ("permutation", "one-class", "pattern")
     written = {what: output_files(out, f"{names[0]}-{what}") for what in attacks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,8 +22,14 @@ class AlignedScores(Tensor):
 
     Networks that say so hand out their scores as such, and every operation on them keeps the kind,
     so that whatever is wrapped around a network does not lose how they are to be read. Gradients
-    are plain tensors: they go to the images.
+    are plain tensors: they go to the images. Copies by pickle or deepcopy are plain too.
     """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Tensor.__reduce_ex__(self.as_subclass(Tensor), protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
 
     @classmethod
     def __torch_function__(

@@ -81,7 +81,7 @@ class Outcome:
             return "no targets: the image is left as it is"
         if not self.active[0]:
             return f"none of {self.targets} targets to fool: the image is left as it is"
-        state = "still right" if goal == "leave" else "not as wanted"
+        state = "left" if goal == "leave" else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
             f"{self.active[-1]} of {self.targets} targets {state} ({self.right_before} right "

@@ -284,8 +284,8 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         )
     attack = work.driver.attack
     made = list(records.values())
-    summary = summarise(made, work.victim.classes, attack.tolerance, attack.goal)
-    warnings = warnings_of(made, attack)
+    summary = summarise(made, work.victim.classes, attack.tolerance)
+    warnings = warnings_of(made, attack, prepared=work.settings.prepare)
     summary["warnings"] = warnings
     work.folder.finish(records, summary)
     if attacked:

@@ -30,7 +30,7 @@ def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
 
 
 def summarise(
-    records: Sequence[Record], classes: Sequence[str] | None, tolerance: float, goal: str
+    records: Sequence[Record], classes: Sequence[str] | None, tolerance: float
 ) -> dict[str, Any]:
     """The summary of a run, from the records of all its images.
 
@@ -39,7 +39,7 @@ def summarise(
     """
     attacked = [record for record in records if record["status"] != FAILED]
     with_targets = [record for record in attacked if record["targets"]]
-    aimed = [record for record in with_targets if to_fool(record, goal)]
+    aimed = [record for record in with_targets if to_fool(record)]
     status = [record["status"] for record in aimed]
     measure = "mIoU" if any("pixels" in record for record in attacked) else "mAP"
     return {
@@ -51,12 +51,8 @@ def summarise(
         ),
         "nothing to fool": len(with_targets) - len(aimed),
         **{name: status.count(name) for name in ("converged", "budget", "stalled")},
-        "success after rounding, %": _share(
-            sum(succeeded(r, tolerance, goal) for r in aimed), aimed
-        ),
-        "active targets left, %": _share(
-            sum(r["active"][-1] / to_fool(r, goal) for r in aimed), aimed
-        ),
+        "success after rounding, %": _share(sum(succeeded(r, tolerance) for r in aimed), aimed),
+        "active targets left, %": _share(sum(r["active"][-1] / to_fool(r) for r in aimed), aimed),
         **({measure: scores(attacked, classes, measure)} if attacked else {}),
         "perceptibility": _spread([r["perceptibility"] for r in aimed]),
         "perceptibility after rounding": _spread(
@@ -72,18 +68,23 @@ def summarise(
     }
 
 
-def to_fool(record: Record, goal: str) -> int:
+def to_fool(record: Record) -> int:
     """Targets that an attack has to fool.
 
-    For "leave" those that are right on the clean image, for "reach" those that are not at their
-    adversarial label there.
+    Those that are active on the clean image: for "leave" right, or wrong by less than the margin,
+    for "reach" not at their adversarial label by the margin.
     """
-    return int(record["right_before"] if goal == "leave" else record["active"][0])
+    return int(record["active"][0])
 
 
-def succeeded(record: Record, tolerance: float, goal: str) -> bool:
+def succeeded(record: Record, tolerance: float) -> bool:
     """Whether the 8-bit file has no more active targets than are tolerated of those to fool."""
-    allowed = UntilFooled(0, tolerance).allowed(torch.tensor([to_fool(record, goal)]))
+    return _within(record, tolerance, to_fool(record))
+
+
+def _within(record: Record, tolerance: float, targets: int) -> bool:
+    """Whether the 8-bit file has no more active targets than are tolerated of so many."""
+    allowed = UntilFooled(0, tolerance).allowed(torch.tensor([targets]))
     return bool(record["active_after_rounding"] <= allowed)
 
 
@@ -118,23 +119,22 @@ def warning_of_labels(records: Sequence[Record]) -> str | None:
 
 
 def warning_of_files(
-    records: Sequence[Record], tolerance: float, goal: str, levels: int | None
+    records: Sequence[Record], tolerance: float, levels: int | None, prepared: bool = False
 ) -> str | None:
     """What users should know where attacks that converged have failed in the 8-bit files."""
-    converged = [r for r in records if r["status"] == Status.CONVERGED and to_fool(r, goal)]
-    again = [record for record in converged if not succeeded(record, tolerance, goal)]
+    converged = [r for r in records if r["status"] == Status.CONVERGED and to_fool(r)]
+    again = [one for one in converged if not _within(one, tolerance, one["targets"])]
     if not again:
         return None
     worst = max(again, key=lambda record: int(record["active_after_rounding"]))
-    hint = (
-        "--levels 256 attacks what the files hold"
-        if levels is None
-        else "the network itself differs there from the prepared copy that was attacked, "
-        "--no-prepare attacks itself"
-    )
+    hint = ""
+    if levels is None:
+        hint = ": --levels 256 attacks what the files hold"
+    elif prepared:
+        hint = ": a prepared copy of the network was attacked, --no-prepare attacks itself"
     return (
         f"{len(again)} of {len(converged)} images that converged have active targets in their "
-        f"8-bit files, {worst['name']} {worst['active_after_rounding']} of {worst['targets']}: "
+        f"8-bit files, {worst['name']} {worst['active_after_rounding']} of {worst['targets']}"
         f"{hint}"
     )
 
@@ -151,12 +151,12 @@ def warning_of_epsilon(attack: DAG) -> str | None:
     )
 
 
-def warnings_of(records: Sequence[Record], attack: DAG) -> list[str]:
+def warnings_of(records: Sequence[Record], attack: DAG, *, prepared: bool = False) -> list[str]:
     """What users should know of all images that were attacked."""
     attacked = [record for record in records if record["status"] != FAILED]
     told = (
         warning_of_labels(attacked),
-        warning_of_files(attacked, attack.tolerance, attack.goal, attack.levels),
+        warning_of_files(attacked, attack.tolerance, attack.levels, prepared),
         warning_of_epsilon(attack) if attacked else None,
     )
     return [warning for warning in told if warning is not None]

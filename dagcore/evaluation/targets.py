@@ -116,12 +116,13 @@ class TargetRules(abc.ABC):
                 raise
             reason = str(error).partition("\n")[0]
             hint = " (--size WIDTHxHEIGHT resizes images for a network that takes one size)"
+            sized = self.options.size or getattr(self.model, "size", None)
             resizes = isinstance(self.model, Detector) and not hasattr(self.model, "size")
             raise UnfitImageError(
                 f"model {self.options.model!r} cannot take {name} "
                 f"({leaf.shape[3]} x {leaf.shape[2]} pixels): {reason}"
                 + hint
-                * (self.options.size is None and not resizes)
+                * (not sized and not resizes)
             ) from error
 
 

@@ -175,10 +175,11 @@ class Detector(nn.Module, abc.ABC):
                 f"got {len(ground_truth)}"
             )
         with frozen(self), torch.no_grad():
-            found = self.candidates(images, nms_threshold, max_proposals) if len(images) else []
+            given = images.clone()  # the detector's to write into
+            found = self.candidates(given, nms_threshold, max_proposals) if len(images) else []
             self._check_candidates(found, images)
             if ground_truth is None:
-                detections = self.detect(images) if len(images) else []
+                detections = self.detect(images.clone()) if len(images) else []
                 ground_truth = [self.confident(one, confidence, images) for one in detections]
         num_classes = found[0][1].shape[1] if found else 0
         if 0 <= ignore_index < num_classes:

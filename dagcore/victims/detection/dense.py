@@ -81,7 +81,7 @@ class Dense(Detector):
     def encoded(self, images: Tensor) -> Iterator[None]:
         """Run the function on images once, for all that is asked of it inside the block."""
         network = self.network
-        self.network = Known(network(resized(images, self.size)))
+        self.network = Known(network(resized(images.clone(), self.size)))
         try:
             yield
         finally:
@@ -114,7 +114,7 @@ class Dense(Detector):
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (N, A, 4) in pixels of the images, and logits (N, C, A), as the function says."""
-        output = self.network(resized(images, self.size))
+        output = self.network(resized(images.clone(), self.size))  # the function's to write into
         pair = isinstance(output, (tuple, list)) and len(output) == 2
         if not pair or not all(isinstance(one, Tensor) for one in output):
             raise ArgumentTypeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ def _rewrite(
     before = read_scores(output, images, least=1).nan_to_num()
     # A detector's scores at given boxes leave out the parts that propose them.
     whole = network.detect if isinstance(network, Detector) else network
-    folded, left = fold.fold(network, partial(whole, images)) if fold_batch_norm else (0, {})
+    folded, left = fold.fold(network, lambda: whole(images.clone())) if fold_batch_norm else (0, {})
     merged = merge(network) if merge_linear else 0
     after = read_scores(_output(network, images), images, least=1).nan_to_num()
     difference = float((after - before).norm() / before.norm().clamp_min(1e-30))
@@ -176,7 +175,8 @@ def _output(network: nn.Module, images: Tensor) -> Any:
     height, width = images.shape[-2:]
     whole = images.new_tensor([0, 0, width, height]).expand(len(images), 1, 4)
     with torch.no_grad():
-        return network(images, whole) if isinstance(network, Detector) else network(images)
+        given = images.clone()  # the network's to write into
+        return network(given, whole) if isinstance(network, Detector) else network(given)
 
 
 def _example(network: nn.Module) -> Tensor:

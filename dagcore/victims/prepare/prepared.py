@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...engine import read_scores
 from ...engine.scores import aligned, aligns_corners
-from ..segmentation import precision
+from ..segmentation import Victim, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Prepared(nn.Module):
         """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
         lower = self.preparation.bf16
         # Autocast leaves float64 alone.
-        x = images.to(torch.float32 if lower else precision(self.network) or images.dtype)
+        own = None if isinstance(self.network, Victim) else precision(self.network)
+        x = images.to(torch.float32 if lower else own or images.dtype)
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             output = self.network(x)
         scores = read_scores(output, images, least=1).to(images.dtype)
