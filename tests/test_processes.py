@@ -18,7 +18,7 @@ import os, time
 from dagcore import processes
 
 def work(_):
-    os.write(1, f"{os.getpid()}\n".encode())  # at once: lines of two must not mix
+    os.write(1, b"%d\\n" % os.getpid())  # at once: the lines of two must not mix
     time.sleep(10**6)
 
 if __name__ == "__main__":
