@@ -125,6 +125,13 @@ def test_bilinear(
             "floor": lambda: (scores.clone(), labels.clone(), adversarial.clone()),
         },
     )
+    sides: dict[str, Callable[[], object]] = {
+        "native": lambda: dagcore.ops.dag_seed_bilinear(scores, labels, adversarial),
+        "with a margin": lambda: dagcore.ops.dag_seed_bilinear(
+            scores, labels, adversarial, margin=1.0
+        ),
+    }
+    rows.add("dag_seed_bilinear", f"{case}, alone", alternate(sides, 31, device=rows.device))
     if label_dtype == torch.int64:
         compare_argmax(rows, f"{'x'.join(map(str, shape))} -> {size} {kind}", scores, (size, size))
 

@@ -28,6 +28,15 @@ def value(level: Tensor, bounds: tuple[float, float], levels: int) -> Tensor:
     return level * (upper - lower) / last + lower
 
 
+def shown(
+    values: Tensor, origin: Tensor, bounds: tuple[float, float], levels: int, epsilon: float
+) -> Tensor:
+    """Each value at the nearest level, of those within epsilon of the level of its origin."""
+    middle, reach = nearest(origin, bounds, levels), radius(epsilon, bounds, levels)
+    level = nearest(values, bounds, levels).clamp(middle - reach, middle + reach)
+    return value(level.clamp(0, levels - 1), bounds, levels)
+
+
 def radius(epsilon: float, bounds: tuple[float, float], levels: int) -> float:
     """How many levels lie within epsilon of a level, on each side; infinite without a ball."""
     rounding = 1 + 1e-6  # 8/255 is 8 levels, however computed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.loop import State
-from ..levels import nearest, radius, value
+from ..levels import radius, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class NormalisedStep:
         """With levels, the shadow, and what it looks like."""
         if self.levels is None or self.bounds is None:
             return {}
-        level = nearest(start, self.bounds, self.levels)
-        middle = nearest(images, self.bounds, self.levels)
-        level = level.clamp(middle - self.reach, middle + self.reach).clamp(0, self.levels - 1)
-        return {"shadow": start, "x": value(level, self.bounds, self.levels).to(start.dtype)}
+        exact = torch.promote_types(start.dtype, torch.float32)
+        epsilon = math.inf if self.epsilon is None else self.epsilon
+        image = shown(start.to(exact), images.to(exact), self.bounds, self.levels, epsilon)
+        return {"shadow": start, "x": image.to(start.dtype)}
 
     @property
     def reach(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..levels import nearest, radius, value
+from ..levels import shown
 from . import native
 
 _warned: set[str] = set()
@@ -138,11 +138,8 @@ def linf_step_(
     moved = (x + scale * r).clamp(x0 - epsilon, x0 + epsilon).clamp(lower, upper)
     images.detach().copy_(torch.where(scale > 0, moved, x))
     if grid is not None:
-        bounds = (lower, upper)
-        level = nearest(images.detach().to(dtype), bounds, levels)
-        middle, reach = nearest(x0, bounds, levels), radius(epsilon, bounds, levels)
-        level = level.clamp(middle - reach, middle + reach).clamp(0, levels - 1)
-        grid.detach().copy_(torch.where(scale > 0, value(level, bounds, levels), grid.to(dtype)))
+        image = shown(images.detach().to(dtype), x0, (lower, upper), levels, epsilon)
+        grid.detach().copy_(torch.where(scale > 0, image, grid.to(dtype)))
     return norms
 
 
