@@ -190,7 +190,12 @@ class Attack(abc.ABC):
         """Active targets at scores that are there already, (N,) int32."""
         objective = self.objective()
         adversarial = objective.assign(adversarial_labels, labels, scores.shape[1], None)
-        return objective.seed(scores, labels, adversarial, align_corners=align_corners, state={})[1]
+        _, active = objective.seed(
+            scores, labels, adversarial, align_corners=align_corners, state={}
+        )
+        if bool((active < 0).any()):
+            objective.refuse(scores.shape[1], labels, adversarial)
+        return active
 
     def network(self, model: Callable[..., Any]) -> Network:
         """A network as this attack evaluates it."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.loop import BUDGET, CONVERGED, STALLED, Finished
+from ..engine.loop import Finished
+from ..ops.fallback import BUDGET, CONVERGED, STALLED
 from ..perturbation import perceptibility, value_range
 
 

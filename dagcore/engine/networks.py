@@ -50,7 +50,7 @@ class Network:
         opened.state["labels"] = labels.new_zeros((capacity, *labels.shape))
         if boxes is not None:
             opened.state["boxes"] = boxes.new_zeros((capacity, *boxes.shape))
-        for name, dtype in (("targets", torch.int64), ("allowed", torch.float64)):
+        for name, dtype in (("targets", torch.int64), ("allowed", torch.int32)):
             opened.state[name] = torch.zeros(capacity, dtype=dtype, device=labels.device)
         return opened
 
@@ -117,7 +117,7 @@ class Network:
             state=state,
         )
         wanted = active > own["allowed"]
-        if synchronous and not bool((may_move & wanted).any()):
+        if synchronous and not any((may_move & wanted).tolist()):
             return active, wanted, None
         return active, wanted, input_gradient(scores, leaf, seed)
 
@@ -166,7 +166,7 @@ class Networks:
             active, wanted, gradient = self.parts[0].evaluate(
                 state, may_move, synchronous=synchronous
             )
-            return Evaluation(active[:, None], wanted, ~wanted, gradient)
+            return Evaluation(active[:, None], wanted, None, gradient)
         total: Tensor | None = None
         actives, wanteds = [], []
         for part in self.parts:
@@ -178,7 +178,7 @@ class Networks:
             gradient = normalised(gradient, wanted)
             total = gradient if total is None else total.add_(gradient)
         wanted = torch.stack(wanteds).any(0)
-        return Evaluation(torch.stack(actives, 1), wanted, ~wanted, total)
+        return Evaluation(torch.stack(actives, 1), wanted, None, total)
 
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""
