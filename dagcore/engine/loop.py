@@ -107,6 +107,15 @@ class Evaluation(NamedTuple):
     """(N, *) of the images; None where no image may move."""
 
 
+class Aims(NamedTuple):
+    """What an image is attacked at, at each of K networks."""
+
+    targets: Tensor  # (K,), how many count
+    labels: tuple[Tensor, ...]  # (*T)
+    adversarial_labels: tuple[Tensor | str, ...]  # (*T), or a word
+    boxes: tuple[Tensor | None, ...]  # (*), what else the model takes
+
+
 class Evaluator(Protocol):
     """Evaluates the images: `Networks`, or what an attack brings itself."""
 
@@ -137,8 +146,8 @@ class Evaluator(Protocol):
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""
 
-    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
-        """Targets (K,) that count and the adversarial labels at each network."""
+    def aims(self, slot: int) -> Aims:
+        """What a slot's image was attacked at, copied out."""
 
 
 class Finished(NamedTuple):
@@ -150,8 +159,7 @@ class Finished(NamedTuple):
     iterations: int
     status: int
     active: Tensor  # (M + 1, K)
-    targets: Tensor  # (K,)
-    adversarial_labels: tuple[Tensor | str, ...]  # (*T) at each network, or a word
+    aims: Aims
 
 
 def first_rows(state: State, count: int, capacity: int) -> State:
@@ -309,7 +317,7 @@ class Slots:
             int(state["updates"][slot]),
             int(state["status"][slot]),
             state["history"][slot].clone(),
-            *self.evaluator.outcome(slot),
+            self.evaluator.aims(slot),
         )
 
     def release(self, slots: list[int]) -> None:

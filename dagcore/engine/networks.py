@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .loop import Evaluation, Objective, Schedule, State, first_rows
+from .loop import Aims, Evaluation, Objective, Schedule, State, first_rows
 from .scores import ScoreModel
 
 HALF_SCALE = 2.0**-10  # of the seeds of float16 scores
@@ -185,10 +185,15 @@ class Networks:
         for part in self.parts:
             part.refuse(slot)
 
-    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
-        """Targets (K,) that count, and the adversarial labels at each network."""
-        targets = torch.stack([part.state["targets"][slot] for part in self.parts])
-        return targets, tuple(part.adversarial_labels(slot) for part in self.parts)
+    def aims(self, slot: int) -> Aims:
+        """What a slot's image was attacked at, copied out."""
+        states = self.states
+        return Aims(
+            torch.stack([state["targets"][slot] for state in states]),
+            tuple(state["labels"][slot].clone() for state in states),
+            tuple(part.adversarial_labels(slot) for part in self.parts),
+            tuple(state["boxes"][slot].clone() if "boxes" in state else None for state in states),
+        )
 
 
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
