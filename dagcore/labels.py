@@ -38,6 +38,8 @@ def assign(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: an unknown kind, a label out of range, or fewer than two classes to choose from.
+            On CUDA looking for labels out of range would wait for the device: there they get some
+            class, and the ops' counts tell of them.
     """
     if isinstance(adversarial_labels, Tensor):
         return adversarial_labels
@@ -50,8 +52,10 @@ def assign(
     checks.integer("num_classes", num_classes, at_least=1, at_most=checks.MOST_PIXELS)
     checks.integer("ignore_index", ignore_index)
     checks.generator(generator)
-    checks.label_range("labels", labels, num_classes, ignore_index)
-    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
+    if checks.at_hand(labels):
+        checks.label_range("labels", labels, num_classes, ignore_index)
+    true = labels.long()  # a uint8 would be compared modulo 256
+    counted = true != ignore_index
     if num_classes < 2:
         if bool(counted.any()):
             raise ArgumentError(
@@ -59,7 +63,7 @@ def assign(
                 f"the scores have {num_classes}"
             )
         return labels.clone()
-    true = torch.where(counted, labels, 0).long()
+    true = torch.where(counted & (true >= 0) & (true < num_classes), true, 0)
     drawn = draw(adversarial_labels, true, num_classes, generator)
     dtype = labels.dtype if num_classes <= 256 or labels.dtype != torch.uint8 else torch.int32
     return torch.where(counted, drawn.to(dtype), labels.to(dtype))
@@ -77,10 +81,17 @@ def draw(
         if not tables:
             return true
         rows = true.reshape(len(true), true.shape[1:].numel())
-        return torch.stack(tables).to(true.device).gather(1, rows).reshape(true.shape)
+        return _beside(torch.stack(tables), true).gather(1, rows).reshape(true.shape)
     device = "cpu" if generator is None else generator.device
     shift = torch.randint(1, num_classes, true.shape, generator=generator, device=device)
-    return (true + shift.to(true.device)) % num_classes
+    return (true + _beside(shift, true)) % num_classes
+
+
+def _beside(drawn: Tensor, other: Tensor) -> Tensor:
+    """Numbers on another tensor's device, without waiting for it."""
+    if checks.at_hand(drawn) and other.device.type == "cuda":
+        return drawn.pin_memory().to(other.device, non_blocking=True)
+    return drawn.to(other.device)
 
 
 def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks
 from .engine.loop import State
 from .labels import assign
 
@@ -69,25 +69,21 @@ class DAGObjective:
         align_corners: bool,
         state: State | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """+1 at the adversarial label of each active target, -1 at its label; their number."""
+        """+1 at the adversarial label of each active target, -1 at its label; their number.
+
+        A number below 0 tells of a label that is out of range.
+        """
+        given = adversarial if isinstance(adversarial, Tensor) else None
+        rule = self.goal, self.ignore_index, float(self.margin)
+        scores = scores.detach()
+        # Past the wrappers' checks: arguments were checked as the images came.
         if scores.shape[2:] == labels.shape[1:]:
-            return ops.dag_seed(
-                scores,
-                labels,
-                adversarial,
-                goal=self.goal,
-                ignore_index=self.ignore_index,
-                margin=self.margin,
+            seed, active = torch.ops.dagcore.dag_seed(scores, labels, given, *rule)
+        else:
+            seed, active = torch.ops.dagcore.dag_seed_bilinear(
+                scores, labels, given, *rule, align_corners
             )
-        return ops.dag_seed_bilinear(
-            scores,
-            labels,
-            adversarial,
-            goal=self.goal,
-            ignore_index=self.ignore_index,
-            margin=self.margin,
-            align_corners=align_corners,
-        )
+        return seed, active
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
         """Raise an error that names the label that is out of range."""
