@@ -20,6 +20,8 @@ def assign(
     num_classes: int,
     ignore_index: int = 255,
     generator: torch.Generator | None = None,
+    *,
+    look: bool = True,
 ) -> Tensor | str:
     """The adversarial labels of an attack: given ones as they are, others drawn.
 
@@ -31,6 +33,8 @@ def assign(
         num_classes: C.
         ignore_index: targets of this label keep it.
         generator: source of randomness; torch's global one if None.
+        look: whether to look for labels out of range, for which a GPU is waited for. Without, they
+            get some class as well.
 
     Returns:
         (N, *T), of the dtype of `labels` where that can hold C classes, or "runner-up".
@@ -38,8 +42,6 @@ def assign(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: an unknown kind, a label out of range, or fewer than two classes to choose from.
-            On CUDA looking for labels out of range would wait for the device: there they get some
-            class, and the ops' counts tell of them.
     """
     if isinstance(adversarial_labels, Tensor):
         return adversarial_labels
@@ -52,7 +54,7 @@ def assign(
     checks.integer("num_classes", num_classes, at_least=1, at_most=checks.MOST_PIXELS)
     checks.integer("ignore_index", ignore_index)
     checks.generator(generator)
-    if checks.at_hand(labels):
+    if look:
         checks.label_range("labels", labels, num_classes, ignore_index)
     true = labels.long()  # a uint8 would be compared modulo 256
     counted = true != ignore_index

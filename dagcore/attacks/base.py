@@ -401,7 +401,10 @@ def run_batch(
         outcomes: dict[int, Finished] = {}
         while len(outcomes) < total:
             slots.iterate()
-            outcomes.update({outcome.tag: outcome for outcome in slots.collect()})
+            for outcome in slots.collect():
+                if outcome.error is not None:
+                    raise outcome.error
+                outcomes[outcome.tag] = outcome
         return gather([outcomes[n] for n in range(total)], attack.bounds, joint=joint)
 
 

@@ -90,6 +90,8 @@ def universal_perturbation(
             slots.iterate()
             # Not late: the next batch is read, and the perturbation grows, only if it goes on.
             outcomes = slots.collect(wait=True)
+    if outcomes[0].error is not None:
+        raise outcomes[0].error
     result = gather(outcomes, attack.bounds)
     return dataclasses.replace(
         result,

@@ -156,6 +156,7 @@ class Finished(NamedTuple):
     active: Tensor  # (M + 1, K)
     targets: Tensor  # (K,)
     adversarial_labels: tuple[Tensor | str, ...]  # (*T) at each network, or a word
+    error: Exception | None = None  # why it could not be attacked after all
 
 
 def first_rows(state: State, count: int, capacity: int) -> State:
@@ -196,6 +197,7 @@ class Slots:
         self.iteration = 0
         self.eager = 0  # iterations of full slots, up to EAGER
         self.stopped: set[int] = set()  # slots that are known to have stopped, and not told yet
+        self.errors: dict[int, Exception] = {}  # of those that cannot be attacked
         # Between two updates `patience` steps can fail, each after as many evaluations that see
         # nothing to gain: those of a round of a universal perturbation.
         self.most = (schedule.max_iter + 1) * schedule.patience**2
@@ -310,14 +312,22 @@ class Slots:
             going, worst = running.tolist(), counts.amin(1).tolist()
             self.stopped.update(k for k in known if not going[k])
             self._check_progress([iteration - self.since[k] for k in known if going[k]], worst)
-            for k in known:
-                if worst[k] < -1:
-                    self.stopped.discard(k)
-                    self.evaluator.refuse(k)
+            if min(worst) < -1:
+                self.errors.update({k: self._error(k) for k in known if worst[k] < -1})
+                self.stopped.update(self.errors)
+            known = [k for k in known if k not in self.errors]
             if self.callback is not None and known:
                 self.callback(iteration, [self.tags[k] for k in known], counts[known])
         stopped, self.stopped = sorted(self.stopped), set()
         return stopped
+
+    def _error(self, slot: int) -> Exception:
+        """Why the evaluator counts less than no active targets in a slot."""
+        try:
+            self.evaluator.refuse(slot)
+        except (TypeError, ValueError) as error:
+            return error
+        return RuntimeError("active targets were counted below 0, with no label out of range")
 
     def _check_progress(self, before: list[int], counts: list[int]) -> None:
         """Raise if an iteration did nothing, or if an image is evaluated again and again.
@@ -340,6 +350,8 @@ class Slots:
     def outcome(self, slot: int) -> Finished:
         """What became of a finished slot's image, copied out; waits for the device."""
         state = self.state
+        if slot in self.errors:
+            state["running"][slot] = False
         numbers = self.device.read(state["updates"][slot], state["status"][slot]).wait()
         updates, status = map(int, numbers)
         return Finished(
@@ -350,6 +362,7 @@ class Slots:
             status,
             state["history"][slot].clone(),
             *self.evaluator.outcome(slot),
+            self.errors.get(slot),
         )
 
     def release(self, slots: list[int]) -> None:
@@ -360,9 +373,9 @@ class Slots:
         """
         if not slots:
             return
+        self._forget(slots)
         if not self.synchronous:
             self.free += slots
-            self._forget(slots)
             return
         kept = [k for k in range(self.count) if k not in slots]
         index = torch.tensor(kept, dtype=torch.int64)
@@ -379,6 +392,7 @@ class Slots:
         for k in slots:
             self.tags[k], self.since[k] = None, NEVER
             self.stopped.discard(k)
+            self.errors.pop(k, None)
 
     def collect(self, *, wait: bool = False) -> list[Finished]:
         """Outcomes of the images that have finished, whose slots are free from then on."""

@@ -189,6 +189,7 @@ class Stream:
         self.report = None if callback is None else lambda _, keys, counts: callback(keys, counts)
         self.grace = GRACE if device.synchronous else 0.0
         self.groups: dict[Any, tuple[Slots, Networks]] = {}
+        self.error: BaseException | None = None  # to be raised once all images have finished
 
     @property
     def in_flight(self) -> int:
@@ -197,16 +198,19 @@ class Stream:
 
     def run(self, prefetcher: Prefetcher) -> Iterator[Finished]:
         """Outcomes as images finish; an error of the source's once all before it have."""
-        error: BaseException | None = None
         while True:
-            if error is None:
+            if self.error is None:
                 with self.device.current():
-                    error = self.fill(prefetcher)
+                    self.error = self.fill(prefetcher)
             if not self.in_flight:
                 break
-            yield from self.iterate()
-        if error is not None:
-            raise error
+            for outcome in self.iterate():
+                if outcome.error is None:
+                    yield outcome
+                else:
+                    self.error = self.error or outcome.error
+        if self.error is not None:
+            raise self.error
 
     def fill(self, prefetcher: Prefetcher) -> BaseException | None:
         """Give free slots to the samples that are there; an error of the source or of a sample."""
