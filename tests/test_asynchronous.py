@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 def samples(count: int, kind: str | None = "runner-up", sizes: Iterable[Any] = (SIZE,)) -> list:
-    """Images on 8-bit levels, each with more contrast than the one before, labelled as `Net()` does."""
+    """Images on 8-bit levels, of more contrast and less, labelled as `Net()` sees them."""
     rng, sizes, made = generator(2), list(sizes), []
     for key in range(count):
         size = sizes[key % len(sizes)]
@@ -188,7 +188,8 @@ def test_a_batch_is_that_of_the_synchronous_engine(
 ) -> None:
     nets = [Net(seed=seed) for seed in range(1 + joint)]
     given = samples(count)
-    images, labels = (torch.stack(own) for own in zip(*((s.image, s.labels) for s in given)))
+    images = torch.stack([sample.image for sample in given])
+    labels = torch.stack([sample.labels for sample in given])
     attack = DAG(gamma=0.02, max_iter=max_iter, tolerance=0.2)
     heard: list[Tensor] = []
 
@@ -260,19 +261,18 @@ def test_a_label_out_of_range_is_told_late_and_loses_no_result(bad: int, kind: s
     expected = {r.key: r for r in attack.stream(model, given, 1, generator(5))}
     given[bad].labels[2, 3] = 99
     device = model.device = LateDevice()
-    found: dict[int, Result] = {}
+    found: list[Result] = []
     with device.installed(), pytest.raises(ValueError, match=r"labels must lie in .* got 99"):
-        for result in attack.stream(model, given, 2, generator(5)):
-            found[result.key] = result
-    assert set(range(bad)) <= set(found)
-    assert bad not in found
-    for key, result in found.items():
-        assert_same(result, expected[key])
+        found.extend(attack.stream(model, given, 2, generator(5)))
+    assert bad not in {result.key for result in found}
+    assert set(range(bad)) <= {result.key for result in found}
+    for result in found:
+        assert_same(result, expected[result.key])
 
 
 def test_a_label_out_of_range_at_one_of_two_networks_ends_the_image() -> None:
     nets = [Net(seed=seed) for seed in range(2)]
-    attack = DAG(gamma=1e-4, max_iter=10**4)
+    attack = DAG(gamma=0.02, max_iter=9)
     given = [
         Sample(sample.image, [sample.labels, sample.labels.clone()], "runner-up", key=sample.key)
         for sample in samples(2)
@@ -281,10 +281,21 @@ def test_a_label_out_of_range_at_one_of_two_networks_ends_the_image() -> None:
     with LateDevice().installed() as device:
         nets[0].device = device
         parts = [Part(net) for net in nets]
-        stream = joint_stream(attack.__class__(gamma=0.02, max_iter=9), parts, given, 2)
+        stream = joint_stream(attack, parts, given, 2)
         assert next(stream).key == 0
         with pytest.raises(ValueError, match=r"labels must lie in .* got 99"):
             next(stream)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_network_is_always_run_under_the_device(backend: str) -> None:
+    model, sample = Net(), samples(1)[0]
+    attack = DAG(gamma=0.02, max_iter=3, backend=backend)
+    with LateDevice().installed() as model.device:
+        images, labels = sample.image[None], sample.labels[None]
+        result = attack(model, images, labels, "runner-up")
+        attack.count_active(model, result.adversarial, labels, "runner-up")
+    assert len(model.calls) >= 5
 
 
 class Key:
@@ -293,6 +304,7 @@ class Key:
 
 def test_nothing_is_kept_of_images_that_have_finished() -> None:
     model = Net()
+    networks = [weakref.ref(model)]
     device = LateDevice((0, 3, 1))
     watched: list[tuple[weakref.ref[Key], weakref.ref[Tensor]]] = []
 
@@ -307,6 +319,7 @@ def test_nothing_is_kept_of_images_that_have_finished() -> None:
         with device.installed(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(base, "Prefetcher", arriving([True]))
             stream = DAG(gamma=0.02, max_iter=6).stream(model, source(), 3)
+            del model
             for _ in range(6):
                 next(stream)
             alive = [key() is not None for key, _ in watched]
@@ -315,6 +328,8 @@ def test_nothing_is_kept_of_images_that_have_finished() -> None:
             collections.deque(stream, maxlen=0)
             assert len(watched) == 12
             assert not any(key() or image() is not None for key, image in watched)
+            del stream
+            assert networks[0]() is None  # nor of the slots, which know their network
     finally:
         gc.enable()
 
