@@ -27,6 +27,7 @@ from dagcore.attacks.steps import NormalisedStep
 from dagcore.engine.loop import EAGER, Evaluation, Slots
 from dagcore.engine.networks import Targets
 from dagcore.engine.readback import LAG
+from dagcore.losses import DAGObjective
 from dagcore.perturbation import round_to_8_bits
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -296,6 +297,27 @@ def test_a_network_is_always_run_under_the_device(backend: str) -> None:
         result = attack(model, images, labels, "runner-up")
         attack.count_active(model, result.adversarial, labels, "runner-up")
     assert len(model.calls) >= 5
+
+
+def test_a_function_is_attacked_on_the_device_of_the_samples() -> None:
+    model = Net()
+    admitted: list[int] = []
+
+    class Rule(DAGObjective):
+        def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
+            device.require()
+            admitted.append(len(labels))
+            return super().count(num_classes, labels, adversarial)
+
+    class Attack(DAG):
+        def objective(self) -> DAGObjective:
+            return Rule()
+
+    given = samples(4)
+    with LateDevice().installed() as device:
+        model.device = device
+        results = list(Attack(max_iter=3).stream(lambda images: model(images), given, 2))
+    assert len(results) == sum(admitted) == len(given)
 
 
 class Key:
