@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -123,6 +124,7 @@ class LateDevice:
         self.clock = 0  # copies that were begun
         self.hidden = Hidden()
         self.capturing = False
+        self.copies: list[weakref.ref[Tensor]] = []  # of samples, here and there
         self.threads = threading.local()
 
     @property
@@ -163,12 +165,15 @@ class LateDevice:
 
     def kept(self, value: Tensor) -> Tensor:
         self.require()
-        return value.detach().clone()
+        copy = value.detach().clone()
+        self.copies.append(weakref.ref(copy))
+        return copy
 
     def moved(self, value: Tensor) -> Tensor:
         self.require()
         there = value.clone()
         self.hidden.add(there)
+        self.copies.append(weakref.ref(there))
         return there
 
     def read(self, *values: Tensor) -> LateCopy:

@@ -1,11 +1,21 @@
 """The engine on a device that is ahead of the host: `LateDevice` stands in for a GPU.
 
-Whatever comes late, results are those of the synchronous engine to the last bit.
+Whatever comes late, results are those of the synchronous engine to the last bit. What finds which
+fault (`test_devices` has those of the calls to torch.cuda):
+
+    work outside of the device's block, or the block around the caller  a_stream, a_batch, always
+    a value read where that waits; a label check at each admission      a_stream, a_label
+    rows replaced, or closed up, under a graph                          a_stream, a_batch
+    a graph of slots that are not full, or before EAGER iterations      iterations_of_full
+    counts of an image that had the slot before, out of order or early  a_stream, a_batch
+    an iteration that does nothing; an image that never stops           a_replay, an_image
+    tags, samples, slots or the network kept after the end              nothing, free, slots_end
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from late_device import LateDevice
 from support import generator
@@ -30,7 +40,13 @@ from dagcore.engine.readback import LAG
 from dagcore.losses import DAGObjective
 from dagcore.perturbation import round_to_8_bits
 
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # a failure is told at once
+)
 SIZE = (6, 8)
 CLASSES = 4
 
@@ -163,13 +179,14 @@ def test_a_stream_is_that_of_the_synchronous_engine(case: Case) -> None:
     found: dict[int, Result] = {}
     with device.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "Prefetcher", arriving(case.arrivals))
-        stream = attack.stream(model, given, case.slots, generator(5), callback=hear)
-        for result in stream:
-            assert not device.is_current  # of the caller
-            assert result.key not in found
-            found[result.key] = result
-            known = [count for count in result.active[:, 0].tolist() if count >= 0]
-            assert heard[result.key] == known  # each count once, in order
+        results: Any = attack.stream(model, given, case.slots, generator(5), callback=hear)
+        with contextlib.closing(results):
+            for result in results:
+                assert not device.is_current  # of the caller
+                assert result.key not in found
+                found[result.key] = result
+                known = [count for count in result.active[:, 0].tolist() if count >= 0]
+                assert heard[result.key] == known  # each count once, in order
     assert found.keys() == expected.keys()
     for key, result in found.items():
         assert_same(result, expected[key])
@@ -347,6 +364,8 @@ def test_nothing_is_kept_of_images_that_have_finished() -> None:
             alive = [key() is not None for key, _ in watched]
             assert sum(alive) <= 3 + 3  # under attack, and finished in one iteration with the last
             assert sum(image() is not None for _, image in watched) <= 1  # in the source's hands
+            assert len(device.copies) > 12
+            assert not any(copy() is not None for copy in device.copies)  # all is in the slots
             collections.deque(stream, maxlen=0)
             assert len(watched) == 12
             assert not any(key() or image() is not None for key, image in watched)
@@ -354,6 +373,38 @@ def test_nothing_is_kept_of_images_that_have_finished() -> None:
             assert networks[0]() is None  # nor of the slots, which know their network
     finally:
         gc.enable()
+
+
+@contextlib.contextmanager
+def on_device(late: list[int] | None) -> Iterator[None]:
+    """The CPU as it is, or a device that is so late in its place."""
+    if late is None:
+        yield
+        return
+    with LateDevice(late).installed() as device, device.current():
+        yield
+
+
+@pytest.mark.parametrize("late", [None, [2]])
+def test_a_free_slot_keeps_no_tag(late: list[int] | None) -> None:
+    given = samples(2)
+    images, labels = torch.stack([given[0].image] * 2), torch.stack([given[0].labels] * 2)
+    labels[0] = 255  # done at once
+    attack = DAG(gamma=1e-9, max_iter=10**4)
+    targets = Targets(labels, lambda labels, classes: (labels + 1) % classes)
+    with on_device(late):
+        slots = open_slots(attack, [attack.network(Net())], images, [targets])
+        slots.tags[:] = tags = [Key(), Key()]
+        watched = [weakref.ref(tag) for tag in tags]
+        tags.clear()
+        finished: list[Any] = []
+        while not finished:
+            slots.iterate()
+            finished = slots.collect()
+    assert finished[0].tag is watched[0]()
+    finished.clear()
+    assert watched[0]() is None
+    assert watched[1]() is not None
 
 
 def test_slots_end_with_the_attack() -> None:
@@ -364,9 +415,7 @@ def test_slots_end_with_the_attack() -> None:
 def _begun(device: LateDevice, iterations: int) -> Slots:
     with device.installed(), device.current():
         slots = _slots(samples(2))
-        for _ in range(iterations):
-            slots.iterate()
-            slots.finished()
+        iterate(slots, iterations)
     return slots
 
 
@@ -419,20 +468,16 @@ class Undecided:
 
 @pytest.mark.parametrize("late", [None, [3]])
 def test_an_image_that_never_stops_is_an_error(late: list[int] | None) -> None:
-    device = LateDevice(late) if late else None
-
-    def run() -> None:
-        image = torch.zeros(3, 2, 2)
+    image = torch.zeros(3, 2, 2)
+    told = r"after 25 evaluations, where max_iter=5 and patience=2 allow 24"
+    with on_device(late):
         slots = Slots(Undecided(), NormalisedStep(0.1), UntilFooled(5, patience=2), 1, image)
         slots.admit([None], image[None])
-        for _ in range(100):
-            slots.iterate()
-            assert not slots.collect()
+        with pytest.raises(RuntimeError, match=told):
+            iterate(slots, 100)
 
-    match = r"after 25 evaluations, where max_iter=5 and patience=2 allow 24"
-    if device is None:
-        with pytest.raises(RuntimeError, match=match):
-            run()
-        return
-    with device.installed(), device.current(), pytest.raises(RuntimeError, match=match):
-        run()
+
+def iterate(slots: Slots, count: int) -> None:
+    for _ in range(count):
+        slots.iterate()
+        assert not slots.collect()
