@@ -345,10 +345,11 @@ def test_nothing_is_kept_of_images_that_have_finished() -> None:
     model = Net()
     networks = [weakref.ref(model)]
     device = LateDevice((0, 3, 1))
+    given = samples(12, None)
     watched: list[tuple[weakref.ref[Key], weakref.ref[Tensor]]] = []
 
     def source() -> Iterator[Sample]:
-        for sample in samples(12, None):
+        for sample in given:
             image, key = sample.image.clone(), Key()
             watched.append((weakref.ref(key), weakref.ref(image)))
             yield Sample(image, sample.labels, key=key)
