@@ -60,6 +60,11 @@ def most_dims(name: str, what: str, count: int) -> None:
         raise ArgumentError(f"{name} must have at most {MOST_DIMS} {what}, got {count}")
 
 
+def at_hand(value: Tensor) -> bool:
+    """Whether a tensor's values can be read without waiting for a device."""
+    return value.device.type == "cpu"
+
+
 def choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless a string is one of the choices."""
     allowed = tuple(choices)

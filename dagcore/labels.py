@@ -20,6 +20,8 @@ def assign(
     num_classes: int,
     ignore_index: int = 255,
     generator: torch.Generator | None = None,
+    *,
+    look: bool = True,
 ) -> Tensor | str:
     """The adversarial labels of an attack: given ones as they are, others drawn.
 
@@ -31,6 +33,8 @@ def assign(
         num_classes: C.
         ignore_index: targets of this label keep it.
         generator: source of randomness; torch's global one if None.
+        look: whether to look for labels out of range, for which a GPU is waited for. Without, they
+            get some class as well.
 
     Returns:
         (N, *T), of the dtype of `labels` where that can hold C classes, or "runner-up".
@@ -50,8 +54,10 @@ def assign(
     checks.integer("num_classes", num_classes, at_least=1, at_most=checks.MOST_PIXELS)
     checks.integer("ignore_index", ignore_index)
     checks.generator(generator)
-    checks.label_range("labels", labels, num_classes, ignore_index)
-    counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
+    if look:
+        checks.label_range("labels", labels, num_classes, ignore_index)
+    true = labels.long()  # a uint8 would be compared modulo 256
+    counted = true != ignore_index
     if num_classes < 2:
         if bool(counted.any()):
             raise ArgumentError(
@@ -59,7 +65,7 @@ def assign(
                 f"the scores have {num_classes}"
             )
         return labels.clone()
-    true = torch.where(counted, labels, 0).long()
+    true = torch.where(counted & (true >= 0) & (true < num_classes), true, 0)
     drawn = draw(adversarial_labels, true, num_classes, generator)
     dtype = labels.dtype if num_classes <= 256 or labels.dtype != torch.uint8 else torch.int32
     return torch.where(counted, drawn.to(dtype), labels.to(dtype))
@@ -77,10 +83,17 @@ def draw(
         if not tables:
             return true
         rows = true.reshape(len(true), true.shape[1:].numel())
-        return torch.stack(tables).to(true.device).gather(1, rows).reshape(true.shape)
+        return _beside(torch.stack(tables), true).gather(1, rows).reshape(true.shape)
     device = "cpu" if generator is None else generator.device
     shift = torch.randint(1, num_classes, true.shape, generator=generator, device=device)
-    return (true + shift.to(true.device)) % num_classes
+    return (true + _beside(shift, true)) % num_classes
+
+
+def _beside(drawn: Tensor, other: Tensor) -> Tensor:
+    """Numbers on another tensor's device, without waiting for it."""
+    if checks.at_hand(drawn) and other.device.type == "cuda":
+        return drawn.pin_memory().to(other.device, non_blocking=True)
+    return drawn.to(other.device)
 
 
 def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:

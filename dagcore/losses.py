@@ -34,13 +34,17 @@ class DAGObjective:
         num_classes: int,
         generator: torch.Generator | None,
     ) -> Tensor | str:
-        """Adversarial labels, given or drawn; see `dagcore.labels.assign`."""
+        """Adversarial labels, given or drawn; see `dagcore.labels.assign`.
+
+        Labels out of range are looked for where that waits for no device; `seed` tells of them too.
+        """
         return assign(
             wanted or "permutation" if not isinstance(wanted, Tensor) else wanted,
             labels,
             num_classes,
             self.ignore_index,
             generator,
+            look=checks.at_hand(labels),
         )
 
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:

@@ -113,14 +113,19 @@ def slots_of(device: torch.device) -> Slots:
     return open_slots(attack, [attack.network(model)], images, [targets])
 
 
-def test_iterations_are_captured_as_a_graph(cuda: torch.device) -> None:
-    slots = slots_of(cuda)
-    for _ in range(EAGER + 3):
-        slots.iterate()
-    assert slots.graph is not None
-    assert slots.graph.captured is not None
-    assert not slots.finished(wait=True)
+def is_captured(device: torch.device) -> bool:
+    """Whether iterations there are captured as a graph; they do what they should in any case."""
+    slots = slots_of(device)
+    with slots.device.current():
+        for _ in range(EAGER + 3):
+            slots.iterate()
+        assert not slots.finished(wait=True)
     assert slots.state["updates"].tolist() == [EAGER + 3] * 4
+    return slots.graph.replay is not None
+
+
+def test_iterations_are_captured_as_a_graph(cuda: torch.device) -> None:
+    assert is_captured(cuda)
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
@@ -137,10 +142,27 @@ def test_a_model_that_synchronises_is_run_eagerly(cuda: torch.device) -> None:
     network.model.model = synchronising
     for _ in range(EAGER):
         slots.iterate()
+    stream = torch.cuda.current_stream(cuda)
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph"):
         slots.iterate()
+    assert torch.cuda.current_stream(cuda) == stream
+    torch.rand(3, device=cuda)  # the generator is not left in the capture
     slots.iterate()
     assert slots.state["updates"].tolist() == [EAGER + 2] * 4
+    assert is_captured(cuda)  # the next attack's
+
+
+def test_a_device_that_is_not_the_current_one(cuda: torch.device) -> None:
+    last = torch.cuda.device_count() - 1
+    if last == 0:
+        pytest.skip("one GPU alone: none that is not the current one")
+    assert torch.cuda.current_device() == 0
+    there = torch.device("cuda", last)
+    assert is_captured(cuda)
+    assert is_captured(there)
+    test_attack_equals_the_cpu(there)
+    test_stream_equals_a_batch(there)
+    assert torch.cuda.current_device() == 0
 
 
 def test_iterations_do_not_synchronise(cuda: torch.device) -> None:
@@ -155,6 +177,22 @@ def test_iterations_do_not_synchronise(cuda: torch.device) -> None:
             slots.finished()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_admission_does_not_synchronise(cuda: torch.device) -> None:
+    slots = slots_of(cuda)
+    slots.iterate()
+    slots.release([1])
+    image, labels = torch.rand_like(slots.state["x"][:1]), slots.evaluator.states[0]["labels"][:1]
+    for kind in ("permutation", "random"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            taken = slots.admit([kind], image)
+            slots.evaluator.admit(taken, [Targets(labels, ATTACK.assign(kind, None))])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert taken == slice(1, 2)
+        slots.release([1])
 
 
 def test_labels_out_of_range_are_reported_late(cuda: torch.device) -> None:

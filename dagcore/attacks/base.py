@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import frozen
+from ..engine.devices import Device, device_for
 from ..engine.loop import Finished, Objective, Schedule, Slots, Step
-from ..engine.memory import freed_memory_kept
 from ..engine.networks import Assign, Network, Networks, Targets
 from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
@@ -171,7 +171,7 @@ class Attack(abc.ABC):
             raise ArgumentError("adversarial_labels must be what the attack's result has, got None")
         self.check(model, images, labels, adversarial_labels, boxes)
         scores_of = ScoreModel(model)
-        with frozen(model), torch.no_grad():
+        with device_for(images.device).current(), frozen(model), torch.no_grad():
             scores = scores_of(images, labels, boxes)
         return self.active_targets(
             scores, labels, adversarial_labels, align_corners=scores_of.align_corners
@@ -367,13 +367,12 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def held(models: Iterable[object], device: torch.device | None) -> Iterator[None]:
+def held(models: Iterable[object], device: Device) -> Iterator[None]:
     """Models in eval mode, and on the CPU freed memory kept, while they are attacked."""
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(frozen(model))
-        if device is None or device.type == "cpu":
-            stack.enter_context(freed_memory_kept())
+        stack.enter_context(device.attacking())
         yield
 
 
@@ -399,12 +398,16 @@ def run_batch(
 
     if not total:
         return _nothing(attack, images, targets, joint=joint)
-    with held(models, images.device), torch.inference_mode(False):
+    device = device_for(images.device)
+    with held(models, device), device.current(), torch.inference_mode(False):
         slots = open_slots(attack, networks, images, targets, start, report)
         outcomes: dict[int, Finished] = {}
         while len(outcomes) < total:
             slots.iterate()
-            outcomes.update({outcome.tag: outcome for outcome in slots.collect()})
+            for outcome in slots.collect():
+                if outcome.error is not None:
+                    raise outcome.error
+                outcomes[outcome.tag] = outcome
         originals = Originals(attacks or [attack], models)
         for outcome in outcomes.values():
             originals.look(outcome)
@@ -487,7 +490,7 @@ def run_stream(
         callback(keys, counts if joint else counts[:, 0])
 
     def results() -> Iterator[Result]:
-        device = next(filter(None, map(device_of, models)), None)
+        device = device_for(next(filter(None, map(device_of, models)), None))
         work = Stream(
             networks,
             attack.step(),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..engine import ScoreModel, frozen
+from ..engine.devices import device_for
 from ..engine.loop import Objective, Schedule, Step
 from ..errors import ArgumentError
 from ..labels import KINDS
@@ -127,7 +128,8 @@ class DAG(Attack):
                 scores = reference.enlarge(scores, labels.shape[1:], scores_of.align_corners)
             return scores
 
-        with frozen(model), torch.inference_mode(False):
+        device = device_for(images.device)
+        with frozen(model), device.current(), torch.inference_mode(False):
             trace = reference.dag(
                 scores_at,
                 images,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..engine import frozen
+from ..engine.devices import device_for
 from ..engine.loop import Aims, Evaluation, Finished, Slots, State
 from ..engine.networks import input_gradient, normalised
-from ..engine.readback import LAG
 from ..engine.scores import ScoreModel
 from ..engine.stream import Sample, form
 from ..errors import ArgumentError, ArgumentTypeError
@@ -79,7 +78,8 @@ def universal_perturbation(
             callback(update, counts[:, 0])
 
     first = rounds.batch[0].image
-    with held([model], first.device), torch.inference_mode(False):
+    device = device_for(first.device)
+    with held([model], device), device.current(), torch.inference_mode(False):
         slots = Slots(
             rounds,
             _step(attack),
@@ -92,7 +92,10 @@ def universal_perturbation(
         outcomes: list[Finished] = []
         while not outcomes:
             slots.iterate()
-            outcomes = slots.collect()
+            # Not late: the next batch is read, and the perturbation grows, only if it goes on.
+            outcomes = slots.collect(wait=True)
+        if outcomes[0].error is not None:
+            raise outcomes[0].error
         network = original_of(model, first.device)
         if network is not None and outcomes[0].status == CONVERGED:
             rounds.warn_at(network, outcomes[0].image)
@@ -141,7 +144,7 @@ class Rounds:
         self.targets = torch.zeros(1, dtype=torch.int64, device=device)
         self.value_range = torch.zeros((), dtype=torch.float64, device=device)
         self.table: Tensor | None = None  # the permutation of the classes
-        self.recent: deque[tuple[int, Tensor, Tensor | str]] = deque(maxlen=0)
+        self.seen: list[tuple[int, Tensor, Tensor | str]] = []  # labels of the batch in hand
 
     def _read(self, evaluation: int) -> list[Sample]:
         """The samples of an evaluation, checked."""
@@ -177,7 +180,7 @@ class Rounds:
             for name in ("x", "origin", "shadow"):
                 if name in state:
                     state[name] = fit(state[name], (height, width))
-        self.recent = deque(self.recent, maxlen=(LAG + 1) * self.batch_size)
+        self.seen = []
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
@@ -194,7 +197,7 @@ class Rounds:
                 scores = self.model(leaf, labels, boxes)
             classes = scores.shape[1]
             adversarial = self._assign(aims, labels, classes)
-            self.recent.append((classes, labels, adversarial))
+            self.seen.append((classes, labels, adversarial))
             seed, active = self.objective.seed(
                 scores, labels, adversarial, align_corners=self.model.align_corners, state=state
             )
@@ -248,8 +251,8 @@ class Rounds:
         return torch.where(labels.long() == ignored, labels, self.table[labels.long() % classes])
 
     def refuse(self, slot: int) -> None:
-        """Raise for a label of the last batches that is out of range."""
-        for classes, labels, adversarial in self.recent:
+        """Raise for a label of the batch in hand that is out of range."""
+        for classes, labels, adversarial in self.seen:
             self.objective.refuse(classes, labels, adversarial)
 
     def aims(self, slot: int) -> Aims:

@@ -9,17 +9,21 @@ touched any more; learning of it late changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .devices import device_for
 from .graph import Graph
 from .readback import Readback
 
 EAGER = 3  # of full slots before a CUDA graph is captured: libraries settle on their kernels
+NEVER = sys.maxsize  # the iteration at which a free slot was taken
+UNTOLD = torch.iinfo(torch.int32).max  # a count that a replay was to write
 
 State = dict[str, Tensor]
 """Named tensors, a row for each slot."""
@@ -160,6 +164,7 @@ class Finished(NamedTuple):
     status: int
     active: Tensor  # (M + 1, K)
     aims: Aims
+    error: Exception | None = None  # why it could not be attacked after all
 
 
 def first_rows(state: State, count: int, capacity: int) -> State:
@@ -190,18 +195,22 @@ class Slots:
     ) -> None:
         self.evaluator, self.step, self.schedule = evaluator, step, schedule
         self.capacity, self.callback = capacity, callback
-        self.synchronous = image.device.type == "cpu"
+        self.device = device_for(image.device)
+        self.synchronous = self.device.synchronous
         self.state = self._rows(image.new_empty((0, *image.shape)))
         self.count = 0  # slots from here on have never been taken, or were closed up
         self.free: list[int] = []  # slots below whose image has stopped and been released
         self.tags: list[Any] = [None] * capacity
-        self.since = [0] * capacity  # iteration at which a slot was taken
+        self.since = [NEVER] * capacity  # iteration at which a slot was taken
         self.iteration = 0
-        self.eager = 0  # iterations of full slots that were launched one by one
+        self.eager = 0  # iterations of full slots, up to EAGER
         self.stopped: set[int] = set()  # slots that are known to have stopped, and not told yet
-        self.readback = Readback(image.device)
-        capturable = evaluator.capturable and image.device.type == "cuda"
-        self.graph = Graph(self.evaluate_and_update) if capturable else None
+        self.errors: dict[int, Exception] = {}  # of those that cannot be attacked
+        # Between two updates `patience` steps can fail, each after as many evaluations that see
+        # nothing to gain: those of a round of a universal perturbation.
+        self.most = (schedule.max_iter + 1) * schedule.patience**2
+        self.readback = Readback(self.device)
+        self.graph = Graph(self.device)
 
     @property
     def in_flight(self) -> int:
@@ -249,6 +258,7 @@ class Slots:
     def take_back(self, taken: slice) -> None:
         """Give back the slots of images that cannot be attacked after all."""
         self.state["running"][taken] = self.state["may_move"][taken] = False
+        self._forget(range(taken.start, taken.stop))
         if taken.stop == self.count:
             self.count = taken.start
         else:
@@ -257,12 +267,17 @@ class Slots:
     def iterate(self) -> None:
         """One evaluation of every image, and one update of those that still run."""
         self.evaluator.advance(self.state)
-        full = self.graph is not None and self.count == self.capacity
-        if self.graph is not None and full and self.eager >= EAGER:
-            self.graph.replay()
-        else:
-            self.eager += full
+        replay = None
+        if self.evaluator.capturable and self.count == self.capacity:
+            if self.eager < EAGER:
+                self.eager += 1
+            else:
+                replay = self.graph.captured(self.evaluate_and_update)
+        if replay is None:
             self.evaluate_and_update()
+        else:
+            self.counts.fill_(UNTOLD)
+            replay()
         self.readback.add(self.iteration, self.counts, self.state["running"][: self.count])
         self.iteration += 1
 
@@ -291,33 +306,67 @@ class Slots:
         )
 
     def finished(self, *, wait: bool = False) -> list[int]:
-        """Slots whose image is known to have stopped, in rising order; with `wait`, all of them."""
+        """Slots whose image is known to have stopped, in rising order; with `wait`, all of them.
+
+        Raises:
+            RuntimeError: iterations that change nothing, which would go on for ever.
+        """
         for iteration, counts, running in self.readback.known(wait):
-            known = [
-                k for k in range(len(counts)) if self.since[k] <= iteration and k not in self.free
-            ]
+            known = [k for k in range(len(counts)) if self.since[k] <= iteration]
             going, worst = running.tolist(), [min(row) for row in counts.tolist()]
             self.stopped.update(k for k in known if not going[k])
-            for k in known:
-                if worst[k] < -1:
-                    self.stopped.discard(k)
-                    self.evaluator.refuse(k)
+            self._check_progress([iteration - self.since[k] for k in known if going[k]], worst)
+            if min(worst) < -1:
+                self.errors.update({k: self._error(k) for k in known if worst[k] < -1})
+                self.stopped.update(self.errors)
+            known = [k for k in known if k not in self.errors]
             if self.callback is not None and known:
                 self.callback(iteration, [self.tags[k] for k in known], counts[known])
         stopped, self.stopped = sorted(self.stopped), set()
         return stopped
 
+    def _error(self, slot: int) -> Exception:
+        """Why the evaluator counts less than no active targets in a slot."""
+        try:
+            self.evaluator.refuse(slot)
+        except (TypeError, ValueError) as error:
+            return error
+        return RuntimeError("active targets were counted below 0, with no label out of range")
+
+    def _check_progress(self, before: list[int], counts: list[int]) -> None:
+        """Raise if an iteration did nothing, or if an image is evaluated again and again.
+
+        Args:
+            before: of each image that runs, how many evaluations there were before this one.
+            counts: the active targets of each slot.
+        """
+        if UNTOLD in counts:
+            raise RuntimeError(
+                "an iteration that was captured as a CUDA graph did nothing when it was replayed"
+            )
+        if max(before, default=0) >= self.most:
+            raise RuntimeError(
+                f"an image is still under attack after {max(before) + 1} evaluations, where "
+                f"max_iter={self.schedule.max_iter} and patience={self.schedule.patience} allow "
+                f"{self.most}: its evaluator finds it neither done nor worth a step"
+            )
+
     def outcome(self, slot: int) -> Finished:
-        """What became of a finished slot's image, copied out."""
+        """What became of a finished slot's image, copied out; waits for the device."""
         state = self.state
+        if slot in self.errors:
+            state["running"][slot] = state["may_move"][slot] = False
+        numbers = self.device.read(state["updates"][slot], state["status"][slot]).wait()
+        updates, status = map(int, numbers)
         return Finished(
             self.tags[slot],
             state["x"][slot].clone(),
             state["origin"][slot].clone(),
-            int(state["updates"][slot]),
-            int(state["status"][slot]),
+            updates,
+            status,
             state["history"][slot].clone(),
             self.evaluator.aims(slot),
+            self.errors.get(slot),
         )
 
     def release(self, slots: list[int]) -> None:
@@ -328,6 +377,7 @@ class Slots:
         """
         if not slots:
             return
+        self._forget(slots)
         if not self.synchronous:
             self.free += slots
             return
@@ -338,7 +388,15 @@ class Slots:
                 rows[: len(kept)] = rows[index]
         self.tags[: len(kept)] = [self.tags[k] for k in kept]
         self.since[: len(kept)] = [self.since[k] for k in kept]
+        self._forget(range(len(kept), self.count))
         self.count = len(kept)
+
+    def _forget(self, slots: Iterable[int]) -> None:
+        """Let go of what is known of images whose slots are free."""
+        for k in slots:
+            self.tags[k], self.since[k] = None, NEVER
+            self.stopped.discard(k)
+            self.errors.pop(k, None)
 
     def collect(self, *, wait: bool = False) -> list[Finished]:
         """Outcomes of the images that have finished, whose slots are free from then on."""

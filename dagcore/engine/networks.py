@@ -46,6 +46,7 @@ class Network:
     def open(self, capacity: int, labels: Tensor, boxes: Tensor | None) -> Network:
         """The same network with slots for targets like those of an image: (*T), (*)."""
         opened = Network(self.model.model, self.objective, self.schedule)
+        opened.model = self.model  # which looks at the scores once
         opened.capacity = capacity
         opened.state["labels"] = labels.new_zeros((capacity, *labels.shape))
         if boxes is not None:

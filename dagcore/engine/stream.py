@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError
+from .devices import Device, device_for
 from .loop import Finished, Schedule, Slots, Step
 from .networks import Assign, Network, Networks, Targets
 
@@ -96,9 +97,9 @@ class Prefetcher:
     use its buffers again.
     """
 
-    def __init__(self, samples: Iterable[Any], ahead: int, device: torch.device | None) -> None:
+    def __init__(self, samples: Iterable[Any], ahead: int, device: Device) -> None:
         self._samples = samples
-        self._pin = device is not None and device.type == "cuda"
+        self._device, self._beside = device, device.beside()
         self._queue: queue.Queue[Sample | Deferred | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self.error: BaseException | None = None
@@ -130,29 +131,21 @@ class Prefetcher:
 
     def _fetch(self) -> None:
         try:
-            for sample in self._samples:
-                if self._closed.is_set():
-                    return
-                self._queue.put(self._copied(sample))
-                if self._closed.is_set():  # before another one is made
-                    return
+            with self._beside:
+                for sample in self._samples:
+                    if self._closed.is_set():
+                        return
+                    if isinstance(sample, Sample):
+                        sample = sample.with_tensors(self._device.kept)
+                    self._queue.put(sample)
+                    del sample  # which is the queue's: the next may be long in coming
+                    if self._closed.is_set():  # before another one is made
+                        return
         except BaseException as error:  # handed to the consumer, whatever it is
             self.error = error
         finally:
             if not self._closed.is_set():
                 self._queue.put(None)
-
-    def _copied(self, sample: Any) -> Any:
-        if not isinstance(sample, Sample):
-            return sample
-
-        def copied(value: Tensor) -> Tensor:
-            pin = self._pin and value.device.type == "cpu" and value.layout == torch.strided
-            if pin and not value.is_pinned():  # of what is pinned that would be no copy
-                return value.detach().pin_memory()
-            return value.detach().clone()
-
-        return sample.with_tensors(copied)
 
 
 def device_of(model: object) -> torch.device | None:
@@ -171,7 +164,7 @@ class Stream:
         step: as for `Slots`.
         schedule: likewise.
         slots: images under attack at a time.
-        device: where samples are moved; they stay where they are if None.
+        device: where samples are moved.
         check: gives a sample as it is attacked; raises for one that cannot be.
         assign: how a sample gets its adversarial labels at each network.
         callback: called with (keys, counts (N, K)).
@@ -183,7 +176,7 @@ class Stream:
         step: Step,
         schedule: Schedule,
         slots: int,
-        device: torch.device | None,
+        device: Device,
         *,
         check: Callable[[Sample], Sample],
         assign: Callable[[Sample], list[Assign]],
@@ -191,9 +184,12 @@ class Stream:
     ) -> None:
         self.parts, self.step, self.schedule = parts, step, schedule
         self.slots, self.device = slots, device
-        self.check, self.assign, self.callback = check, assign, callback
-        self.grace = GRACE if device is None or device.type == "cpu" else 0.0
+        self.check, self.assign = check, assign
+        # Not a method, which would keep all slots alive with the stream, and the stream with them.
+        self.report = None if callback is None else lambda _, keys, counts: callback(keys, counts)
+        self.grace = GRACE if device.synchronous else 0.0
         self.groups: dict[Any, tuple[Slots, Networks]] = {}
+        self.error: BaseException | None = None  # to be raised once all images have finished
 
     @property
     def in_flight(self) -> int:
@@ -202,37 +198,43 @@ class Stream:
 
     def run(self, prefetcher: Prefetcher) -> Iterator[Finished]:
         """Outcomes as images finish; an error of the source's once all before it have."""
-        error: BaseException | None = None
         while True:
-            while error is None and self.in_flight < self.slots:
-                sample = prefetcher.next(self.grace if self.in_flight else None)
-                if sample is None:
-                    error = prefetcher.error
-                    break
-                try:
-                    made = sample.sample() if isinstance(sample, Deferred) else sample
-                    if made is not None:
-                        self.admit(made)
-                except (TypeError, ValueError) as refused:
-                    if not (isinstance(sample, Deferred) and sample.refused(refused)):
-                        error = refused
+            if self.error is None:
+                with self.device.current():
+                    self.error = self.fill(prefetcher)
             if not self.in_flight:
                 break
-            yield from self.iterate()
-        if error is not None:
-            raise error
+            for outcome in self.iterate():
+                if outcome.error is None:
+                    yield outcome
+                else:
+                    self.error = self.error or outcome.error
+        if self.error is not None:
+            raise self.error
+
+    def fill(self, prefetcher: Prefetcher) -> BaseException | None:
+        """Give free slots to the samples that are there; an error of the source or of a sample."""
+        while self.in_flight < self.slots:
+            sample = prefetcher.next(self.grace if self.in_flight else None)
+            if sample is None:
+                return prefetcher.error
+            try:
+                made = sample.sample() if isinstance(sample, Deferred) else sample
+                if made is not None:
+                    self.admit(made)
+            except (TypeError, ValueError) as refused:
+                if not (isinstance(sample, Deferred) and sample.refused(refused)):
+                    return refused
+        return None
 
     def admit(self, sample: Sample) -> None:
         """Take a sample into a slot of its form."""
         if not isinstance(sample, Sample):
             raise ArgumentTypeError(f"samples must be dagcore.Sample, got {type(sample).__name__}")
-        sample = self.check(sample)
-        if self.device is not None:
-            device = self.device
-            sample = sample.with_tensors(lambda value: value.to(device, non_blocking=True))
+        sample = self.check(sample).with_tensors(self.device.moved)
         each = sample.each(len(self.parts))
         key = (form(sample.image), *(tuple(map(form, one)) for one in each))
-        with torch.inference_mode(False):
+        with device_for(sample.image.device).current(), torch.inference_mode(False):
             if key not in self.groups:
                 # Forms that nobody has any more make room, or memory would grow with their number.
                 self.groups = {k: one for k, one in self.groups.items() if one[0].in_flight}
@@ -242,7 +244,7 @@ class Stream:
                 ]
                 networks = Networks(opened)
                 slots = Slots(
-                    networks, self.step, self.schedule, self.slots, sample.image, self._report
+                    networks, self.step, self.schedule, self.slots, sample.image, self.report
                 )
                 self.groups[key] = slots, networks
             slots, networks = self.groups[key]
@@ -260,22 +262,21 @@ class Stream:
                 slots.take_back(taken)
                 raise
 
-    def _report(self, _: int, keys: list[Any], counts: Tensor) -> None:
-        if self.callback is not None:
-            self.callback(keys, counts)
-
     def iterate(self) -> Iterator[Finished]:
         """One iteration of every group."""
         for slots, _ in list(self.groups.values()):
             if not slots.in_flight:
                 continue
             try:
-                with torch.inference_mode(False):
-                    slots.iterate()
-                finished = slots.collect()
+                with slots.device.current():
+                    with torch.inference_mode(False):
+                        slots.iterate()
+                    finished = slots.collect()
             except BaseException:
                 for other, _ in self.groups.values():  # what had finished is not lost
-                    yield from other.collect(wait=True)
+                    with other.device.current():
+                        finished = other.collect(wait=True)
+                    yield from finished
                 raise
             yield from finished
 
