@@ -35,6 +35,18 @@ inline void check_class_count(const Tensor& scores) {
   STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
 }
 
+// The value of an enumeration that is counted from 0, whose names are `known`.
+template <typename Enum, size_t kCount>
+Enum value_named(const char* argument, const std::string& name,
+                 const char* const (&known)[kCount]) {
+  std::string allowed;
+  for (size_t value = 0; value < kCount; ++value) {
+    if (name == known[value]) return static_cast<Enum>(value);
+    allowed += (value ? ", " : "") + std::string(known[value]);
+  }
+  STD_TORCH_CHECK(false, argument, " must be one of ", allowed, ", got ", name);
+}
+
 // Calls body(T{}) with the kernel's type for a floating dtype.
 template <typename Body>
 void for_float_type(const char* name, ScalarType type, const Body& body) {

@@ -1,5 +1,5 @@
-// What dag_seed and dag_seed_bilinear share on every device: labels of any integer type, checks,
-// outputs, the choice of a kernel.
+// What the seed ops share on every device: labels of any integer type, checks, outputs, the choice
+// of a kernel.
 #pragma once
 
 #include <optional>
@@ -24,6 +24,31 @@ struct LabelSource {
     return static_cast<const int64_t*>(data)[at];
   }
 };
+
+inline void check_labels(const char* name, const Tensor& labels, const Tensor& scores) {
+  check_same_device(name, labels, "scores", scores);
+  const ScalarType type = labels.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Int || type == ScalarType::Long,
+                  name, " must be uint8, int32 or int64");
+}
+
+// Scores (N, C, *T), with a class.
+inline const Tensor& with_classes(const Tensor& scores) {
+  STD_TORCH_CHECK(scores.dim() >= 2, "scores must have shape (N, C, *targets), got ",
+                  shape(scores));
+  STD_TORCH_CHECK(scores.size(1) >= 1, "scores must have at least one class, got ", shape(scores));
+  return scores;
+}
+
+// Labels (N, *T) of scores (N, C, *T).
+inline void check_target_shape(const char* name, const Tensor& labels, const Tensor& scores) {
+  bool fits = labels.dim() == scores.dim() - 1;
+  for (int64_t d = 0; fits && d < labels.dim(); ++d) {
+    fits = labels.size(d) == scores.size(d == 0 ? 0 : d + 1);
+  }
+  STD_TORCH_CHECK(fits, name, " must have the shape of scores ", shape(scores),
+                  " without its class dimension, got ", shape(labels));
+}
 
 // What a kernel needs to judge targets and to count the active ones.
 struct Targets {
@@ -56,14 +81,14 @@ struct SeedCall {
         labels(labels),
         adversarial(adversarial ? *adversarial : labels),
         runner_up(!adversarial),
-        objective(objective_named(objective)),
+        objective(value_named<Objective>("objective", objective, kObjectives)),
         rule{scores.size(1), ignore_index},
         margin(margin),
         seed(torch::stable::empty_like(scores)),
         active(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int)) {
     check_class_count(scores);
-    check_labels("labels", labels);
-    if (adversarial) check_labels("adversarial_labels", *adversarial);
+    check_labels("labels", labels, scores);
+    if (adversarial) check_labels("adversarial_labels", *adversarial, scores);
     STD_TORCH_CHECK(adversarial || this->objective != Objective::reach,
                     "adversarial_labels must be given for the objective reach");
     STD_TORCH_CHECK(margin >= 0 && margin - margin == 0,
@@ -89,23 +114,6 @@ struct SeedCall {
       second ? kernel(type, std::true_type{}) : kernel(type, std::false_type{});
     });
     return {seed, active};
-  }
-
- private:
-  void check_labels(const char* name, const Tensor& given) const {
-    check_same_device(name, given, "scores", scores);
-    const ScalarType type = given.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Int || type == ScalarType::Long,
-                    name, " must be uint8, int32 or int64");
-  }
-  static Objective objective_named(const std::string& name) {
-    std::string allowed;
-    int objective = 0;
-    for (const char* known : kObjectives) {
-      if (name == known) return static_cast<Objective>(objective);
-      allowed += (objective++ ? ", " : "") + std::string(known);
-    }
-    STD_TORCH_CHECK(false, "objective must be one of ", allowed, ", got ", name);
   }
 };
 

@@ -12,6 +12,18 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 
 GOALS = ("leave", "reach")
+LOSSES = (
+    "cross-entropy",
+    "masked-cross-entropy",
+    "blended-cross-entropy",
+    "cosine",
+    "jensen-shannon",
+    "tsallis",
+    "margin",
+    "dag",
+    "masked-spherical",
+    "dlr",
+)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = sys.float_info.max
@@ -164,13 +176,7 @@ def seed_arguments(
     With `bilinear`, labels may be of any size (N, H, W). Their values are not read here: see
     `label_range`.
     """
-    tensor("scores", scores, FLOAT_DTYPES)
-    if scores.dim() < 2 or scores.shape[1] < 1:
-        raise ArgumentError(
-            "scores must have shape (N, C, *targets) with at least one class, "
-            f"got {tuple(scores.shape)}"
-        )
-    most_dims("scores", "target dimensions", scores.dim() - 2)
+    _class_scores(scores)
     choice("goal", goal, GOALS)
     integer("ignore_index", ignore_index)
     number("margin", margin, at_least=0)
@@ -197,10 +203,81 @@ def seed_arguments(
     else:
         maps.append(("adversarial_labels", adversarial_labels))
     for name, value in maps:
-        tensor(name, value, LABEL_DTYPES)
-        shape(name, value, expected, why)
-        device(name, value, "scores", scores)
+        _label_map(name, value, expected, why, scores)
     return None if isinstance(adversarial_labels, str) else adversarial_labels
+
+
+def loss_arguments(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial_labels: Tensor | str | None,
+    loss: str,
+    blend: float,
+    q: float,
+    kappa: float,
+    class_weights: Tensor | None,
+    ignore_index: int,
+) -> Tensor | None:
+    """Check the arguments of `loss_seed`; return the adversarial labels.
+
+    None stands for the runner-up where the loss is "dag", and for an untargeted loss elsewhere.
+    """
+    _class_scores(scores)
+    choice("loss", loss, LOSSES)
+    integer("ignore_index", ignore_index)
+    for name, value, least, most in (("blend", blend, 0, 1), ("q", q, -LARGEST, 1)):
+        number(name, value)
+        if not least <= value <= most:
+            limits = f"at most {most}" if least < 0 else f"between {least} and {most}"
+            raise ArgumentError(f"{name} must be {limits}, got {value}")
+    number("kappa", kappa, at_least=0, infinite=True)
+    if loss == "dag" and adversarial_labels is None:
+        raise ArgumentError("adversarial_labels must be a tensor or 'runner-up' for 'dag'")
+    if isinstance(adversarial_labels, str):
+        if loss != "dag" or adversarial_labels != "runner-up":
+            also = " or 'runner-up'" if loss == "dag" else " or None"
+            raise ArgumentError(
+                f"adversarial_labels must be a tensor{also} for {loss!r}, "
+                f"got {adversarial_labels!r}"
+            )
+    targeted = isinstance(adversarial_labels, Tensor)
+    least_classes = (4 if targeted else 3) if loss == "dlr" else 1
+    if scores.shape[1] < least_classes:
+        kind = "targeted 'dlr'" if targeted else "'dlr'"
+        raise ArgumentError(
+            f"scores must have at least {least_classes} classes for {kind}, "
+            f"got {tuple(scores.shape)}"
+        )
+    expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
+    _label_map("labels", labels, expected, why, scores)
+    if class_weights is not None:
+        tensor("class_weights", class_weights, FLOAT_DTYPES)
+        shape("class_weights", class_weights, (scores.shape[1],), f"scores {tuple(scores.shape)}")
+        device("class_weights", class_weights, "scores", scores)
+    if adversarial_labels is None or isinstance(adversarial_labels, str):
+        return None
+    _label_map("adversarial_labels", adversarial_labels, expected, why, scores)
+    return adversarial_labels
+
+
+def _class_scores(scores: Tensor) -> None:
+    """Raise unless scores have a shape (N, C, *T) that the native loops can walk."""
+    tensor("scores", scores, FLOAT_DTYPES)
+    if scores.dim() < 2 or scores.shape[1] < 1:
+        raise ArgumentError(
+            "scores must have shape (N, C, *targets) with at least one class, "
+            f"got {tuple(scores.shape)}"
+        )
+    most_dims("scores", "target dimensions", scores.dim() - 2)
+
+
+def _label_map(
+    name: str, labels: Tensor, expected: tuple[int, ...], why: str, scores: Tensor
+) -> None:
+    """Raise unless labels have a dtype that is read, the expected shape, and the scores' device."""
+    tensor(name, labels, LABEL_DTYPES)
+    shape(name, labels, expected, why)
+    device(name, labels, "scores", scores)
 
 
 def overlaps(value: Tensor) -> bool:

@@ -183,6 +183,139 @@ def _within(margin: float, top: Tensor, scores: Tensor, classes: Tensor) -> Tens
     return lead < _representable(margin, real)
 
 
+def loss_seed(
+    scores: Tensor,  # (N, C, *T)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str | None = None,  # (N, *T)
+    *,
+    loss: str,
+    blend: float = 0.0,
+    q: float = 0.5,
+    kappa: float = 0.0,
+    class_weights: Tensor | None = None,  # (C,)
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `dagcore.ops.loss_seed` computes, by autograd in float64. Same arguments and errors."""
+    adversarial = checks.loss_arguments(
+        scores, labels, adversarial_labels, loss, blend, q, kappa, class_weights, ignore_index
+    )
+    sums = scores.new_zeros(len(scores), dtype=torch.float64)
+    if scores.numel() == 0:
+        return torch.empty_like(scores), sums, sums.int()
+    num_classes, targeted = scores.shape[1], adversarial is not None
+    checks.target_labels(num_classes, labels, adversarial, ignore_index)
+    with torch.inference_mode(False), torch.enable_grad():
+        counted = labels.long() != ignore_index
+        if adversarial is not None and not 0 <= ignore_index < num_classes:
+            counted = counted & (adversarial.long() != ignore_index)
+        label = torch.where(counted, labels, 0).long()
+        top, winner = scores.detach().max(dim=1)
+        if adversarial is not None:
+            aim = torch.where(counted, adversarial, 0).long()
+        else:
+            aim = _runner_up(scores.detach(), label) if loss == "dag" else label
+        whole = counted & top.isfinite()
+        z = _leaf(torch.where(whole.unsqueeze(1), scores.detach().double(), 0))
+        if loss in ("margin", "dag"):
+            values = _margin_loss(loss, z, scores.detach(), label, aim, kappa, targeted)
+        elif loss == "masked-spherical":
+            values = _spherical_loss(z, aim, (winner == aim) != targeted)
+            values = values if targeted else -values
+        elif loss == "dlr":
+            values = _dlr_loss(z, label, aim if targeted else None)
+        else:
+            values = _softmax_loss(loss, z, aim, winner, blend, q, targeted)
+        if class_weights is not None:
+            values = values * class_weights.detach().to(norm_dtype(scores)).double()[label]
+        values = torch.where(whole, values, 0)
+        (seed,) = torch.autograd.grad(values.sum(), z)
+    limit = torch.finfo(scores.dtype)
+    seed = seed.clamp(limit.min, limit.max).to(scores.dtype)
+    values = torch.where(whole == counted, values.detach(), math.nan)
+    hits = counted & ((winner == label) | top.isnan())
+    sums = values.reshape(len(values), -1).sum(1)
+    return _like(scores, seed), sums, hits.reshape(len(hits), -1).sum(1, dtype=torch.int32)
+
+
+def _softmax_loss(
+    loss: str, z: Tensor, aim: Tensor, winner: Tensor, blend: float, q: float, targeted: bool
+) -> Tensor:
+    """The losses of p_aim, (N, *T) float64; for a targeted one `aim` is the adversarial label."""
+    ln_p = _at(z.log_softmax(1), aim)
+    if loss == "jensen-shannon":
+        ln_p = ln_p.clamp(min=-700)  # where the loss is flat, and p above 0
+        p = ln_p.exp()
+        values = math.log(2) + (p * ln_p - (1 + p) * p.log1p()) / 2
+    elif loss == "tsallis" and q != 1:
+        values = -torch.expm1((1 - q) * ln_p) / (1 - q)
+    else:
+        right = winner == aim
+        if loss == "cosine":
+            p = z.detach().softmax(1)
+            weight = _at(p, aim) / torch.linalg.vector_norm(p, dim=1)
+            weight = 1 - weight if targeted else weight
+        elif loss in ("masked-cross-entropy", "blended-cross-entropy"):
+            other = blend if loss == "blended-cross-entropy" else 0.0
+            weight = (1 - 2 * other) * (right != targeted).double() + other
+        else:
+            weight = torch.ones_like(ln_p)
+        values = torch.where(weight == 0, 0, -ln_p) * weight
+    return -values if targeted else values
+
+
+def _margin_loss(
+    loss: str,
+    z: Tensor,
+    scores: Tensor,
+    label: Tensor,
+    aim: Tensor,
+    kappa: float,
+    targeted: bool,
+) -> Tensor:
+    """The losses "margin" and "dag", (N, *T) float64; the scores as given say what counts."""
+    aims = loss == "margin" and targeted
+    own = aim if aims else label
+    top, winner = scores.max(1)
+    rival = _runner_up(scores, own)
+    if aims:
+        active = (winner != own) | _within(kappa, top, scores, rival)
+        values = _at(z, own) - _at(z, rival)
+    else:
+        active = (winner == own) | _within(kappa, top, scores, own)
+        values = _at(z, aim if loss == "dag" else rival) - _at(z, own)
+    values = torch.where(active, values, kappa if loss == "margin" else 0.0)
+    return torch.where(rival == own, 0, values)  # of a single class
+
+
+def _spherical_loss(z: Tensor, aim: Tensor, counts: Tensor) -> Tensor:
+    """z_aim / |z| where a target counts, (N, *T) float64."""
+    size = torch.linalg.vector_norm(z.detach(), dim=1)
+    counts = counts & (size > 0) & size.isfinite()
+    z = torch.where(counts.unsqueeze(1), z, 1)
+    return torch.where(counts, _at(z, aim) / torch.linalg.vector_norm(z, dim=1), 0)
+
+
+def _dlr_loss(z: Tensor, label: Tensor, aim: Tensor | None) -> Tensor:
+    """The loss "dlr", (N, *T) float64."""
+    order = z.detach().sort(dim=1, descending=True, stable=True).indices
+
+    def ratio(z: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, third = order[:, 0], order[:, 1], order[:, 2]
+        rival = torch.where(first == label, second, first) if aim is None else aim
+        low = _at(z, third) if aim is None else (_at(z, third) + _at(z, order[:, 3])) / 2
+        return _at(z, label) - _at(z, rival), _at(z, first) - low + 1e-12
+
+    above, below = ratio(z.detach())
+    finite = above.isfinite() & below.isfinite()
+    above, below = ratio(torch.where(finite.unsqueeze(1), z, 0))
+    return torch.where(finite, -above / below, 0)
+
+
+def _at(values: Tensor, classes: Tensor) -> Tensor:
+    """The values of classes (N, *T) among (N, C, *T)."""
+    return values.gather(1, classes.unsqueeze(1)).squeeze(1)
+
+
 def dag_seed_bilinear(
     scores: Tensor,  # (N, C, h, w)
     labels: Tensor,  # (N, H, W)

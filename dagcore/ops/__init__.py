@@ -16,9 +16,16 @@ from .. import checks
 from . import fallback
 from .fallback import step_scale
 
-__all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "step_scale"]
+__all__ = [
+    "argmax_bilinear",
+    "dag_seed",
+    "dag_seed_bilinear",
+    "linf_step_",
+    "loss_seed",
+    "step_scale",
+]
 
-OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "settle_")
+OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed", "settle_")
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -29,6 +36,12 @@ _library.define(
 _library.define(
     "dag_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, str objective, "
     "int ignore_index, float margin, bool align_corners) -> (Tensor seed, Tensor active)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "loss_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str loss, float blend, "
+    "float q, float kappa, Tensor? class_weights, int ignore_index) "
+    "-> (Tensor seed, Tensor loss, Tensor hits)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -92,6 +105,23 @@ def _seed_bilinear_fake(
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
     return _seed_fake(scores, labels, adversarial, objective, ignore_index, margin)
+
+
+@_fake("loss_seed")
+def _loss_fake(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    loss: str,
+    blend: float,
+    q: float,
+    kappa: float,
+    class_weights: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(scores, labels, *(t for t in (adversarial, class_weights) if t is not None))
+    sums = scores.new_empty(scores.shape[:1], dtype=torch.float64)
+    return torch.empty_like(scores), sums, torch.empty_like(sums, dtype=torch.int32)
 
 
 @_fake("argmax_bilinear")
@@ -235,6 +265,92 @@ def dag_seed_bilinear(
     if not torch.compiler.is_compiling() and active.device.type == "cpu" and (active < 0).any():
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
     return seed, active
+
+
+def loss_seed(
+    scores: Tensor,  # (N, C, *T)
+    labels: Tensor,  # (N, *T)
+    adversarial_labels: Tensor | str | None = None,  # (N, *T)
+    *,
+    loss: str,
+    blend: float = 0.0,
+    q: float = 0.5,
+    kappa: float = 0.0,
+    class_weights: Tensor | None = None,  # (C,)
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of a loss over the targets, its gradient to the scores, and how many targets are right.
+
+    z are the scores of a target, y its label, p = softmax z, e_y one-hot, c = 1 where the argmax
+    is y, else 0. An attack ascends
+
+    ======================= =============================================================
+    "cross-entropy"         -ln p_y
+    "masked-cross-entropy"  c (-ln p_y)
+    "blended-cross-entropy" w (-ln p_y), w = (1 - blend) c + blend (1 - c), as in SegPGD
+    "cosine"                w (-ln p_y), w = p_y / |p| held constant, as in CosPGD
+    "jensen-shannon"        ln 2 + (p_y ln p_y - (1 + p_y) ln(1 + p_y)) / 2
+    "tsallis"               (1 - p_y^(1 - q)) / (1 - q), for q = 1 -ln p_y
+    "margin"                -max(z_y - max_{k != y} z_k, -kappa)
+    "dag"                   z_l' - z_y while z_y - max_{k != y} z_k > -kappa, as `dag_seed`
+    "masked-spherical"      -c z_y / |z|
+    "dlr"                   -(z_y - max_{k != y} z_k) / (z_(1) - z_(3) + 1e-12)
+    ======================= =============================================================
+
+    where z_(1) is the largest score and |.| the Euclidean norm. Ties go to the lowest class. With
+    kappa 0, "margin" and "dag" count a target while its argmax is its label.
+
+    With adversarial labels l' a loss is targeted: the negative of the loss of l', in which a target
+    counts until l' is reached. So, with c and w those of l', "masked-cross-entropy" has 1 - c for
+    c, "blended-cross-entropy" has its two weights swapped, "cosine" has 1 - w, "margin" is
+    -max(max_{k != l'} z_k - z_l', -kappa), "masked-spherical" is (1 - c) z_l' / |z|, and "dlr" is
+    -(z_y - z_l') / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12). "dag" always has adversarial labels.
+
+    Computed in float32 (float64 for float64 scores). A class at -inf has probability 0. Scores
+    without a finite maximum (a NaN, +inf, or -inf alone) make the loss of their image NaN and add
+    0 to the seed. A target with a NaN is a hit whatever its argmax, so that a broken network is
+    never taken for a successful attack. Where |z| of "masked-spherical" is 0 or infinite, or a
+    difference of "dlr" is infinite, seed and loss are 0. Seeds that the dtype cannot hold are its
+    largest finite number.
+
+    Args:
+        scores: (N, C, *T), any number of target dimensions and any strides; float16, bfloat16,
+            float32 or float64, before softmax.
+        labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
+        adversarial_labels: (N, *T) likewise for a targeted loss; "runner-up", the strongest other
+            class, is for "dag" only. Not read where `labels` is `ignore_index`; a value of
+            `ignore_index` that is no class excludes the target too.
+        loss: a name of the table.
+        blend: of "blended-cross-entropy", from 0 to 1; SegPGD's lambda.
+        q: of "tsallis", at most 1.
+        kappa: of "margin" and "dag", in the units of the scores, at least 0; may be infinite.
+        class_weights: (C,) of any floating dtype; a target's loss is multiplied by that of its
+            label.
+        ignore_index: the label of targets that never count.
+
+    Returns:
+        seed, the gradient of the sum of the losses, with the dtype, shape and layout of `scores`;
+        loss, (N,) float64, the sums, added in an order that no number of threads changes; hits,
+        (N,) int32, the counted targets whose argmax is their label.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device, choice or number, or a label out of range. On CUDA and
+            inside torch.compile, an image with such a label comes back with negative hits, and
+            the bad target is left out of seed and loss, as in `dag_seed`.
+    """
+    adversarial = checks.loss_arguments(
+        scores, labels, adversarial_labels, loss, blend, q, kappa, class_weights, ignore_index
+    )
+    if class_weights is not None:
+        class_weights = class_weights.detach().to(fallback.real(scores)).contiguous()
+    numbers = float(blend), float(q), float(kappa)
+    seed, sums, hits = torch.ops.dagcore.loss_seed(
+        scores.detach(), labels, adversarial, loss, *numbers, class_weights, ignore_index
+    )
+    if not torch.compiler.is_compiling() and hits.device.type == "cpu" and (hits < 0).any():
+        checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
+    return seed, sums, hits
 
 
 def argmax_bilinear(

@@ -85,6 +85,131 @@ def dag_seed(
     return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
 
 
+def loss_seed(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    loss: str,
+    blend: float,
+    q: float,
+    kappa: float,
+    class_weights: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dagcore.ops.loss_seed`."""
+    checks.choice("loss", loss, checks.LOSSES)
+    sums = scores.new_zeros(len(scores), dtype=torch.float64)
+    if scores.numel() == 0:
+        return torch.zeros_like(scores), sums, sums.int()
+    classes, targeted = scores.shape[1], adversarial is not None
+    checks.target_labels(classes, labels, adversarial, ignore_index)
+    counted = labels.long() != ignore_index
+    if adversarial is not None and not 0 <= ignore_index < classes:
+        counted = counted & (adversarial.long() != ignore_index)
+    label = torch.where(counted, labels.long(), 0)
+    aim = label if adversarial is None else torch.where(counted, adversarial.long(), 0)
+    best, winner = scores.max(1)
+    whole = counted & best.isfinite()
+    z = torch.where(whole.unsqueeze(1), scores.to(real(scores)), 0)
+    if loss in ("margin", "dag", "dlr"):
+        seed, values = _difference(loss, z, label, aim if targeted else None, kappa)
+    elif loss == "masked-spherical":
+        counts = (winner == aim) != targeted
+        size = torch.linalg.vector_norm(z, dim=1)
+        inverse = torch.where(counts & (size > 0), 1 / size, 0)
+        unit = torch.where(inverse.unsqueeze(1) > 0, z, 0) * inverse.unsqueeze(1)
+        values = -unit.gather(1, aim.unsqueeze(1))
+        seed = (unit * -values).scatter_add_(1, aim.unsqueeze(1), -torch.ones_like(values))
+        seed, values = seed * inverse.unsqueeze(1), values.squeeze(1)
+        if targeted:
+            seed, values = -seed, -values
+    else:
+        p = z.softmax(1)
+        ln_p = z.log_softmax(1).gather(1, aim.unsqueeze(1)).squeeze(1)
+        weight, values = _softmax_weight(loss, p, ln_p, winner == aim, blend, q, targeted)
+        weight, values = (-weight, -values) if targeted else (weight, values)
+        weight = weight.unsqueeze(1)
+        seed = p.mul_(weight).scatter_add_(1, aim.unsqueeze(1), -weight)
+    if class_weights is not None:
+        omega = class_weights[label]
+        seed, values = seed * omega.unsqueeze(1), values * omega
+    seed = torch.where(whole.unsqueeze(1), seed, 0)
+    limit = torch.finfo(scores.dtype)
+    seed = torch.empty_like(scores).copy_(seed.clamp(limit.min, limit.max))
+    values = torch.where(whole, values.double(), torch.where(counted, math.nan, 0.0))
+    hits = counted & ((winner == label) | best.isnan())
+    return seed, values.flatten(1).sum(1) if values.dim() > 1 else values, _count(hits)
+
+
+def _softmax_weight(
+    loss: str, p: Tensor, ln_p: Tensor, right: Tensor, blend: float, q: float, targeted: bool
+) -> tuple[Tensor, Tensor]:
+    """w of the gradient w (p - e_y), and the loss, (N, *T)."""
+    own = ln_p.exp()
+    if loss == "jensen-shannon":
+        weight = own * (own.log1p() - ln_p.clamp(min=-1e30)) / 2
+        return weight, math.log(2) - own.log1p() / 2 - weight
+    if loss == "tsallis" and q != 1:
+        weight = ((1 - q) * ln_p).exp()
+        return weight, -torch.expm1((1 - q) * ln_p) / (1 - q)
+    weight = torch.ones_like(own)
+    if loss == "cosine":
+        weight = own / torch.linalg.vector_norm(p, dim=1)
+        weight = 1 - weight if targeted else weight
+    elif loss in ("masked-cross-entropy", "blended-cross-entropy"):
+        other = blend if loss == "blended-cross-entropy" else 0.0
+        weight = torch.where(right != targeted, weight * (1 - other), weight * other)
+    return weight, torch.where(weight == 0, 0, -ln_p) * weight
+
+
+def _difference(
+    loss: str, z: Tensor, label: Tensor, aim: Tensor | None, kappa: float
+) -> tuple[Tensor, Tensor]:
+    """Seed and values of a loss that has a gradient at a few classes of each target."""
+    classes = z.shape[1]
+    order = z.sort(dim=1, descending=True, stable=True).indices.unbind(1)
+
+    def at(c: Tensor) -> Tensor:
+        return z.gather(1, c.unsqueeze(1)).squeeze(1)
+
+    def rival(c: Tensor) -> Tensor:
+        return torch.where(order[0] == c, order[min(1, classes - 1)], order[0])
+
+    if loss == "dlr":
+        other = rival(label) if aim is None else aim
+        lowest = order[2:3] if aim is None else order[2:4]
+        above = at(other) - at(label)
+        below = at(order[0]) - sum(map(at, lowest)) / len(lowest) + 1e-12
+        finite = above.isfinite() & below.isfinite()
+        one = torch.where(finite, 1 / below, 0)
+        values = torch.where(finite, above, 0) * one
+        terms = [(other, one), (label, -one), (order[0], -values * one)]
+        terms += [(c, values * one / len(lowest)) for c in lowest]
+    else:
+        own = aim if loss == "margin" and aim is not None else label
+        plus = aim if loss == "dag" and aim is not None else rival(own)
+        if loss == "margin" and aim is not None:
+            active = (order[0] != own) | (at(order[0]) - at(plus) < kappa)
+            plus, minus = own, plus
+        else:
+            active = (order[0] == own) | (at(order[0]) - at(own) < kappa)
+            minus = own
+        active = active & (classes > 1)
+        one = active.to(z.dtype)
+        rest = kappa if loss == "margin" and classes > 1 else 0.0
+        values = torch.where(active, at(plus) - at(minus), rest)
+        terms = [(plus, one), (minus, -one)]
+    seed = torch.zeros_like(z)
+    for c, value in terms:
+        seed.scatter_add_(1, c.unsqueeze(1), value.unsqueeze(1))
+    return seed, values
+
+
+def _count(which: Tensor) -> Tensor:
+    """How many targets of each image, (N,) int32."""
+    return which.reshape(len(which), -1).sum(1, dtype=torch.int32)
+
+
 def dag_seed_bilinear(
     scores: Tensor,
     labels: Tensor,

@@ -1,0 +1,374 @@
+// loss_seed on the CPU: strips of targets go through the cache, read once and written once.
+#include "../loss_seed.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../registration.h"
+#include "memory.h"
+#include "simd.h"
+#include "targets.h"
+
+namespace dagcore {
+namespace {
+
+constexpr int kStrip = 512;                 // targets of a strip, at most
+constexpr int kStripRoom = kStrip + 16;     // elements of its arrays; see kRoom
+constexpr int64_t kStripBytes = 256 << 10;  // of its scores, roughly
+constexpr int kBlock = 16;                  // classes that are summed before the sum grows
+constexpr int kLanes = 8;                   // of the sum of losses
+
+// `count` targets in a row: where the first lies in each operand, in elements. Their scores, and
+// then their features, are copied to `work`, one row a class.
+template <typename Real>
+struct Strip {
+  int64_t at[kLossOperands];
+  int count;
+  Real* work;
+  int64_t pitch;
+
+  DAGCORE_INLINE Real* row(int64_t c) const { return work + c * pitch; }
+};
+
+// What is known of them, as arrays so that targets are the vector's lanes.
+template <typename Real, typename Index>
+struct alignas(64) LossRow {
+  Index label[kStripRoom], adversarial[kStripRoom];
+  Real top[4][kStripRoom];
+  Index top_at[4][kStripRoom];
+  Real own[kStripRoom], aim[kStripRoom];  // scores, or features, of the two labels
+  Real size[kStripRoom], sum[kStripRoom], squares[kStripRoom];
+  Real part[kStripRoom], part_squares[kStripRoom];
+  Real omega[kStripRoom];  // class weights of the labels
+  Real loss[kStripRoom];
+  Real scale[kStripRoom], at_aim[kStripRoom];  // see Dense
+  Index pivot[kStripRoom];                     // where at_aim goes
+  Real value[5][kStripRoom];                   // see Terms
+  Index value_at[5][kStripRoom];
+
+  template <int kTops>
+  DAGCORE_INLINE Tops<Real, Index, kTops> tops(int i) const {
+    Tops<Real, Index, kTops> tops;
+    for (int t = 0; t < kTops; ++t) {
+      tops.score[t] = top[t][i];
+      tops.at[t] = top_at[t][i];
+    }
+    return tops;
+  }
+  template <int kTops>
+  DAGCORE_INLINE void keep(const Tops<Real, Index, kTops>& tops, int i) {
+    for (int t = 0; t < kTops; ++t) {
+      top[t][i] = tops.score[t];
+      top_at[t][i] = tops.at[t];
+    }
+  }
+};
+
+template <typename T, int kTops, bool kFirst, typename Real, typename Index>
+DAGCORE_INLINE void read_class(const T* scores, int64_t stride, Index c, int count, Real* work,
+                               LossRow<Real, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    const Real score = Pixel<T>::load(scores[i * stride]);
+    work[i] = score;
+    Tops<Real, Index, kTops> tops;
+    if (kFirst) {
+      tops.first(score);
+    } else {
+      tops = row->template tops<kTops>(i);
+      tops.next(score, c);
+    }
+    row->keep(tops, i);
+  }
+}
+
+// Copies the scores and finds the largest.
+template <typename T, int kTops, typename Real, typename Index>
+DAGCORE_INLINE void read_strip(const LossArgs& args, const Strip<Real>& strip,
+                               LossRow<Real, Index>* row) {
+  const int64_t stride = args.walk.inner_stride(kLossScores), classes = args.labelling.classes;
+  const T* scores = static_cast<const T*>(args.scores) + strip.at[kLossScores];
+  read_class<T, kTops, true>(scores, stride, Index{0}, strip.count, strip.row(0), row);
+  for (Index c = 1; c < classes; ++c) {
+    scores += args.scores_class;
+    read_class<T, kTops, false>(scores, stride, c, strip.count, strip.row(c), row);
+  }
+}
+
+// What the rows of the strip hold at the classes, 0 where a class is none.
+template <typename Real, typename Index>
+DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real* out) {
+  for (int i = 0; i < strip.count; ++i) {
+    out[i] = classes[i] < 0 ? Real{0} : strip.row(classes[i])[i];
+  }
+}
+
+template <bool kSquares, typename Real, typename Index>
+DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
+                                 LossRow<Real, Index>* row) {
+  const int count = strip.count;
+  for (int i = 0; i < count; ++i) row->sum[i] = row->squares[i] = 0;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    for (int i = 0; i < count; ++i) row->part[i] = row->part_squares[i] = 0;
+    for (int64_t c = begin; c < std::min(begin + kBlock, classes); ++c) {
+      Real* work = strip.row(c);
+      for (int i = 0; i < count; ++i) {
+        const Real feature = exp_nonpositive(work[i] - row->top[0][i]);
+        work[i] = feature;
+        row->part[i] += feature;
+        if (kSquares) row->part_squares[i] += feature * feature;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      row->sum[i] += row->part[i];
+      if (kSquares) row->squares[i] += row->part_squares[i];
+    }
+  }
+}
+
+// Divides the scores by the largest magnitude among them, so that no square overflows.
+template <typename Real, typename Index>
+DAGCORE_INLINE void normalize(int64_t classes, const Strip<Real>& strip,
+                              LossRow<Real, Index>* row) {
+  const int count = strip.count;
+  for (int i = 0; i < count; ++i) row->size[i] = row->squares[i] = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const Real* work = strip.row(c);
+    for (int i = 0; i < count; ++i) {
+      const Real magnitude = work[i] < 0 ? -work[i] : work[i];
+      row->size[i] = magnitude > row->size[i] ? magnitude : row->size[i];
+    }
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    Real* work = strip.row(c);
+    for (int i = 0; i < count; ++i) {
+      const bool finite = work[i] - work[i] == 0;
+      const Real feature = finite & (row->size[i] > 0) ? work[i] / row->size[i] : Real{0};
+      work[i] = feature;
+      row->squares[i] += feature * feature;
+    }
+  }
+}
+
+template <Loss kLoss, typename Real, typename Index>
+DAGCORE_INLINE void judge_dense(const LossRule<Real>& rule, int count, LossRow<Real, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    const Index pivot = rule.targeted ? row->adversarial[i] : row->label[i];
+    const Real own = rule.targeted ? row->aim[i] : row->own[i];
+    const bool right = row->top_at[0][i] == pivot;
+    Dense<Real> dense;
+    if constexpr (kLoss == Loss::masked_spherical) {
+      dense = spherical_loss(rule, row->size[i], own, row->squares[i], right);
+    } else {
+      dense = softmax_loss<kLoss>(rule, own - row->top[0][i], row->sum[i], row->squares[i], right);
+    }
+    row->pivot[i] = pivot;
+    row->loss[i] = dense.loss;
+    row->scale[i] = dense.scale;
+    row->at_aim[i] = dense.at_aim;
+  }
+}
+
+template <Loss kLoss, typename Real, typename Index>
+DAGCORE_INLINE void judge_sparse(const LossRule<Real>& rule, int count, LossRow<Real, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    const auto tops = row->template tops<tops_of(kLoss)>(i);
+    const Index label = row->label[i], adversarial = row->adversarial[i];
+    Terms<Real, Index, terms_of(kLoss)> terms;
+    if constexpr (kLoss == Loss::dlr) {
+      terms = dlr_loss(rule, tops, label, adversarial, row->own[i], row->aim[i]);
+    } else {
+      terms = margin_loss<kLoss>(rule, tops, label, adversarial, row->own[i], row->aim[i]);
+    }
+    row->loss[i] = terms.loss;
+    for (int t = 0; t < terms_of(kLoss); ++t) {
+      row->value[t][i] = terms.value[t];
+      row->value_at[t][i] = terms.at[t];
+    }
+  }
+}
+
+// Class weights; nothing of targets that do not count, NaN of those whose scores have no finite
+// maximum.
+template <Loss kLoss, typename Real, typename Index>
+DAGCORE_INLINE void settle_losses(bool targeted, int count, LossRow<Real, Index>* row,
+                                  uint32_t* hits) {
+  constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
+  uint32_t sum = 0, bad = 0;
+  for (int i = 0; i < count; ++i) {
+    const Index label = row->label[i], adversarial = targeted ? row->adversarial[i] : Index{0};
+    const Real top = row->top[0][i], omega = row->omega[i];
+    const bool counted = (label >= 0) & (adversarial >= 0), whole = counted & (top - top == 0);
+    const Real loss = omega * row->loss[i];
+    row->loss[i] = whole ? loss : counted ? kNan : Real{0};
+    if constexpr (is_sparse(kLoss)) {
+      for (int t = 0; t < terms_of(kLoss); ++t) {
+        row->value[t][i] = whole ? omega * row->value[t][i] : Real{0};
+      }
+    } else {
+      row->scale[i] = whole ? omega * row->scale[i] : Real{0};
+      row->at_aim[i] = whole ? omega * row->at_aim[i] : Real{0};
+    }
+    sum += counted & ((row->top_at[0][i] == label) | (top != top));
+    bad |= is_out_of_range(label, adversarial);
+  }
+  *hits = sum | (bad ? kOutOfRangeFlag : 0);
+}
+
+// The sum of the losses in an order of its own, whatever the vector's width.
+template <typename Real>
+DAGCORE_INLINE void add_losses(int count, const Real* loss, double* sum) {
+  double lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += loss[i + lane];
+  }
+  for (; i < count; ++i) lanes[i % kLanes] += loss[i];
+  *sum = 0;
+  for (double lane : lanes) *sum += lane;
+}
+
+// What cannot be held becomes the largest finite number; a NaN stays one.
+template <typename T, typename Real>
+DAGCORE_INLINE T store_seed(Real value) {
+  constexpr Real kMost = std::is_same_v<T, Half>       ? Real(65504)
+                         : std::is_same_v<T, BFloat16> ? Real(0x1.fep127)
+                                                       : std::numeric_limits<Real>::max();
+  value = value > kMost ? kMost : value;
+  return Pixel<T>::store(value < -kMost ? -kMost : value);
+}
+
+template <typename T, typename Real, typename Index>
+DAGCORE_INLINE void write_dense(const LossArgs& args, const Strip<Real>& strip,
+                                const LossRow<Real, Index>* row) {
+  const int64_t stride = args.walk.inner_stride(kLossSeed), classes = args.labelling.classes;
+  T* seed = static_cast<T*>(args.seed) + strip.at[kLossSeed];
+  const int count = strip.count;
+  for (int64_t c = 0; c < classes; ++c, seed += args.seed_class) {
+    const Real* work = strip.row(c);
+    for (int i = 0; i < count; ++i) {
+      const Real here = row->pivot[i] == static_cast<Index>(c) ? row->at_aim[i] : Real{0};
+      seed[i * stride] = store_seed<T>(row->scale[i] * work[i] + here);
+    }
+  }
+}
+
+template <typename T, int kTerms, typename Real, typename Index>
+DAGCORE_INLINE void write_sparse(const LossArgs& args, const Strip<Real>& strip,
+                                 const LossRow<Real, Index>* row) {
+  const int64_t stride = args.walk.inner_stride(kLossSeed), classes = args.labelling.classes;
+  T* seed = static_cast<T*>(args.seed) + strip.at[kLossSeed];
+  const int count = strip.count;
+  for (int64_t c = 0; c < classes; ++c, seed += args.seed_class) {
+    for (int i = 0; i < count; ++i) {
+      Real value = 0;
+      for (int t = 0; t < kTerms; ++t) {
+        value += row->value_at[t][i] == static_cast<Index>(c) ? row->value[t][i] : Real{0};
+      }
+      seed[i * stride] = store_seed<T>(value);
+    }
+  }
+}
+
+// The seed of a strip, the sum of its losses, and its hits.
+template <typename T, Loss kLoss, typename Real, typename Index>
+uint32_t seed_strip(Simd simd, const LossArgs& args, const Strip<Real>& strip,
+                    LossRow<Real, Index>* row, double* sum) {
+  const auto rule = args.rule_as<Real>();
+  const auto& walk = args.walk;
+  const int64_t classes = args.labelling.classes;
+  const int count = strip.count;
+  run_simd<read_labels<Index, false>>(simd, args.labels, strip.at[kLossLabels],
+                                      walk.inner_stride(kLossLabels), count, args.labelling,
+                                      row->label);
+  if (rule.targeted) {
+    run_simd<read_labels<Index, true>>(simd, args.adversarial, strip.at[kLossAdversarial],
+                                       walk.inner_stride(kLossAdversarial), count, args.labelling,
+                                       row->adversarial);
+  }
+  const Real* weights = static_cast<const Real*>(args.class_weights);
+  for (int i = 0; i < count; ++i) {
+    row->omega[i] = weights && row->label[i] >= 0 ? weights[row->label[i]] : Real{1};
+  }
+  run_simd<read_strip<T, tops_of(kLoss), Real, Index>>(simd, args, strip, row);
+  if constexpr (kLoss == Loss::masked_spherical) {
+    run_simd<normalize<Real, Index>>(simd, classes, strip, row);
+  }
+  look_up(strip, row->label, row->own);
+  if (rule.targeted) look_up(strip, row->adversarial, row->aim);
+  uint32_t hits = 0;
+  if constexpr (is_sparse(kLoss)) {
+    run_simd<judge_sparse<kLoss, Real, Index>>(simd, rule, count, row);
+    run_simd<settle_losses<kLoss, Real, Index>>(simd, rule.targeted, count, row, &hits);
+    run_simd<write_sparse<T, terms_of(kLoss), Real, Index>>(simd, args, strip, row);
+  } else {
+    if constexpr (kLoss != Loss::masked_spherical) {
+      run_simd<exponentiate<kLoss == Loss::cosine, Real, Index>>(simd, classes, strip, row);
+    }
+    run_simd<judge_dense<kLoss, Real, Index>>(simd, rule, count, row);
+    run_simd<settle_losses<kLoss, Real, Index>>(simd, rule.targeted, count, row, &hits);
+    run_simd<write_dense<T, Real, Index>>(simd, args, strip, row);
+  }
+  run_simd<add_losses<Real>>(simd, count, row->loss, sum);
+  return hits;
+}
+
+struct AlignedDelete {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+template <typename T, Loss kLoss>
+void seed_targets(int64_t images, const LossArgs& args, double* sums) {
+  using Real = RealOf<T>;
+  using Index = IndexOf<Real>;
+  const Simd simd = simd_in_use();
+  const int64_t classes = args.labelling.classes, rows = args.walk.rows();
+  const int64_t inner = args.walk.inner();
+  const int64_t fits = kStripBytes / (classes * static_cast<int64_t>(sizeof(Real))) / 16 * 16;
+  const int64_t strip_size = std::min(std::clamp<int64_t>(fits, 16, kStrip), inner);
+  const int64_t strips = (inner + strip_size - 1) / strip_size;
+  const int64_t pitch = (strip_size + 31) / 16 * 16;
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / (strip_size * classes));
+
+  std::vector<double> strip_sums(images * rows * strips);
+  torch::stable::parallel_for(0, images * rows * strips, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<void, AlignedDelete> work(
+        ::operator new(sizeof(Real) * classes * pitch, std::align_val_t{64}));
+    LossRow<Real, Index> row;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % strips * strip_size;
+      const int64_t n = item / strips / rows;
+      Strip<Real> strip{{},
+                        static_cast<int>(std::min(strip_size, inner - first)),
+                        static_cast<Real*>(work.get()),
+                        pitch};
+      args.walk.locate(n, item / strips % rows * inner + first, strip.at);
+      add_active(args.hits + n, seed_strip<T, kLoss>(simd, args, strip, &row, &strip_sums[item]));
+    }
+  });
+  for (int64_t item = 0; item < images * rows * strips; ++item) {
+    sums[item / strips / rows] += strip_sums[item];
+  }
+}
+
+// scores (N, C, *T), labels and adversarial (N, *T), class_weights (C,); see dagcore/ops. Returns
+// the seed, laid out like scores, the sums of the losses (N,), double, and the hits (N,), int32.
+std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
+                                             std::optional<Tensor> adversarial, std::string loss,
+                                             double blend, double q, double kappa,
+                                             std::optional<Tensor> class_weights,
+                                             int64_t ignore_index) {
+  LossCall call(scores, labels, adversarial, loss, blend, q, kappa, class_weights, ignore_index);
+  advise_huge_pages(call.seed.mutable_data_ptr(), call.seed.numel() * call.seed.element_size());
+  return call.run([&](auto type, auto loss) {
+    seed_targets<decltype(type), loss.value>(scores.size(0), call.args(),
+                                             static_cast<double*>(call.sums.mutable_data_ptr()));
+  });
+}
+
+}  // namespace
+
+DAGCORE_REGISTER(CPU, "loss_seed", loss_seed)
+
+}  // namespace dagcore

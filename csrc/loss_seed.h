@@ -1,0 +1,133 @@
+// The part of loss_seed that is the same on every device: checks, and how to walk the targets.
+#pragma once
+
+#include "loss.h"
+#include "seed.h"
+#include "strided.h"
+
+namespace dagcore {
+
+enum LossOperand { kLossScores, kLossSeed, kLossLabels, kLossAdversarial, kLossOperands };
+
+// What the kernels work on; the walk is over the targets of one image.
+struct LossArgs {
+  const void* scores;
+  void* seed;
+  int64_t scores_class, seed_class;  // strides
+  LabelSource labels, adversarial;
+  LabelRule labelling;
+  LossRule<double> rule;
+  const void* class_weights;  // (C,) float, double for double scores; null for none
+  uint32_t* hits;             // (N,)
+  Walk<kLossOperands> walk;
+
+  template <typename Real>
+  LossRule<Real> rule_as() const {
+    return {rule.targeted, static_cast<Real>(rule.blend), static_cast<Real>(rule.q),
+            static_cast<Real>(rule.kappa)};
+  }
+};
+
+// scores (N, C, *T), labels and adversarial (N, *T), class_weights (C,)
+struct LossCall {
+  Tensor scores, labels;
+  Tensor adversarial;  // where there are none: labels, not read as adversarial ones
+  std::optional<Tensor> class_weights;
+  Loss loss;
+  LossRule<double> rule;
+  int64_t ignore_index;
+  Tensor seed;  // laid out like scores
+  Tensor sums;  // (N,) double, zero so far
+  Tensor hits;  // (N,) int32, zero so far
+
+  LossCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
+           const std::string& loss, double blend, double q, double kappa,
+           const std::optional<Tensor>& class_weights, int64_t ignore_index)
+      : scores(with_classes(scores)),
+        labels(labels),
+        adversarial(adversarial ? *adversarial : labels),
+        class_weights(class_weights),
+        loss(value_named<Loss>("loss", loss, kLosses)),
+        rule{adversarial.has_value(), blend, q, kappa},
+        ignore_index(ignore_index),
+        seed(torch::stable::empty_like(scores)),
+        sums(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Double)),
+        hits(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int)) {
+    check_class_count(scores);
+    check_labels("labels", labels, scores);
+    check_target_shape("labels", labels, scores);
+    check_labels("adversarial_labels", this->adversarial, scores);
+    check_target_shape("adversarial_labels", this->adversarial, scores);
+    STD_TORCH_CHECK(blend >= 0 && blend <= 1, "blend must lie between 0 and 1, got ", blend);
+    STD_TORCH_CHECK(q <= 1 && q - q == 0, "q must be a finite number, at most 1, got ", q);
+    STD_TORCH_CHECK(kappa >= 0, "kappa must be at least 0, got ", kappa);
+    const int64_t least = this->loss != Loss::dlr ? 1 : adversarial ? 4 : 3;
+    STD_TORCH_CHECK(scores.size(1) >= least, "scores must have at least ", least, " classes for ",
+                    loss, ", got ", shape(scores));
+    if (class_weights) check_weights(*class_weights);
+  }
+
+  LossArgs args() const {
+    return {scores.const_data_ptr(),
+            seed.mutable_data_ptr(),
+            scores.stride(1),
+            seed.stride(1),
+            LabelSource(labels),
+            LabelSource(adversarial),
+            {scores.size(1), ignore_index},
+            rule,
+            class_weights ? class_weights->const_data_ptr() : nullptr,
+            static_cast<uint32_t*>(hits.mutable_data_ptr()),
+            Walk<kLossOperands>({scores, seed, labels, adversarial})};
+  }
+
+  // Calls kernel(T{}, the loss as a constant) if there are targets.
+  template <typename Kernel>
+  std::tuple<Tensor, Tensor, Tensor> run(const Kernel& kernel) {
+    if (labels.numel() == 0) return {torch::stable::zero_(seed), sums, hits};
+    for_float_type("scores", scores.scalar_type(), [&](auto type) { with_loss(type, kernel); });
+    return {seed, sums, hits};
+  }
+
+ private:
+  template <typename T, typename Kernel>
+  void with_loss(T type, const Kernel& kernel) const {
+    const auto with = [&](auto loss) { kernel(type, loss); };
+    switch (loss) {
+      case Loss::cross_entropy:
+        return with(Constant<Loss::cross_entropy>{});
+      case Loss::masked_cross_entropy:
+        return with(Constant<Loss::masked_cross_entropy>{});
+      case Loss::blended_cross_entropy:
+        return with(Constant<Loss::blended_cross_entropy>{});
+      case Loss::cosine:
+        return with(Constant<Loss::cosine>{});
+      case Loss::jensen_shannon:
+        return with(Constant<Loss::jensen_shannon>{});
+      case Loss::tsallis:
+        return with(Constant<Loss::tsallis>{});
+      case Loss::margin:
+        return with(Constant<Loss::margin>{});
+      case Loss::dag:
+        return with(Constant<Loss::dag>{});
+      case Loss::masked_spherical:
+        return with(Constant<Loss::masked_spherical>{});
+      case Loss::dlr:
+        return with(Constant<Loss::dlr>{});
+    }
+  }
+  template <Loss kLoss>
+  using Constant = std::integral_constant<Loss, kLoss>;
+
+  void check_weights(const Tensor& weights) const {
+    const bool wide = scores.scalar_type() == ScalarType::Double;
+    check_same_device("class_weights", weights, "scores", scores);
+    STD_TORCH_CHECK(weights.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
+                        weights.is_contiguous() && weights.dim() == 1 &&
+                        weights.size(0) == scores.size(1),
+                    "class_weights must be contiguous, ", wide ? "float64" : "float32",
+                    " and of shape (", scores.size(1), "), got ", shape(weights));
+  }
+};
+
+}  // namespace dagcore
