@@ -51,23 +51,41 @@ DAGCORE_INLINE Real atanh_series(Real x) {
   }
 }
 
-// e^x for x <= 0; 0 for what is below every normal number, and for NaN.
+// e^x = power * (1 + rest) for x <= 0; for what is below every normal number, and for NaN, power is
+// 0.
+template <typename Real>
+struct Exponential {
+  Real power, rest;
+
+  DAGCORE_INLINE explicit Exponential(Real x) {
+    using Format = FloatFormat<Real>;
+    using Bits = typename Format::Bits;
+    constexpr Real kLog2E = static_cast<Real>(1.44269504088896340736);
+    // Added to a small number it rounds it to an integer, which is then in the lowest bits.
+    constexpr Real kRounder = static_cast<Real>(int64_t{3} << (Format::kMantissa - 1));
+    const bool counts = x >= Format::kLowest;
+    const Real kept = counts ? x : Real{0};
+    const Real rounded = product(kept, kLog2E) + kRounder;
+    const Real exponent = rounded - kRounder;
+    const Real fraction =
+        (kept - product(exponent, Format::kLn2High)) - product(exponent, Format::kLn2Low);
+    const Bits bits = bit_cast<Bits>(rounded) - bit_cast<Bits>(kRounder) + Format::kBias;
+    power = counts ? bit_cast<Real>(bits << Format::kMantissa) : Real{0};
+    rest = product(fraction, exp_series<1, Format::kExpTerms>(fraction));
+  }
+};
+
 template <typename Real>
 DAGCORE_INLINE Real exp_nonpositive(Real x) {
-  using Format = FloatFormat<Real>;
-  using Bits = typename Format::Bits;
-  constexpr Real kLog2E = static_cast<Real>(1.44269504088896340736);
-  // Added to a small number it rounds it to an integer, which is then in the lowest bits.
-  constexpr Real kRounder = static_cast<Real>(int64_t{3} << (Format::kMantissa - 1));
-  const bool counts = x >= Format::kLowest;
-  const Real kept = counts ? x : Real{0};
-  const Real rounded = product(kept, kLog2E) + kRounder;
-  const Real exponent = rounded - kRounder;
-  const Real rest =
-      (kept - product(exponent, Format::kLn2High)) - product(exponent, Format::kLn2Low);
-  const Real fraction = Real{1} + product(rest, exp_series<1, Format::kExpTerms>(rest));
-  const Bits power = bit_cast<Bits>(rounded) - bit_cast<Bits>(kRounder) + Format::kBias;
-  return counts ? product(fraction, bit_cast<Real>(power << Format::kMantissa)) : Real{0};
+  const Exponential<Real> exponential(x);
+  return product(exponential.power, 1 + exponential.rest);
+}
+
+// e^x - 1, without loss of digits near 0.
+template <typename Real>
+DAGCORE_INLINE Real expm1_nonpositive(Real x) {
+  const Exponential<Real> exponential(x);
+  return (exponential.power - 1) + product(exponential.power, exponential.rest);
 }
 
 // ln x for finite x >= 1; some number for any other.

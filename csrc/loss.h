@@ -53,21 +53,22 @@ struct Dense {
 
 // `behind` is the label's score less the largest; `sum` and `squares` are over the features.
 template <Loss kLoss, typename Real>
-DAGCORE_INLINE Dense<Real> softmax_loss(const LossRule<Real>& rule, Real behind, Real sum,
-                                        Real squares, bool right) {
+DAGCORE_INLINE Dense<Real> softmax_loss(LossRule<Real> rule, Real behind, Real sum, Real squares,
+                                        bool right) {
   constexpr Real kLn2 = static_cast<Real>(0.69314718055994530942);
   const Real feature = exp_nonpositive(behind), ln_p = behind - log_from_one(sum);
   Real weight = 1, loss = -ln_p;
   if constexpr (kLoss == Loss::jensen_shannon) {
     const Real p = feature / sum, ln_1p = log_from_one(1 + p);
-    weight = p > 0 ? product(p / 2, ln_1p - ln_p) : Real{0};
+    const Real kept = ln_p > Real(-1e30) ? ln_p : Real(-1e30);  // p is 0, and -inf would make a NaN
+    weight = product(p / 2, ln_1p - kept);
     loss = (kLn2 - weight) - ln_1p / 2;
   } else if constexpr (kLoss == Loss::tsallis) {
     const Real rest = 1 - rule.q;
-    const Real power = rest > 0 ? product(rest, ln_p) : Real{0};
-    weight = exp_nonpositive(power);
-    const Real series = exp_series<1, FloatFormat<Real>::kExpTerms + 1>(power);
-    loss = power > Real(-0.35) ? -product(ln_p, series) : (1 - weight) / rest;
+    const bool flat = rest == 0;  // cross-entropy
+    const Real less = flat ? Real{0} : expm1_nonpositive(product(rest, ln_p));
+    weight = 1 + less;
+    loss = flat ? -ln_p : -less / (flat ? Real{1} : rest);
   } else {
     if constexpr (kLoss == Loss::cosine) {
       weight = feature / std::sqrt(squares);
@@ -84,8 +85,8 @@ DAGCORE_INLINE Dense<Real> softmax_loss(const LossRule<Real>& rule, Real behind,
 
 // `size` is max |z|, `own` the label's feature; `squares` is over the features.
 template <typename Real>
-DAGCORE_INLINE Dense<Real> spherical_loss(const LossRule<Real>& rule, Real size, Real own,
-                                          Real squares, bool right) {
+DAGCORE_INLINE Dense<Real> spherical_loss(LossRule<Real> rule, Real size, Real own, Real squares,
+                                          bool right) {
   const bool counts = (right != rule.targeted) & (size > 0) & (size - size == 0);
   const Real root = std::sqrt(squares), sign = rule.targeted ? Real{1} : Real{-1};
   const Real cosine = product(sign, own / root), at_aim = sign / product(size, root);
@@ -139,7 +140,7 @@ struct Tops {
 // `own` and `aim` are the scores of the label and of the adversarial label; for dag without one
 // that is the strongest other class.
 template <Loss kLoss, typename Real, typename Index>
-DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(const LossRule<Real>& rule,
+DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(LossRule<Real> rule,
                                                  const Tops<Real, Index, 2>& top, Index label,
                                                  Index adversarial, Real own, Real aim) {
   const bool aims = kLoss == Loss::margin && rule.targeted;
@@ -163,9 +164,8 @@ DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(const LossRule<Real>& rule,
 
 // Untargeted, the third largest score stands for the mean of the third and fourth.
 template <typename Real, typename Index>
-DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(const LossRule<Real>& rule,
-                                              const Tops<Real, Index, 4>& top, Index label,
-                                              Index adversarial, Real own, Real aim) {
+DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Real, Index, 4>& top,
+                                              Index label, Index adversarial, Real own, Real aim) {
   const int second = top.at[0] == label ? 1 : 0, fourth = rule.targeted ? 3 : 2;
   const Index rival = rule.targeted ? adversarial : second ? top.at[1] : top.at[0];
   const Real rival_score = rule.targeted ? aim : second ? top.score[1] : top.score[0];

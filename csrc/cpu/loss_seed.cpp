@@ -35,7 +35,8 @@ struct Strip {
 // What is known of them, as arrays so that targets are the vector's lanes.
 template <typename Real, typename Index>
 struct alignas(64) LossRow {
-  Index label[kStripRoom], adversarial[kStripRoom];
+  Index label[kStripRoom];
+  Index adversarial[kStripRoom];  // the label once more where the loss is not targeted
   Real top[4][kStripRoom];
   Index top_at[4][kStripRoom];
   Real own[kStripRoom], aim[kStripRoom];  // scores, or features, of the two labels
@@ -44,7 +45,6 @@ struct alignas(64) LossRow {
   Real omega[kStripRoom];  // class weights of the labels
   Real loss[kStripRoom];
   Real scale[kStripRoom], at_aim[kStripRoom];  // see Dense
-  Index pivot[kStripRoom];                     // where at_aim goes
   Real value[5][kStripRoom];                   // see Terms
   Index value_at[5][kStripRoom];
 
@@ -152,18 +152,16 @@ DAGCORE_INLINE void normalize(int64_t classes, const Strip<Real>& strip,
 }
 
 template <Loss kLoss, typename Real, typename Index>
-DAGCORE_INLINE void judge_dense(const LossRule<Real>& rule, int count, LossRow<Real, Index>* row) {
+DAGCORE_INLINE void judge_dense(LossRule<Real> rule, int count, LossRow<Real, Index>* row) {
   for (int i = 0; i < count; ++i) {
-    const Index pivot = rule.targeted ? row->adversarial[i] : row->label[i];
-    const Real own = rule.targeted ? row->aim[i] : row->own[i];
-    const bool right = row->top_at[0][i] == pivot;
+    const Real top = row->top[0][i], aim = row->aim[i], squares = row->squares[i];
+    const bool right = row->top_at[0][i] == row->adversarial[i];
     Dense<Real> dense;
     if constexpr (kLoss == Loss::masked_spherical) {
-      dense = spherical_loss(rule, row->size[i], own, row->squares[i], right);
+      dense = spherical_loss(rule, row->size[i], aim, squares, right);
     } else {
-      dense = softmax_loss<kLoss>(rule, own - row->top[0][i], row->sum[i], row->squares[i], right);
+      dense = softmax_loss<kLoss>(rule, aim - top, row->sum[i], squares, right);
     }
-    row->pivot[i] = pivot;
     row->loss[i] = dense.loss;
     row->scale[i] = dense.scale;
     row->at_aim[i] = dense.at_aim;
@@ -171,7 +169,7 @@ DAGCORE_INLINE void judge_dense(const LossRule<Real>& rule, int count, LossRow<R
 }
 
 template <Loss kLoss, typename Real, typename Index>
-DAGCORE_INLINE void judge_sparse(const LossRule<Real>& rule, int count, LossRow<Real, Index>* row) {
+DAGCORE_INLINE void judge_sparse(LossRule<Real> rule, int count, LossRow<Real, Index>* row) {
   for (int i = 0; i < count; ++i) {
     const auto tops = row->template tops<tops_of(kLoss)>(i);
     const Index label = row->label[i], adversarial = row->adversarial[i];
@@ -192,23 +190,24 @@ DAGCORE_INLINE void judge_sparse(const LossRule<Real>& rule, int count, LossRow<
 // Class weights; nothing of targets that do not count, NaN of those whose scores have no finite
 // maximum.
 template <Loss kLoss, typename Real, typename Index>
-DAGCORE_INLINE void settle_losses(bool targeted, int count, LossRow<Real, Index>* row,
-                                  uint32_t* hits) {
+DAGCORE_INLINE void settle_losses(int count, LossRow<Real, Index>* row, uint32_t* hits) {
   constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
   uint32_t sum = 0, bad = 0;
   for (int i = 0; i < count; ++i) {
-    const Index label = row->label[i], adversarial = targeted ? row->adversarial[i] : Index{0};
+    const Index label = row->label[i], adversarial = row->adversarial[i];
     const Real top = row->top[0][i], omega = row->omega[i];
     const bool counted = (label >= 0) & (adversarial >= 0), whole = counted & (top - top == 0);
     const Real loss = omega * row->loss[i];
     row->loss[i] = whole ? loss : counted ? kNan : Real{0};
     if constexpr (is_sparse(kLoss)) {
       for (int t = 0; t < terms_of(kLoss); ++t) {
-        row->value[t][i] = whole ? omega * row->value[t][i] : Real{0};
+        const Real value = omega * row->value[t][i];
+        row->value[t][i] = whole ? value : Real{0};
       }
     } else {
-      row->scale[i] = whole ? omega * row->scale[i] : Real{0};
-      row->at_aim[i] = whole ? omega * row->at_aim[i] : Real{0};
+      const Real scale = omega * row->scale[i], at_aim = omega * row->at_aim[i];
+      row->scale[i] = whole ? scale : Real{0};
+      row->at_aim[i] = whole ? at_aim : Real{0};
     }
     sum += counted & ((row->top_at[0][i] == label) | (top != top));
     bad |= is_out_of_range(label, adversarial);
@@ -248,8 +247,9 @@ DAGCORE_INLINE void write_dense(const LossArgs& args, const Strip<Real>& strip,
   for (int64_t c = 0; c < classes; ++c, seed += args.seed_class) {
     const Real* work = strip.row(c);
     for (int i = 0; i < count; ++i) {
-      const Real here = row->pivot[i] == static_cast<Index>(c) ? row->at_aim[i] : Real{0};
-      seed[i * stride] = store_seed<T>(row->scale[i] * work[i] + here);
+      const Real at_aim = row->at_aim[i], elsewhere = row->scale[i] * work[i];
+      const bool here = row->adversarial[i] == static_cast<Index>(c);
+      seed[i * stride] = store_seed<T>(elsewhere + (here ? at_aim : Real{0}));
     }
   }
 }
@@ -264,7 +264,8 @@ DAGCORE_INLINE void write_sparse(const LossArgs& args, const Strip<Real>& strip,
     for (int i = 0; i < count; ++i) {
       Real value = 0;
       for (int t = 0; t < kTerms; ++t) {
-        value += row->value_at[t][i] == static_cast<Index>(c) ? row->value[t][i] : Real{0};
+        const Real there = row->value[t][i];
+        value += row->value_at[t][i] == static_cast<Index>(c) ? there : Real{0};
       }
       seed[i * stride] = store_seed<T>(value);
     }
@@ -286,6 +287,8 @@ uint32_t seed_strip(Simd simd, const LossArgs& args, const Strip<Real>& strip,
     run_simd<read_labels<Index, true>>(simd, args.adversarial, strip.at[kLossAdversarial],
                                        walk.inner_stride(kLossAdversarial), count, args.labelling,
                                        row->adversarial);
+  } else {
+    std::copy_n(row->label, count, row->adversarial);
   }
   const Real* weights = static_cast<const Real*>(args.class_weights);
   for (int i = 0; i < count; ++i) {
@@ -295,19 +298,19 @@ uint32_t seed_strip(Simd simd, const LossArgs& args, const Strip<Real>& strip,
   if constexpr (kLoss == Loss::masked_spherical) {
     run_simd<normalize<Real, Index>>(simd, classes, strip, row);
   }
-  look_up(strip, row->label, row->own);
-  if (rule.targeted) look_up(strip, row->adversarial, row->aim);
+  if (is_sparse(kLoss)) look_up(strip, row->label, row->own);
+  look_up(strip, row->adversarial, row->aim);
   uint32_t hits = 0;
   if constexpr (is_sparse(kLoss)) {
     run_simd<judge_sparse<kLoss, Real, Index>>(simd, rule, count, row);
-    run_simd<settle_losses<kLoss, Real, Index>>(simd, rule.targeted, count, row, &hits);
+    run_simd<settle_losses<kLoss, Real, Index>>(simd, count, row, &hits);
     run_simd<write_sparse<T, terms_of(kLoss), Real, Index>>(simd, args, strip, row);
   } else {
     if constexpr (kLoss != Loss::masked_spherical) {
       run_simd<exponentiate<kLoss == Loss::cosine, Real, Index>>(simd, classes, strip, row);
     }
     run_simd<judge_dense<kLoss, Real, Index>>(simd, rule, count, row);
-    run_simd<settle_losses<kLoss, Real, Index>>(simd, rule.targeted, count, row, &hits);
+    run_simd<settle_losses<kLoss, Real, Index>>(simd, count, row, &hits);
     run_simd<write_dense<T, Real, Index>>(simd, args, strip, row);
   }
   run_simd<add_losses<Real>>(simd, count, row->loss, sum);
