@@ -5,8 +5,8 @@ DAGCORE_CUDA=1 | 0       CUDA kernels or an error | none; unset: where nvcc and 
 DAGCORE_SANITIZE=1       CPU kernels with address and undefined-behaviour checks: `make sanitize`
 DAGCORE_PTXAS_VERBOSE=1  print registers and spills of each CUDA kernel: see benchmarks/resources.py
 TORCH_CUDA_ARCH_LIST     GPU architectures, as for any torch extension. Unset: those of the GPUs in
-                         this machine; without one, 8.0 and 9.0 with PTX, which run on every GPU
-                         from 8.0 on
+                         this machine; without one, every generation from 8.0 (A100) on that both
+                         nvcc and torch know, and PTX for those that are still to come
 CUDA_HOME or CUDA_PATH   the CUDA toolkit; unset: nvcc on PATH, then /usr/local/cuda
 CC, CXX                  the host compilers
 MAX_JOBS                 parallel compilations; unset: one a core
@@ -27,7 +27,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # kernels need torch 2.11 or any later one
-WITHOUT_A_GPU = "8.0;9.0+PTX"  # GPUs after 9.0 compile the PTX when they first run a kernel
+OLDEST = (8, 0)  # architecture that the kernels run on
+PTX = (9, 0)  # every later GPU without code of its own compiles this, at its first launch
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
@@ -56,10 +57,23 @@ def cuda_home(nvcc: str) -> Path:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
-def gpu_architectures(torch_cuda: ModuleType) -> str:
-    """What to compile for where TORCH_CUDA_ARCH_LIST is unset, as it would spell it."""
-    seen = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(seen)) or WITHOUT_A_GPU
+def gpu_architectures(torch: ModuleType, nvcc: str) -> str:
+    """What to compile for where TORCH_CUDA_ARCH_LIST is unset, as it would spell it.
+
+    Code for the first architecture of a generation runs on the whole of it.
+    """
+    count = torch.cuda.device_count()
+    seen = {torch.cuda.get_device_capability(i) for i in range(count)}
+    if seen:
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    both = {*known.split()} & {*torch._C._cuda_getArchFlags().split()}
+    every = sorted((int(sm[3:-1]), int(sm[-1])) for sm in both if re.fullmatch(r"sm_\d+", sm))
+    first = {major: (major, minor) for major, minor in reversed(every) if (major, minor) >= OLDEST}
+    return ";".join(
+        f"{major}.{minor}" + "+PTX" * ((major, minor) == PTX)
+        for major, minor in sorted({*first.values(), PTX})
+    )
 
 
 def choose_cuda(torch_cuda: str | None) -> str | None:
@@ -122,8 +136,8 @@ def native_extension() -> dict[str, object]:
     if nvcc:
         kind = cpp_extension.CUDAExtension
         sources += sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))
-        cuda_flags = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu_architectures(torch.cuda)
+        cuda_flags = ["-O3", "-Xcompiler=-fvisibility=hidden"]
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu_architectures(torch, nvcc)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         log(f"CUDA architectures: {architectures}")
         if switch("DAGCORE_PTXAS_VERBOSE"):

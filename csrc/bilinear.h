@@ -46,8 +46,9 @@ DAGCORE_INLINE void corner_weights(double v, double u, Real (&weights)[4]) {
 // which is what lets `dominated` rule classes out without evaluating them.
 template <typename Real>
 DAGCORE_INLINE Real blend(const Real (&weights)[4], const Real (&scores)[4]) {
-  return ((weights[0] * scores[0] + weights[1] * scores[1]) + weights[2] * scores[2]) +
-         weights[3] * scores[3];
+  return ((product(weights[0], scores[0]) + product(weights[1], scores[1])) +
+          product(weights[2], scores[2])) +
+         product(weights[3], scores[3]);
 }
 
 // Whether a class whose largest corner is `most` loses everywhere in a cell, by the margin at

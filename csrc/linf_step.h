@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "checks.h"
 #include "strided.h"
@@ -13,11 +14,14 @@ enum StepOperand { kImages, kShown, kOrigin, kGradient, kStepOperands };
 
 constexpr int64_t kMostLevels = 1 << 17;
 
-// images, origin, gradient, grid (N, *); active (N,) int32. Returns what the norms go into: (N,)
-// float32, or float64 for float64 images; zero so far.
-inline Tensor check_step(const Tensor& images, const Tensor& origin, const Tensor& gradient,
-                         const Tensor& active, double lower, double upper,
-                         const std::optional<Tensor>& grid, int64_t levels) {
+// What a step tells of its images: their norms (N,), float32 or, of float64 images, float64; and
+// whether they have moved, (N,) bool.
+using StepOutputs = std::tuple<Tensor, Tensor>;
+
+// images, origin, gradient, grid (N, *); active (N,) int32. Returns the outputs, zero so far.
+inline StepOutputs check_step(const Tensor& images, const Tensor& origin, const Tensor& gradient,
+                              const Tensor& active, double lower, double upper,
+                              const std::optional<Tensor>& grid, int64_t levels) {
   STD_TORCH_CHECK(images.dim() >= 1, "images must have a batch dimension, got ", shape(images));
   const auto check_like_images = [&](const char* name, const Tensor& tensor) {
     check_same_device(name, tensor, "images", images);
@@ -48,8 +52,9 @@ inline Tensor check_step(const Tensor& images, const Tensor& origin, const Tenso
                     "lower and upper must be finite with a grid, got ", lower, " and ", upper);
   }
   const bool wide = images.scalar_type() == ScalarType::Double;
-  return torch::stable::new_zeros(images, {images.size(0)},
-                                  wide ? ScalarType::Double : ScalarType::Float);
+  return {torch::stable::new_zeros(images, {images.size(0)},
+                                   wide ? ScalarType::Double : ScalarType::Float),
+          torch::stable::new_zeros(images, {images.size(0)}, ScalarType::Bool)};
 }
 
 // What the kernels work on; the walk is over the pixels of one image.
@@ -59,17 +64,19 @@ struct StepArgs {
   const int32_t* active;
   int64_t active_stride;
   void* norms;
+  bool* moved;
   Walk<kStepOperands> walk;
 
   StepArgs(const Tensor& images, const Tensor& shown, const Tensor& origin, const Tensor& gradient,
-           const Tensor& active, const Tensor& norms)
+           const Tensor& active, const StepOutputs& outputs)
       : images(images.mutable_data_ptr()),
         shown(shown.mutable_data_ptr()),
         origin(origin.const_data_ptr()),
         gradient(gradient.const_data_ptr()),
         active(static_cast<const int32_t*>(active.const_data_ptr())),
         active_stride(active.stride(0)),
-        norms(norms.mutable_data_ptr()),
+        norms(std::get<0>(outputs).mutable_data_ptr()),
+        moved(static_cast<bool*>(std::get<1>(outputs).mutable_data_ptr())),
         walk({images, shown, origin, gradient}) {}
 
   DAGCORE_INLINE bool is_active(int64_t n) const { return active[n * active_stride] > 0; }

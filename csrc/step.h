@@ -129,7 +129,7 @@ struct Grid {
   // The nearest level, the even one of two.
   DAGCORE_INLINE Real nearest(Real value) const {
     constexpr Real kRound = Real{1.5} / std::numeric_limits<Real>::epsilon();
-    return ((value - lower) * per_unit + kRound) - kRound;
+    return (product(value - lower, per_unit) + kRound) - kRound;
   }
   DAGCORE_INLINE Real at(Real level) const { return lower + level * width / last; }
 };
@@ -151,7 +151,7 @@ DAGCORE_INLINE Real clip(Real value, Real lower, Real upper) {
 template <typename Real>
 DAGCORE_INLINE Real step_pixel(Real image, Real origin, Real gradient, Real scale,
                                Step<Real> step) {
-  const Real moved = image + scale * gradient;
+  const Real moved = image + product(scale, gradient);
   const Real inside = clip(moved, origin - step.epsilon, origin + step.epsilon);
   return clip(inside, step.lower, step.upper);
 }

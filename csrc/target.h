@@ -15,6 +15,17 @@
 
 namespace dagcore {
 
+// A product that is rounded before anything is added to it, on every device: nvcc would fuse the
+// two, and the result would differ from the CPU's.
+template <typename Real>
+DAGCORE_INLINE Real product(Real a, Real b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Real) == 4) return __fmul_rn(a, b);
+  if constexpr (sizeof(Real) == 8) return __dmul_rn(a, b);
+#endif
+  return a * b;
+}
+
 // Only their bits are used: the conversions in step.h give the same bits on every device and at
 // every vector width.
 using torch::headeronly::BFloat16;

@@ -61,11 +61,28 @@ def gpus() -> str:
     """The GPUs that torch sees."""
     if not torch.cuda.is_available():
         return "none"
+    built = None if native.module is None else native.module.cuda_architectures
     names = []
     for k in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(k)
-        names.append(f"{torch.cuda.get_device_name(k)} ({major}.{minor})")
+        capability = torch.cuda.get_device_capability(k)
+        of = "" if not built else f", {coverage(built, capability)}"
+        names.append(f"{torch.cuda.get_device_name(k)} ({capability[0]}.{capability[1]}{of})")
     return ", ".join(names)
+
+
+def coverage(architectures: str, capability: tuple[int, int]) -> str:
+    """How kernels run on a GPU that were built for architectures, as "8.0;9.0+PTX".
+
+    Code runs on every later GPU of its generation (the number before the point); PTX is compiled
+    for any later GPU when a kernel is first launched.
+    """
+    entries = architectures.replace(" ", ";").split(";")
+    built = {tuple(map(int, one.removesuffix("+PTX").split("."))): one for one in entries}
+    if any(one[0] == capability[0] and one <= capability for one in built):
+        return "covered by the kernels"
+    if any(name.endswith("+PTX") and one <= capability for one, name in built.items()):
+        return "covered: the kernels are compiled for it at their first launch"
+    return f"NOT covered by the kernels, which are for {architectures}"
 
 
 def show(require_cuda_kernels: bool = False) -> int:

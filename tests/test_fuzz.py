@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dagcore import ops, reference
 
+PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own, unchecked
 SELDOM = settings(FUZZ, max_examples=300)
 EXTENTS = st.sampled_from((0, 1, 1, 2, 3, 4, 7, 8, 17))
 LARGE = ((129,), (1025,), (33, 41), (1, 130), (64, 65))
@@ -283,7 +284,7 @@ def in_place_of(value: Any) -> list[Any]:
     return [*ANYTHING, *(strange_tensors(value) if isinstance(value, Tensor) else ())]
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", PUBLIC)
 def test_one_wrong_argument(op: str) -> None:
     valid = valid_arguments(op)
     for name, value in valid.items():
@@ -291,7 +292,7 @@ def test_one_wrong_argument(op: str) -> None:
             assert_same_answer(op, valid | {name: other})
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", PUBLIC)
 @SELDOM
 @given(data=st.data())
 def test_two_wrong_arguments(op: str, data: st.DataObject) -> None:

@@ -1,5 +1,6 @@
 """Scores as networks return them: one logit, probabilities, classes last, fixed sizes."""
 
+import copy
 import pickle
 
 import pytest
@@ -231,26 +232,102 @@ def test_scores_that_align_corners_stay_so():
 # --- the network that a prepared one was made of
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_an_attack_ends_with_a_look_at_the_network_itself(backend):
-    images, model = some_images(), Aligned()
+def off(model, lift):
+    """A prepared copy, as if preparing had lost digits: class 0 never wins there."""
     prepared = victims.prepare(model)
+    prepared.network.inside[-1].bias.data += torch.tensor([lift, 0, 0, 0])
+    return prepared
+
+
+def wrong_at_the_original(model, images):
+    """Labels that all count, of which none is right at the copy, and how many are at the model."""
     labels = labels_of(model, images, align_corners=True)
-    # As if preparing had lost the last digits: nothing is right at the copy.
-    prepared.network.inside[-1].bias.data += torch.tensor([1e3, 0, 0, 0])
     labels = torch.where(labels == 0, 255, labels)
-    dag, wrong = DAG(backend=backend), (labels != 255).sum((1, 2))
+    return labels, (labels != 255).sum((1, 2))
+
+
+def test_an_attack_ends_with_a_look_at_the_network_itself():
+    images, model = some_images(), Aligned()
+    prepared = off(model, 1e3)
+    labels, wrong = wrong_at_the_original(model, images)
     with pytest.warns(RuntimeWarning, match=f"^{int(wrong.sum())} targets of 2 images, of 2 that"):
-        result = dag(prepared, images, labels, "runner-up")
+        result = DAG()(prepared, images, labels, "runner-up")
     assert set(result.status) == {Status.CONVERGED}
     with pytest.warns(RuntimeWarning, match="targets of 1 images, of 1 that"):
-        dag(prepared, images[:1], labels[:1])
-    DAG(backend=backend, tolerance=0.999)(victims.prepare(model), images, labels)  # says nothing
+        DAG()(prepared, images[:1], labels[:1])
+    DAG(tolerance=0.999)(victims.prepare(model), images, labels)  # says nothing
     again = pickle.loads(pickle.dumps(prepared))
     assert again.original is None
-    dag(again, images, labels)
+    DAG()(again, images, labels)
     del model
-    dag(prepared, images, labels)  # nobody has the network any more
+    DAG()(prepared, images, labels)  # nobody has the network any more
+
+
+def test_a_stream_ends_with_a_look_at_the_network_itself():
+    images, model = some_images(), Aligned()
+    prepared = off(model, 1e3)
+    labels, wrong = wrong_at_the_original(model, images)
+    samples = [Sample(*one, key=k) for k, one in enumerate(zip(images, labels, strict=True))]
+    with pytest.warns(RuntimeWarning, match=f"^{int(wrong.sum())} targets of 2 images, of 2 that"):
+        assert len(list(DAG().stream(prepared, samples))) == 2
+    list(DAG().stream(model, samples[:1]))  # says nothing
+
+
+def test_joint_attacks_end_with_a_look_at_the_networks_themselves():
+    images, model = some_images(), Aligned()
+    prepared = off(model, 1e3)
+    labels, wrong = wrong_at_the_original(model, images)
+    easy = network(), torch.full_like(labels, 255)
+    parts = [dagcore.Part(*easy), dagcore.Part(prepared, labels)]
+    said = f"^{int(wrong.sum())} targets of 2 images, of 2 that"
+    with pytest.warns(RuntimeWarning, match=said):
+        dagcore.joint_attack(DAG(), parts, images)
+    samples = [
+        Sample(image, [own, other])
+        for image, own, other in zip(images, easy[1], labels, strict=True)
+    ]
+    bare = [dagcore.Part(part.model) for part in parts]
+    with pytest.warns(RuntimeWarning, match=said):
+        list(dagcore.joint_stream(DAG(), bare, samples))
+
+
+def test_a_universal_perturbation_ends_with_a_look_at_the_network_itself():
+    images, model = some_images(), Aligned()
+    prepared = off(model, 1e3)
+    labels, wrong = wrong_at_the_original(model, images)
+    samples = [Sample(*one) for one in zip(images, labels, strict=True)]
+    for batch_size in (1, 2):
+        with pytest.warns(RuntimeWarning, match=f"^{int(wrong.sum())} targets that the pert"):
+            dagcore.universal_perturbation(DAG(), prepared, samples, batch_size)
+    del model
+    dagcore.universal_perturbation(DAG(), prepared, samples)  # nobody has the network any more
+
+
+def test_attacks_on_a_prepared_detector_end_with_a_look_at_the_detector_itself():
+    def logits(x):
+        found = F.avg_pool2d(x, 4).flatten(2)
+        return torch.tensor([[2.0, 2.0, 9.0, 9.0]]).expand(len(x), found.shape[2], 4), found
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lift = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            boxes, found = logits(x)
+            return boxes, found + self.lift[:, None]
+
+    victim, images = victims.dense_detector(Head(), threshold=0.3), some_images((16, 16), 1)
+    targets = victim.dense_targets(images)
+    prepared = victims.prepare(victim)
+    for parameter in prepared.parameters():
+        parameter.data -= 1e3  # the copy sees nothing
+    aims = targets.labels, targets.adversarial_labels
+    right = int(DAG().count_active(victim, images, *aims))
+    assert right > 0
+    with pytest.warns(RuntimeWarning, match=f"^{right} targets of 1 images, of 1 that"):
+        DAG()(prepared, images, *aims)
+    assert copy.deepcopy(prepared).original is None
 
 
 # --- networks of one size

@@ -92,6 +92,7 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
   for (int64_t n = 0; n < images; ++n) {
     const auto first = largest.begin() + n * chunks;
     norms[n] = bit_cast<Real>(*std::max_element(first, first + chunks));
+    args.moved[n] = args.is_active(n) && step_scale(step.gamma, norms[n]) != 0;
   }
   for_chunks([&](int64_t n, int64_t, const Chunk& chunk) {
     const Real scale = step_scale(step.gamma, norms[n]);
@@ -110,20 +111,21 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
 // images, origin, gradient (N, *); active (N,), int32: images without active targets stay as they
 // are, and so do those whose gradient has no usable norm. With a grid (N, *), images between the
 // levels are stepped, and what they look like at the levels goes into the grid. Returns
-// ||gradient||_inf (N,), 0 for images that are not active.
-Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
-                 double lower, double upper, double epsilon, std::optional<Tensor> grid,
-                 int64_t levels) {
-  const Tensor norms = check_step(images, origin, gradient, active, lower, upper, grid, levels);
-  if (images.numel() == 0) return norms;
-  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, norms);
+// ||gradient||_inf (N,), 0 for images that are not active, and which images were stepped (N,).
+StepOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
+                      double lower, double upper, double epsilon, std::optional<Tensor> grid,
+                      int64_t levels) {
+  const StepOutputs outputs =
+      check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  if (images.numel() == 0) return outputs;
+  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Grid<RealOf<T>> on(levels, lower, upper, epsilon);
     step_all<T>(images.size(0), args, step.as<RealOf<T>>(), grid ? &on : nullptr);
   });
-  return norms;
+  return outputs;
 }
 
 }  // namespace

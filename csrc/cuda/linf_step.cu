@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   const Share<V> share(args, blocks_per_image);
   const auto scale = step_scale(step.gamma, static_cast<const RealOf<T>*>(args.norms)[share.n]);
   if (!args.is_active(share.n) || scale == 0) return;
+  if (share.begin == 0) args.moved[share.n] = true;
 #pragma unroll 2
   for (int64_t i = share.begin; i < share.end; i += share.step) {
     int64_t at[kStepOperands];
@@ -104,13 +105,14 @@ void step_packs(int64_t images, const StepArgs& args, const Step<RealOf<T>>& ste
 }
 
 // images, origin, gradient, grid (N, *); active (N,); see the CPU's.
-Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
-                 double lower, double upper, double epsilon, std::optional<Tensor> grid,
-                 int64_t levels) {
+StepOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
+                      double lower, double upper, double epsilon, std::optional<Tensor> grid,
+                      int64_t levels) {
   const Launcher launch("linf_step_", images);
-  const Tensor norms = check_step(images, origin, gradient, active, lower, upper, grid, levels);
-  if (images.numel() == 0) return norms;
-  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, norms);
+  const StepOutputs outputs =
+      check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  if (images.numel() == 0) return outputs;
+  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -121,7 +123,7 @@ Tensor linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, d
     const Grid<RealOf<T>> on(levels, lower, upper, epsilon);
     run(images.size(0), args, step.as<RealOf<T>>(), grid ? &on : nullptr, launch);
   });
-  return norms;
+  return outputs;
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
 from ..errors import ArgumentError, ArgumentTypeError
 from ..perturbation import round_to_levels
-from .original import warn_at_original
+from .original import Originals
 from .result import Result, gather
 
 Callback = Callable[[int, Tensor], None]
@@ -99,11 +99,9 @@ class Attack(abc.ABC):
         self.check_start(start, images)
         checks.callback(callback)
         images, start = self.fitted("images", images), self.fitted_start(start)
-        result = self._attack(
+        return self._attack(
             model, images, labels, adversarial_labels, generator, boxes, start, callback
         )
-        warn_at_original(self, model, result, labels, boxes)
-        return result
 
     def _attack(
         self,
@@ -190,7 +188,12 @@ class Attack(abc.ABC):
         """Active targets at scores that are there already, (N,) int32."""
         objective = self.objective()
         adversarial = objective.assign(adversarial_labels, labels, scores.shape[1], None)
-        return objective.seed(scores, labels, adversarial, align_corners=align_corners, state={})[1]
+        _, active = objective.seed(
+            scores, labels, adversarial, align_corners=align_corners, state={}
+        )
+        if bool((active < 0).any()):
+            objective.refuse(scores.shape[1], labels, adversarial)
+        return active
 
     def network(self, model: Callable[..., Any]) -> Network:
         """A network as this attack evaluates it."""
@@ -381,10 +384,10 @@ def run_batch(
     start: Tensor | None,
     callback: Callback | None,
     *,
-    joint: bool = False,
+    attacks: Sequence[Attack] | None = None,
 ) -> Result:
-    """Attack images, whose arguments have been checked, at one network or several."""
-    total = len(images)
+    """Attack checked images at one network, or with `attacks`, one of each, at several."""
+    total, joint = len(images), attacks is not None
     models = [network.model.model for network in networks]
 
     def report(update: int, places: list[Any], counts: Tensor) -> None:
@@ -405,6 +408,10 @@ def run_batch(
                 if outcome.error is not None:
                     raise outcome.error
                 outcomes[outcome.tag] = outcome
+        originals = Originals(attacks or [attack], models)
+        for outcome in outcomes.values():
+            originals.look(outcome)
+        originals.warn()
         return gather([outcomes[n] for n in range(total)], attack.bounds, joint=joint)
 
 
@@ -498,7 +505,10 @@ def run_stream(
             held(models, device),
             contextlib.closing(Prefetcher(samples, slots, device)) as prefetcher,
         ):
+            originals = Originals(rules, models)
             for outcome in work.run(prefetcher):
+                originals.look(outcome)
                 yield gather([outcome], attack.bounds, joint=joint, key=outcome.tag)
+            originals.warn()
 
     return results()

@@ -78,7 +78,7 @@ def joint_attack(
     images, start = attack.fitted("images", images), attack.fitted_start(start)
     checks.callback(callback)
     networks = [own.network(part.model) for part, own in zip(parts, attacks, strict=True)]
-    return run_batch(attack, networks, images, targets, start, callback, joint=True)
+    return run_batch(attack, networks, images, targets, start, callback, attacks=attacks)
 
 
 def joint_stream(

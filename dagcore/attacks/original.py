@@ -1,64 +1,85 @@
-"""A look at the network itself, where a faster copy of it was attacked."""
+"""A look at the networks themselves, where faster copies of them were attacked."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import ScoreModel, frozen
+from ..engine.loop import Finished
 from ..engine.stream import device_of
+from ..ops.fallback import CONVERGED
 from ..victims.segmentation import Victim, precision
-from .result import Result, Status
 
 if TYPE_CHECKING:
     from .base import Attack
 
 
-def warn_at_original(
-    attack: Attack,
-    model: Callable[..., Any],
-    result: Result,
-    labels: Tensor,  # (N, *T)
-    boxes: Tensor | None,  # (N, *)
-) -> None:
-    """Warn of targets that are active at the network that `prepare` made a copy of, if it is there.
+class Originals:
+    """The networks that `prepare` has made copies of, as far as someone still holds them.
 
-    It is run once, on the images that converged on the copy.
+    Args:
+        attacks: the attack at each network, for the rule by which targets count.
+        models: what is attacked.
     """
-    reference = getattr(model, "original", None)
-    original = reference() if isinstance(reference, weakref.ref) else None
-    done = [n for n, status in enumerate(result.status) if status is Status.CONVERGED]
-    if original is None or not done:
-        return
-    images = result.adversarial[done]
-    if device_of(original) not in (None, images.device):
-        return
-    aims: Any = result.adversarial_labels
-    aims = aims[done] if isinstance(aims, Tensor) else aims
-    scores_of = ScoreModel(original)
+
+    def __init__(self, attacks: Sequence[Attack], models: Sequence[Callable[..., Any]]) -> None:
+        self.attacks, self.models = attacks, models
+        self.looked = self.wrong = self.left = 0  # images, of these, targets
+
+    def look(self, outcome: Finished) -> None:
+        """Run the network itself on an image that converged on the copy, and note what is left."""
+        if outcome.status != CONVERGED:
+            return
+        left = [
+            _active(attack, network, outcome, k)
+            for k, (attack, model) in enumerate(zip(self.attacks, self.models, strict=True))
+            if (network := original_of(model, outcome.image.device)) is not None
+        ]
+        self.looked += bool(left)
+        self.wrong += any(left)
+        self.left += sum(left)
+
+    def warn(self) -> None:
+        """Warn where targets are active at a network itself."""
+        if self.wrong:
+            warnings.warn(
+                f"{self.left} targets of {self.wrong} images, of {self.looked} that converged on "
+                "the prepared network, are active at the network itself: go on there with "
+                "start=result.adversarial and result.adversarial_labels",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def original_of(model: object, device: torch.device) -> nn.Module | None:
+    """The network that `prepare` made a model of, if it is there, and on the images' device."""
+    known = getattr(model, "original", None)
+    network = known() if isinstance(known, weakref.ref) else None
+    return network if device_of(network) in (None, device) else None
+
+
+def _active(attack: Attack, network: nn.Module, outcome: Finished, k: int) -> int:
+    """Active targets of an image at its k-th network, 0 where they are few enough."""
+    aims, boxes = outcome.aims.adversarial_labels[k], outcome.aims.boxes[k]
+    scores_of = ScoreModel(network)
     scores_of.looked = True  # at the copy's scores
-    own = None if isinstance(original, Victim) else precision(original)
-    with frozen(original), torch.no_grad():
+    own = None if isinstance(network, Victim) else precision(network)
+    labels, image = outcome.aims.labels[k][None], outcome.image[None]
+    with frozen(network), torch.no_grad():
         scores = scores_of(
-            images.to(images.dtype if own is None else own),
-            labels[done],
-            None if boxes is None else boxes[done],
+            image.to(own or image.dtype), labels, None if boxes is None else boxes[None]
         )
     active = attack.active_targets(
-        scores, labels[done], aims, align_corners=scores_of.align_corners
-    ).cpu()
-    allowed = attack.schedule().allowed(result.targets[done].cpu())
-    wrong = active > allowed
-    if bool(wrong.any()):
-        warnings.warn(
-            f"{int(active[wrong].sum())} targets of {int(wrong.sum())} images, of {len(done)} that "
-            "converged on the prepared network, are active at the network itself: go on there with "
-            "start=result.adversarial and result.adversarial_labels",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        scores,
+        labels,
+        aims[None] if isinstance(aims, Tensor) else aims,
+        align_corners=scores_of.align_corners,
+    )
+    allowed = attack.schedule().allowed(outcome.aims.targets[k])
+    return int(active) if float(active) > float(allowed) else 0

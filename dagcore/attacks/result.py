@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.loop import BUDGET, CONVERGED, STALLED, Finished
+from ..engine.loop import Finished
+from ..ops.fallback import BUDGET, CONVERGED, STALLED
 from ..perturbation import perceptibility, value_range
 
 
@@ -93,9 +94,9 @@ def gather(
     device = adversarial.device
     status = tuple(STATUS[o.status] for o in outcomes)
     active = torch.stack([o.active for o in outcomes], dim=-1)  # (M + 1, K, N)
-    targets = torch.stack([o.targets for o in outcomes], dim=-1).int()  # (K, N)
+    targets = torch.stack([o.aims.targets for o in outcomes], dim=-1).int()  # (K, N)
     labels: list[Tensor | str] = []
-    for own in zip(*(o.adversarial_labels for o in outcomes), strict=True):
+    for own in zip(*(o.aims.adversarial_labels for o in outcomes), strict=True):
         maps = [one for one in own if isinstance(one, Tensor)]
         labels.append(torch.stack(maps) if maps else own[0])
     perturbation = adversarial - origin

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..engine.loop import State
 from ..levels import radius, shown
 
@@ -49,20 +49,21 @@ class NormalisedStep:
 
     def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
         """Take the step; not where the norm is 0 or not finite, or no other level is near."""
-        lower, upper = self.bounds or (None, None)
         on_levels = self.levels is not None
         if on_levels and self.reach == 0:
             return torch.zeros_like(going)
-        norms = ops.linf_step_(
+        lower, upper = self.bounds or (-math.inf, math.inf)
+        # Past the wrapper's checks: arguments were checked as the images came.
+        _, moved = torch.ops.dagcore.linf_step_(
             state["shadow" if on_levels else "x"],
             state["origin"],
             gradient,
             going.int(),
-            gamma=self.gamma,
-            lower=lower,
-            upper=upper,
-            epsilon=self.epsilon,
-            grid=state["x"] if on_levels else None,
-            levels=self.levels,
+            self.gamma,
+            lower,
+            upper,
+            math.inf if self.epsilon is None else self.epsilon,
+            state["x"] if on_levels else None,
+            self.levels or 0,
         )
-        return ops.step_scale(norms, self.gamma) > 0
+        return cast(Tensor, moved)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
+from ..engine import frozen
 from ..engine.devices import device_for
-from ..engine.loop import Evaluation, Finished, Slots, State
+from ..engine.loop import Aims, Evaluation, Finished, Slots, State
 from ..engine.networks import input_gradient, normalised
 from ..engine.scores import ScoreModel
 from ..engine.stream import Sample, form
 from ..errors import ArgumentError, ArgumentTypeError
+from ..ops.fallback import CONVERGED
 from ..perturbation import fit, perceptibility, round_to_levels, value_range
 from .base import Callback, check_sample, held
 from .dag import DAG
+from .original import original_of
 from .result import Result, gather
 from .schedules import UntilFooled
 from .steps import NormalisedStep
@@ -90,8 +94,11 @@ def universal_perturbation(
             slots.iterate()
             # Not late: the next batch is read, and the perturbation grows, only if it goes on.
             outcomes = slots.collect(wait=True)
-    if outcomes[0].error is not None:
-        raise outcomes[0].error
+        if outcomes[0].error is not None:
+            raise outcomes[0].error
+        network = original_of(model, first.device)
+        if network is not None and outcomes[0].status == CONVERGED:
+            rounds.warn_at(network, outcomes[0].image)
     result = gather(outcomes, attack.bounds)
     return dataclasses.replace(
         result,
@@ -212,6 +219,25 @@ class Rounds:
         self.fooled = torch.where(any_wanted, 0, self.fooled + 1)
         return Evaluation(count.view(1, 1), any_wanted, self.fooled >= self.batches, total)
 
+    def warn_at(self, network: nn.Module, perturbation: Tensor) -> None:
+        """Run a network once on every image, and warn of targets that are active there."""
+        at = Rounds(self.attack, network, self.samples, self.batch_size, self.generator)
+        at.table = self.table
+        state, left = {"x": perturbation[None]}, 0
+        still = torch.zeros(1, dtype=torch.bool, device=perturbation.device)
+        with frozen(network):
+            for _ in range(at.batches):
+                at.advance(state)
+                active, wanted, _, _ = at.evaluate(state, still, synchronous=True)
+                left += int(active) if bool(wanted) else 0
+        if left:
+            warnings.warn(
+                f"{left} targets that the perturbation fools on the prepared network are active at "
+                "the network itself: make it there, or with a margin",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def _assign(self, wanted: Tensor | str | None, labels: Tensor, classes: int) -> Tensor | str:
         if isinstance(wanted, Tensor) or wanted not in (None, "permutation"):
             return self.objective.assign(wanted, labels, classes, self.generator)
@@ -229,9 +255,9 @@ class Rounds:
         for classes, labels, adversarial in self.seen:
             self.objective.refuse(classes, labels, adversarial)
 
-    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
+    def aims(self, slot: int) -> Aims:
         """Targets of all samples that were looked at."""
-        return self.targets.clone(), ("given",)
+        return Aims(self.targets.clone(), (), ("given",), ())
 
 
 def _stacked(samples: Sequence[Sample]) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import ops
 from .devices import device_for
 from .graph import Graph
 from .readback import Readback
 
 EAGER = 3  # of full slots before a CUDA graph is captured: libraries settle on their kernels
-CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
 NEVER = sys.maxsize  # the iteration at which a free slot was taken
 UNTOLD = torch.iinfo(torch.int32).max  # a count that a replay was to write
 
@@ -77,7 +77,7 @@ class Step(Protocol):
         """Move state["x"] in place where `going` (N,), within a distance of state["origin"].
 
         Returns:
-            (N,) bool: which images took the step; the others are as they were.
+            (N,) bool: which of the going images took the step; the others are as they were.
         """
 
 
@@ -106,10 +106,19 @@ class Evaluation(NamedTuple):
     """(N, K) int32, active targets at each of K networks."""
     wanted: Tensor
     """(N,) bool, whether there is something to gain by a step."""
-    done: Tensor
-    """(N,) bool."""
+    done: Tensor | None
+    """(N,) bool; None where that is what is not wanted."""
     gradient: Tensor | None
     """(N, *) of the images; None where no image may move."""
+
+
+class Aims(NamedTuple):
+    """What an image is attacked at, at each of K networks."""
+
+    targets: Tensor  # (K,), how many count
+    labels: tuple[Tensor, ...]  # (*T)
+    adversarial_labels: tuple[Tensor | str, ...]  # (*T), or a word
+    boxes: tuple[Tensor | None, ...]  # (*), what else the model takes
 
 
 class Evaluator(Protocol):
@@ -142,8 +151,8 @@ class Evaluator(Protocol):
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""
 
-    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
-        """Targets (K,) that count and the adversarial labels at each network."""
+    def aims(self, slot: int) -> Aims:
+        """What a slot's image was attacked at, copied out."""
 
 
 class Finished(NamedTuple):
@@ -155,8 +164,7 @@ class Finished(NamedTuple):
     iterations: int
     status: int
     active: Tensor  # (M + 1, K)
-    targets: Tensor  # (K,)
-    adversarial_labels: tuple[Tensor | str, ...]  # (*T) at each network, or a word
+    aims: Aims
     error: Exception | None = None  # why it could not be attacked after all
 
 
@@ -218,6 +226,7 @@ class Slots:
             "x": start,
             "origin": images,
             "running": torch.ones(new, dtype=torch.bool, device=device),
+            "may_move": torch.full((new,), self.schedule.max_iter > 0, device=device),
             "updates": torch.zeros(new, dtype=torch.int64, device=device),
             "stuck": torch.zeros(new, dtype=torch.int64, device=device),
             "status": torch.zeros(new, dtype=torch.int8, device=device),
@@ -249,7 +258,7 @@ class Slots:
 
     def take_back(self, taken: slice) -> None:
         """Give back the slots of images that cannot be attacked after all."""
-        self.state["running"][taken] = False
+        self.state["running"][taken] = self.state["may_move"][taken] = False
         self._forget(range(taken.start, taken.stop))
         if taken.stop == self.count:
             self.count = taken.start
@@ -276,31 +285,26 @@ class Slots:
     def evaluate_and_update(self) -> None:
         """The device's part of an iteration; no decision of the host's depends on its outcome."""
         state = first_rows(self.state, self.count, self.capacity)
-        running, updates, status = state["running"], state["updates"], state["status"]
-        budget = updates < self.schedule.max_iter
+        may_move = state["may_move"]
         active, wanted, done, gradient = self.evaluator.evaluate(
-            state, running & budget, synchronous=self.synchronous
+            state, may_move, synchronous=self.synchronous
         )
-        self.counts = active.masked_fill(~running[:, None], -1)
-        row = updates[:, None, None].expand(-1, 1, active.shape[1])
-        before = state["history"].gather(1, row)
-        now = torch.where(running[:, None, None], active[:, None], before)
-        state["history"].scatter_(1, row, now)
-        going = running & budget & wanted
-        moved = going
-        if gradient is not None:
-            moved = going & self.step.move(state, gradient, going)
-        stalled = going ^ moved
-        if self.schedule.patience > 1:
-            stuck = state["stuck"]
-            stuck.copy_(torch.where(moved, 0, stuck + stalled))
-            stalled = stalled & (stuck >= self.schedule.patience)
-        left = running & ~done
-        status.masked_fill_(running & done, CONVERGED)
-        status.masked_fill_(left & ~budget, BUDGET)
-        status.masked_fill_(stalled, STALLED)
-        running.copy_(left & budget & ~stalled)
-        updates.add_(moved)
+        going = may_move & wanted
+        moved = going if gradient is None else self.step.move(state, gradient, going)
+        self.counts = ops.settle_(
+            state["running"],
+            may_move,
+            state["updates"],
+            state["stuck"],
+            state["status"],
+            state["history"],
+            active,
+            wanted,
+            moved,
+            done,
+            self.schedule.max_iter,
+            self.schedule.patience,
+        )
 
     def finished(self, *, wait: bool = False) -> list[int]:
         """Slots whose image is known to have stopped, in rising order; with `wait`, all of them.
@@ -310,7 +314,7 @@ class Slots:
         """
         for iteration, counts, running in self.readback.known(wait):
             known = [k for k in range(len(counts)) if self.since[k] <= iteration]
-            going, worst = running.tolist(), counts.amin(1).tolist()
+            going, worst = running.tolist(), [min(row) for row in counts.tolist()]
             self.stopped.update(k for k in known if not going[k])
             self._check_progress(iteration, going, worst)
             if min(worst) < -1:
@@ -349,7 +353,7 @@ class Slots:
         """What became of a finished slot's image, copied out; waits for the device."""
         state = self.state
         if slot in self.errors:
-            state["running"][slot] = False
+            state["running"][slot] = state["may_move"][slot] = False
         numbers = self.device.read(state["updates"][slot], state["status"][slot]).wait()
         updates, status = map(int, numbers)
         return Finished(
@@ -359,7 +363,7 @@ class Slots:
             updates,
             status,
             state["history"][slot].clone(),
-            *self.evaluator.outcome(slot),
+            self.evaluator.aims(slot),
             self.errors.get(slot),
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .loop import Evaluation, Objective, Schedule, State, first_rows
+from .loop import Aims, Evaluation, Objective, Schedule, State, first_rows
 from .scores import ScoreModel
 
 HALF_SCALE = 2.0**-10  # of the seeds of float16 scores
@@ -51,7 +51,7 @@ class Network:
         opened.state["labels"] = labels.new_zeros((capacity, *labels.shape))
         if boxes is not None:
             opened.state["boxes"] = boxes.new_zeros((capacity, *boxes.shape))
-        for name, dtype in (("targets", torch.int64), ("allowed", torch.float64)):
+        for name, dtype in (("targets", torch.int64), ("allowed", torch.int32)):
             opened.state[name] = torch.zeros(capacity, dtype=dtype, device=labels.device)
         return opened
 
@@ -118,7 +118,7 @@ class Network:
             state=state,
         )
         wanted = active > own["allowed"]
-        if synchronous and not bool((may_move & wanted).any()):
+        if synchronous and not any((may_move & wanted).tolist()):
             return active, wanted, None
         return active, wanted, input_gradient(scores, leaf, seed)
 
@@ -167,7 +167,7 @@ class Networks:
             active, wanted, gradient = self.parts[0].evaluate(
                 state, may_move, synchronous=synchronous
             )
-            return Evaluation(active[:, None], wanted, ~wanted, gradient)
+            return Evaluation(active[:, None], wanted, None, gradient)
         total: Tensor | None = None
         actives, wanteds = [], []
         for part in self.parts:
@@ -179,17 +179,22 @@ class Networks:
             gradient = normalised(gradient, wanted)
             total = gradient if total is None else total.add_(gradient)
         wanted = torch.stack(wanteds).any(0)
-        return Evaluation(torch.stack(actives, 1), wanted, ~wanted, total)
+        return Evaluation(torch.stack(actives, 1), wanted, None, total)
 
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""
         for part in self.parts:
             part.refuse(slot)
 
-    def outcome(self, slot: int) -> tuple[Tensor, tuple[Tensor | str, ...]]:
-        """Targets (K,) that count, and the adversarial labels at each network."""
-        targets = torch.stack([part.state["targets"][slot] for part in self.parts])
-        return targets, tuple(part.adversarial_labels(slot) for part in self.parts)
+    def aims(self, slot: int) -> Aims:
+        """What a slot's image was attacked at, copied out."""
+        states = self.states
+        return Aims(
+            torch.stack([state["targets"][slot] for state in states]),
+            tuple(state["labels"][slot].clone() for state in states),
+            tuple(part.adversarial_labels(slot) for part in self.parts),
+            tuple(state["boxes"][slot].clone() if "boxes" in state else None for state in states),
+        )
 
 
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
             f"got {described(output)} (wrap it: lambda images: model(images)[...]; detectors go "
             "through dagcore.victims.detector or dense_detector)"
         )
+    checks.tensor("scores", scores, checks.FLOAT_DTYPES)
     if scores.dim() < 2 or len(scores) != len(images):
         raise ArgumentError(
             f"model must return scores of shape ({len(images)}, C, *targets) for "

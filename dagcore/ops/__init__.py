@@ -18,7 +18,7 @@ from .fallback import step_scale
 
 __all__ = ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "step_scale"]
 
-OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_")
+OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "settle_")
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -37,7 +37,14 @@ _library.define(
 )
 _library.define(
     "linf_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, float gamma, "
-    "float lower, float upper, float epsilon, Tensor(b!)? grid, int levels) -> Tensor norms",
+    "float lower, float upper, float epsilon, Tensor(b!)? grid, int levels) "
+    "-> (Tensor norms, Tensor moved)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "settle_(Tensor(a!) running, Tensor(b!) may_move, Tensor(c!) updates, Tensor(d!) stuck, "
+    "Tensor(e!) status, Tensor(f!) history, Tensor active, Tensor wanted, Tensor moved, "
+    "Tensor? done, int max_iter, int patience) -> Tensor counts",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -104,9 +111,28 @@ def _step_fake(
     epsilon: float,
     grid: Tensor | None,
     levels: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check_one_device(images, origin, gradient, active, *(() if grid is None else (grid,)))
-    return images.new_empty(images.shape[:1], dtype=fallback.real(images))
+    norms = images.new_empty(images.shape[:1], dtype=fallback.real(images))
+    return norms, torch.empty_like(norms, dtype=torch.bool)
+
+
+@_fake("settle_")
+def _settle_fake(
+    running: Tensor,
+    may_move: Tensor,
+    updates: Tensor,
+    stuck: Tensor,
+    status: Tensor,
+    history: Tensor,
+    active: Tensor,
+    wanted: Tensor,
+    moved: Tensor,
+    done: Tensor | None,
+    max_iter: int,
+    patience: int,
+) -> Tensor:
+    return torch.empty_like(active)
 
 
 def dag_seed(
@@ -285,7 +311,8 @@ def linf_step_(
     low, high, ball = checks.step_arguments(
         images, origin, gradient, active, gamma, lower, upper, epsilon, grid, levels
     )
-    norms: Tensor = torch.ops.dagcore.linf_step_(
+    norms: Tensor
+    norms, _ = torch.ops.dagcore.linf_step_(
         images.detach(),
         origin.detach(),
         gradient.detach(),
@@ -301,3 +328,44 @@ def linf_step_(
         if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
             torch.autograd.graph.increment_version(written)  # the write went past autograd
     return norms
+
+
+def settle_(
+    running: Tensor,  # (N,) bool
+    may_move: Tensor,  # (N,) bool
+    updates: Tensor,  # (N,) int64
+    stuck: Tensor,  # (N,) int64
+    status: Tensor,  # (N,) int8
+    history: Tensor,  # (N, max_iter + 1, K) int32
+    active: Tensor,  # (N, K) int32
+    wanted: Tensor,  # (N,) bool
+    moved: Tensor,  # (N,) bool
+    done: Tensor | None,  # (N,) bool
+    max_iter: int,
+    patience: int,
+) -> Tensor:
+    """What an evaluation and a step change in the rows of images under attack, in place.
+
+    The loop's own (`dagcore.engine.loop`), in one launch; all tensors are contiguous. Of an image
+    that runs the active targets go into its history. It stops when it is `done` (None: when no
+    step is `wanted`), at `max_iter` updates, or when `patience` wanted steps in a row have not
+    `moved` it.
+
+    Returns:
+        (N, K) int32, the active targets, -1 for an image that had stopped.
+    """
+    counts: Tensor = torch.ops.dagcore.settle_(
+        running,
+        may_move,
+        updates,
+        stuck,
+        status,
+        history,
+        active,
+        wanted,
+        moved,
+        done,
+        max_iter,
+        patience,
+    )
+    return counts

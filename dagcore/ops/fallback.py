@@ -14,6 +14,8 @@ from .. import checks
 from ..levels import shown
 from . import native
 
+CONVERGED, BUDGET, STALLED = range(3)  # why an image stopped
+
 _warned: set[str] = set()
 
 
@@ -127,11 +129,12 @@ def linf_step_(
     epsilon: float,
     grid: Tensor | None,
     levels: int,
-) -> Tensor:
-    """See `dagcore.ops.linf_step_`."""
+) -> tuple[Tensor, Tensor]:
+    """See `dagcore.ops.linf_step_`; also tells which images were stepped, (N,) bool."""
     dtype = real(images)
     if images.numel() == 0:
-        return images.new_zeros(len(images), dtype=dtype)
+        norms = images.new_zeros(len(images), dtype=dtype)
+        return norms, norms.bool()
     x, x0, r = (t.detach().to(dtype) for t in (images, origin, gradient))
     norms = torch.where(active > 0, r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs(), 0)
     scale = step_scale(norms, gamma).view(-1, *[1] * (x.dim() - 1))
@@ -140,7 +143,40 @@ def linf_step_(
     if grid is not None:
         image = shown(images.detach().to(dtype), x0, (lower, upper), levels, epsilon)
         grid.detach().copy_(torch.where(scale > 0, image, grid.to(dtype)))
-    return norms
+    return norms, scale.flatten() > 0
+
+
+def settle_(
+    running: Tensor,
+    may_move: Tensor,
+    updates: Tensor,
+    stuck: Tensor,
+    status: Tensor,
+    history: Tensor,
+    active: Tensor,
+    wanted: Tensor,
+    moved: Tensor,
+    done: Tensor | None,
+    max_iter: int,
+    patience: int,
+) -> Tensor:
+    """See `dagcore.ops.settle_`."""
+    ready = ~wanted if done is None else done
+    budget = updates < max_iter
+    row = updates[:, None, None].expand(-1, 1, active.shape[1])
+    now = torch.where(running[:, None, None], active[:, None], history.gather(1, row))
+    history.scatter_(1, row, now)
+    counts = active.masked_fill(~running[:, None], -1)
+    stalled = running & budget & wanted & ~moved
+    stuck.copy_(torch.where(moved, 0, stuck + stalled))
+    stalled = stalled & (stuck >= patience)
+    status.masked_fill_(running & ready, CONVERGED)
+    status.masked_fill_(running & ~ready & ~budget, BUDGET)
+    status.masked_fill_(stalled, STALLED)
+    running.copy_(running & ~ready & budget & ~stalled)
+    updates.add_(moved)
+    may_move.copy_(running & (updates < max_iter))
+    return counts
 
 
 def step_scale(norms: Tensor, gamma: float) -> Tensor:

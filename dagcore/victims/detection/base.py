@@ -11,6 +11,7 @@ import abc
 import contextlib
 import copy
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,18 +43,23 @@ class Detector(nn.Module, abc.ABC):
         has_own_targets: whether the targets are the same for every image, so that scores need no
             boxes.
         preparation: what `dagcore.victims.prepare` did, None for a detector that it did not make.
+        original: the detector that it was made of, as long as someone else holds it; not pickled.
     """
 
     network: Any
     background = 0
     has_own_targets = False
     preparation: Any = None
+    original: weakref.ref[nn.Module] | None = None
 
     def __init__(self, network: nn.Module, classes: Sequence[str] | None = None) -> None:
         super().__init__()
         self.network = network
         self.classes = None if classes is None else tuple(classes)
         self.training = network.training
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "original": None}
 
     @abc.abstractmethod
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def prepare(
 
     With the defaults the scores and their gradients stay within float32 rounding of the network's
     own, and so do a detector's detections. The network itself is never changed, and later changes
-    to it do not reach the copy. What was done stands in the result's `preparation`. An attack on a
-    batch looks at the network itself once, where it is still there, and warns (RuntimeWarning) of
-    targets that are active at it in images that converged on the copy.
+    to it do not reach the copy. What was done stands in the result's `preparation`. Where the
+    network itself is still there, attacks run it once on each image that converged on the copy, and
+    warn (RuntimeWarning) of targets that are active at it.
 
     Args:
         model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores; or a `Detector`.
@@ -106,7 +107,7 @@ def prepare(
         network.compile()
     done = Preparation(shallow is not None, folded, left, merged, channels_last, bf16, compile)
     if isinstance(network, Detector):
-        network.preparation = done
+        network.preparation, network.original = done, weakref.ref(model)
         return network
     return Prepared(network, done, model)
 
