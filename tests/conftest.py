@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
+import cuda_on_host
 import pytest
 import torch
 from support import SIMD_LEVELS, no_cuda
@@ -19,10 +21,47 @@ CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=WHY_NO_CUDA or "")
 )
 
+WHY_NOT_ON_HOST = cuda_on_host.why_not()
+ON_HOST = [
+    pytest.param(
+        f"cuda-on-host-{order}",
+        marks=pytest.mark.skipif(WHY_NOT_ON_HOST is not None, reason=WHY_NOT_ON_HOST or ""),
+    )
+    for order in cuda_on_host.ORDERS
+]
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+
+@contextlib.contextmanager
+def kernels_named(name: str) -> Iterator[torch.device]:
+    """The device that tensors must be on to come to the kernels of that name."""
+    before, highest = native.module.simd_in_use(), native.module.simd_supported()
+    kind, _, level = name.rpartition("-")
+    if kind == "cuda-on-host":
+        with cuda_on_host.running(level):
+            yield torch.device("cpu")
+    elif kind == "cpu":
+        if SIMD_LEVELS.index(level) > SIMD_LEVELS.index(highest):
+            pytest.skip(f"this processor has no {level}, only {highest}")
+        native.module.use_simd(level)
+        assert native.module.simd_in_use() == level
+        yield torch.device("cpu")
+        native.module.use_simd(before)
+    else:
+        yield torch.device(name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that are marked cuda_on_host with the CUDA kernels on the host, too."""
+    if "device" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("cuda_on_host")
+        on_host = ON_HOST[:1] if marked else []
+        metafunc.parametrize("device", ["cpu", *on_host, CUDA], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    with kernels_named(request.param) as device:
+        yield device
 
 
 @pytest.fixture(params=[CUDA])
@@ -30,18 +69,11 @@ def cuda(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[*(f"cpu-{level}" for level in SIMD_LEVELS), CUDA])
+@pytest.fixture(params=[*(f"cpu-{level}" for level in SIMD_LEVELS), *ON_HOST, CUDA])
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device, on the CPU once with the kernels of each SIMD level that the processor has."""
-    name, _, level = request.param.partition("-")
-    before, highest = native.module.simd_in_use(), native.module.simd_supported()
-    if level and SIMD_LEVELS.index(level) > SIMD_LEVELS.index(highest):
-        pytest.skip(f"this processor has no {level}, only {highest}")
-    if level:
-        native.module.use_simd(level)
-        assert native.module.simd_in_use() == level
-    yield torch.device(name)
-    native.module.use_simd(before)
+    """A device: the CPU with the kernels of each SIMD level, and with CUDA's in every order."""
+    with kernels_named(request.param) as device:
+        yield device
 
 
 @pytest.fixture
