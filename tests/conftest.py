@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import cuda_on_host
 import pytest
@@ -22,13 +23,12 @@ CUDA = pytest.param(
 )
 
 WHY_NOT_ON_HOST = cuda_on_host.why_not()
-ON_HOST = [
-    pytest.param(
-        f"cuda-on-host-{order}",
-        marks=pytest.mark.skipif(WHY_NOT_ON_HOST is not None, reason=WHY_NOT_ON_HOST or ""),
-    )
-    for order in cuda_on_host.ORDERS
-]
+
+
+def on_host(order: str) -> Any:
+    """A parameter: the CUDA kernels compiled for the host, with threads in that order."""
+    missing = pytest.mark.skipif(WHY_NOT_ON_HOST is not None, reason=WHY_NOT_ON_HOST or "")
+    return pytest.param(f"cuda-on-host-{order}", marks=missing)
 
 
 @contextlib.contextmanager
@@ -36,44 +36,73 @@ def kernels_named(name: str) -> Iterator[torch.device]:
     """The device that tensors must be on to come to the kernels of that name."""
     before, highest = native.module.simd_in_use(), native.module.simd_supported()
     kind, _, level = name.rpartition("-")
-    if kind == "cuda-on-host":
+    if not kind:
+        yield torch.device(name)
+    elif kind == "cuda-on-host":
         with cuda_on_host.running(level):
             yield torch.device("cpu")
-    elif kind == "cpu":
+    else:
         if SIMD_LEVELS.index(level) > SIMD_LEVELS.index(highest):
             pytest.skip(f"this processor has no {level}, only {highest}")
         native.module.use_simd(level)
         assert native.module.simd_in_use() == level
         yield torch.device("cpu")
         native.module.use_simd(before)
-    else:
-        yield torch.device(name)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-order",
+        action="store_true",
+        help="run the CUDA kernels on the host with threads in every order, not in random order",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that are marked cuda_on_host with the CUDA kernels on the host, too."""
+    every = metafunc.config.getoption("every_order")
+    host = [on_host(order) for order in (cuda_on_host.ORDERS if every else ("random",))]
+    if "kernels" in metafunc.fixturenames:
+        names = [*(f"cpu-{level}" for level in SIMD_LEVELS), *host, CUDA]
+        metafunc.parametrize("kernels", names, indirect=True)
     if "device" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker("cuda_on_host")
-        on_host = ON_HOST[:1] if marked else []
-        metafunc.parametrize("device", ["cpu", *on_host, CUDA], indirect=True)
+        metafunc.parametrize("device", ["cpu", *(host if marked else ()), CUDA], indirect=True)
+    if "cpu_or_cuda_on_host" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_or_cuda_on_host", ["cpu", *host], indirect=True)
+    if "order" in metafunc.fixturenames:
+        metafunc.parametrize("order", [on_host(order) for order in cuda_on_host.ORDERS], indirect=True)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are: with the mark cuda_on_host, also where CUDA's kernels run on the CPU."""
     with kernels_named(request.param) as device:
         yield device
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are: the CPU with the kernels of each SIMD level, and with those of CUDA."""
+    with kernels_named(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def cpu_or_cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tensors on the CPU, either its own kernels or those of CUDA."""
+    with kernels_named(request.param):
+        yield
+
+
+@pytest.fixture
+def order(request: pytest.FixtureRequest) -> str:
+    """An order of threads that the CUDA kernels can run in on the host."""
+    return str(request.param).rpartition("-")[2]
 
 
 @pytest.fixture(params=[CUDA])
 def cuda(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-@pytest.fixture(params=[*(f"cpu-{level}" for level in SIMD_LEVELS), *ON_HOST, CUDA])
-def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device: the CPU with the kernels of each SIMD level, and with CUDA's in every order."""
-    with kernels_named(request.param) as device:
-        yield device
 
 
 @pytest.fixture

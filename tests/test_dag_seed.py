@@ -28,6 +28,8 @@ from torch import Tensor
 
 from dagcore import ops, reference
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 def first_largest(scores: list[float]) -> int:
     """argmax: the first NaN if there is one, else the first of the largest."""

@@ -42,6 +42,8 @@ from torch import Tensor
 
 from dagcore import ops, reference
 
+pytestmark = pytest.mark.cuda_on_host
+
 # --- against interpolate + loss + autograd in float64
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dagcore import ops, reference
 
+pytestmark = pytest.mark.cuda_on_host
+
 GAMMA = 0.5 / 255
 FREE = {"gamma": GAMMA, "lower": None, "upper": None, "epsilon": None}
 WRITABLE = tuple(layout for layout in LAYOUTS if layout != "expanded")

@@ -33,6 +33,8 @@ from torch import Tensor
 from dagcore import ops, reference
 from dagcore.ops import native
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 class Case(NamedTuple):
     scores: Tensor

@@ -16,7 +16,7 @@ from dagcore import ops
 
 ROOT = Path(__file__).parents[2]
 BUILT = Path(os.environ.get("DAGCORE_CUDA_ON_HOST") or ROOT / "build" / "cuda-on-host")
-SOURCES = ("csrc/*.h", "csrc/cuda/*", "tests/cuda_on_host/*.[ch]*")
+SOURCES = ("csrc/*.h", "csrc/cuda/*", "tests/cuda_on_host/**/*.[ch]*")
 ORDERS = ("forward", "reverse", "random")  # of threads, and of blocks
 
 

@@ -4,6 +4,7 @@
 // Blocks and threads run one after the other here, so that a race is not seen as such: it is two
 // accesses to the same memory, one of them a write and not both atomic, by threads of one block
 // without a barrier between them, or by two blocks of one launch.
+#include <iterator>
 #include <memory>
 #include <unordered_map>
 
@@ -26,19 +27,15 @@ struct Page {
   Cell cells[kPage / kCell];
 };
 
+std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+struct {
+  uintptr_t number;
+  Page* page;
+} recent[256];
+
 Page& page_of(uintptr_t number) {
-  constexpr size_t kRecent = 256, kMostPages = 1 << 15;  // a gigabyte of cells
-  static std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-  static struct {
-    uintptr_t number;
-    Page* page;
-  } recent[kRecent];
-  auto& found = recent[number % kRecent];
-  if (found.number == number && found.page) return *found.page;
-  if (pages.size() >= kMostPages) {
-    pages.clear();
-    for (auto& entry : recent) entry.page = nullptr;
-  }
+  auto& found = recent[number % std::size(recent)];
+  if (found.page && found.number == number) return *found.page;
   std::unique_ptr<Page>& page = pages[number];
   if (!page) page = std::make_unique<Page>();
   found = {number, page.get()};
@@ -105,6 +102,13 @@ class Check {
 };
 
 }  // namespace
+
+void forget_accesses() {
+  constexpr size_t kManyPages = 1 << 13;  // a quarter of a gigabyte
+  if (pages.size() < kManyPages) return;
+  pages.clear();
+  for (auto& entry : recent) entry.page = nullptr;
+}
 
 void check_access(const void* data, size_t size, Access access, const void* code) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(data);

@@ -45,7 +45,7 @@ rule link
 def rules(csrc: Path, sanitize: bool) -> str:
     """What ninja is to do; the kernels alone are compiled so that each access is checked."""
     (torch,) = find_spec("torch").submodule_search_locations
-    include = f"-I{HERE} -I{torch}/include -I{torch}/include/torch/csrc/api/include"
+    include = f"-I{HERE}/include -I{torch}/include -I{torch}/include/torch/csrc/api/include"
     macros = "-DDAGCORE_LIBRARY=dagcore_on_host -DDAGCORE_CUDA_KEY=CPU"
     checked = "" if sanitize else "-fsanitize=thread"
     flags = [*FLAGS, *(["-O1", "-fno-omit-frame-pointer", *SANITIZERS] if sanitize else ["-O2"])]
@@ -55,12 +55,12 @@ def rules(csrc: Path, sanitize: bool) -> str:
         lines.append(f"build {source.stem}.o: compile {source}\n  more = {more}")
         return f"{source.stem}.o"
 
-    scheduler = [compile_one(HERE / name, "") for name in ("scheduler.cpp", "accesses.cpp")]
+    scheduler = [compile_one(HERE / name, f"-I{HERE}/include") for name in ("scheduler.cpp", "accesses.cpp")]
     kernels = [
         compile_one(source, f"{checked} {macros} {include}")
         for source in sorted(csrc.glob("cuda/*.cu"))
     ]
-    misuse = compile_one(HERE / "misuse.cu", f"{checked} -I{HERE}")
+    misuse = compile_one(HERE / "misuse.cu", f"{checked} -I{HERE}/include")
     libraries = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10"
     lines.append(f"build kernels.so: link {' '.join([*kernels, *scheduler])}")
     lines.append(f"  more = -shared {libraries}")

@@ -27,7 +27,8 @@ cuda_on_host_switch:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
 .size cuda_on_host_switch, . - cuda_on_host_switch
 )");
 

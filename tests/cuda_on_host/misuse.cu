@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -182,7 +183,13 @@ int main(int count, char** arguments) {
   if (count != 3) return 2;
   cuda_on_host::cuda_on_host_order(std::atoi(arguments[2]), 1);
   for (const Kernel& kernel : kKernels) {
-    if (arguments[1] == std::string(kernel.name)) return run(kernel);
+    if (arguments[1] != std::string(kernel.name)) continue;
+    try {
+      return run(kernel);
+    } catch (const std::exception& error) {
+      std::puts(error.what());
+      return 1;
+    }
   }
   return 2;
 }

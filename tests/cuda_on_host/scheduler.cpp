@@ -1,5 +1,5 @@
 // Runs a kernel's blocks one after the other, and a block's threads as fibers in turns: each runs
-// until its next barrier or warp collective. Whatever CUDA leaves undefined there ends the process.
+// until its next barrier or warp collective. Whatever CUDA leaves undefined there ends the launch.
 #include "scheduler.h"
 
 #include <dlfcn.h>
@@ -8,16 +8,18 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda_runtime.h"
 #include "fiber.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -43,6 +45,7 @@ constexpr unsigned kWarp = 32, kMostThreads = 1024;
 struct Fiber {
   Context context;
   char* stack = nullptr;
+  bool started = false;
   State state = State::ended;
   // Of the call that it waits at:
   Call call;
@@ -59,6 +62,7 @@ Fiber* running = nullptr;
 void (*thread_body)(void*);
 void* body_argument;
 const void* kernel_code;
+std::string failure;  // of the launch, empty so far
 std::mutex one_launch;
 Order order = Order::forward;
 std::mt19937 random_numbers;
@@ -90,9 +94,11 @@ void after_switch(void* fake_stack, bool in_fiber) {
   const void** bottom = in_fiber ? &scheduler_stack : nullptr;
   __sanitizer_finish_switch_fiber(fake_stack, bottom, in_fiber ? &scheduler_stack_size : nullptr);
 }
+void forget_stack(Fiber* fiber) { __asan_unpoison_memory_region(fiber->stack, kStack); }
 #else
 void* scheduler_fake_stack;
 void before_switch(Fiber*) {}
+void forget_stack(Fiber*) {}
 void after_switch(void*, bool) {}
 #endif
 
@@ -117,10 +123,13 @@ void resume(unsigned thread) {
   if (!fiber.stack) {
     void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) cuda_on_host::fail("there is no memory for a stack", thread, "its beginning");
+    if (stack == MAP_FAILED) throw std::bad_alloc();
     fiber.stack = static_cast<char*>(stack);
+  }
+  if (!fiber.started) {
     // Stacks that all ended alike would compete for the same lines of the cache.
     start_context(&fiber.context, fiber.stack, kStack - thread % 64 * 320, run_threads);
+    fiber.started = true;
   }
   running = &fiber;
   running_stack = fiber.stack;
@@ -130,6 +139,13 @@ void resume(unsigned thread) {
   switch_context(&scheduler, &fiber.context);
   after_switch(scheduler_fake_stack, false);
   running_stack = nullptr;
+  if (!failure.empty()) throw std::runtime_error(failure);
+}
+
+// Whatever a fiber was doing, it will begin anew.
+void abandon(Fiber* fiber) {
+  if (fiber->started) forget_stack(fiber);
+  fiber->started = false;
 }
 
 // --- warps
@@ -296,10 +312,11 @@ Symbol::Symbol(const void* code) : function("(unknown)"), place("(unknown)") {
 }
 
 void fail(const std::string& what, unsigned thread, const std::string& where) {
-  std::fprintf(stderr, "CUDA on the host: %s\n  kernel %s\n  block %u, thread %u, at %s\n",
-               what.c_str(), Symbol(kernel_code).function.c_str(), blockIdx.x, thread,
-               where.c_str());
-  std::abort();
+  failure = "CUDA on the host: " + what + "\n  kernel " + Symbol(kernel_code).function +
+            "\n  block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(thread) +
+            ", at " + where;
+  if (running_stack) leave();  // for good
+  throw std::runtime_error(failure);
 }
 
 uint64_t wait(Call call, unsigned mask, uint64_t value, int argument, Place place) {
@@ -330,11 +347,18 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   intervals.next();
   intervals.launch = intervals.now;
   find_shared_memory();
+  forget_accesses();
   std::vector<unsigned> turns(grid.x);
   put_in_order(&turns);
-  for (unsigned b : turns) {
-    blockIdx = {b, 0, 0};
-    run_block(block.x);
+  failure.clear();
+  try {
+    for (unsigned b : turns) {
+      blockIdx = {b, 0, 0};
+      run_block(block.x);
+    }
+  } catch (const std::runtime_error&) {
+    for (Fiber& fiber : fibers) abandon(&fiber);
+    throw;
   }
   return cudaSuccess;
 }

@@ -9,7 +9,7 @@ namespace cuda_on_host {
 
 constexpr size_t kStack = 256 << 10;
 
-// Ends the process; the message says which kernel, block and thread did what, and `where`.
+// Ends the launch with an exception; the message says which kernel, block and thread did what, and `where`.
 [[noreturn]] void fail(const std::string& what, unsigned thread, const std::string& where);
 
 // "file:line" of an address in the code, and the function that it lies in.
@@ -33,6 +33,9 @@ enum class Access { read, write, atomic };
 
 // Fails if the access races with an earlier one, reads what nobody has written, or is misaligned.
 void check_access(const void* at, size_t size, Access access, const void* code);
+
+// Between launches: gives memory back if much of it is known.
+void forget_accesses();
 
 // The memory of all __shared__ variables.
 struct SharedMemory {
