@@ -61,28 +61,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("every_order")
     host = [on_host(order) for order in (cuda_on_host.ORDERS if every else ("random",))]
-    if "kernels" in metafunc.fixturenames:
-        names = [*(f"cpu-{level}" for level in SIMD_LEVELS), *host, CUDA]
-        metafunc.parametrize("kernels", names, indirect=True)
-    if "device" in metafunc.fixturenames:
-        marked = metafunc.definition.get_closest_marker("cuda_on_host")
-        metafunc.parametrize("device", ["cpu", *(host if marked else ()), CUDA], indirect=True)
-    if "cpu_or_cuda_on_host" in metafunc.fixturenames:
-        metafunc.parametrize("cpu_or_cuda_on_host", ["cpu", *host], indirect=True)
-    if "order" in metafunc.fixturenames:
-        metafunc.parametrize("order", [on_host(order) for order in cuda_on_host.ORDERS], indirect=True)
+    mark = metafunc.definition.get_closest_marker("cuda_on_host")
+    wanted = None if mark is None else mark.args != (False,)
+    names = {
+        "kernels": [
+            *(f"cpu-{level}" for level in SIMD_LEVELS),
+            *host * (wanted is not False),
+            CUDA,
+        ],
+        "device": ["cpu", *host * (wanted is True), CUDA],
+        "cpu_or_cuda_on_host": ["cpu", *host],
+        "order": [on_host(order) for order in cuda_on_host.ORDERS],
+    }
+    for fixture in names.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(fixture, names[fixture], indirect=True)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where tensors are: with the mark cuda_on_host, also where CUDA's kernels run on the CPU."""
+    """Where tensors are; with the mark cuda_on_host, the CPU with the kernels of CUDA too."""
     with kernels_named(request.param) as device:
         yield device
 
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where tensors are: the CPU with the kernels of each SIMD level, and with those of CUDA."""
+    """Where tensors are: the CPU with the kernels of each SIMD level and, unless the mark
+    cuda_on_host(False) says that these would take long, with the kernels of CUDA."""
     with kernels_named(request.param) as device:
         yield device
 

@@ -342,6 +342,7 @@ def test_every_16_bit_image_survives_a_step_of_nothing(
     assert torch.equal(images.isnan(), before.isnan())
 
 
+@pytest.mark.cuda_on_host(False)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_image_is_rounded_like_the_reference(
@@ -356,6 +357,7 @@ def test_every_16_bit_image_is_rounded_like_the_reference(
         assert_steps_alike(images, zeros, gradient, counts([1], kernels), **FREE | {"gamma": gamma})
 
 
+@pytest.mark.cuda_on_host(False)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_gradient_is_read_like_the_reference(
     kernels: torch.device, dtype: torch.dtype

@@ -170,6 +170,7 @@ def assert_right(
 # --- against the oracle
 
 
+@pytest.mark.cuda_on_host(False)
 @OPS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ def _loaded() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def running(order: str) -> Iterator[None]:
-    """Within, the ops run the CUDA kernels on CPU tensors, with threads in that order."""
+def running(order: str) -> Iterator[Callable[[], int]]:
+    """Within, the ops run the CUDA kernels on CPU tensors, with threads in that order.
+
+    Yields a function that tells how many kernels have been launched so far.
+    """
     _, module = _loaded()
     module.cuda_on_host_order(ORDERS.index(order), 1)
     before = torch.ops.dagcore
     torch.ops.dagcore = torch.ops.dagcore_on_host
     try:
-        yield
+        yield module.cuda_on_host_launches
     finally:
         torch.ops.dagcore = before

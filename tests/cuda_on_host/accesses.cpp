@@ -1,5 +1,6 @@
 // The check of every access that a kernel makes to memory. The kernels are compiled with
-// -fsanitize=thread, which calls the functions at the end of this file in place of that sanitizer's.
+// -fsanitize=thread, which calls the functions at the end of this file in place of that
+// sanitizer's.
 //
 // Blocks and threads run one after the other here, so that a race is not seen as such: it is two
 // accesses to the same memory, one of them a write and not both atomic, by threads of one block
@@ -15,7 +16,7 @@ namespace {
 
 // What is known of two neighbouring bytes: nothing smaller is written to by two threads.
 struct Cell {
-  uint32_t written = 0, read = 0;  // when: the interval of the last time, 0 for never
+  uint32_t written = 0, read = 0;   // when: the interval of the last time, 0 for never
   uint16_t writer = 0, reader = 0;  // by which thread then
   uint32_t read_by_blocks = 0;      // the last launch in which several blocks read it
 };
@@ -124,7 +125,7 @@ void check_access(const void* data, size_t size, Access access, const void* code
 using cuda_on_host::Access;
 using cuda_on_host::check_access;
 
-#define CUDA_ON_HOST_HOOK(name, size, access)                                                    \
+#define CUDA_ON_HOST_HOOK(name, size, access) \
   extern "C" void name(void* at) { check_access(at, size, access, __builtin_return_address(0)); }
 // An access of a type that is aligned to its size.
 #define CUDA_ON_HOST_ALIGNED_HOOK(name, size, access)                                            \
@@ -135,10 +136,10 @@ using cuda_on_host::check_access;
     }                                                                                            \
     check_access(at, size, access, __builtin_return_address(0));                                 \
   }
-#define CUDA_ON_HOST_HOOKS(size)                                          \
-  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_read##size, size, Access::read)        \
-  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_write##size, size, Access::write)      \
-  CUDA_ON_HOST_HOOK(__tsan_unaligned_read##size, size, Access::read)      \
+#define CUDA_ON_HOST_HOOKS(size)                                     \
+  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_read##size, size, Access::read)   \
+  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_write##size, size, Access::write) \
+  CUDA_ON_HOST_HOOK(__tsan_unaligned_read##size, size, Access::read) \
   CUDA_ON_HOST_HOOK(__tsan_unaligned_write##size, size, Access::write)
 CUDA_ON_HOST_HOOKS(1)
 CUDA_ON_HOST_HOOKS(2)

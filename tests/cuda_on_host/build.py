@@ -55,7 +55,9 @@ def rules(csrc: Path, sanitize: bool) -> str:
         lines.append(f"build {source.stem}.o: compile {source}\n  more = {more}")
         return f"{source.stem}.o"
 
-    scheduler = [compile_one(HERE / name, f"-I{HERE}/include") for name in ("scheduler.cpp", "accesses.cpp")]
+    scheduler = [
+        compile_one(HERE / name, f"-I{HERE}/include") for name in ("scheduler.cpp", "accesses.cpp")
+    ]
     kernels = [
         compile_one(source, f"{checked} {macros} {include}")
         for source in sorted(csrc.glob("cuda/*.cu"))

@@ -141,8 +141,7 @@ struct Kernel {
   unsigned threads = kThreads;
   bool sums = false;
 };
-#define KERNEL(name) \
-  { #name, name }
+#define KERNEL(name) {#name, name}
 const Kernel kKernels[] = {
     {"sum", sum, kThreads, true},
     {"halves", halves, kThreads, true},

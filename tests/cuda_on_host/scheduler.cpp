@@ -38,8 +38,9 @@ namespace {
 enum class State { ready, waiting, ended };
 enum class Order { forward, reverse, random };
 
-constexpr const char* kCalls[] = {"__syncthreads",    "__syncwarp",      "__shfl_sync", "__shfl_down_sync",
-                                  "__shfl_xor_sync", "__ballot_sync", "__any_sync"};
+constexpr const char* kCalls[] = {"__syncthreads",    "__syncwarp",      "__shfl_sync",
+                                  "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
+                                  "__any_sync"};
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
 
 struct Fiber {
@@ -65,6 +66,7 @@ const void* kernel_code;
 std::string failure;  // of the launch, empty so far
 std::mutex one_launch;
 Order order = Order::forward;
+int launches = 0;
 std::mt19937 random_numbers;
 
 std::string at(const Fiber& fiber) {
@@ -244,8 +246,8 @@ void run_warp(unsigned first, unsigned count) {
   static std::vector<unsigned> turns;
   turns.resize(count);
   unsigned rounds = order == Order::random ? 1 + random_numbers() % 6 : ~0u;
+  put_in_order(&turns);
   do {
-    put_in_order(&turns);
     for (unsigned lane : turns) {
       if (fibers[first + lane].state == State::ready) resume(first + lane);
     }
@@ -351,6 +353,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   std::vector<unsigned> turns(grid.x);
   put_in_order(&turns);
   failure.clear();
+  ++launches;
   try {
     for (unsigned b : turns) {
       blockIdx = {b, 0, 0};
@@ -363,24 +366,27 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   return cudaSuccess;
 }
 
+#define CUDA_ON_HOST_EXPORT extern "C" __attribute__((visibility("default")))
+
 // 0: forward, 1: reverse, 2: random.
-extern "C" __attribute__((visibility("default"))) void cuda_on_host_order(int which,
-                                                                          unsigned seed) {
+CUDA_ON_HOST_EXPORT void cuda_on_host_order(int which, unsigned seed) {
   const std::lock_guard<std::mutex> held(one_launch);
   order = static_cast<Order>(which);
   random_numbers.seed(seed);
 }
 
+CUDA_ON_HOST_EXPORT int cuda_on_host_launches() { return launches; }
+
 }  // namespace cuda_on_host
 
 // Only one fiber runs at a time, so that plain arithmetic is atomic.
-#define CUDA_ON_HOST_ATOMIC(T, name, result)                                                    \
-  T name(T* to, T by) {                                                                         \
-    using namespace cuda_on_host;                                                               \
-    check_access(to, sizeof(T), Access::atomic, __builtin_return_address(0));                   \
-    const T old = *to;                                                                          \
-    *to = result;                                                                               \
-    return old;                                                                                 \
+#define CUDA_ON_HOST_ATOMIC(T, name, result)                                  \
+  T name(T* to, T by) {                                                       \
+    using namespace cuda_on_host;                                             \
+    check_access(to, sizeof(T), Access::atomic, __builtin_return_address(0)); \
+    const T old = *to;                                                        \
+    *to = result;                                                             \
+    return old;                                                               \
   }
 CUDA_ON_HOST_ATOMIC(unsigned, atomicAdd, old + by)
 CUDA_ON_HOST_ATOMIC(unsigned, atomicOr, old | by)

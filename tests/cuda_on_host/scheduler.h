@@ -9,7 +9,8 @@ namespace cuda_on_host {
 
 constexpr size_t kStack = 256 << 10;
 
-// Ends the launch with an exception; the message says which kernel, block and thread did what, and `where`.
+// Ends the launch with an exception; the message says which kernel, block and thread did what, and
+// `where`.
 [[noreturn]] void fail(const std::string& what, unsigned thread, const std::string& where);
 
 // "file:line" of an address in the code, and the function that it lies in.

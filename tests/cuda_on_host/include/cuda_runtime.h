@@ -85,8 +85,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
 // Each function below knows where it is called.
-#define CUDA_ON_HOST_PLACE \
-  cuda_on_host::Place place = { __builtin_FILE(), __builtin_LINE() }
+#define CUDA_ON_HOST_PLACE cuda_on_host::Place place = {__builtin_FILE(), __builtin_LINE()}
 
 inline void __syncthreads(CUDA_ON_HOST_PLACE) {
   cuda_on_host::wait(cuda_on_host::Call::syncthreads, ~0u, 0, 0, place);
