@@ -30,10 +30,10 @@ def results(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the ops return: that which is the same to the bit everywhere, and nearly so."""
     rng = torch.Generator().manual_seed(1)
-    scores = lay_out(torch.randn(2, 39, *size, generator=rng).to(dtype), layout)
+    scores = lay_out(torch.randn(2, 40, *size, generator=rng).to(dtype), layout)
     labels = scores.float().argmax(1)
     labels[0, :2] = 255
-    high = torch.randint(0, 39, (2, 43, 30), generator=rng)
+    high = torch.randint(0, 40, (2, 43, 30), generator=rng)
     tensors = torch.rand(3, 3, 3, *size, generator=rng).to(dtype)
     images, origin, gradient = (lay_out(tensor, layout) for tensor in tensors)
     counts = torch.tensor([3, 0, 1], dtype=torch.int32)
@@ -44,9 +44,9 @@ def results(
     exact, near = [ops.argmax_bilinear(low, (43, 30))], []
     high = torch.where(high % 3 == 0, high, exact[0])
     for margin in (0.0, 0.3):
-        other, goal = arguments(mode, (labels + 1) % 39)
+        other, goal = arguments(mode, (labels + 1) % 40)
         exact += ops.dag_seed(scores, labels, other, goal=goal, margin=margin)
-        other, goal = arguments(mode, (high + 1) % 39)
+        other, goal = arguments(mode, (high + 1) % 40)
         seed, active = ops.dag_seed_bilinear(low, high, other, goal=goal, margin=margin)
         exact.append(active)
         near.append(seed)

@@ -194,11 +194,17 @@ def environment(sanitize: bool) -> dict[str, str]:
 
 def noticed(mutation: Mutation) -> str | None:
     """What noticed a mutation, None if nothing did."""
-    shutil.copytree(ROOT / "csrc", WORK / "csrc", dirs_exist_ok=True)
     file = WORK / "csrc" / mutation.file
     content = file.read_text()
     assert content.count(mutation.line) == 1, f"{mutation.name}: not once in {mutation.file}"
     file.write_text(content.replace(mutation.line, mutation.mutant))
+    try:
+        return noticed_by(mutation)
+    finally:
+        file.write_text(content)
+
+
+def noticed_by(mutation: Mutation) -> str | None:
     env = environment(mutation.sanitize)
     build = [
         sys.executable,
@@ -221,6 +227,8 @@ def noticed(mutation: Mutation) -> str | None:
 
 def main() -> None:
     wanted = " ".join(sys.argv[1:])
+    shutil.rmtree(WORK, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", WORK / "csrc")
     bad = 0
     for mutation in MUTATIONS:
         if wanted not in mutation.name:

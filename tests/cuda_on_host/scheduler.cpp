@@ -80,6 +80,8 @@ std::string at(const Fiber& fiber) {
 
 // --- from the scheduler to a fiber and back
 
+// AddressSanitizer is told of each switch, before and after: to a fiber, or to the scheduler
+// (null).
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack;
 size_t scheduler_stack_size;
@@ -100,8 +102,8 @@ void forget_stack(Fiber* fiber) { __asan_unpoison_memory_region(fiber->stack, kS
 #else
 void* scheduler_fake_stack;
 void before_switch(Fiber*) {}
-void forget_stack(Fiber*) {}
 void after_switch(void*, bool) {}
+void forget_stack(Fiber*) {}
 #endif
 
 void leave() {
@@ -234,9 +236,8 @@ void find_shared_memory() {
   dl_iterate_phdr(look, &some);
 }
 
-template <typename T>
-void put_in_order(std::vector<T>* turns) {
-  std::iota(turns->begin(), turns->end(), T{0});
+void put_in_order(std::vector<unsigned>* turns) {
+  std::iota(turns->begin(), turns->end(), 0u);
   if (order == Order::reverse) std::reverse(turns->begin(), turns->end());
   if (order == Order::random) std::shuffle(turns->begin(), turns->end(), random_numbers);
 }
@@ -359,7 +360,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
       blockIdx = {b, 0, 0};
       run_block(block.x);
     }
-  } catch (const std::runtime_error&) {
+  } catch (...) {
     for (Fiber& fiber : fibers) abandon(&fiber);
     throw;
   }
