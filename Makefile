@@ -1,4 +1,4 @@
-# make demo | test | sanitize | bench | lint | clean: each sets up .venv first, once.
+# make demo | test | cuda-on-host | sanitize | bench | lint | clean: each sets up .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,21 +6,29 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+ON_HOST := tests/cuda_on_host
+CHECKED := $(SOURCES) $(wildcard $(addprefix $(ON_HOST)/,*.cpp *.h *.cu include/*.h include/*/*/*/*.h))
 
-.PHONY: demo test sanitize bench lint format clean
+.PHONY: demo test cuda-on-host sanitize bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/dagcore demo --out demo
 
-test: $(VENV)/built
+test: $(VENV)/built cuda-on-host
 	$(BIN)/python -m pytest
+
+# The CUDA kernels compiled for the host, which the tests run: see tests/cuda_on_host/README.md.
+cuda-on-host: $(VENV)/installed
+	CXX=$(CXX) $(BIN)/python $(ON_HOST)/build.py
 
 # The tests of the ops on a build that checks every access to memory. GCC's, on Linux.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/built
 	DAGCORE_SANITIZE=1 CXX=$(CXX) $(BIN)/python setup.py --quiet build \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	CXX=$(CXX) $(BIN)/python $(ON_HOST)/build.py --sanitize --out $(SANITIZED)/cuda-on-host
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+		DAGCORE_CUDA_ON_HOST=$(SANITIZED)/cuda-on-host \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/python tests/sanitized.py
 
@@ -48,12 +56,12 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CHECKED)
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(CHECKED)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

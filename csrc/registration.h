@@ -4,13 +4,16 @@
 
 #include <torch/csrc/stable/library.h>
 
-// The dispatch key of the kernels in csrc/cuda: another one where they are compiled for the host.
+// Where the kernels of csrc/cuda are registered: elsewhere if they are compiled for the host.
 #ifndef DAGCORE_CUDA_KEY
 #define DAGCORE_CUDA_KEY CUDA
 #endif
+#ifndef DAGCORE_LIBRARY
+#define DAGCORE_LIBRARY dagcore
+#endif
 
-// The argument expands before torch's macro makes a name of it.
-#define DAGCORE_IMPLEMENTATIONS(key, library) STABLE_TORCH_LIBRARY_IMPL(dagcore, key, library)
+// The arguments expand before torch's macro makes names of them.
+#define DAGCORE_IMPLEMENTATIONS(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 
 #define DAGCORE_REGISTER(key, op, function) \
-  DAGCORE_IMPLEMENTATIONS(key, library) { library.impl(op, TORCH_BOX(&function)); }
+  DAGCORE_IMPLEMENTATIONS(DAGCORE_LIBRARY, key, library) { library.impl(op, TORCH_BOX(&function)); }

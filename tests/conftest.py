@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 from support import SIMD_LEVELS, no_cuda
@@ -19,29 +22,92 @@ CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=WHY_NO_CUDA or "")
 )
 
+WHY_NOT_ON_HOST = cuda_on_host.why_not()
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+
+def on_host(order: str) -> Any:
+    """A parameter: the CUDA kernels compiled for the host, with threads in that order."""
+    missing = pytest.mark.skipif(WHY_NOT_ON_HOST is not None, reason=WHY_NOT_ON_HOST or "")
+    return pytest.param(f"cuda-on-host-{order}", marks=missing)
+
+
+@contextlib.contextmanager
+def kernels_named(name: str) -> Iterator[torch.device]:
+    """The device that tensors must be on to come to the kernels of that name."""
+    before, highest = native.module.simd_in_use(), native.module.simd_supported()
+    kind, _, level = name.rpartition("-")
+    if not kind:
+        yield torch.device(name)
+    elif kind == "cuda-on-host":
+        with cuda_on_host.running(level):
+            yield torch.device("cpu")
+    else:
+        if SIMD_LEVELS.index(level) > SIMD_LEVELS.index(highest):
+            pytest.skip(f"this processor has no {level}, only {highest}")
+        native.module.use_simd(level)
+        assert native.module.simd_in_use() == level
+        yield torch.device("cpu")
+        native.module.use_simd(before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-order",
+        action="store_true",
+        help="run the CUDA kernels on the host with threads in every order, not in random order",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("every_order")
+    host = [on_host(order) for order in (cuda_on_host.ORDERS if every else ("random",))]
+    mark = metafunc.definition.get_closest_marker("cuda_on_host")
+    wanted = None if mark is None else mark.args != (False,)
+    names = {
+        "kernels": [
+            *(f"cpu-{level}" for level in SIMD_LEVELS),
+            *host * (wanted is not False),
+            CUDA,
+        ],
+        "device": ["cpu", *host * (wanted is True), CUDA],
+        "cpu_or_cuda_on_host": ["cpu", *host],
+        "order": [on_host(order) for order in cuda_on_host.ORDERS],
+    }
+    for fixture in names.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(fixture, names[fixture], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are; with the mark cuda_on_host, the CPU with the kernels of CUDA too."""
+    with kernels_named(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are: the CPU with the kernels of each SIMD level and, unless the mark
+    cuda_on_host(False) says that these would take long, with the kernels of CUDA."""
+    with kernels_named(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def cpu_or_cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tensors on the CPU, either its own kernels or those of CUDA."""
+    with kernels_named(request.param):
+        yield
+
+
+@pytest.fixture
+def order(request: pytest.FixtureRequest) -> str:
+    """An order of threads that the CUDA kernels can run in on the host."""
+    return str(request.param).rpartition("-")[2]
 
 
 @pytest.fixture(params=[CUDA])
 def cuda(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-@pytest.fixture(params=[*(f"cpu-{level}" for level in SIMD_LEVELS), CUDA])
-def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device, on the CPU once with the kernels of each SIMD level that the processor has."""
-    name, _, level = request.param.partition("-")
-    before, highest = native.module.simd_in_use(), native.module.simd_supported()
-    if level and SIMD_LEVELS.index(level) > SIMD_LEVELS.index(highest):
-        pytest.skip(f"this processor has no {level}, only {highest}")
-    if level:
-        native.module.use_simd(level)
-        assert native.module.simd_in_use() == level
-    yield torch.device(name)
-    native.module.use_simd(before)
 
 
 @pytest.fixture

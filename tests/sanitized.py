@@ -1,15 +1,17 @@
-"""The tests of the ops against the module that `make sanitize` built: `python tests/sanitized.py`.
+"""The tests of the ops against the modules that `make sanitize` built: `python tests/sanitized.py`.
 
 Run with the sanitizers' libraries preloaded and build/sanitize first on the path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_on_host
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch
 from dagcore import ops
 from dagcore.ops import native
 
+READ_TOO_FAR = "read too far"
 BUILT = Path(__file__).parents[1] / "build" / "sanitize"
 TESTS = (
     "test_seed_ops.py",
@@ -24,25 +27,28 @@ TESTS = (
     "test_dag_seed_bilinear.py",
     "test_argmax_bilinear.py",
     "test_linf_step.py",
+    "test_settle.py",
+    "test_cuda_on_host.py",
     "test_registration.py",
     "test_fuzz.py",
 )
-# What torch.compile builds itself is not the module's; the other limits the process's memory, which
-# the sanitizer needs.
-LEFT_OUT = "not inductor and not nothing_of_the_enlarged_size"
+# What torch.compile builds itself is not the module's; another test limits the process's memory,
+# which the sanitizer needs; misuse of CUDA is found by a check that the sanitizers displace.
+LEFT_OUT = "not inductor and not nothing_of_the_enlarged_size and not misuse"
 
 
-def check_module() -> None:
-    """Exit unless the loaded module is the one that was built here, instrumented."""
-    if native.module is None:
-        sys.exit("dagcore's native module is not built: run `make sanitize`")
-    path = Path(str(native.module.__file__)).resolve()
-    if BUILT not in path.parents:
-        sys.exit(f"the module in use must be below {BUILT}, it is {path}: run `make sanitize`")
-    content = path.read_bytes()
-    missing = [name for name in ("__asan_init", "__ubsan_handle") if name.encode() not in content]
-    if missing:
-        sys.exit(f"{path} must be instrumented, it does not call {' or '.join(missing)}")
+def check_modules() -> None:
+    """Exit unless the modules in use are the ones that were built here, instrumented."""
+    if native.module is None or cuda_on_host.why_not():
+        sys.exit("dagcore's native modules are not built: run `make sanitize`")
+    for module in (Path(str(native.module.__file__)), cuda_on_host.BUILT / "kernels.so"):
+        path = module.resolve()
+        if BUILT not in path.parents:
+            sys.exit(f"the module in use must be below {BUILT}, it is {path}: run `make sanitize`")
+        content = path.read_bytes()
+        missing = [n for n in ("__asan_init", "__ubsan_handle") if n.encode() not in content]
+        if missing:
+            sys.exit(f"{path} must be instrumented, it does not call {' or '.join(missing)}")
 
 
 def read_too_far() -> None:
@@ -53,21 +59,24 @@ def read_too_far() -> None:
     ops.dag_seed(torch.from_numpy(beyond), torch.zeros(1, 64, dtype=torch.int64), "runner-up")
 
 
-def check_that_faults_are_found() -> None:
+def check_that_faults_are_found(kernels: str, source: str) -> None:
     """Exit unless reading beyond a tensor's memory is reported."""
-    command = [sys.executable, __file__, "read too far"]
+    command = [sys.executable, __file__, READ_TOO_FAR, kernels]
     done = subprocess.run(command, capture_output=True, text=True)
-    wanted = ("AddressSanitizer: heap-buffer-overflow", "dag_seed.cpp")
+    wanted = ("AddressSanitizer: heap-buffer-overflow", source)
     if done.returncode == 0 or not all(words in done.stderr for words in wanted):
         sys.exit(f"reading beyond a tensor must be reported, got {done.stderr or 'nothing'}")
 
 
 if __name__ == "__main__":
-    check_module()
-    if sys.argv[1:] == ["read too far"]:
-        read_too_far()
+    check_modules()
+    if sys.argv[1:2] == [READ_TOO_FAR]:
+        on_host = sys.argv[2] == "cuda-on-host"
+        with cuda_on_host.running("forward") if on_host else contextlib.nullcontext():
+            read_too_far()
         sys.exit(0)
-    check_that_faults_are_found()
+    check_that_faults_are_found("cpu", "dag_seed.cpp")
+    check_that_faults_are_found("cuda-on-host", "dag_seed.cu")
     folder = Path(__file__).parent
     sys.exit(
         pytest.main(

@@ -84,6 +84,27 @@ def crop(values: Tensor) -> Tensor:
     return view.copy_(values)
 
 
+UNPACKED = ("first value", "images", "classes", "rows")
+
+
+def unpacked(values: Tensor, where: str) -> Tensor:
+    """The same (N, C, H, W), each row dense, but one value beyond what is read several at once.
+
+    At the first value, between images, between classes, or at the end of rows (of 13, say) whose
+    memory goes on to the next multiple of 16.
+    """
+    count, classes, height, width = values.shape
+    if where == "first value":
+        memory = values.new_empty(values.numel() + 1)[1:]
+    elif where == "images":
+        memory = values.new_empty(count, values[0].numel() + 1)[:, :-1]
+    elif where == "classes":
+        memory = values.new_empty(count, classes, height * width + 1)[..., :-1]
+    else:
+        memory = values.new_empty(count, classes, height, -(-width // 16) * 16)[..., :width]
+    return memory.view(values.shape).copy_(values)
+
+
 def bits(values: Tensor) -> Tensor:
     """A copy of a floating tensor's bits as integers, contiguous."""
     return (

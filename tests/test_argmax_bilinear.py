@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dagcore import ops, reference
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 def assert_labels(got: Tensor, expected: Tensor, scores: Tensor) -> None:
     assert got.dtype == torch.int64

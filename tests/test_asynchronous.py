@@ -447,7 +447,7 @@ def test_the_host_is_not_further_behind_than_it_may_be() -> None:
 
 def test_a_replay_that_does_nothing_is_an_error() -> None:
     model = Net()
-    attack = DAG(gamma=1e-4, max_iter=10**6)
+    attack = DAG(gamma=1e-4, max_iter=100)
     sample = samples(1)[0]
     with LateDevice(dead=True).installed() as device:
         model.device = device

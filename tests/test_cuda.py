@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DTYPES, arguments, lay_out
+from every_kernel import assert_same_results, in_every_case, results
 from torch import Tensor, nn
 
 from dagcore import DAG, Sample, ops
@@ -17,45 +17,12 @@ from dagcore.engine.loop import EAGER, Slots
 from dagcore.engine.networks import Targets
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"])
-@pytest.mark.parametrize("mode", ["leave", "reach", "runner-up"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(16, 24), (9, 13)])
+@in_every_case
 def test_kernels(
-    cuda: torch.device, dtype: torch.dtype, mode: str, layout: str, size: tuple[int, int]
+    cuda: torch.device, layout: str, mode: str, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
-    generator = torch.Generator().manual_seed(1)
-    scores = lay_out(torch.randn(2, 37, *size, generator=generator).to(dtype), layout)
-    labels = scores.float().argmax(1)
-    labels[0, :2] = 255
-    adversarial, goal = arguments(mode, (labels + 1) % 37)
-    there = adversarial if isinstance(adversarial, str) else adversarial.to(cuda)
-    seed, active = ops.dag_seed(scores, labels, adversarial, goal=goal)
-    on_gpu = ops.dag_seed(scores.to(cuda), labels.to(cuda), there, goal=goal)
-    assert torch.equal(on_gpu[1].cpu(), active)
-    assert torch.equal(on_gpu[0].cpu(), seed)
-
-    large = ops.argmax_bilinear(scores, (67, 50))
-    assert torch.equal(ops.argmax_bilinear(scores.to(cuda), (67, 50)).cpu(), large)
-    adversarial, goal = arguments(mode, (large + 1) % 37)
-    there = adversarial if isinstance(adversarial, str) else adversarial.to(cuda)
-    seed, active = ops.dag_seed_bilinear(scores, large, adversarial, goal=goal)
-    on_gpu = ops.dag_seed_bilinear(scores.to(cuda), large.to(cuda), there, goal=goal)
-    assert torch.equal(on_gpu[1].cpu(), active)
-    torch.testing.assert_close(on_gpu[0].cpu(), seed)
-
-    images = lay_out(torch.rand(3, 3, *size, generator=generator).to(dtype), layout)
-    gradient = lay_out(torch.randn(3, 3, *size, generator=generator).to(dtype), layout)
-    counts = torch.tensor([3, 0, 1], dtype=torch.int32)
-    for epsilon in (None, 0.01):
-        stepped, stepped_there = images.clone(), images.to(cuda)
-        settings = {"gamma": 0.02, "lower": 0.0, "upper": 1.0, "epsilon": epsilon}
-        norms = ops.linf_step_(stepped, images, gradient, counts, **settings)
-        norms_there = ops.linf_step_(
-            stepped_there, images.to(cuda), gradient.to(cuda), counts.to(cuda), **settings
-        )
-        assert torch.equal(norms_there.cpu(), norms)
-        assert torch.equal(stepped_there.cpu(), stepped)
+    case = (layout, mode, dtype, size)
+    assert_same_results(results(cuda, *case), results(torch.device("cpu"), *case))
 
 
 class Net(nn.Module):

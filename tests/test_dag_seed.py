@@ -18,15 +18,19 @@ from support import (
     MARGINS,
     MODES,
     NAN,
+    UNPACKED,
     arguments,
     assert_same_seed,
     lay_out,
     on,
     random_case,
+    unpacked,
 )
 from torch import Tensor
 
 from dagcore import ops, reference
+
+pytestmark = pytest.mark.cuda_on_host
 
 
 def first_largest(scores: list[float]) -> int:
@@ -124,6 +128,23 @@ def test_reference_in_every_layout(device: torch.device, layout: str) -> None:
         there = lay_out(there, layout)
         got = reference.dag_seed(there, labels, other, goal=goal, margin=margin)
         assert_same_seed(got, expected, there)
+
+
+@pytest.mark.parametrize("where", UNPACKED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_targets_that_cannot_be_read_several_at_once(
+    kernels: torch.device, dtype: torch.dtype, where: str
+) -> None:
+    """Through the vectors or packs of a kernel, which are aligned and within a row."""
+    size = (6, 13) if where == "rows" else (6, 16)
+    for k, mode in enumerate(MODES):
+        scores, labels, adversarial = random_case((3, 5, *size), k, dtype=dtype)
+        other, goal = arguments(mode, adversarial)
+        expected = by_hand(scores, labels, other, goal, 255, MARGINS[k])
+        scores, labels, other = on(kernels, scores, labels, other)
+        scores = unpacked(scores, where)
+        got = ops.dag_seed(scores, labels, other, goal=goal, margin=MARGINS[k])
+        assert_same_seed(got, expected, scores)
 
 
 special = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1.5, 2.0**-24, -(2.0**-24)])

@@ -35,6 +35,7 @@ from torch import Tensor
 from dagcore import ops, reference
 
 PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own, unchecked
+ON_HOST = pytest.mark.usefixtures("cpu_or_cuda_on_host")
 SELDOM = settings(FUZZ, max_examples=300)
 EXTENTS = st.sampled_from((0, 1, 1, 2, 3, 4, 7, 8, 17))
 LARGE = ((129,), (1025,), (33, 41), (1, 130), (64, 65))
@@ -188,6 +189,7 @@ STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper
 STEP_NAMES += ("grid", "levels")
 
 
+@ON_HOST
 @FUZZ
 @given(seed_cases())
 def test_dag_seed(case: Any) -> None:
@@ -202,6 +204,7 @@ def test_dag_seed(case: Any) -> None:
     assert_same_seed(got, expected, scores)
 
 
+@ON_HOST
 @FUZZ
 @given(bilinear_cases())
 def test_dag_seed_bilinear(case: Any) -> None:
@@ -226,6 +229,7 @@ def test_dag_seed_bilinear(case: Any) -> None:
     assert_seed(got, right, scores, size, corners)
 
 
+@ON_HOST
 @FUZZ
 @given(argmax_cases())
 def test_argmax_bilinear(case: Any) -> None:
@@ -237,6 +241,7 @@ def test_argmax_bilinear(case: Any) -> None:
         assert torch.equal(got, enlarged(scores, size, settings["align_corners"]).argmax(1))
 
 
+@ON_HOST
 @FUZZ
 @given(step_cases())
 def test_linf_step(case: Any) -> None:

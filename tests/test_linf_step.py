@@ -6,10 +6,24 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support import BOTH, DTYPES, INF, LAYOUTS, NAN, bits, generator, lay_out, same_bits
+from support import (
+    BOTH,
+    DTYPES,
+    INF,
+    LAYOUTS,
+    NAN,
+    UNPACKED,
+    bits,
+    generator,
+    lay_out,
+    same_bits,
+    unpacked,
+)
 from torch import Tensor
 
 from dagcore import ops, reference
+
+pytestmark = pytest.mark.cuda_on_host
 
 GAMMA = 0.5 / 255
 FREE = {"gamma": GAMMA, "lower": None, "upper": None, "epsilon": None}
@@ -86,6 +100,26 @@ def test_every_simd_level(kernels: torch.device, dtype: torch.dtype) -> None:
     for (k, layout), clip in itertools.product(enumerate(WRITABLE), CLIPS):
         tensors = [lay_out(t.to(kernels), layout) for t in case((3, 2, 7, 151), k, dtype)]
         assert_steps_alike(*tensors, counts([3, 0, 7], kernels), gamma=GAMMA, **clip)
+
+
+@pytest.mark.parametrize("where", UNPACKED)
+@pytest.mark.parametrize("which", range(4), ids=["images", "origin", "gradient", "grid"])
+def test_pixels_that_cannot_be_read_several_at_once(
+    kernels: torch.device, which: int, where: str
+) -> None:
+    """One of the tensors does not go through the vectors or packs of a kernel."""
+    shape = (3, 2, 5, 13) if where == "rows" else (3, 2, 5, 16)
+    for k, dtype in enumerate(DTYPES):
+        tensors = [t.to(kernels) for t in case(shape, k, dtype)]
+        tensors.append(torch.zeros_like(tensors[0]))
+        tensors[which] = unpacked(tensors[which], where)
+        images, origin, gradient, grid = tensors
+        expected, shown, rule = images.clone(), grid.clone(), CLIPS[4] | {"gamma": GAMMA}
+        active = counts([3, 0, 7], kernels)
+        reference.linf_step_(expected, origin, gradient, active, **rule, grid=shown, levels=256)
+        ops.linf_step_(images, origin, gradient, active, **rule, grid=grid, levels=256)
+        assert same_bits(images, expected)
+        assert same_bits(grid, shown)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -340,6 +374,7 @@ def test_every_16_bit_image_survives_a_step_of_nothing(
     assert torch.equal(images.isnan(), before.isnan())
 
 
+@pytest.mark.cuda_on_host(False)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_image_is_rounded_like_the_reference(
@@ -354,6 +389,7 @@ def test_every_16_bit_image_is_rounded_like_the_reference(
         assert_steps_alike(images, zeros, gradient, counts([1], kernels), **FREE | {"gamma": gamma})
 
 
+@pytest.mark.cuda_on_host(False)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_gradient_is_read_like_the_reference(
     kernels: torch.device, dtype: torch.dtype

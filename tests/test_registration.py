@@ -47,6 +47,7 @@ SEED_CHECKS = {
 }
 
 
+@pytest.mark.cuda_on_host
 @pytest.mark.parametrize("name", SEED_CHECKS)
 def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
     shape, dtype, layout, runner_up, objective = SEED_CHECKS[name]
@@ -72,6 +73,7 @@ BILINEAR_CHECKS = {
 }
 
 
+@pytest.mark.cuda_on_host
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 @pytest.mark.parametrize("name", BILINEAR_CHECKS)
 def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) -> None:
@@ -90,6 +92,7 @@ def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) 
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.cuda_on_host
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype) -> None:
@@ -101,6 +104,7 @@ def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.cuda_on_host
 def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
     empty = torch.zeros(2, 3, 0, device=device)
     active = torch.ones(2, dtype=torch.int32, device=device)

@@ -33,6 +33,8 @@ from torch import Tensor
 from dagcore import ops, reference
 from dagcore.ops import native
 
+pytestmark = pytest.mark.cuda_on_host
+
 
 class Case(NamedTuple):
     scores: Tensor
@@ -168,6 +170,7 @@ def assert_right(
 # --- against the oracle
 
 
+@pytest.mark.cuda_on_host(False)
 @OPS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -143,6 +143,7 @@ def many(images: int, networks: int, rng: torch.Generator) -> dict[str, Any]:
     }
 
 
+@pytest.mark.cuda_on_host
 @pytest.mark.parametrize("networks", [1, 3])
 @pytest.mark.parametrize("images", [0, 1, 200])
 @pytest.mark.parametrize("ready", ["done", "not wanted"])
@@ -159,6 +160,7 @@ def test_equals_the_fallback(device: torch.device, images: int, networks: int, r
             assert torch.equal(there[name].cpu(), expected[name]), name
 
 
+@pytest.mark.cuda_on_host
 def test_opcheck(device: torch.device) -> None:
     given = many(6, 2, torch.Generator().manual_seed(0))
     arguments = tuple(v.to(device) if isinstance(v, Tensor) else v for v in given.values())

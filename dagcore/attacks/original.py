@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import ScoreModel, frozen
+from ..engine.devices import device_for
 from ..engine.loop import Finished
 from ..engine.stream import device_of
 from ..ops.fallback import CONVERGED
@@ -71,7 +72,7 @@ def _active(attack: Attack, network: nn.Module, outcome: Finished, k: int) -> in
     scores_of.looked = True  # at the copy's scores
     own = None if isinstance(network, Victim) else precision(network)
     labels, image = outcome.aims.labels[k][None], outcome.image[None]
-    with frozen(network), torch.no_grad():
+    with device_for(image.device).current(), frozen(network), torch.no_grad():
         scores = scores_of(
             image.to(own or image.dtype), labels, None if boxes is None else boxes[None]
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -315,7 +316,7 @@ class Slots:
             known = [k for k in range(len(counts)) if self.since[k] <= iteration]
             going, worst = running.tolist(), [min(row) for row in counts.tolist()]
             self.stopped.update(k for k in known if not going[k])
-            self._check_progress([iteration - self.since[k] for k in known if going[k]], worst)
+            self._check_progress(iteration, going, worst)
             if min(worst) < -1:
                 self.errors.update({k: self._error(k) for k in known if worst[k] < -1})
                 self.stopped.update(self.errors)
@@ -333,20 +334,17 @@ class Slots:
             return error
         return RuntimeError("active targets were counted below 0, with no label out of range")
 
-    def _check_progress(self, before: list[int], counts: list[int]) -> None:
-        """Raise if an iteration did nothing, or if an image is evaluated again and again.
-
-        Args:
-            before: of each image that runs, how many evaluations there were before this one.
-            counts: the active targets of each slot.
-        """
+    def _check_progress(self, iteration: int, going: list[bool], counts: list[int]) -> None:
+        """Raise if an iteration did nothing, or if an image is evaluated again and again."""
         if UNTOLD in counts:
             raise RuntimeError(
                 "an iteration that was captured as a CUDA graph did nothing when it was replayed"
             )
-        if max(before, default=0) >= self.most:
+        unstopped = chain(going, repeat(True))  # slots taken since are told of later
+        oldest = min(compress(self.since, unstopped), default=NEVER)
+        if iteration - oldest >= self.most:
             raise RuntimeError(
-                f"an image is still under attack after {max(before) + 1} evaluations, where "
+                f"an image is still under attack after {iteration - oldest + 1} evaluations, where "
                 f"max_iter={self.schedule.max_iter} and patience={self.schedule.patience} allow "
                 f"{self.most}: its evaluator finds it neither done nor worth a step"
             )

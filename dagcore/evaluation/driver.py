@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import files
 from ..attacks import DAG, Result
 from ..engine import ScoreModel, frozen
+from ..engine.devices import device_for
 from ..engine.stream import Deferred, Sample
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ops import argmax_bilinear
@@ -207,7 +208,7 @@ class Driver:
         boxes = None if target.boxes is None else target.boxes[None]
         scores_of = ScoreModel(victim)
         prediction: Prediction
-        with frozen(victim), torch.no_grad():
+        with device_for(written.device).current(), frozen(victim), torch.no_grad():
             if isinstance(victim, Detector):
                 with victim.encoded(written.clone()):
                     scores = scores_of(written, labels, boxes)

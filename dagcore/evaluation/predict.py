@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine import frozen, read_scores
+from ..engine.devices import device_for
 from ..engine.scores import aligns_corners
 from ..ops import argmax_bilinear
 from ..victims import Detector
@@ -24,7 +25,7 @@ def predict(
 ) -> Prediction:
     """A label map of a size (h, w), or detections, on the CPU."""
     given = image[None].clone()  # the network's to write into
-    with frozen(victim), torch.no_grad():
+    with device_for(given.device).current(), frozen(victim), torch.no_grad():
         if isinstance(victim, Detector):
             (found,) = victim.detect(given)
             return {key: value.cpu() for key, value in found.items()}

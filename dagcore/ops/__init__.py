@@ -63,11 +63,17 @@ _library.define(
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
+_fakes: dict[str, Callable[..., Any]] = {}  # what an op returns in shape and dtype
+
+
 def _fake(op: str) -> Callable[[_Kernel], _Kernel]:
     """Register what an op returns in shape and dtype, for torch.compile."""
-    register: Callable[[_Kernel], _Kernel] = torch.library.register_fake(
-        f"dagcore::{op}", lib=_library
-    )
+
+    def register(kernel: _Kernel) -> _Kernel:
+        _fakes[op] = kernel
+        registered: _Kernel = torch.library.register_fake(f"dagcore::{op}", kernel, lib=_library)
+        return registered
+
     return register
 
 

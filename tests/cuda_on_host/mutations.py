@@ -1,0 +1,244 @@
+"""Break the CUDA kernels one line at a time, and see that the tests notice.
+
+    python tests/cuda_on_host/mutations.py [WORDS OF A MUTATION'S NAME]
+
+Prints what noticed each mutation, and exits 1 unless each was noticed that is not equivalent. Takes
+from half a minute to a few minutes for each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "mutations"
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider")
+QUICK = ("tests/test_cuda_on_host.py", "-k", "test_kernels")
+OPS = ("seed_ops", "dag_seed", "dag_seed_bilinear", "argmax_bilinear", "linf_step", "levels")
+THOROUGH = (*(f"tests/test_{name}.py" for name in OPS), "-k", "on-host", "--every-order")
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str  # in csrc
+    line: str  # what is there, once
+    mutant: str  # what takes its place
+    sanitize: bool = False  # only AddressSanitizer can see it
+    equivalent: str = ""  # why nothing can see it
+
+
+DAG, BILINEAR, STEP = "cuda/dag_seed.cu", "cuda/dag_seed_bilinear.cu", "cuda/linf_step.cu"
+CELLS, TARGETS, STRIDED = "cuda/bilinear.cuh", "cuda/targets.cuh", "strided.h"
+BARRIER = "  __syncthreads();\n"
+ROW_OF_SEED = "  for (int row = warp; row < rows; row += kRows / 32) {\n    const Verdict"
+
+MUTATIONS = (
+    # barriers
+    Mutation("no barrier after the rows' places", DAG, f"{BARRIER}\n  Top", "\n  Top"),
+    Mutation("no barrier after a tile is read", DAG, f"  {BARRIER}    if (mine", "    if (mine"),
+    Mutation(
+        "no barrier before the next tile", DAG, f"  {BARRIER}  }}\n\n  Count", "  }\n\n  Count"
+    ),
+    Mutation("no barrier before the seed", DAG, BARRIER + ROW_OF_SEED, ROW_OF_SEED),
+    # boundaries
+    Mutation(
+        "a target too many", DAG, "(first < args.walk.count())", "(first <= args.walk.count())"
+    ),
+    Mutation(
+        "classes beyond the last, unrolled", DAG, "kUnroll <= classes;", "kUnroll <= classes + 1;"
+    ),
+    Mutation("not the last class", DAG, "for (; c < classes; ++c)", "for (; c < classes - 1; ++c)"),
+    Mutation("no seed of class 0", DAG, "for (c = 0; c < classes", "for (c = 1; c < classes"),
+    Mutation(
+        "first of the next image", STEP, "args.walk.count() / V)", "args.walk.count() / V + 1)"
+    ),
+    Mutation(
+        "class beyond the last as a bar",
+        CELLS,
+        "c < grid.classes; c += 32",
+        "c <= grid.classes; c += 32",
+        True,
+    ),
+    Mutation("a pixel too many", CELLS, "if (p >= patch.pixels())", "if (p > patch.pixels())"),
+    Mutation("a seed too many", BILINEAR, "if (i >= count)", "if (i > count)", True),
+    Mutation(
+        "corner beyond the last column", CELLS, "min(low_x + 1, grid.width - 1)", "low_x + 1", True
+    ),
+    Mutation(
+        "unrolled loop ends early",
+        DAG,
+        "c + kUnroll <= classes",
+        "c + kUnroll < classes",
+        equivalent="the loop over what is left takes the classes one by one",
+    ),
+    # guards
+    Mutation(
+        "rows beyond the last target",
+        DAG,
+        "min(static_cast<int64_t>(kRows), args.walk.count() - first)",
+        "static_cast<int64_t>(kRows)",
+    ),
+    Mutation("tile's columns beyond the classes", DAG, "if (lane < columns) tile", "tile", True),
+    Mutation(
+        "verdicts beyond the last target",
+        DAG,
+        "if (mine < rows) {\n    const auto own",
+        "{\n    const auto own",
+    ),
+    Mutation(
+        "warps beyond the last patch",
+        BILINEAR,
+        "  if (warp >= args.grid.warps()) return;\n",
+        "",
+        True,
+    ),
+    Mutation("frozen images move", STEP, "!args.is_active(share.n) || scale == 0", "scale == 0"),
+    Mutation(
+        "patches without pixels",
+        BILINEAR,
+        "  if (patch.pixels() == 0) return;\n",
+        "",
+        equivalent="a lane without a pixel has weights of 0 and adds nothing",
+    ),
+    # strides
+    Mutation(
+        "every tile is the first",
+        DAG,
+        "scores[scores_at[row] + begin + lane]",
+        "scores[scores_at[row] + lane]",
+    ),
+    Mutation("31 lanes for 32 columns", DAG, "c < classes; c += 32", "c < classes; c += 31"),
+    Mutation(
+        "blocks step over one another", STEP, "step(blocks_per_image * kThreads)", "step(kThreads)"
+    ),
+    Mutation(
+        "blocks of one image begin apart",
+        STEP,
+        "blockIdx.x % blocks_per_image * kThreads",
+        "blockIdx.x * kThreads",
+    ),
+    Mutation(
+        "fewer patches than cells have",
+        CELLS,
+        "ceil_div(3 * to, 2 * (from - 1)) + 2",
+        "ceil_div(to, from)",
+    ),
+    # collectives
+    Mutation("count of half a warp", TARGETS, "offset = 16", "offset = 8"),
+    Mutation("norm of half a warp", STEP, "offset = 16", "offset = 8"),
+    Mutation("sum of half a warp", BILINEAR, "offset = 16", "offset = 8"),
+    Mutation("count of the first warp", TARGETS, "threadIdx.x % 32 != 0", "threadIdx.x != 0"),
+    Mutation("not the last corner", BILINEAR, "if (lane < 8 &&", "if (lane < 7 &&"),
+    # atomics
+    Mutation("plain count", TARGETS, "atomicAdd(image, active)", "*image += active"),
+    Mutation(
+        "plain flag", TARGETS, "atomicOr(image, kOutOfRangeFlag)", "*image |= kOutOfRangeFlag"
+    ),
+    Mutation("plain norm", STEP, "atomicMax(to, bits)", "*to = *to > bits ? *to : bits"),
+    Mutation(
+        "plain sums",
+        BILINEAR,
+        "atomicAdd(reinterpret_cast<unsigned long long*>(args.sums + at),\n",
+        "(args.sums[at] += own,\n",
+    ),
+    # packs where they do not fit
+    Mutation("packs of scores that are not aligned", DAG, "aligned(args.scores) &&", ""),
+    Mutation(
+        "packs of classes that are not aligned",
+        DAG,
+        "args.scores_class % V == 0 &&\n         args.seed_class % V == 0 &&",
+        "",
+    ),
+    Mutation("packs of targets that are apart", DAG, "args.walk.in_packs(V, kSeed + 1)", "true"),
+    Mutation("packs across rows", STRIDED, "inner() % pack == 0", "true"),
+    Mutation("packs of images that are not aligned", STRIDED, "&& batch[k] % pack == 0", ""),
+    Mutation(
+        "packs of pixels that are not aligned",
+        STEP,
+        "aligned(args.images) && aligned(args.shown)",
+        "aligned(args.shown)",
+    ),
+    Mutation(
+        "packs of gradients that are not aligned",
+        STEP,
+        "aligned(args.gradient) && args.walk",
+        "args.walk",
+    ),
+    # limits
+    Mutation(
+        "sums beyond 64 bits",
+        BILINEAR,
+        "std::ldexp(most, bits) >=",
+        "false && std::ldexp(most, bits) >=",
+    ),
+)
+
+
+def environment(sanitize: bool) -> dict[str, str]:
+    module = WORK / ("sanitized" if sanitize else "plain")
+    env = os.environ | {"DAGCORE_CUDA_ON_HOST": str(module), "COLUMNS": "250"}
+    if not sanitize:
+        return env
+    compiler = os.environ.get("CXX", "g++")
+    libraries = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return env | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def noticed(mutation: Mutation) -> str | None:
+    """What noticed a mutation, None if nothing did."""
+    file = WORK / "csrc" / mutation.file
+    content = file.read_text()
+    assert content.count(mutation.line) == 1, f"{mutation.name}: not once in {mutation.file}"
+    file.write_text(content.replace(mutation.line, mutation.mutant))
+    try:
+        return noticed_by(mutation)
+    finally:
+        file.write_text(content)
+
+
+def noticed_by(mutation: Mutation) -> str | None:
+    env = environment(mutation.sanitize)
+    build = [
+        sys.executable,
+        str(Path(__file__).with_name("build.py")),
+        "--csrc",
+        str(WORK / "csrc"),
+    ]
+    build += ["--out", env["DAGCORE_CUDA_ON_HOST"], *["--sanitize"] * mutation.sanitize]
+    subprocess.run(build, check=True)
+    for tests in (QUICK, THOROUGH):
+        done = subprocess.run((*PYTEST, *tests), cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            lines = [*done.stdout.split("\n"), *done.stderr.split("\n")]
+            words = ("FAILED ", "ERROR: AddressSanitizer", "runtime error", "Fatal Python error")
+            said = [line for line in lines if any(word in line for word in words)]
+            what = said[0].rpartition(" - ")[2] if said else f"exit {done.returncode}"
+            return f"{what.strip()} ({'test_kernels' if tests is QUICK else 'op tests'})"
+    return None
+
+
+def main() -> None:
+    wanted = " ".join(sys.argv[1:])
+    shutil.rmtree(WORK, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", WORK / "csrc")
+    bad = 0
+    for mutation in MUTATIONS:
+        if wanted not in mutation.name:
+            continue
+        by = noticed(mutation)
+        bad += (by is None) != bool(mutation.equivalent)
+        why = f"equivalent: {mutation.equivalent}" if mutation.equivalent else "NOT NOTICED"
+        print(f"{mutation.file:24} {mutation.name:40} {by or why}", flush=True)
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""One small case that comes to every CUDA kernel, to compare what two devices make of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DTYPES, arguments, lay_out, on
+from torch import Tensor
+
+from dagcore import ops
+
+CASES = [
+    pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"]),
+    pytest.mark.parametrize("mode", ["leave", "reach", "runner-up"]),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("size", [(16, 24), (9, 13)], ids=str),
+]
+Case = tuple[str, str, torch.dtype, tuple[int, int]]
+
+
+def in_every_case(test: object) -> object:
+    """Decorator of a test that takes layout, mode, dtype and size."""
+    for case in CASES:
+        test = case(test)
+    return test
+
+
+def results(
+    device: torch.device, layout: str, mode: str, dtype: torch.dtype, size: tuple[int, int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the ops return: that which is the same to the bit everywhere, and nearly so."""
+    rng = torch.Generator().manual_seed(1)
+    scores = lay_out(torch.randn(2, 40, *size, generator=rng).to(dtype), layout)
+    labels = scores.float().argmax(1)
+    labels[0, :2] = 255
+    high = torch.randint(0, 40, (2, 43, 30), generator=rng)
+    tensors = torch.rand(3, 3, 3, *size, generator=rng).to(dtype)
+    images, origin, gradient = (lay_out(tensor, layout) for tensor in tensors)
+    counts = torch.tensor([3, 0, 1], dtype=torch.int32)
+    scores, labels, high, images, origin, gradient, counts = on(
+        device, scores, labels, high, images, origin, gradient - 0.5, counts
+    )
+    low = scores[:, :, :5, :7]
+    exact, near = [ops.argmax_bilinear(low, (43, 30))], []
+    high = torch.where(high % 3 == 0, high, exact[0])
+    for margin in (0.0, 0.3):
+        other, goal = arguments(mode, (labels + 1) % 40)
+        exact += ops.dag_seed(scores, labels, other, goal=goal, margin=margin)
+        other, goal = arguments(mode, (high + 1) % 40)
+        seed, active = ops.dag_seed_bilinear(low, high, other, goal=goal, margin=margin)
+        exact.append(active)
+        near.append(seed)
+    for epsilon, levels in ((None, None), (0.01, None), (None, 256), (0.03, 256)):
+        moved, shown = images.clone(), torch.zeros_like(images) if levels else None
+        settings = {"gamma": 0.02, "lower": 0.0, "upper": 1.0, "epsilon": epsilon}
+        exact.append(
+            ops.linf_step_(moved, origin, gradient, counts, **settings, grid=shown, levels=levels)
+        )
+        exact += [moved] if shown is None else [moved, shown]
+    count = 70  # more images than a block of settle_ has threads
+    flags = torch.rand(5, count, generator=rng) < 0.6
+    numbers = torch.randint(0, 4, (3, count), generator=rng)
+    history = torch.full((count, 4, 2), -1, dtype=torch.int32)
+    active = torch.randint(0, 9, (count, 2), generator=rng).int()
+    rows = [*flags[:2], *numbers[:2], numbers[2].to(torch.int8), history]
+    rows = [row.to(device) for row in rows]
+    told = [row.to(device) for row in (active, *flags[2:])]
+    exact += [ops.settle_(*rows, *told, 3, 2), *rows]
+    return [value.cpu() for value in exact], [value.cpu() for value in near]
+
+
+def assert_same_results(
+    got: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]]
+) -> None:
+    for value, wanted in zip(got[0], expected[0], strict=True):
+        assert torch.equal(value, wanted)
+    for value, wanted in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(value, wanted)
