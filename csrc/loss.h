@@ -38,6 +38,9 @@ constexpr bool is_sparse(Loss loss) {
 constexpr int tops_of(Loss loss) { return loss == Loss::dlr ? 4 : is_sparse(loss) ? 2 : 1; }
 constexpr int terms_of(Loss loss) { return loss == Loss::dlr ? 5 : 2; }
 
+// Classes whose features are summed before their sum is added to the whole: fewer roundings.
+constexpr int kSummed = 16;
+
 template <typename Real>
 struct LossRule {
   bool targeted;  // the loss is that of the adversarial label
@@ -170,8 +173,9 @@ DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Re
   const Index rival = rule.targeted ? adversarial : second ? top.at[1] : top.at[0];
   const Real rival_score = rule.targeted ? aim : second ? top.score[1] : top.score[0];
   const Real above = rival_score - own;
-  const Real low = product(top.score[2] + top.score[fourth], Real(0.5));
-  const Real below = top.score[0] - low + Real(1e-12);
+  // The differences are exact where the scores are close, and so the quotient is large.
+  const Real spread = (top.score[0] - top.score[2]) + (top.score[0] - top.score[fourth]);
+  const Real below = product(spread, Real(0.5)) + Real(1e-12);
   const bool finite = (above - above == 0) & (below - below == 0);
   const Real one = finite ? 1 / below : Real{0};
   const Real loss = finite ? above / below : Real{0};
@@ -179,6 +183,16 @@ DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Re
   return {loss,
           {rival, label, top.at[0], top.at[2], top.at[fourth]},
           {one, -one, -(half + half), half, half}};
+}
+
+// What cannot be held becomes the largest finite number; a NaN stays one.
+template <typename T, typename Real>
+DAGCORE_INLINE T store_seed(Real value) {
+  constexpr Real kMost = std::is_same_v<T, Half>       ? Real(65504)
+                         : std::is_same_v<T, BFloat16> ? Real(0x1.fep127)
+                                                       : std::numeric_limits<Real>::max();
+  value = value > kMost ? kMost : value;
+  return Pixel<T>::store(value < -kMost ? -kMost : value);
 }
 
 }  // namespace dagcore

@@ -231,13 +231,11 @@ def loss_arguments(
             limits = f"at most {most}" if least < 0 else f"between {least} and {most}"
             raise ArgumentError(f"{name} must be {limits}, got {value}")
     number("kappa", kappa, at_least=0, infinite=True)
-    if loss == "dag" and adversarial_labels is None:
-        raise ArgumentError("adversarial_labels must be a tensor or 'runner-up' for 'dag'")
-    if isinstance(adversarial_labels, str):
-        if loss != "dag" or adversarial_labels != "runner-up":
-            also = " or 'runner-up'" if loss == "dag" else " or None"
+    if isinstance(adversarial_labels, str | None):
+        allowed = "'runner-up'" if loss == "dag" else "None"
+        if adversarial_labels != ("runner-up" if loss == "dag" else None):
             raise ArgumentError(
-                f"adversarial_labels must be a tensor{also} for {loss!r}, "
+                f"adversarial_labels must be a tensor or {allowed} for {loss!r}, "
                 f"got {adversarial_labels!r}"
             )
     targeted = isinstance(adversarial_labels, Tensor)

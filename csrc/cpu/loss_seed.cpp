@@ -17,7 +17,6 @@ namespace {
 constexpr int kStrip = 512;                 // targets of a strip, at most
 constexpr int kStripRoom = kStrip + 16;     // elements of its arrays; see kRoom
 constexpr int64_t kStripBytes = 256 << 10;  // of its scores, roughly
-constexpr int kBlock = 16;                  // classes that are summed before the sum grows
 constexpr int kLanes = 8;                   // of the sum of losses
 
 // `count` targets in a row: where the first lies in each operand, in elements. Their scores, and
@@ -109,9 +108,9 @@ DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
                                  LossRow<Real, Index>* row) {
   const int count = strip.count;
   for (int i = 0; i < count; ++i) row->sum[i] = row->squares[i] = 0;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+  for (int64_t begin = 0; begin < classes; begin += kSummed) {
     for (int i = 0; i < count; ++i) row->part[i] = row->part_squares[i] = 0;
-    for (int64_t c = begin; c < std::min(begin + kBlock, classes); ++c) {
+    for (int64_t c = begin; c < std::min(begin + kSummed, classes); ++c) {
       Real* work = strip.row(c);
       for (int i = 0; i < count; ++i) {
         const Real feature = exp_nonpositive(work[i] - row->top[0][i]);
@@ -226,16 +225,6 @@ DAGCORE_INLINE void add_losses(int count, const Real* loss, double* sum) {
   for (; i < count; ++i) lanes[i % kLanes] += loss[i];
   *sum = 0;
   for (double lane : lanes) *sum += lane;
-}
-
-// What cannot be held becomes the largest finite number; a NaN stays one.
-template <typename T, typename Real>
-DAGCORE_INLINE T store_seed(Real value) {
-  constexpr Real kMost = std::is_same_v<T, Half>       ? Real(65504)
-                         : std::is_same_v<T, BFloat16> ? Real(0x1.fep127)
-                                                       : std::numeric_limits<Real>::max();
-  value = value > kMost ? kMost : value;
-  return Pixel<T>::store(value < -kMost ? -kMost : value);
 }
 
 template <typename T, typename Real, typename Index>

@@ -179,7 +179,7 @@ def _difference(
         other = rival(label) if aim is None else aim
         lowest = order[2:3] if aim is None else order[2:4]
         above = at(other) - at(label)
-        below = at(order[0]) - sum(map(at, lowest)) / len(lowest) + 1e-12
+        below = (at(order[0]) - at(lowest[0]) + (at(order[0]) - at(lowest[-1]))) / 2 + 1e-12
         finite = above.isfinite() & below.isfinite()
         one = torch.where(finite, 1 / below, 0)
         values = torch.where(finite, above, 0) * one
