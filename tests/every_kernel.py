@@ -8,6 +8,7 @@ from support import DTYPES, arguments, lay_out, on
 from torch import Tensor
 
 from dagcore import ops
+from dagcore.checks import LOSSES
 
 CASES = [
     pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"]),
@@ -50,6 +51,11 @@ def results(
         seed, active = ops.dag_seed_bilinear(low, high, other, goal=goal, margin=margin)
         exact.append(active)
         near.append(seed)
+    for loss in LOSSES:
+        other = "runner-up" if loss == "dag" else (labels + 1) % 40 if mode == "reach" else None
+        seed, sums, hits = ops.loss_seed(scores, labels, other, loss=loss, blend=0.3)
+        exact += [seed, hits]
+        near.append(sums)
     for epsilon, levels in ((None, None), (0.01, None), (None, 256), (0.03, 256)):
         moved, shown = images.clone(), torch.zeros_like(images) if levels else None
         settings = {"gamma": 0.02, "lower": 0.0, "upper": 1.0, "epsilon": epsilon}

@@ -33,6 +33,7 @@ from support import (
 from torch import Tensor
 
 from dagcore import ops, reference
+from dagcore.checks import LOSSES
 
 PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own, unchecked
 ON_HOST = pytest.mark.usefixtures("cpu_or_cuda_on_host")
@@ -118,6 +119,23 @@ def bilinear_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[
 
 
 @st.composite
+def loss_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str | None, dict[str, Any]]:
+    """Arguments of `loss_seed`."""
+    scores, labels, other, settings = draw(seed_cases())
+    loss = draw(st.sampled_from(LOSSES))
+    if loss != "dag" and (isinstance(other, str) or draw(st.booleans())):
+        other = None
+    weights = None
+    if draw(st.booleans()):
+        dtype, rng = draw(st.sampled_from(DTYPES)), generator(draw(SEEDS))
+        weights = torch.rand(scores.shape[1], generator=rng).to(dtype)
+    unit = st.sampled_from((0, 0.0, 0.25, 1, 1.0))
+    numbers = {"blend": draw(unit), "q": draw(unit), "kappa": draw(st.sampled_from((0, 0.5, INF)))}
+    settings = {"loss": loss, "class_weights": weights, "ignore_index": settings["ignore_index"]}
+    return scores, labels, other, settings | numbers
+
+
+@st.composite
 def argmax_cases(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
     """Arguments of `argmax_bilinear`."""
     scores, labels, _, settings = draw(bilinear_cases())
@@ -183,7 +201,7 @@ def assert_same_error(got: Any, expected: Any, names: tuple[str, ...]) -> None:
 
 
 SEED_NAMES = ("scores", "labels", "adversarial_labels", "goal", "ignore_index", "align_corners")
-SEED_NAMES += ("margin",)
+SEED_NAMES += ("margin", "loss", "blend", "q", "kappa", "class_weights")
 SIZE_NAMES = ("scores", "size", "align_corners")
 STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper", "epsilon")
 STEP_NAMES += ("grid", "levels")
@@ -231,6 +249,32 @@ def test_dag_seed_bilinear(case: Any) -> None:
 
 @ON_HOST
 @FUZZ
+@given(loss_cases())
+def test_loss_seed(case: Any) -> None:
+    scores, labels, other, settings = case
+    before = bits(scores)
+    got = result_or_error(ops.loss_seed, scores, labels, other, **settings)
+    expected = result_or_error(reference.loss_seed, scores, labels, other, **settings)
+    assert torch.equal(bits(scores), before), "scores were written to"
+    if isinstance(expected, Exception):
+        assert_same_error(
+            got, expected, ("labels must lie", "adversarial_labels must lie", "scores")
+        )
+        return
+    for values, wanted in zip(got[:2], expected[:2], strict=True):
+        assert values.dtype == wanted.dtype
+        assert values.stride() == wanted.stride()
+        finite = wanted.double().masked_fill(~wanted.isfinite(), 0)
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        rtol = 2e-3 if scores.dtype == torch.float16 else 1e-2
+        rtol = rtol if values is got[0] and scores.element_size() == 2 else 2e-6
+        atol = 1e-6 * max(largest, 1.0)
+        torch.testing.assert_close(values, wanted, rtol=rtol, atol=atol, equal_nan=True)
+    assert torch.equal(got[2], expected[2])
+
+
+@ON_HOST
+@FUZZ
 @given(argmax_cases())
 def test_argmax_bilinear(case: Any) -> None:
     scores, size, settings = case
@@ -272,6 +316,9 @@ def valid_arguments(op: str) -> dict[str, Any]:
     if op == "argmax_bilinear":
         return {"scores": scores, "size": (3, 7), "align_corners": False}
     maps = {"scores": scores, "labels": labels, "adversarial_labels": adversarial}
+    if op == "loss_seed":
+        numbers = {"blend": 0.5, "q": 0.5, "kappa": 0.5, "class_weights": torch.rand(3)}
+        return maps | {"loss": "dag", "ignore_index": 255} | numbers
     more = {"align_corners": True} if op == "dag_seed_bilinear" else {}
     return maps | {"goal": "leave", "ignore_index": 255, "margin": 0.5} | more
 

@@ -21,6 +21,7 @@ from dagcore import ops, reference
 from dagcore.ops import native
 
 PACKAGE = Path(dagcore.__file__).parent
+PUBLIC = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed")
 STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
 
 
@@ -311,13 +312,13 @@ def test_current_cuda_stream_is_used(cuda: torch.device) -> None:
 # --- registration
 
 
-@pytest.mark.parametrize("name", ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_native_kernels_are_registered(device: torch.device, name: str) -> None:
     key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dagcore::{name}", key)
 
 
-@pytest.mark.parametrize("name", ["argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_names(name: str) -> None:
     assert name in ops.OPS
     assert callable(getattr(ops, name))
