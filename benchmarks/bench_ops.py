@@ -2,9 +2,10 @@
 
     python -m pytest benchmarks/bench_ops.py [--device cuda] [--save ops-cpu]
 
-The floor of dag_seed is `clone` of the scores (read once, write once); that of linf_step_ is
-`clone` of the images. What a margin or levels cost is timed against the native side alone, in rows
-of their own. Ratios above 1 mean that the other side is slower than the native one.
+The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
+linf_step_ is `clone` of the images. loss_seed stands beside the same loss by autograd, in the
+fastest PyTorch. What a margin or levels cost is timed against the native side alone, in rows of
+their own. Ratios above 1 mean that the other side is slower than the native one.
 """
 
 from __future__ import annotations
@@ -87,6 +88,59 @@ def test_dag_seed(
     }
     case = f"{'x'.join(map(str, shape))} {name_of(dtype)} {layout}, alone"
     rows.add("dag_seed", case, alternate(sides, 31, device=rows.device))
+
+
+def by_autograd(loss: str, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The seed of a loss by the fastest PyTorch: torch's fused cross-entropy and topk."""
+    functional = torch.nn.functional
+    scores = scores.detach().requires_grad_()
+    if loss == "dlr":
+        top, at = scores.topk(3, dim=1)
+        rival = torch.where(at[:, 0] == labels, top[:, 1], top[:, 0])
+        own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
+        total = (-(own - rival) / (top[:, 0] - top[:, 2] + 1e-12)).sum()
+    else:
+        entropy = functional.cross_entropy(scores, labels, reduction="none")
+        if loss == "cross-entropy":
+            total = entropy.sum()
+        elif loss == "jensen-shannon":
+            p = (-entropy).exp()
+            total = ((-p * entropy - (1 + p) * p.log1p()) / 2).sum()
+        else:
+            assert loss == "cosine"
+            p = scores.detach().softmax(1)
+            weight = (-entropy.detach()).exp() / torch.linalg.vector_norm(p, dim=1)
+            total = (weight * entropy).sum()
+    (seed,) = torch.autograd.grad(total, scores)
+    return seed
+
+
+@pytest.mark.parametrize("layout", ["class first", "class last"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "jensen-shannon", "cosine", "dlr"])
+@pytest.mark.parametrize("shape", SHAPES[:3:2], ids=lambda s: "x".join(map(str, s)))
+def test_loss_seed(
+    benchmark: BenchmarkFixture, rows: Rows, shape: tuple[int, ...], loss: str, layout: str
+) -> None:
+    """Random scores, four targets in five right; the floor is `clone` of the scores."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator)
+    right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
+    labels = torch.where(right, scores.argmax(1), 0).to(rows.device)
+    scores = scores.to(rows.device)
+    if layout == "class last":
+        scores = scores.to(memory_format=torch.channels_last)
+    compare(
+        benchmark,
+        rows,
+        "loss_seed",
+        f"{loss} {'x'.join(map(str, shape))} {layout}",
+        lambda: dagcore.ops.loss_seed(scores, labels, loss=loss),
+        {
+            "autograd": lambda: by_autograd(loss, scores, labels),
+            "floor": lambda: scores.clone(),
+        },
+        rounds=9,
+    )
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8], ids=name_of)
