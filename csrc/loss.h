@@ -86,6 +86,12 @@ DAGCORE_INLINE Dense<Real> softmax_loss(LossRule<Real> rule, Real behind, Real s
   return {product(sign, loss), product(sign, weight) / sum, -product(sign, weight)};
 }
 
+// The feature of masked_spherical.
+template <typename Real>
+DAGCORE_INLINE Real feature_of_size(Real score, Real size) {
+  return (score - score == 0) & (size > 0) ? score / size : Real{0};
+}
+
 // `size` is max |z|, `own` the label's feature; `squares` is over the features.
 template <typename Real>
 DAGCORE_INLINE Dense<Real> spherical_loss(LossRule<Real> rule, Real size, Real own, Real squares,

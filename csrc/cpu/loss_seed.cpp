@@ -14,7 +14,7 @@
 namespace dagcore {
 namespace {
 
-constexpr int kStrip = 512;                 // targets of a strip, at most
+constexpr int kStrip = 256;                 // targets of a strip, at most
 constexpr int kStripRoom = kStrip + 16;     // elements of its arrays; see kRoom
 constexpr int64_t kStripBytes = 256 << 10;  // of its scores, roughly
 constexpr int kLanes = 8;                   // of the sum of losses
@@ -82,16 +82,32 @@ DAGCORE_INLINE void read_class(const T* scores, int64_t stride, Index c, int cou
   }
 }
 
-// Copies the scores and finds the largest.
+// Asks for `count` neighbours in memory, which may lie beyond a tensor's end.
+template <int kWrite, typename T>
+DAGCORE_INLINE void prefetch(const T* from, int count) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite, 2);
+}
+
+// Copies the scores and finds the largest. Where classes are planes, a strip has so short a piece
+// of each that the processor does not foresee the next: it is told.
 template <typename T, int kTops, typename Real, typename Index>
 DAGCORE_INLINE void read_strip(const LossArgs& args, const Strip<Real>& strip,
                                LossRow<Real, Index>* row) {
   const int64_t stride = args.walk.inner_stride(kLossScores), classes = args.labelling.classes;
   const T* scores = static_cast<const T*>(args.scores) + strip.at[kLossScores];
-  read_class<T, kTops, true>(scores, stride, Index{0}, strip.count, strip.row(0), row);
-  for (Index c = 1; c < classes; ++c) {
-    scores += args.scores_class;
-    read_class<T, kTops, false>(scores, stride, c, strip.count, strip.row(c), row);
+  const T* seed = static_cast<const T*>(args.seed) + strip.at[kLossSeed];
+  const bool planes = stride == 1 && args.walk.inner_stride(kLossSeed) == 1;
+  for (Index c = 0; c < classes; ++c, scores += args.scores_class, seed += args.seed_class) {
+    if (planes) {
+      prefetch<0>(scores + strip.count, strip.count);
+      prefetch<1>(seed, strip.count);
+    }
+    if (c == 0) {
+      read_class<T, kTops, true>(scores, stride, c, strip.count, strip.row(c), row);
+    } else {
+      read_class<T, kTops, false>(scores, stride, c, strip.count, strip.row(c), row);
+    }
   }
 }
 
@@ -103,9 +119,10 @@ DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real
   }
 }
 
-template <bool kSquares, typename Real, typename Index>
-DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
-                                 LossRow<Real, Index>* row) {
+// Puts feature(score, i) in place of the scores, and sums features and their squares.
+template <bool kSum, bool kSquares, typename Real, typename Index, typename Feature>
+DAGCORE_INLINE void sum_features(int64_t classes, const Strip<Real>& strip,
+                                 LossRow<Real, Index>* row, const Feature& feature) {
   const int count = strip.count;
   for (int i = 0; i < count; ++i) row->sum[i] = row->squares[i] = 0;
   for (int64_t begin = 0; begin < classes; begin += kSummed) {
@@ -113,17 +130,26 @@ DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
     for (int64_t c = begin; c < std::min(begin + kSummed, classes); ++c) {
       Real* work = strip.row(c);
       for (int i = 0; i < count; ++i) {
-        const Real feature = exp_nonpositive(work[i] - row->top[0][i]);
-        work[i] = feature;
-        row->part[i] += feature;
-        if (kSquares) row->part_squares[i] += feature * feature;
+        const Real value = feature(work[i], i);
+        work[i] = value;
+        if (kSum) row->part[i] += value;
+        if (kSquares) row->part_squares[i] += value * value;
       }
     }
     for (int i = 0; i < count; ++i) {
-      row->sum[i] += row->part[i];
+      if (kSum) row->sum[i] += row->part[i];
       if (kSquares) row->squares[i] += row->part_squares[i];
     }
   }
+}
+
+template <bool kSquares, typename Real, typename Index>
+DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
+                                 LossRow<Real, Index>* row) {
+  const auto feature = [&](Real score, int i) __attribute__((always_inline)) {
+    return exp_nonpositive(score - row->top[0][i]);
+  };
+  sum_features<true, kSquares>(classes, strip, row, feature);
 }
 
 // Divides the scores by the largest magnitude among them, so that no square overflows.
@@ -131,7 +157,7 @@ template <typename Real, typename Index>
 DAGCORE_INLINE void normalize(int64_t classes, const Strip<Real>& strip,
                               LossRow<Real, Index>* row) {
   const int count = strip.count;
-  for (int i = 0; i < count; ++i) row->size[i] = row->squares[i] = 0;
+  for (int i = 0; i < count; ++i) row->size[i] = 0;
   for (int64_t c = 0; c < classes; ++c) {
     const Real* work = strip.row(c);
     for (int i = 0; i < count; ++i) {
@@ -139,15 +165,10 @@ DAGCORE_INLINE void normalize(int64_t classes, const Strip<Real>& strip,
       row->size[i] = magnitude > row->size[i] ? magnitude : row->size[i];
     }
   }
-  for (int64_t c = 0; c < classes; ++c) {
-    Real* work = strip.row(c);
-    for (int i = 0; i < count; ++i) {
-      const bool finite = work[i] - work[i] == 0;
-      const Real feature = finite & (row->size[i] > 0) ? work[i] / row->size[i] : Real{0};
-      work[i] = feature;
-      row->squares[i] += feature * feature;
-    }
-  }
+  const auto feature = [&](Real score, int i) __attribute__((always_inline)) {
+    return feature_of_size(score, row->size[i]);
+  };
+  sum_features<false, true>(classes, strip, row, feature);
 }
 
 template <Loss kLoss, typename Real, typename Index>

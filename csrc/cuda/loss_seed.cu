@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
       const auto feature = [&](int32_t c) {
         const Real score = load(c);
         if constexpr (kLoss != Loss::masked_spherical) return exp_nonpositive(score - top);
-        return (score - score == 0) & (size > 0) ? score / size : Real{0};
+        return feature_of_size(score, size);
       };
       sum_features(classes, feature, &sum, &squares);
       Dense<Real> dense;
