@@ -111,11 +111,15 @@ DAGCORE_INLINE void read_strip(const LossArgs& args, const Strip<Real>& strip,
   }
 }
 
-// What the rows of the strip hold at the classes, 0 where a class is none.
+// What the rows of the strip hold at the classes; anything where a class is none.
 template <typename Real, typename Index>
 DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real* out) {
-  for (int i = 0; i < strip.count; ++i) {
-    out[i] = classes[i] < 0 ? Real{0} : strip.row(classes[i])[i];
+  const Real* work = strip.work;
+  const int64_t pitch = strip.pitch;
+  const int count = strip.count;
+  for (int i = 0; i < count; ++i) {
+    const int64_t c = classes[i] > 0 ? classes[i] : 0;
+    out[i] = work[c * pitch + i];
   }
 }
 
@@ -300,16 +304,17 @@ uint32_t seed_strip(Simd simd, const LossArgs& args, const Strip<Real>& strip,
   } else {
     std::copy_n(row->label, count, row->adversarial);
   }
-  const Real* weights = static_cast<const Real*>(args.class_weights);
-  for (int i = 0; i < count; ++i) {
-    row->omega[i] = weights && row->label[i] >= 0 ? weights[row->label[i]] : Real{1};
+  if (const Real* weights = static_cast<const Real*>(args.class_weights)) {
+    for (int i = 0; i < count; ++i) row->omega[i] = weights[std::max<Index>(row->label[i], 0)];
+  } else {
+    std::fill_n(row->omega, count, Real{1});
   }
   run_simd<read_strip<T, tops_of(kLoss), Real, Index>>(simd, args, strip, row);
   if constexpr (kLoss == Loss::masked_spherical) {
     run_simd<normalize<Real, Index>>(simd, classes, strip, row);
   }
-  if (is_sparse(kLoss)) look_up(strip, row->label, row->own);
-  look_up(strip, row->adversarial, row->aim);
+  if (is_sparse(kLoss)) run_simd<look_up<Real, Index>>(simd, strip, row->label, row->own);
+  run_simd<look_up<Real, Index>>(simd, strip, row->adversarial, row->aim);
   uint32_t hits = 0;
   if constexpr (is_sparse(kLoss)) {
     run_simd<judge_sparse<kLoss, Real, Index>>(simd, rule, count, row);
