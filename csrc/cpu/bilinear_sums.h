@@ -32,36 +32,27 @@ template <typename Real>
 DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4],
                                  uint32_t* taken) {
   using Index = IndexOf<Real>;
-  const auto& corner = tile->weights->corner;
-  Lanes<Real> s0, s1, s2, s3;
-  Lanes<Index> found;
-  for (int p = 0; p < tile->weights->padded; p += kLanes) {
-    Real w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
-    Index plus[kLanes], minus[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      w0[j] = corner[0][p + j];
-      w1[j] = corner[1][p + j];
-      w2[j] = corner[2][p + j];
-      w3[j] = corner[3][p + j];
-      plus[j] = tile->plus[p + j];
-      minus[j] = tile->minus[p + j];
-    }
+  Lanes<Real> sums[4];
+  Lanes<Index> found[1];
+  const Real* corner = tile->weights->corner[0];
+  Index *plus = tile->plus, *minus = tile->minus;
+  const Index* end = plus + tile->weights->padded;
+  for (; plus != end; plus += kLanes, minus += kLanes, corner += kLanes) {
+#pragma GCC unroll 1
     for (int j = 0; j < kLanes; ++j) {
       const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
-      s0.lane[j] += same ? w0[j] : Real{0};
-      s1.lane[j] += same ? w1[j] : Real{0};
-      s2.lane[j] += same ? w2[j] : Real{0};
-      s3.lane[j] += same ? w3[j] : Real{0};
-      found.lane[j] += same ? Index{1} : Index{0};
+      sums[0].lane[j] += same ? corner[j] : Real{0};
+      sums[1].lane[j] += same ? corner[j + kRoom] : Real{0};
+      sums[2].lane[j] += same ? corner[j + 2 * kRoom] : Real{0};
+      sums[3].lane[j] += same ? corner[j + 3 * kRoom] : Real{0};
+      found[0].lane[j] += same ? Index{1} : Index{0};
       plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
     }
-    for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
   }
-  sum[0] = s0.total();
-  sum[1] = s1.total();
-  sum[2] = s2.total();
-  sum[3] = s3.total();
-  *taken = static_cast<uint32_t>(found.total());
+  add_lanes(sums, sum);
+  Index count[1];
+  add_lanes(found, count);
+  *taken = static_cast<uint32_t>(count[0]);
 }
 
 // Sums of a tile with many verdicts, class by class.
@@ -73,13 +64,13 @@ struct ClassSums {
 
   explicit ClassSums(int64_t classes) : corner(classes * 4), is_touched(classes) {}
 
-  void add(int64_t c, Real sign, const Real (&weight)[4]) {
+  void add(int64_t c, Real sign, const TileWeights<Real>& weights, int p) {
     if (!is_touched[c]) {
       is_touched[c] = 1;
       touched.push_back(static_cast<int32_t>(c));
     }
     Real* sum = &corner[4 * c];
-    for (int k = 0; k < 4; ++k) sum[k] += sign * weight[k];
+    for (int k = 0; k < 4; ++k) sum[k] += sign * weights.corner[k][p];
   }
   void move_to(const CornerSums<Real>& sums, const Segment& x) {
     for (int32_t c : touched) {
@@ -112,8 +103,8 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
   if (!left) return;
   for (; p < tile->weights->count; ++p) {
     if (tile->plus[p] < 0) continue;
-    rest->add(tile->plus[p], 1, tile->weights->of_pixel[p]);
-    rest->add(tile->minus[p], -1, tile->weights->of_pixel[p]);
+    rest->add(tile->plus[p], 1, *tile->weights, p);
+    rest->add(tile->minus[p], -1, *tile->weights, p);
   }
   rest->move_to(sums, x);
 }

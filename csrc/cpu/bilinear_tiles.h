@@ -59,7 +59,6 @@ static_assert(kSide * kSide == kTargets, "a tile is one row of targets");
 template <typename Real>
 struct alignas(64) TileWeights {
   Real corner[4][kRoom];
-  Real of_pixel[kRoom][4];  // the same, pixel by pixel
   Real total[4];            // over all pixels
   int count = 0, padded = 0;
   int y_weights = -1, x_weights = -1;  // whose they are
@@ -70,43 +69,65 @@ struct Tile : TargetRow<Real, IndexOf<Real>> {
   const TileWeights<Real>* weights;
 };
 
-// A sum in lanes, added up in an order that does not depend on the vector width.
+// Sums in lanes, added up in an order that does not depend on the vector width.
 template <typename Value>
 struct Lanes {
   Value lane[kLanes] = {};
-
-  template <int kHalf = kLanes / 2>
-  DAGCORE_INLINE Value total() {
-    for (int j = 0; j < kHalf; ++j) lane[j] += lane[j + kHalf];
-    if constexpr (kHalf > 1) return total<kHalf / 2>();
-    return lane[0];
-  }
 };
 
+template <typename Value, int kSums>
+DAGCORE_INLINE void add_lanes(const Lanes<Value> (&sums)[kSums], Value (&total)[kSums]) {
+  Value half[kSums][kLanes / 2], quarter[kSums][kLanes / 4];
+  for (int k = 0; k < kSums; ++k) {
+    for (int j = 0; j < kLanes / 2; ++j) {
+      half[k][j] = sums[k].lane[j] + sums[k].lane[j + kLanes / 2];
+    }
+    for (int j = 0; j < kLanes / 4; ++j) quarter[k][j] = half[k][j] + half[k][j + kLanes / 4];
+  }
+  for (int k = 0; k < kSums; ++k) {
+    total[k] = (quarter[k][0] + quarter[k][2]) + (quarter[k][1] + quarter[k][3]);
+  }
+}
+
+// Rows of pixels are written in whole vectors, each over the end of the one before.
 template <typename Real>
 DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
-  int p = 0;
-  for (int i = 0; i < y.count; ++i) {
-    for (int j = 0; j < x.count; ++j, ++p) {
-      Real(&of_pixel)[4] = weights->of_pixel[p];
-      corner_weights(y.weight[i], x.weight[j], of_pixel);
-      for (int k = 0; k < 4; ++k) weights->corner[k][p] = of_pixel[k];
+  Real* row = weights->corner[0];
+  for (int i = 0; i < y.count; ++i, row += x.count) {
+    const double v = y.weight[i];
+    for (int j = 0; j < x.count; j += kLanes) {
+      Real* to = row + j;
+      const double* u = x.weight + j;
+#pragma GCC unroll 1
+      for (int l = 0; l < kLanes; ++l) {
+        Real of_pixel[4];
+        corner_weights(v, u[l], of_pixel);
+        to[l] = of_pixel[0];
+        to[l + kRoom] = of_pixel[1];
+        to[l + 2 * kRoom] = of_pixel[2];
+        to[l + 3 * kRoom] = of_pixel[3];
+      }
     }
   }
-  weights->count = p;
-  for (; p % kLanes; ++p) {
-    for (int k = 0; k < 4; ++k) weights->corner[k][p] = 0;
+  for (int k = 0; k < 4; ++k) {
+    for (int l = 0; l < kLanes; ++l) row[k * kRoom + l] = 0;
   }
-  weights->padded = p;
+  weights->count = y.count * x.count;
+  weights->padded = (weights->count + kLanes - 1) / kLanes * kLanes;
   weights->y_weights = y.weights;
   weights->x_weights = x.weights;
-  for (int k = 0; k < 4; ++k) {
-    Lanes<Real> sum;
-    for (int q = 0; q < p; q += kLanes) {
-      for (int j = 0; j < kLanes; ++j) sum.lane[j] += weights->corner[k][q + j];
+  Lanes<Real> sums[4];
+  const Real* from = weights->corner[0];
+  for (int p = 0; p < weights->padded; p += kLanes, from += kLanes) {
+#pragma GCC unroll 1
+    for (int j = 0; j < kLanes; ++j) {
+      sums[0].lane[j] += from[j];
+      sums[1].lane[j] += from[j + kRoom];
+      sums[2].lane[j] += from[j + 2 * kRoom];
+      sums[3].lane[j] += from[j + 3 * kRoom];
     }
-    weights->total[k] = sum.total();
   }
+  add_lanes(sums, weights->total);
 }
 
 // A class that may win in a cell, and its scores at the four corners.
