@@ -59,7 +59,7 @@ static_assert(kSide * kSide == kTargets, "a tile is one row of targets");
 template <typename Real>
 struct alignas(64) TileWeights {
   Real corner[4][kRoom];
-  Real total[4];            // over all pixels
+  Real total[4];  // over all pixels
   int count = 0, padded = 0;
   int y_weights = -1, x_weights = -1;  // whose they are
 };
