@@ -29,11 +29,9 @@ struct CornerSums {
 
 // The weights summed over the pixels of one verdict, which are struck off the tile.
 template <typename Real>
-DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4],
-                                 uint32_t* taken) {
+DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4]) {
   using Index = IndexOf<Real>;
-  Lanes<Real> sums[4];
-  Lanes<Index> found[1];
+  Lanes<Real> s0, s1, s2, s3;
   const Real* corner = tile->weights->corner[0];
   Index *plus = tile->plus, *minus = tile->minus;
   const Index* end = plus + tile->weights->padded;
@@ -41,18 +39,14 @@ DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* til
 #pragma GCC unroll 1
     for (int j = 0; j < kLanes; ++j) {
       const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
-      sums[0].lane[j] += same ? corner[j] : Real{0};
-      sums[1].lane[j] += same ? corner[j + kRoom] : Real{0};
-      sums[2].lane[j] += same ? corner[j + 2 * kRoom] : Real{0};
-      sums[3].lane[j] += same ? corner[j + 3 * kRoom] : Real{0};
-      found[0].lane[j] += same ? Index{1} : Index{0};
+      s0.lane[j] += same ? corner[j] : Real{0};
+      s1.lane[j] += same ? corner[j + kRoom] : Real{0};
+      s2.lane[j] += same ? corner[j + 2 * kRoom] : Real{0};
+      s3.lane[j] += same ? corner[j + 3 * kRoom] : Real{0};
       plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
     }
   }
-  add_lanes(sums, sum);
-  Index count[1];
-  add_lanes(found, count);
-  *taken = static_cast<uint32_t>(count[0]);
+  add_lanes(s0, s1, s2, s3, sum);
 }
 
 // Sums of a tile with many verdicts, class by class.
@@ -93,10 +87,11 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
     while (tile->plus[p] < 0) ++p;
     const Verdict<IndexOf<Real>> verdict{tile->plus[p], tile->minus[p]};
     Real sum[4];
-    uint32_t taken = 0;
-    run_simd<take_verdict<Real>>(simd, verdict, tile, sum, &taken);
+    run_simd<take_verdict<Real>>(simd, verdict, tile, sum);
     sums.add(x, verdict.plus, 1, sum);
     sums.add(x, verdict.minus, -1, sum);
+    // A pixel's weights add up to 1, but for rounding.
+    const auto taken = static_cast<uint32_t>(sum[0] + sum[1] + sum[2] + sum[3] + Real{0.5});
     left -= taken;
     if (taken < kFewPixels) break;
   }

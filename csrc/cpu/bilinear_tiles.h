@@ -75,16 +75,20 @@ struct Lanes {
   Value lane[kLanes] = {};
 };
 
-template <typename Value, int kSums>
-DAGCORE_INLINE void add_lanes(const Lanes<Value> (&sums)[kSums], Value (&total)[kSums]) {
-  Value half[kSums][kLanes / 2], quarter[kSums][kLanes / 4];
-  for (int k = 0; k < kSums; ++k) {
-    for (int j = 0; j < kLanes / 2; ++j) {
-      half[k][j] = sums[k].lane[j] + sums[k].lane[j + kLanes / 2];
-    }
+template <typename Value>
+DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, const Lanes<Value>& c,
+                              const Lanes<Value>& d, Value (&total)[4]) {
+  Value half[4][kLanes / 2], quarter[4][kLanes / 4];
+  for (int j = 0; j < kLanes / 2; ++j) {
+    half[0][j] = a.lane[j] + a.lane[j + kLanes / 2];
+    half[1][j] = b.lane[j] + b.lane[j + kLanes / 2];
+    half[2][j] = c.lane[j] + c.lane[j + kLanes / 2];
+    half[3][j] = d.lane[j] + d.lane[j + kLanes / 2];
+  }
+  for (int k = 0; k < 4; ++k) {
     for (int j = 0; j < kLanes / 4; ++j) quarter[k][j] = half[k][j] + half[k][j + kLanes / 4];
   }
-  for (int k = 0; k < kSums; ++k) {
+  for (int k = 0; k < 4; ++k) {
     total[k] = (quarter[k][0] + quarter[k][2]) + (quarter[k][1] + quarter[k][3]);
   }
 }
@@ -116,18 +120,18 @@ DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights
   weights->padded = (weights->count + kLanes - 1) / kLanes * kLanes;
   weights->y_weights = y.weights;
   weights->x_weights = x.weights;
-  Lanes<Real> sums[4];
+  Lanes<Real> s0, s1, s2, s3;
   const Real* from = weights->corner[0];
   for (int p = 0; p < weights->padded; p += kLanes, from += kLanes) {
 #pragma GCC unroll 1
     for (int j = 0; j < kLanes; ++j) {
-      sums[0].lane[j] += from[j];
-      sums[1].lane[j] += from[j + kRoom];
-      sums[2].lane[j] += from[j + 2 * kRoom];
-      sums[3].lane[j] += from[j + 3 * kRoom];
+      s0.lane[j] += from[j];
+      s1.lane[j] += from[j + kRoom];
+      s2.lane[j] += from[j + 2 * kRoom];
+      s3.lane[j] += from[j + 3 * kRoom];
     }
   }
-  add_lanes(sums, weights->total);
+  add_lanes(s0, s1, s2, s3, weights->total);
 }
 
 // A class that may win in a cell, and its scores at the four corners.
