@@ -73,20 +73,22 @@ struct Tile : TargetRow<Real, IndexOf<Real>> {
 template <typename Value>
 struct Lanes {
   Value lane[kLanes] = {};
+
+  DAGCORE_INLINE Value fold(int j) const {
+    return (lane[j] + lane[j + 8]) + (lane[j + 4] + lane[j + 12]);
+  }
 };
+static_assert(kLanes == 16);
 
 template <typename Value>
 DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, const Lanes<Value>& c,
                               const Lanes<Value>& d, Value (&total)[4]) {
-  Value half[4][kLanes / 2], quarter[4][kLanes / 4];
-  for (int j = 0; j < kLanes / 2; ++j) {
-    half[0][j] = a.lane[j] + a.lane[j + kLanes / 2];
-    half[1][j] = b.lane[j] + b.lane[j + kLanes / 2];
-    half[2][j] = c.lane[j] + c.lane[j + kLanes / 2];
-    half[3][j] = d.lane[j] + d.lane[j + kLanes / 2];
-  }
-  for (int k = 0; k < 4; ++k) {
-    for (int j = 0; j < kLanes / 4; ++j) quarter[k][j] = half[k][j] + half[k][j + kLanes / 4];
+  Value quarter[4][4];
+  for (int j = 0; j < 4; ++j) {
+    quarter[0][j] = a.fold(j);
+    quarter[1][j] = b.fold(j);
+    quarter[2][j] = c.fold(j);
+    quarter[3][j] = d.fold(j);
   }
   for (int k = 0; k < 4; ++k) {
     total[k] = (quarter[k][0] + quarter[k][2]) + (quarter[k][1] + quarter[k][3]);
