@@ -33,16 +33,28 @@ struct LabelRows {
   }
 };
 
+// Asks for a row of labels that is read soon. The processor itself does not look beyond the page
+// that it reads from, and a row of int64 is often as long.
+DAGCORE_INLINE void fetch_row(const LabelSource& labels, int64_t at, int64_t width) {
+  const int64_t size = labels.type == ScalarType::Byte ? 1 : labels.type == ScalarType::Int ? 4 : 8;
+  const char* row = static_cast<const char*>(labels.data) + at * size;
+  for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i);
+}
+
 template <typename Index, bool kIsAdversarial>
 DAGCORE_INLINE void read_label_rows(const Tensor& maps, const LabelSource& source, LabelRule rule,
                                     int64_t n, const Segment& y, bool marks, Index* out,
                                     LabelRows<Index>* rows) {
-  const int64_t width = rows->width;
+  constexpr int64_t kAhead = 2;
+  const int64_t width = rows->width, stride = maps.stride(1), column_stride = maps.stride(2);
+  const int64_t first = n * maps.stride(0), last = first + (maps.size(1) - 1) * stride;
   Index *down = rows->down.data(), *across = rows->across.data();
   for (int i = 0; i < y.count; ++i) {
+    const int64_t at = first + (y.begin + i) * stride;
+    if (column_stride == 1) fetch_row(source, std::min(at + kAhead * stride, last), width);
     Index* row = out + i * rows->stride;
-    read_labels<Index, kIsAdversarial>(source, n * maps.stride(0) + (y.begin + i) * maps.stride(1),
-                                       maps.stride(2), static_cast<int>(width), rule, row);
+    read_labels<Index, kIsAdversarial>(source, at, column_stride, static_cast<int>(width), rule,
+                                       row);
     if (!marks) continue;
     if (i == 0) {
       for (int64_t x = 1; x < width; ++x) across[x] |= row[x] ^ row[x - 1];
