@@ -59,14 +59,15 @@ static_assert(kSide * kSide == kTargets, "a tile is one row of targets");
 template <typename Real>
 struct alignas(64) TileWeights {
   Real corner[4][kRoom];
-  Real total[4];  // over all pixels
+  Real total[4];  // over all pixels, once asked for
+  bool has_total = false;
   int count = 0, padded = 0;
   int y_weights = -1, x_weights = -1;  // whose they are
 };
 
 template <typename Real>
 struct Tile : TargetRow<Real, IndexOf<Real>> {
-  const TileWeights<Real>* weights;
+  TileWeights<Real>* weights;
 };
 
 // Sums in lanes, added up in an order that does not depend on the vector width.
@@ -98,14 +99,15 @@ DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, cons
 // Rows of pixels are written in whole vectors, each over the end of the one before.
 template <typename Real>
 DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
+  constexpr int kDoubles = 8;  // of the widest vector: weights are multiplied in double precision
   Real* row = weights->corner[0];
   for (int i = 0; i < y.count; ++i, row += x.count) {
     const double v = y.weight[i];
-    for (int j = 0; j < x.count; j += kLanes) {
+    for (int j = 0; j < x.count; j += kDoubles) {
       Real* to = row + j;
       const double* u = x.weight + j;
 #pragma GCC unroll 1
-      for (int l = 0; l < kLanes; ++l) {
+      for (int l = 0; l < kDoubles; ++l) {
         Real of_pixel[4];
         corner_weights(v, u[l], of_pixel);
         to[l] = of_pixel[0];
@@ -122,6 +124,11 @@ DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights
   weights->padded = (weights->count + kLanes - 1) / kLanes * kLanes;
   weights->y_weights = y.weights;
   weights->x_weights = x.weights;
+  weights->has_total = false;
+}
+
+template <typename Real>
+DAGCORE_INLINE void fill_total(TileWeights<Real>* weights) {
   Lanes<Real> s0, s1, s2, s3;
   const Real* from = weights->corner[0];
   for (int p = 0; p < weights->padded; p += kLanes, from += kLanes) {
@@ -134,6 +141,7 @@ DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights
     }
   }
   add_lanes(s0, s1, s2, s3, weights->total);
+  weights->has_total = true;
 }
 
 // A class that may win in a cell, and its scores at the four corners.

@@ -136,7 +136,7 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
   const bool measures_label = targets.measures_label();
   uint32_t active = 0;
   for (const Segment& x : cells.xs) {
-    tile.weights = &cell_row.weights_of(cells.simd, y, x);
+    tile.weights = cell_row.weights_of(cells.simd, y, x);
     int32_t only = kSecond ? kUncounted : only_winner(cells, x.low, cell_row);
     const bool uniform = !targets.runner_up && (only >= 0 || measures_label) && rows.uniform(x);
     const Index label = rows.labels[x.begin];
@@ -152,8 +152,8 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
       if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
       if (verdict.plus < 0) continue;
       active += static_cast<uint32_t>(tile.weights->count);
-      sums.add(x, verdict.plus, 1, tile.weights->total);
-      sums.add(x, verdict.minus, -1, tile.weights->total);
+      sums.add(x, verdict.plus, 1, cell_row.total_weight(cells.simd));
+      sums.add(x, verdict.minus, -1, cell_row.total_weight(cells.simd));
       continue;
     }
     run_simd<take_labels<Index>>(cells.simd, rows.labels.data(), rows.stride, y, x, tile.label);
