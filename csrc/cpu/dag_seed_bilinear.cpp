@@ -15,14 +15,14 @@ namespace {
 template <typename Index>
 struct LabelRows {
   int64_t width, stride;
-  std::vector<Index> labels, adversarial;
+  std::unique_ptr<Index[]> labels, adversarial;  // not zeroed: written before they are read
   std::vector<Index> down, across;  // where a label differs from the first row's, from the left's
 
   explicit LabelRows(int64_t width)
       : width(width),
         stride(width + 2 * kLanes - width % kLanes),
-        labels(kSide * stride),
-        adversarial(kSide * stride),
+        labels(new Index[kSide * stride]),
+        adversarial(new Index[kSide * stride]),
         down(stride),
         across(stride) {}
 
@@ -72,10 +72,10 @@ DAGCORE_INLINE void read_rows(const BilinearSeedCall& call, const Targets& targe
     std::fill(rows->down.begin(), rows->down.end(), Index{0});
     std::fill(rows->across.begin(), rows->across.end(), Index{0});
     read_label_rows<Index, true>(call.adversarial, targets.adversarial, call.rule, n, y, true,
-                                 rows->adversarial.data(), rows);
+                                 rows->adversarial.get(), rows);
   }
   read_label_rows<Index, false>(call.labels, targets.labels, call.rule, n, y, marks,
-                                rows->labels.data(), rows);
+                                rows->labels.get(), rows);
 }
 
 // The labels of a tile, out of those of its rows of pixels: whole vectors, each over the end of
@@ -156,9 +156,9 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
       sums.add(x, verdict.minus, -1, cell_row.total_weight(cells.simd));
       continue;
     }
-    run_simd<take_labels<Index>>(cells.simd, rows.labels.data(), rows.stride, y, x, tile.label);
+    run_simd<take_labels<Index>>(cells.simd, rows.labels.get(), rows.stride, y, x, tile.label);
     if (!targets.runner_up) {
-      run_simd<take_labels<Index>>(cells.simd, rows.adversarial.data(), rows.stride, y, x,
+      run_simd<take_labels<Index>>(cells.simd, rows.adversarial.get(), rows.stride, y, x,
                                    tile.adversarial);
     }
     const int count = tile.weights->count, padded = tile.weights->padded;
