@@ -11,7 +11,6 @@ import pytest
 import torch
 from common import save, spread
 
-
 # The processor's seconds leave out those that other work on a shared machine takes; they add up
 # over threads, so that OMP_NUM_THREADS=1 goes with them.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

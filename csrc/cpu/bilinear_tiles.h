@@ -14,6 +14,7 @@ namespace dagcore {
 // Lanes of every sum, whatever the vector's width: the same bits on every processor. As many floats
 // as AVX-512 has.
 constexpr int kLanes = 16;
+// Loops over lanes stand under "unroll 1": gcc would unroll them first, and then find no vectors.
 
 // Pixels of a tile's side, at most. A tile of 32 x 32 pixels stays in the first-level cache, and
 // the usual enlargements, by 4, 8, 16 and 32, make tiles that are whole cells.
@@ -96,7 +97,8 @@ DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, cons
   }
 }
 
-// Rows of pixels are written in whole vectors, each over the end of the one before.
+// Rows of pixels are written in whole vectors, each over the end of the one before. The four arrays
+// of `corner` lie kRoom apart.
 template <typename Real>
 DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
   constexpr int kDoubles = 8;  // of the widest vector: weights are multiplied in double precision
