@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench_real import DEEPLABS, REAL, load_network, photograph
 from common import alternate, seconds
 from conftest import Rows
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -188,6 +189,65 @@ def test_bilinear(
     rows.add("dag_seed_bilinear", f"{case}, alone", alternate(sides, 31, device=rows.device))
     if label_dtype == torch.int64:
         compare_argmax(rows, f"{'x'.join(map(str, shape))} -> {size} {kind}", scores, (size, size))
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("photo", ["bird", "dog"])
+@pytest.mark.parametrize("network", DEEPLABS)
+@pytest.mark.skipif(not REAL.is_dir(), reason="the networks of ../shared/real are not there")
+def test_bilinear_real(rows: Rows, network: str, photo: str, align_corners: bool) -> None:
+    """A DeepLab's scores, 33 -> 513: its own labels, then another one at every second pixel."""
+    size = (513, 513)
+    image = torch.nn.functional.interpolate(photograph(photo), size, mode="bilinear")
+    with torch.no_grad():
+        scores = load_network(network)(image).to(rows.device)
+    own = dagcore.ops.argmax_bilinear(scores, size, align_corners=align_corners)
+    striped = own.clone()
+    striped[:, :, 1::2] = (own[:, :, 1::2] + 1) % scores.shape[1]
+    corners = "aligned" if align_corners else "not aligned"
+    for kind, labels in (("own", own), ("striped", striped)):
+        case = f"{network} {photo} {corners}, {kind} labels"
+        compare_bilinear(rows, case, scores, labels, align_corners)
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "not aligned"])
+def test_bilinear_noise(rows: Rows, align_corners: bool) -> None:
+    """Smooth scores with noise, half the labels random: few cells have one winner or one label."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 21, 8, 8, generator=generator)
+    scores = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    scores = scores + 0.3 * torch.randn(scores.shape, generator=generator)
+    labels = dagcore.ops.argmax_bilinear(scores, (512, 512), align_corners=align_corners)
+    other = torch.randint(0, 21, labels.shape, generator=generator)
+    labels = torch.where(torch.rand(labels.shape, generator=generator) < 0.5, other, labels)
+    case = f"1x21x64x64 -> 512 with noise, {'aligned' if align_corners else 'not aligned'}"
+    scores, labels = scores.to(rows.device), labels.to(rows.device)
+    compare_bilinear(rows, case, scores, labels, align_corners)
+
+
+def compare_bilinear(
+    rows: Rows,
+    case: str,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    align_corners: bool,
+) -> None:
+    """Each call after the reference's, and again at once, when the labels are in the caches."""
+    adversarial = (labels + 1) % scores.shape[1]
+
+    def native() -> object:
+        return dagcore.ops.dag_seed_bilinear(
+            scores, labels, adversarial, align_corners=align_corners
+        )
+
+    def reference() -> object:
+        return dagcore.reference.dag_seed_bilinear(
+            scores, labels, adversarial, align_corners=align_corners
+        )
+
+    sides = {"reference": reference, "native": native, "again": native}
+    times = alternate(sides, 15, device=rows.device, clock=rows.clock)
+    rows.add("dag_seed_bilinear", case, times)
 
 
 def compare_argmax(rows: Rows, case: str, scores: torch.Tensor, size: tuple[int, int]) -> None:

@@ -43,7 +43,8 @@ if [ "$DEVICE" = cuda ]; then
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/gpu.log"
 fi
 # Everything but torch, which stays as it is; then the native module, for the GPU that is there.
-"$PYTHON" -c 'import torch; print(f"torch=={torch.__version__}")' >"$OUT/constraints.txt"
+"$PYTHON" -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' \
+    >"$OUT/constraints.txt"
 install=("$PYTHON" -m pip install --quiet ${WHEELS:+--no-index --find-links "$WHEELS"}
     --constraint "$OUT/constraints.txt")
 step requirements 20 "${install[@]}" "setuptools>=77" pybind11 ninja

@@ -11,19 +11,25 @@ import torch
 Sides = Mapping[str, Callable[[], object]]
 
 
-def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+def seconds(
+    run: Callable[[], object], device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one call, the device's work included: by the wall's clock, or another one."""
     if device != "cpu":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = clock()
     run()
     if device != "cpu":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def alternate(
-    sides: Sides, rounds: int, warmup: int = 1, device: str = "cpu"
+    sides: Sides,
+    rounds: int,
+    warmup: int = 1,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
     for _ in range(warmup):
@@ -32,7 +38,7 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            times[name].append(seconds(run, device))
+            times[name].append(seconds(run, device, clock))
     return times
 
 

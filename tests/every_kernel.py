@@ -33,7 +33,7 @@ def results(
     rng = torch.Generator().manual_seed(1)
     scores = lay_out(torch.randn(2, 40, *size, generator=rng).to(dtype), layout)
     labels = scores.float().argmax(1)
-    labels[0, :2] = 255
+    labels[0, 1:3] = 255
     high = torch.randint(0, 40, (2, 43, 30), generator=rng)
     tensors = torch.rand(3, 3, 3, *size, generator=rng).to(dtype)
     images, origin, gradient = (lay_out(tensor, layout) for tensor in tensors)

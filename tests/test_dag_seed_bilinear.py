@@ -102,6 +102,7 @@ def assert_near_float64(
     return int(flips.sum()), band.numel()
 
 
+@pytest.mark.cuda_on_host(False)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_float64_reference_but_for_the_boundary_band(
     device: torch.device, dtype: torch.dtype

@@ -128,14 +128,18 @@ struct CellRow {
         counts(cells.width),
         candidates(cells.classes) {}
 
-  const TileWeights<Real>& weights_of(Simd simd, const Segment& y, const Segment& x) {
-    for (const TileWeights<Real>& known : weights) {
-      if (known.y_weights == y.weights && known.x_weights == x.weights) return known;
+  TileWeights<Real>* weights_of(Simd simd, const Segment& y, const Segment& x) {
+    for (TileWeights<Real>& known : weights) {
+      if (known.y_weights == y.weights && known.x_weights == x.weights) return &known;
     }
     TileWeights<Real>& oldest = weights[next_weights];
     next_weights = (next_weights + 1) % 4;
     run_simd<fill_weights<Real>>(simd, y, x, &oldest);
-    return oldest;
+    return &oldest;
+  }
+  const Real (&total_weight(Simd simd))[4] {
+    if (!tile.weights->has_total) run_simd<fill_total<Real>>(simd, tile.weights);
+    return tile.weights->total;
   }
 };
 

@@ -29,39 +29,24 @@ struct CornerSums {
 
 // The weights summed over the pixels of one verdict, which are struck off the tile.
 template <typename Real>
-DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4],
-                                 uint32_t* taken) {
+DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4]) {
   using Index = IndexOf<Real>;
-  const auto& corner = tile->weights->corner;
   Lanes<Real> s0, s1, s2, s3;
-  Lanes<Index> found;
-  for (int p = 0; p < tile->weights->padded; p += kLanes) {
-    Real w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
-    Index plus[kLanes], minus[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      w0[j] = corner[0][p + j];
-      w1[j] = corner[1][p + j];
-      w2[j] = corner[2][p + j];
-      w3[j] = corner[3][p + j];
-      plus[j] = tile->plus[p + j];
-      minus[j] = tile->minus[p + j];
-    }
+  const Real* corner = tile->weights->corner[0];
+  Index *plus = tile->plus, *minus = tile->minus;
+  const Index* end = plus + tile->weights->padded;
+  for (; plus != end; plus += kLanes, minus += kLanes, corner += kLanes) {
+#pragma GCC unroll 1
     for (int j = 0; j < kLanes; ++j) {
       const bool same = (plus[j] == verdict.plus) & (minus[j] == verdict.minus);
-      s0.lane[j] += same ? w0[j] : Real{0};
-      s1.lane[j] += same ? w1[j] : Real{0};
-      s2.lane[j] += same ? w2[j] : Real{0};
-      s3.lane[j] += same ? w3[j] : Real{0};
-      found.lane[j] += same ? Index{1} : Index{0};
+      s0.lane[j] += same ? corner[j] : Real{0};
+      s1.lane[j] += same ? corner[j + kRoom] : Real{0};
+      s2.lane[j] += same ? corner[j + 2 * kRoom] : Real{0};
+      s3.lane[j] += same ? corner[j + 3 * kRoom] : Real{0};
       plus[j] = same ? static_cast<Index>(kUncounted) : plus[j];
     }
-    for (int j = 0; j < kLanes; ++j) tile->plus[p + j] = plus[j];
   }
-  sum[0] = s0.total();
-  sum[1] = s1.total();
-  sum[2] = s2.total();
-  sum[3] = s3.total();
-  *taken = static_cast<uint32_t>(found.total());
+  add_lanes(s0, s1, s2, s3, sum);
 }
 
 // Sums of a tile with many verdicts, class by class.
@@ -73,13 +58,13 @@ struct ClassSums {
 
   explicit ClassSums(int64_t classes) : corner(classes * 4), is_touched(classes) {}
 
-  void add(int64_t c, Real sign, const Real (&weight)[4]) {
+  void add(int64_t c, Real sign, const TileWeights<Real>& weights, int p) {
     if (!is_touched[c]) {
       is_touched[c] = 1;
       touched.push_back(static_cast<int32_t>(c));
     }
     Real* sum = &corner[4 * c];
-    for (int k = 0; k < 4; ++k) sum[k] += sign * weight[k];
+    for (int k = 0; k < 4; ++k) sum[k] += sign * weights.corner[k][p];
   }
   void move_to(const CornerSums<Real>& sums, const Segment& x) {
     for (int32_t c : touched) {
@@ -102,18 +87,19 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
     while (tile->plus[p] < 0) ++p;
     const Verdict<IndexOf<Real>> verdict{tile->plus[p], tile->minus[p]};
     Real sum[4];
-    uint32_t taken = 0;
-    run_simd<take_verdict<Real>>(simd, verdict, tile, sum, &taken);
+    run_simd<take_verdict<Real>>(simd, verdict, tile, sum);
     sums.add(x, verdict.plus, 1, sum);
     sums.add(x, verdict.minus, -1, sum);
+    // A pixel's weights add up to 1, but for rounding.
+    const auto taken = static_cast<uint32_t>(sum[0] + sum[1] + sum[2] + sum[3] + Real{0.5});
     left -= taken;
     if (taken < kFewPixels) break;
   }
   if (!left) return;
   for (; p < tile->weights->count; ++p) {
     if (tile->plus[p] < 0) continue;
-    rest->add(tile->plus[p], 1, tile->weights->of_pixel[p]);
-    rest->add(tile->minus[p], -1, tile->weights->of_pixel[p]);
+    rest->add(tile->plus[p], 1, *tile->weights, p);
+    rest->add(tile->minus[p], -1, *tile->weights, p);
   }
   rest->move_to(sums, x);
 }

@@ -14,6 +14,7 @@ namespace dagcore {
 // Lanes of every sum, whatever the vector's width: the same bits on every processor. As many floats
 // as AVX-512 has.
 constexpr int kLanes = 16;
+// Loops over lanes stand under "unroll 1": gcc would unroll them first, and then find no vectors.
 
 // Pixels of a tile's side, at most. A tile of 32 x 32 pixels stays in the first-level cache, and
 // the usual enlargements, by 4, 8, 16 and 32, make tiles that are whole cells.
@@ -59,54 +60,90 @@ static_assert(kSide * kSide == kTargets, "a tile is one row of targets");
 template <typename Real>
 struct alignas(64) TileWeights {
   Real corner[4][kRoom];
-  Real of_pixel[kRoom][4];  // the same, pixel by pixel
-  Real total[4];            // over all pixels
+  Real total[4];  // over all pixels, once asked for
+  bool has_total = false;
   int count = 0, padded = 0;
   int y_weights = -1, x_weights = -1;  // whose they are
 };
 
 template <typename Real>
 struct Tile : TargetRow<Real, IndexOf<Real>> {
-  const TileWeights<Real>* weights;
+  TileWeights<Real>* weights;
 };
 
-// A sum in lanes, added up in an order that does not depend on the vector width.
+// Sums in lanes, added up in an order that does not depend on the vector width.
 template <typename Value>
 struct Lanes {
   Value lane[kLanes] = {};
 
-  template <int kHalf = kLanes / 2>
-  DAGCORE_INLINE Value total() {
-    for (int j = 0; j < kHalf; ++j) lane[j] += lane[j + kHalf];
-    if constexpr (kHalf > 1) return total<kHalf / 2>();
-    return lane[0];
+  DAGCORE_INLINE Value fold(int j) const {
+    return (lane[j] + lane[j + 8]) + (lane[j + 4] + lane[j + 12]);
   }
 };
+static_assert(kLanes == 16);
 
+template <typename Value>
+DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, const Lanes<Value>& c,
+                              const Lanes<Value>& d, Value (&total)[4]) {
+  Value quarter[4][4];
+  for (int j = 0; j < 4; ++j) {
+    quarter[0][j] = a.fold(j);
+    quarter[1][j] = b.fold(j);
+    quarter[2][j] = c.fold(j);
+    quarter[3][j] = d.fold(j);
+  }
+  for (int k = 0; k < 4; ++k) {
+    total[k] = (quarter[k][0] + quarter[k][2]) + (quarter[k][1] + quarter[k][3]);
+  }
+}
+
+// Rows of pixels are written in whole vectors, each over the end of the one before. The four arrays
+// of `corner` lie kRoom apart.
 template <typename Real>
 DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
-  int p = 0;
-  for (int i = 0; i < y.count; ++i) {
-    for (int j = 0; j < x.count; ++j, ++p) {
-      Real(&of_pixel)[4] = weights->of_pixel[p];
-      corner_weights(y.weight[i], x.weight[j], of_pixel);
-      for (int k = 0; k < 4; ++k) weights->corner[k][p] = of_pixel[k];
+  constexpr int kDoubles = 8;  // of the widest vector: weights are multiplied in double precision
+  Real* row = weights->corner[0];
+  for (int i = 0; i < y.count; ++i, row += x.count) {
+    const double v = y.weight[i];
+    for (int j = 0; j < x.count; j += kDoubles) {
+      Real* to = row + j;
+      const double* u = x.weight + j;
+#pragma GCC unroll 1
+      for (int l = 0; l < kDoubles; ++l) {
+        Real of_pixel[4];
+        corner_weights(v, u[l], of_pixel);
+        to[l] = of_pixel[0];
+        to[l + kRoom] = of_pixel[1];
+        to[l + 2 * kRoom] = of_pixel[2];
+        to[l + 3 * kRoom] = of_pixel[3];
+      }
     }
   }
-  weights->count = p;
-  for (; p % kLanes; ++p) {
-    for (int k = 0; k < 4; ++k) weights->corner[k][p] = 0;
+  for (int k = 0; k < 4; ++k) {
+    for (int l = 0; l < kLanes; ++l) row[k * kRoom + l] = 0;
   }
-  weights->padded = p;
+  weights->count = y.count * x.count;
+  weights->padded = (weights->count + kLanes - 1) / kLanes * kLanes;
   weights->y_weights = y.weights;
   weights->x_weights = x.weights;
-  for (int k = 0; k < 4; ++k) {
-    Lanes<Real> sum;
-    for (int q = 0; q < p; q += kLanes) {
-      for (int j = 0; j < kLanes; ++j) sum.lane[j] += weights->corner[k][q + j];
+  weights->has_total = false;
+}
+
+template <typename Real>
+DAGCORE_INLINE void fill_total(TileWeights<Real>* weights) {
+  Lanes<Real> s0, s1, s2, s3;
+  const Real* from = weights->corner[0];
+  for (int p = 0; p < weights->padded; p += kLanes, from += kLanes) {
+#pragma GCC unroll 1
+    for (int j = 0; j < kLanes; ++j) {
+      s0.lane[j] += from[j];
+      s1.lane[j] += from[j + kRoom];
+      s2.lane[j] += from[j + 2 * kRoom];
+      s3.lane[j] += from[j + 3 * kRoom];
     }
-    weights->total[k] = sum.total();
   }
+  add_lanes(s0, s1, s2, s3, weights->total);
+  weights->has_total = true;
 }
 
 // A class that may win in a cell, and its scores at the four corners.

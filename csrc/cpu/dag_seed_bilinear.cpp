@@ -10,81 +10,86 @@
 namespace dagcore {
 namespace {
 
-// The labels of a tile, out of those of its rows of pixels, (rows, width). A count that the
-// compiler knows makes whole vectors.
-template <typename Index, int kCount = 0>
-DAGCORE_INLINE void take_columns(const Index* rows, int64_t width, int height, int count,
-                                 Index* out) {
-  const int columns = kCount ? kCount : count;
-  for (int i = 0; i < height; ++i) {
-    for (int j = 0; j < columns; ++j) out[i * columns + j] = rows[i * width + j];
-  }
-}
-
-template <typename Index>
-DAGCORE_INLINE void take_labels(const Index* rows, int64_t width, const Segment& y,
-                                const Segment& x, Index* out) {
-  const Index* from = rows + x.begin;
-  if (x.count == 4) return take_columns<Index, 4>(from, width, y.count, 4, out);
-  if (x.count == 8) return take_columns<Index, 8>(from, width, y.count, 8, out);
-  if (x.count == 16) return take_columns<Index, 16>(from, width, y.count, 16, out);
-  if (x.count == 32) return take_columns<Index, 32>(from, width, y.count, 32, out);
-  take_columns(from, width, y.count, x.count, out);
-}
-
-// Where a column of labels (rows, width) is not the same all the way down, or not the same as the
-// column before it: what is nowhere so, but for its first column's latter, is all of one label.
-template <typename Index>
-DAGCORE_INLINE void find_changes(const Index* rows, int64_t width, int count, Index* down,
-                                 Index* across) {
-  for (int i = 1; i < count; ++i) {
-    for (int64_t x = 0; x < width; ++x) down[x] |= rows[i * width + x] ^ rows[x];
-  }
-  for (int64_t x = 1; x < width; ++x) across[x] |= rows[x] ^ rows[x - 1];
-}
-
-// The labels of the rows of pixels that one row of cells holds, and of which tiles are uniform.
+// The labels of the rows of pixels that one row of cells holds, and which tiles are uniform. Rows
+// are followed by room for a whole vector from any pixel on.
 template <typename Index>
 struct LabelRows {
-  int64_t width;
-  std::vector<Index> labels, adversarial, down, across;
+  int64_t width, stride;
+  std::unique_ptr<Index[]> labels, adversarial;  // not zeroed: written before they are read
+  std::vector<Index> down, across;  // where a label differs from the first row's, from the left's
 
   explicit LabelRows(int64_t width)
       : width(width),
-        labels(kSide * width),
-        adversarial(kSide * width),
-        down(width),
-        across(width) {}
+        stride(width + 2 * kLanes - width % kLanes),
+        labels(new Index[kSide * stride]),
+        adversarial(new Index[kSide * stride]),
+        down(stride),
+        across(stride) {}
 
-  void read(Simd simd, const BilinearSeedCall& call, const Targets& targets, int64_t n,
-            const Segment& y) {
-    read_maps<false>(simd, call.labels, targets.labels, call.rule, n, y, labels.data());
-    if (targets.runner_up) return;  // every pixel has its own adversarial label
-    read_maps<true>(simd, call.adversarial, targets.adversarial, call.rule, n, y,
-                    adversarial.data());
-    std::fill(down.begin(), down.end(), Index{0});
-    std::fill(across.begin(), across.end(), Index{0});
-    for (const std::vector<Index>* rows : {&labels, &adversarial}) {
-      run_simd<find_changes<Index>>(simd, rows->data(), width, y.count, down.data(), across.data());
-    }
-  }
   bool uniform(const Segment& x) const {
     Index changes = down[x.begin];
     for (int j = 1; j < x.count; ++j) changes |= down[x.begin + j] | across[x.begin + j];
     return changes == 0;
   }
+};
 
- private:
-  template <bool kIsAdversarial>
-  void read_maps(Simd simd, const Tensor& maps, const LabelSource& source, LabelRule rule,
-                 int64_t n, const Segment& y, Index* out) {
-    for (int i = 0; i < y.count; ++i) {
-      const int64_t at = n * maps.stride(0) + (y.begin + i) * maps.stride(1);
-      run_simd<read_labels<Index, kIsAdversarial>>(simd, source, at, maps.stride(2),
-                                                   static_cast<int>(width), rule, out + i * width);
+// Asks for a row of labels that is read soon. The processor itself does not look beyond the page
+// that it reads from, and a row of int64 is often as long.
+DAGCORE_INLINE void fetch_row(const LabelSource& labels, int64_t at, int64_t width) {
+  const int64_t size = labels.type == ScalarType::Byte ? 1 : labels.type == ScalarType::Int ? 4 : 8;
+  const char* row = static_cast<const char*>(labels.data) + at * size;
+  for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i);
+}
+
+template <typename Index, bool kIsAdversarial>
+DAGCORE_INLINE void read_label_rows(const Tensor& maps, const LabelSource& source, LabelRule rule,
+                                    int64_t n, const Segment& y, bool marks, Index* out,
+                                    LabelRows<Index>* rows) {
+  constexpr int64_t kAhead = 2;
+  const int64_t width = rows->width, stride = maps.stride(1), column_stride = maps.stride(2);
+  const int64_t first = n * maps.stride(0), last = first + (maps.size(1) - 1) * stride;
+  Index *down = rows->down.data(), *across = rows->across.data();
+  for (int i = 0; i < y.count; ++i) {
+    const int64_t at = first + (y.begin + i) * stride;
+    if (column_stride == 1) fetch_row(source, std::min(at + kAhead * stride, last), width);
+    Index* row = out + i * rows->stride;
+    read_labels<Index, kIsAdversarial>(source, at, column_stride, static_cast<int>(width), rule,
+                                       row);
+    if (!marks) continue;
+    if (i == 0) {
+      for (int64_t x = 1; x < width; ++x) across[x] |= row[x] ^ row[x - 1];
+    } else {
+      for (int64_t x = 0; x < width; ++x) down[x] |= row[x] ^ out[x];
     }
   }
-};
+}
+
+template <typename Index>
+DAGCORE_INLINE void read_rows(const BilinearSeedCall& call, const Targets& targets, int64_t n,
+                              const Segment& y, LabelRows<Index>* rows) {
+  const bool marks = !targets.runner_up;  // else every pixel has its own adversarial label
+  if (marks) {
+    std::fill(rows->down.begin(), rows->down.end(), Index{0});
+    std::fill(rows->across.begin(), rows->across.end(), Index{0});
+    read_label_rows<Index, true>(call.adversarial, targets.adversarial, call.rule, n, y, true,
+                                 rows->adversarial.get(), rows);
+  }
+  read_label_rows<Index, false>(call.labels, targets.labels, call.rule, n, y, marks,
+                                rows->labels.get(), rows);
+}
+
+// The labels of a tile, out of those of its rows of pixels: whole vectors, each over the end of
+// the one before.
+template <typename Index>
+DAGCORE_INLINE void take_labels(const Index* rows, int64_t stride, const Segment& y,
+                                const Segment& x, Index* out) {
+  const Index* from = rows + x.begin;
+  for (int i = 0; i < y.count; ++i, from += stride, out += x.count) {
+    for (int j = 0; j < x.count; j += kLanes) {
+      __builtin_memcpy(out + j, from + j, kLanes * sizeof(Index));
+    }
+  }
+}
 
 // What a thread needs to seed bands, one after the other.
 template <typename T, bool kSecond>
@@ -131,7 +136,7 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
   const bool measures_label = targets.measures_label();
   uint32_t active = 0;
   for (const Segment& x : cells.xs) {
-    tile.weights = &cell_row.weights_of(cells.simd, y, x);
+    tile.weights = cell_row.weights_of(cells.simd, y, x);
     int32_t only = kSecond ? kUncounted : only_winner(cells, x.low, cell_row);
     const bool uniform = !targets.runner_up && (only >= 0 || measures_label) && rows.uniform(x);
     const Index label = rows.labels[x.begin];
@@ -147,13 +152,13 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
       if (is_out_of_range(label, adversarial)) active |= kOutOfRangeFlag;
       if (verdict.plus < 0) continue;
       active += static_cast<uint32_t>(tile.weights->count);
-      sums.add(x, verdict.plus, 1, tile.weights->total);
-      sums.add(x, verdict.minus, -1, tile.weights->total);
+      sums.add(x, verdict.plus, 1, cell_row.total_weight(cells.simd));
+      sums.add(x, verdict.minus, -1, cell_row.total_weight(cells.simd));
       continue;
     }
-    run_simd<take_labels<Index>>(cells.simd, rows.labels.data(), rows.width, y, x, tile.label);
+    run_simd<take_labels<Index>>(cells.simd, rows.labels.get(), rows.stride, y, x, tile.label);
     if (!targets.runner_up) {
-      run_simd<take_labels<Index>>(cells.simd, rows.adversarial.data(), rows.width, y, x,
+      run_simd<take_labels<Index>>(cells.simd, rows.adversarial.get(), rows.stride, y, x,
                                    tile.adversarial);
     }
     const int count = tile.weights->count, padded = tile.weights->padded;
@@ -185,7 +190,7 @@ uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const C
       open_row<T, kSecond>(cells, n, y, s == begin ? -1 : cells.ys[s - 1].high,
                            &workshop->cell_row);
     }
-    workshop->rows.read(cells.simd, call, targets, n, y);
+    run_simd<read_rows<IndexOf<Real>>>(cells.simd, call, targets, n, y, &workshop->rows);
     const uint32_t here = seed_segment(targets, cells, y, workshop);
     active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
     if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
