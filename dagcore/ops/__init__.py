@@ -361,7 +361,7 @@ def loss_seed(
     seed, sums, hits = torch.ops.dagcore.loss_seed(
         scores.detach(), labels, adversarial, loss, *numbers, class_weights, ignore_index
     )
-    if not torch.compiler.is_compiling() and hits.device.type == "cpu" and (hits < 0).any():
+    if _is_negative(hits):
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
     return seed, sums, hits
 
