@@ -127,18 +127,9 @@ using cuda_on_host::check_access;
 
 #define CUDA_ON_HOST_HOOK(name, size, access) \
   extern "C" void name(void* at) { check_access(at, size, access, __builtin_return_address(0)); }
-// An access of a type that is aligned to its size.
-#define CUDA_ON_HOST_ALIGNED_HOOK(name, size, access)                                            \
-  extern "C" void name(void* at) {                                                               \
-    if (reinterpret_cast<uintptr_t>(at) % size != 0 && cuda_on_host::running_stack) {            \
-      cuda_on_host::fail("a misaligned access of " #size " bytes", cuda_on_host::running_thread, \
-                         cuda_on_host::Symbol(__builtin_return_address(0)).place);               \
-    }                                                                                            \
-    check_access(at, size, access, __builtin_return_address(0));                                 \
-  }
 #define CUDA_ON_HOST_HOOKS(size)                                     \
-  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_read##size, size, Access::read)   \
-  CUDA_ON_HOST_ALIGNED_HOOK(__tsan_write##size, size, Access::write) \
+  CUDA_ON_HOST_HOOK(__tsan_read##size, size, Access::read)           \
+  CUDA_ON_HOST_HOOK(__tsan_write##size, size, Access::write)         \
   CUDA_ON_HOST_HOOK(__tsan_unaligned_read##size, size, Access::read) \
   CUDA_ON_HOST_HOOK(__tsan_unaligned_write##size, size, Access::write)
 CUDA_ON_HOST_HOOKS(1)
@@ -159,4 +150,9 @@ extern "C" void __tsan_vptr_update(void**, void*) {}
 // The host's own code counts references.
 extern "C" unsigned __tsan_atomic32_fetch_add(volatile void* to, unsigned by, int) {
   return __atomic_fetch_add(static_cast<volatile unsigned*>(to), by, __ATOMIC_SEQ_CST);
+}
+// Any access whose type is aligned to more than its address.
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(void*, uintptr_t) {
+  cuda_on_host::fail("a misaligned access", cuda_on_host::running_thread,
+                     cuda_on_host::Symbol(__builtin_return_address(0)).place);
 }

@@ -27,6 +27,7 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # what such variables hold is a pattern here
     "-ftrivial-auto-var-init=pattern",
 ]
+CHECKED = ["-fsanitize=thread,alignment", "-fno-sanitize-recover=alignment"]  # see accesses.cpp
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 RULES = """\
 builddir = .
@@ -47,7 +48,7 @@ def rules(csrc: Path, sanitize: bool) -> str:
     (torch,) = find_spec("torch").submodule_search_locations
     include = f"-I{HERE}/include -I{torch}/include -I{torch}/include/torch/csrc/api/include"
     macros = "-DDAGCORE_LIBRARY=dagcore_on_host -DDAGCORE_CUDA_KEY=CPU"
-    checked = "" if sanitize else "-fsanitize=thread"
+    checked = "" if sanitize else " ".join(CHECKED)
     flags = [*FLAGS, *(["-O1", "-fno-omit-frame-pointer", *SANITIZERS] if sanitize else ["-O2"])]
     lines = [RULES.format(cxx=os.environ.get("CXX", "g++"), flags=" ".join(flags), links="-ldl")]
 

@@ -32,7 +32,7 @@ extern Intervals intervals;
 
 enum class Access { read, write, atomic };
 
-// Fails if the access races with an earlier one, reads what nobody has written, or is misaligned.
+// Fails if the access races with an earlier one, or reads shared memory that nobody has written.
 void check_access(const void* at, size_t size, Access access, const void* code);
 
 // Between launches: gives memory back if much of it is known.
