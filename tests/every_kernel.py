@@ -34,7 +34,7 @@ def results(
     scores = lay_out(torch.randn(2, 40, *size, generator=rng).to(dtype), layout)
     labels = scores.float().argmax(1)
     labels[0, 1:3] = 255
-    high = torch.randint(0, 40, (2, 43, 30), generator=rng)
+    high = torch.randint(0, 40, (2, 43, 24), generator=rng)
     tensors = torch.rand(3, 3, 3, *size, generator=rng).to(dtype)
     images, origin, gradient = (lay_out(tensor, layout) for tensor in tensors)
     counts = torch.tensor([3, 0, 1], dtype=torch.int32)
@@ -42,7 +42,7 @@ def results(
         device, scores, labels, high, images, origin, gradient - 0.5, counts
     )
     low = scores[:, :, :5, :7]
-    exact, near = [ops.argmax_bilinear(low, (43, 30))], []
+    exact, near = [ops.argmax_bilinear(low, (43, 24))], []
     high = torch.where(high % 3 == 0, high, exact[0])
     for margin in (0.0, 0.3):
         other, goal = arguments(mode, (labels + 1) % 40)

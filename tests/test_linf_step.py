@@ -103,17 +103,20 @@ def test_every_simd_level(kernels: torch.device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("where", UNPACKED)
-@pytest.mark.parametrize("which", range(4), ids=["images", "origin", "gradient", "grid"])
+@pytest.mark.parametrize("which", ["images", "origin", "gradient", "grid", "all"])
 def test_pixels_that_cannot_be_read_several_at_once(
-    kernels: torch.device, which: int, where: str
+    kernels: torch.device, which: str, where: str
 ) -> None:
-    """One of the tensors does not go through the vectors or packs of a kernel."""
+    """Tensors that do not go through the vectors or packs of a kernel, one of them or all."""
     shape = (3, 2, 5, 13) if where == "rows" else (3, 2, 5, 16)
     for k, dtype in enumerate(DTYPES):
         tensors = [t.to(kernels) for t in case(shape, k, dtype)]
         tensors.append(torch.zeros_like(tensors[0]))
-        tensors[which] = unpacked(tensors[which], where)
-        images, origin, gradient, grid = tensors
+        names = ("images", "origin", "gradient", "grid")
+        images, origin, gradient, grid = (
+            unpacked(tensor, where) if which in (name, "all") else tensor
+            for name, tensor in zip(names, tensors, strict=True)
+        )
         expected, shown, rule = images.clone(), grid.clone(), CLIPS[4] | {"gamma": GAMMA}
         active = counts([3, 0, 7], kernels)
         reference.linf_step_(expected, origin, gradient, active, **rule, grid=shown, levels=256)
