@@ -175,20 +175,21 @@ DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(LossRule<Real> rule,
 template <typename Real, typename Index>
 DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Real, Index, 4>& top,
                                               Index label, Index adversarial, Real own, Real aim) {
-  const int second = top.at[0] == label ? 1 : 0, fourth = rule.targeted ? 3 : 2;
+  const bool second = top.at[0] == label;
   const Index rival = rule.targeted ? adversarial : second ? top.at[1] : top.at[0];
   const Real rival_score = rule.targeted ? aim : second ? top.score[1] : top.score[0];
+  const Index lowest = rule.targeted ? top.at[3] : top.at[2];
+  const Real lowest_score = rule.targeted ? top.score[3] : top.score[2];
   const Real above = rival_score - own;
   // The differences are exact where the scores are close, and so the quotient is large.
-  const Real spread = (top.score[0] - top.score[2]) + (top.score[0] - top.score[fourth]);
+  const Real spread = (top.score[0] - top.score[2]) + (top.score[0] - lowest_score);
   const Real below = product(spread, Real(0.5)) + Real(1e-12);
   const bool finite = (above - above == 0) & (below - below == 0);
   const Real one = finite ? 1 / below : Real{0};
   const Real loss = finite ? above / below : Real{0};
   const Real half = product(product(loss, one), Real(0.5));
-  return {loss,
-          {rival, label, top.at[0], top.at[2], top.at[fourth]},
-          {one, -one, -(half + half), half, half}};
+  return {
+      loss, {rival, label, top.at[0], top.at[2], lowest}, {one, -one, -(half + half), half, half}};
 }
 
 // What cannot be held becomes the largest finite number; a NaN stays one.

@@ -17,10 +17,9 @@ constexpr int kUnroll = 4;         // classes loaded before the first is compare
 // memory and packs are aligned; with V = 1 strides are free.
 template <typename T, bool kSecond, int V>
 __global__ void __launch_bounds__(kThreads, kSecond&& V == 8 ? 2 : kBlocksPerUnit)
-    seed_planes(const __grid_constant__ SeedArgs args, int64_t blocks_per_image) {
-  const int64_t n = blockIdx.x / blocks_per_image;
-  const int64_t first =
-      (blockIdx.x % blocks_per_image * kThreads + static_cast<int64_t>(threadIdx.x)) * V;
+    seed_planes(const __grid_constant__ SeedArgs args, ImageBlocks blocks) {
+  const int64_t n = blocks.image();
+  const int64_t first = (blocks.index() * kThreads + static_cast<int64_t>(threadIdx.x)) * V;
   const int32_t classes = static_cast<int32_t>(args.rule.classes);
   Count count;
   if (first < args.walk.count()) {
@@ -73,12 +72,12 @@ __global__ void __launch_bounds__(kThreads, kSecond&& V == 8 ? 2 : kBlocksPerUni
 // writes are whole lines while each thread still sees one target's classes in order.
 template <typename T, bool kSecond>
 __global__ void __launch_bounds__(kRows, kBlocksPerUnit)
-    seed_rows(const __grid_constant__ SeedArgs args, int64_t blocks_per_image) {
+    seed_rows(const __grid_constant__ SeedArgs args, ImageBlocks blocks) {
   __shared__ T tile[kRows][kColumns + 1];
   __shared__ int64_t scores_at[kRows], seed_at_row[kRows];
   __shared__ Verdict<int32_t> verdicts[kRows];
-  const int64_t n = blockIdx.x / blocks_per_image;
-  const int64_t first = blockIdx.x % blocks_per_image * kRows;
+  const int64_t n = blocks.image();
+  const int64_t first = blocks.index() * kRows;
   const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.walk.count() - first));
   const int32_t classes = static_cast<int32_t>(args.rule.classes);
   const int mine = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -137,7 +136,7 @@ void seed_targets(int64_t images, const SeedArgs& args, const Launcher& launch) 
   // A block of `threads` works on `per_block` targets of one image, so that it counts for one.
   const auto seed = [&](auto kernel, int threads, int64_t per_block) {
     const int64_t blocks = ceil_div(args.walk.count(), per_block);
-    launch(kernel, images * blocks, threads, args, blocks);
+    launch(kernel, images * blocks, threads, args, ImageBlocks(blocks));
   };
   constexpr int V = kPackSize<T>;
   if (args.scores_class == 1 && args.seed_class == 1 && args.rule.classes > 1) {

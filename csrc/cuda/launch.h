@@ -50,6 +50,16 @@ class Launcher {
   cudaStream_t stream_;
 };
 
+// A launch with equally many blocks for each image: which image a block works on, and which of the
+// image's blocks it is. A division of 32 bits, where one of 64 would be a call.
+struct ImageBlocks {
+  uint32_t per_image;
+
+  explicit ImageBlocks(int64_t per_image) : per_image(static_cast<uint32_t>(per_image)) {}
+  __device__ int64_t image() const { return blockIdx.x / per_image; }
+  __device__ int64_t index() const { return blockIdx.x % per_image; }
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dagcore

@@ -19,11 +19,11 @@ template <int V>
 struct Share {
   int64_t n, begin, end, step;
 
-  __device__ Share(const StepArgs& args, int64_t blocks_per_image)
-      : n(blockIdx.x / blocks_per_image),
-        begin(blockIdx.x % blocks_per_image * kThreads + static_cast<int64_t>(threadIdx.x)),
+  __device__ Share(const StepArgs& args, ImageBlocks blocks)
+      : n(blocks.image()),
+        begin(blocks.index() * kThreads + static_cast<int64_t>(threadIdx.x)),
         end(args.walk.count() / V),
-        step(blocks_per_image * kThreads) {}
+        step(static_cast<int64_t>(blocks.per_image) * kThreads) {}
 };
 
 __device__ void atomic_largest(uint32_t* to, uint32_t bits) { atomicMax(to, bits); }
@@ -34,9 +34,9 @@ __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
 // ||gradient||_inf as bits, an integer maximum: the order of the blocks does not matter.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    largest_magnitude(const __grid_constant__ StepArgs args, int64_t blocks_per_image) {
+    largest_magnitude(const __grid_constant__ StepArgs args, ImageBlocks blocks) {
   using Bits = typename Pixel<T>::Bits;
-  const Share<V> share(args, blocks_per_image);
+  const Share<V> share(args, blocks);
   if (!args.is_active(share.n)) return;
   Bits most = 0;
 #pragma unroll 4
@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int V, bool kBall, bool kGrid>
 __global__ void __launch_bounds__(kThreads)
-    update(const __grid_constant__ StepArgs args, int64_t blocks_per_image, Step<RealOf<T>> step,
+    update(const __grid_constant__ StepArgs args, ImageBlocks blocks, Step<RealOf<T>> step,
            Grid<RealOf<T>> grid) {
-  const Share<V> share(args, blocks_per_image);
+  const Share<V> share(args, blocks);
   const auto scale = step_scale(step.gamma, static_cast<const RealOf<T>*>(args.norms)[share.n]);
   if (!args.is_active(share.n) || scale == 0) return;
   if (share.begin == 0) args.moved[share.n] = true;
@@ -96,11 +96,12 @@ void step_packs(int64_t images, const StepArgs& args, const Step<RealOf<T>>& ste
                 const Grid<RealOf<T>>* grid, const Launcher& launch) {
   const int64_t needed = ceil_div(args.walk.count(), kThreads * V);
   const int64_t per_image = std::max<int64_t>(1, std::min(needed, kBlocks / images));
+  const ImageBlocks blocks(per_image);
   const bool ball = step.epsilon < std::numeric_limits<RealOf<T>>::infinity();
-  launch(largest_magnitude<T, V>, images * per_image, kThreads, args, per_image);
+  launch(largest_magnitude<T, V>, images * per_image, kThreads, args, blocks);
   const auto kernel = grid ? (ball ? update<T, V, true, true> : update<T, V, false, true>)
                            : (ball ? update<T, V, true, false> : update<T, V, false, false>);
-  launch(kernel, images * per_image, kThreads, args, per_image, step,
+  launch(kernel, images * per_image, kThreads, args, blocks, step,
          grid ? *grid : Grid<RealOf<T>>());
 }
 

@@ -40,11 +40,10 @@ __device__ void sum_features(int32_t classes, const Feature& feature, Real* sum,
 template <typename T, Loss kLoss>
 __global__ void __launch_bounds__(kThreads)
     seed_targets(const __grid_constant__ LossArgs args, LossRule<RealOf<T>> rule,
-                 int64_t blocks_per_image, double* block_sums) {
+                 ImageBlocks blocks, double* block_sums) {
   using Real = RealOf<T>;
-  const int64_t n = blockIdx.x / blocks_per_image;
-  const int64_t target =
-      blockIdx.x % blocks_per_image * kThreads + static_cast<int64_t>(threadIdx.x);
+  const int64_t n = blocks.image();
+  const int64_t target = blocks.index() * kThreads + static_cast<int64_t>(threadIdx.x);
   const int32_t classes = static_cast<int32_t>(args.labelling.classes);
   double loss = 0;
   Count count;
@@ -149,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
         torch::stable::new_empty(scores, {images * blocks}, ScalarType::Double);
     double* parts = static_cast<double*>(block_sums.mutable_data_ptr());
     launch(seed_targets<T, loss.value>, images * blocks, kThreads, args,
-           args.template rule_as<RealOf<T>>(), blocks, parts);
+           args.template rule_as<RealOf<T>>(), ImageBlocks(blocks), parts);
     launch(sum_losses, images, kThreads, static_cast<const double*>(parts), blocks,
            static_cast<double*>(call.sums.mutable_data_ptr()));
   });

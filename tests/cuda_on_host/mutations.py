@@ -134,13 +134,16 @@ MUTATIONS = (
     ),
     Mutation("31 lanes for 32 columns", DAG, "c < classes; c += 32", "c < classes; c += 31"),
     Mutation(
-        "blocks step over one another", STEP, "step(blocks_per_image * kThreads)", "step(kThreads)"
+        "blocks step over one another",
+        STEP,
+        "step(static_cast<int64_t>(blocks.per_image) * kThreads)",
+        "step(kThreads)",
     ),
     Mutation(
         "blocks of one image begin apart",
         STEP,
-        "blockIdx.x % blocks_per_image * kThreads",
-        "blockIdx.x * kThreads",
+        "begin(blocks.index() * kThreads",
+        "begin(blockIdx.x * kThreads",
     ),
     Mutation(
         "fewer patches than cells have",
