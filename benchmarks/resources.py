@@ -27,7 +27,7 @@ def readable(kernels: list[str]) -> list[str]:
     out = subprocess.run(
         ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
     )
-    noise = re.compile(r"dagcore::|\(anonymous namespace\)::|^void |\(\w+\)(?=\d)")  # casts too
+    noise = re.compile(r"dagcore::|\(anonymous namespace\)::|^void |\([\w:]+\)(?=\d)")  # casts too
     return [re.sub(r"\(.*", "", noise.sub("", line)) for line in out.stdout.splitlines()]
 
 
