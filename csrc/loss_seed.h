@@ -9,76 +9,86 @@ namespace dagcore {
 
 enum LossOperand { kLossScores, kLossSeed, kLossLabels, kLossAdversarial, kLossOperands };
 
-// What the kernels work on; the walk is over the targets of one image.
-struct LossArgs {
-  const void* scores;
-  void* seed;
-  int64_t scores_class, seed_class;  // strides
+// What a kernel needs to judge targets and to count the hits.
+struct LossTargets {
   LabelSource labels, adversarial;
   LabelRule labelling;
-  LossRule<double> rule;
+  bool targeted;
+  double q, kappa;
+  const double* blend;        // (N,); null for 0
   const void* class_weights;  // (C,) float, double for double scores; null for none
   uint32_t* hits;             // (N,)
-  Walk<kLossOperands> walk;
 
   template <typename Real>
-  LossRule<Real> rule_as() const {
-    return {rule.targeted, static_cast<Real>(rule.blend), static_cast<Real>(rule.q),
-            static_cast<Real>(rule.kappa)};
+  DAGCORE_INLINE LossRule<Real> rule_of(int64_t n) const {
+    return {targeted, blend ? static_cast<Real>(blend[n]) : Real{0}, static_cast<Real>(q),
+            static_cast<Real>(kappa)};
   }
 };
 
-// scores (N, C, *T), labels and adversarial (N, *T), class_weights (C,)
+// What the kernels of loss_seed work on; the walk is over the targets of one image.
+struct LossArgs : LossTargets {
+  const void* scores;
+  void* seed;
+  int64_t scores_class, seed_class;  // strides
+  Walk<kLossOperands> walk;
+};
+
+// scores (N, C, *T), labels and adversarial (N, *T), whose shapes are the op's to check, blend
+// (N,), class_weights (C,)
 struct LossCall {
   Tensor scores, labels;
   Tensor adversarial;  // where there are none: labels, not read as adversarial ones
-  std::optional<Tensor> class_weights;
+  std::optional<Tensor> blend, class_weights;
   Loss loss;
-  LossRule<double> rule;
+  bool targeted;
+  double q, kappa;
   int64_t ignore_index;
   Tensor seed;  // laid out like scores
   Tensor sums;  // (N,) double, zero so far
   Tensor hits;  // (N,) int32, zero so far
 
   LossCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
-           const std::string& loss, double blend, double q, double kappa,
+           const std::string& loss, const std::optional<Tensor>& blend, double q, double kappa,
            const std::optional<Tensor>& class_weights, int64_t ignore_index)
       : scores(with_classes(scores)),
         labels(labels),
         adversarial(adversarial ? *adversarial : labels),
+        blend(blend),
         class_weights(class_weights),
         loss(value_named<Loss>("loss", loss, kLosses)),
-        rule{adversarial.has_value(), blend, q, kappa},
+        targeted(adversarial.has_value()),
+        q(q),
+        kappa(kappa),
         ignore_index(ignore_index),
         seed(torch::stable::empty_like(scores)),
         sums(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Double)),
         hits(torch::stable::new_zeros(scores, {scores.size(0)}, ScalarType::Int)) {
     check_class_count(scores);
     check_labels("labels", labels, scores);
-    check_target_shape("labels", labels, scores);
     check_labels("adversarial_labels", this->adversarial, scores);
-    check_target_shape("adversarial_labels", this->adversarial, scores);
-    STD_TORCH_CHECK(blend >= 0 && blend <= 1, "blend must lie between 0 and 1, got ", blend);
+    if (blend) check_vector("blend", *blend, true, scores.size(0));
     STD_TORCH_CHECK(q <= 1 && q - q == 0, "q must be a finite number, at most 1, got ", q);
     STD_TORCH_CHECK(kappa >= 0, "kappa must be at least 0, got ", kappa);
     const int64_t least = this->loss != Loss::dlr ? 1 : adversarial ? 4 : 3;
     STD_TORCH_CHECK(scores.size(1) >= least, "scores must have at least ", least, " classes for ",
                     loss, ", got ", shape(scores));
-    if (class_weights) check_weights(*class_weights);
+    if (class_weights) {
+      const bool wide = scores.scalar_type() == ScalarType::Double;
+      check_vector("class_weights", *class_weights, wide, scores.size(1));
+    }
   }
 
-  LossArgs args() const {
-    return {scores.const_data_ptr(),
-            seed.mutable_data_ptr(),
-            scores.stride(1),
-            seed.stride(1),
-            LabelSource(labels),
+  LossTargets targets() const {
+    return {LabelSource(labels),
             LabelSource(adversarial),
             {scores.size(1), ignore_index},
-            rule,
+            targeted,
+            q,
+            kappa,
+            blend ? static_cast<const double*>(blend->const_data_ptr()) : nullptr,
             class_weights ? class_weights->const_data_ptr() : nullptr,
-            static_cast<uint32_t*>(hits.mutable_data_ptr()),
-            Walk<kLossOperands>({scores, seed, labels, adversarial})};
+            static_cast<uint32_t*>(hits.mutable_data_ptr())};
   }
 
   // Calls kernel(T{}, the loss as a constant) if there are targets.
@@ -119,14 +129,30 @@ struct LossCall {
   template <Loss kLoss>
   using Constant = std::integral_constant<Loss, kLoss>;
 
-  void check_weights(const Tensor& weights) const {
-    const bool wide = scores.scalar_type() == ScalarType::Double;
-    check_same_device("class_weights", weights, "scores", scores);
-    STD_TORCH_CHECK(weights.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
-                        weights.is_contiguous() && weights.dim() == 1 &&
-                        weights.size(0) == scores.size(1),
-                    "class_weights must be contiguous, ", wide ? "float64" : "float32",
-                    " and of shape (", scores.size(1), "), got ", shape(weights));
+  void check_vector(const char* name, const Tensor& values, bool wide, int64_t size) const {
+    check_same_device(name, values, "scores", scores);
+    STD_TORCH_CHECK(values.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
+                        values.is_contiguous() && values.dim() == 1 && values.size(0) == size,
+                    name, " must be contiguous, ", wide ? "float64" : "float32", " and of shape (",
+                    size, "), got ", shape(values));
+  }
+};
+
+// scores (N, C, *T), labels and adversarial (N, *T)
+struct LossSeedCall : LossCall {
+  template <typename... Arguments>
+  explicit LossSeedCall(const Arguments&... arguments) : LossCall(arguments...) {
+    check_target_shape("labels", labels, scores);
+    check_target_shape("adversarial_labels", adversarial, scores);
+  }
+
+  LossArgs args() const {
+    return {targets(),
+            scores.const_data_ptr(),
+            seed.mutable_data_ptr(),
+            scores.stride(1),
+            seed.stride(1),
+            Walk<kLossOperands>({scores, seed, labels, adversarial})};
   }
 };
 

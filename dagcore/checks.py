@@ -212,7 +212,7 @@ def loss_arguments(
     labels: Tensor,
     adversarial_labels: Tensor | str | None,
     loss: str,
-    blend: float,
+    blend: float | Tensor,
     q: float,
     kappa: float,
     class_weights: Tensor | None,
@@ -225,11 +225,10 @@ def loss_arguments(
     _class_scores(scores)
     choice("loss", loss, LOSSES)
     integer("ignore_index", ignore_index)
-    for name, value, least, most in (("blend", blend, 0, 1), ("q", q, -LARGEST, 1)):
-        number(name, value)
-        if not least <= value <= most:
-            limits = f"at most {most}" if least < 0 else f"between {least} and {most}"
-            raise ArgumentError(f"{name} must be {limits}, got {value}")
+    _blend(blend, scores)
+    number("q", q)
+    if not q <= 1:
+        raise ArgumentError(f"q must be at most 1, got {q}")
     number("kappa", kappa, at_least=0, infinite=True)
     if isinstance(adversarial_labels, str | None):
         allowed = "'runner-up'" if loss == "dag" else "None"
@@ -256,6 +255,23 @@ def loss_arguments(
         return None
     _label_map("adversarial_labels", adversarial_labels, expected, why, scores)
     return adversarial_labels
+
+
+def _blend(blend: float | Tensor, scores: Tensor) -> None:
+    """Raise unless blend lies between 0 and 1; the values of a tensor are read on the CPU alone."""
+    if isinstance(blend, Tensor):
+        tensor("blend", blend, (torch.float64,))
+        shape("blend", blend, (scores.shape[0],), f"scores {tuple(scores.shape)}")
+        device("blend", blend, "scores", scores)
+        if torch.compiler.is_compiling() or not at_hand(blend):
+            return
+        values = blend.tolist()
+    else:
+        number("blend", blend)
+        values = [blend]
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"blend must be between 0 and 1, got {value}")
 
 
 def _class_scores(scores: Tensor) -> None:

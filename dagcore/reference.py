@@ -189,7 +189,7 @@ def loss_seed(
     adversarial_labels: Tensor | str | None = None,  # (N, *T)
     *,
     loss: str,
-    blend: float = 0.0,
+    blend: float | Tensor = 0.0,  # (N,)
     q: float = 0.5,
     kappa: float = 0.0,
     class_weights: Tensor | None = None,  # (C,)
@@ -238,7 +238,13 @@ def loss_seed(
 
 
 def _softmax_loss(
-    loss: str, z: Tensor, aim: Tensor, winner: Tensor, blend: float, q: float, targeted: bool
+    loss: str,
+    z: Tensor,
+    aim: Tensor,
+    winner: Tensor,
+    blend: float | Tensor,
+    q: float,
+    targeted: bool,
 ) -> Tensor:
     """The losses of p_aim, (N, *T) float64; for a targeted one `aim` is the adversarial label."""
     ln_p = _at(z.log_softmax(1), aim)
@@ -255,8 +261,11 @@ def _softmax_loss(
             weight = _at(p, aim) / torch.linalg.vector_norm(p, dim=1)
             weight = 1 - weight if targeted else weight
         elif loss in ("masked-cross-entropy", "blended-cross-entropy"):
-            other = blend if loss == "blended-cross-entropy" else 0.0
-            weight = (1 - 2 * other) * (right != targeted).double() + other
+            other = torch.zeros_like(ln_p)
+            if loss == "blended-cross-entropy":
+                of_image = torch.as_tensor(blend, dtype=z.dtype, device=z.device)
+                other = other + of_image.detach().view(-1, *[1] * (ln_p.dim() - 1))
+            weight = torch.where(right != targeted, 1 - other, other)
         else:
             weight = torch.ones_like(ln_p)
         values = torch.where(weight == 0, 0, -ln_p) * weight

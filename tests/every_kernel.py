@@ -51,9 +51,10 @@ def results(
         seed, active = ops.dag_seed_bilinear(low, high, other, goal=goal, margin=margin)
         exact.append(active)
         near.append(seed)
+    blend = torch.tensor([0.3, 0.8], dtype=torch.float64, device=device)
     for loss in LOSSES:
         other = "runner-up" if loss == "dag" else (labels + 1) % 40 if mode == "reach" else None
-        seed, sums, hits = ops.loss_seed(scores, labels, other, loss=loss, blend=0.3)
+        seed, sums, hits = ops.loss_seed(scores, labels, other, loss=loss, blend=blend)
         exact += [seed, hits]
         near.append(sums)
     for epsilon, levels in ((None, None), (0.01, None), (None, 256), (0.03, 256)):

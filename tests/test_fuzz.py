@@ -130,7 +130,10 @@ def loss_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str | None, di
         dtype, rng = draw(st.sampled_from(DTYPES)), generator(draw(SEEDS))
         weights = torch.rand(scores.shape[1], generator=rng).to(dtype)
     unit = st.sampled_from((0, 0.0, 0.25, 1, 1.0))
-    numbers = {"blend": draw(unit), "q": draw(unit), "kappa": draw(st.sampled_from((0, 0.5, INF)))}
+    blend = draw(unit)
+    if draw(st.booleans()):
+        blend = torch.tensor([draw(unit) for _ in scores], dtype=torch.float64)
+    numbers = {"blend": blend, "q": draw(unit), "kappa": draw(st.sampled_from((0, 0.5, INF)))}
     settings = {"loss": loss, "class_weights": weights, "ignore_index": settings["ignore_index"]}
     return scores, labels, other, settings | numbers
 
@@ -317,8 +320,9 @@ def valid_arguments(op: str) -> dict[str, Any]:
         return {"scores": scores, "size": (3, 7), "align_corners": False}
     maps = {"scores": scores, "labels": labels, "adversarial_labels": adversarial}
     if op == "loss_seed":
-        numbers = {"blend": 0.5, "q": 0.5, "kappa": 0.5, "class_weights": torch.rand(3)}
-        return maps | {"loss": "dag", "ignore_index": 255} | numbers
+        blend = torch.tensor([0.5, 0.25], dtype=torch.float64)
+        numbers = {"blend": blend, "q": 0.5, "kappa": 0.5, "class_weights": torch.rand(3)}
+        return maps | {"loss": "blended-cross-entropy", "ignore_index": 255} | numbers
     more = {"align_corners": True} if op == "dag_seed_bilinear" else {}
     return maps | {"goal": "leave", "ignore_index": 255, "margin": 0.5} | more
 

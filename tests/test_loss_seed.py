@@ -48,7 +48,13 @@ def case(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def values(
-    loss: str, z: Tensor, y: Tensor, aim: Tensor | None, blend: float, q: float, kappa: float
+    loss: str,
+    z: Tensor,
+    y: Tensor,
+    aim: Tensor | None,
+    blend: float | Tensor,
+    q: float,
+    kappa: float,
 ) -> Tensor:
     """The losses (K,) of scores z (K, C), labels y and adversarial labels (K,)."""
     targeted = aim is not None and loss != "dag"
@@ -97,6 +103,7 @@ def by_formula(
     adversarial: Tensor | str | None,
     *,
     class_weights: Tensor | None = None,
+    blend: float | Tensor,
     **settings: Any,
 ) -> Result:
     """What loss_seed must return, in float64."""
@@ -109,7 +116,9 @@ def by_formula(
         aim = rows.scatter(1, y[:, None], -INF).argmax(1)
     else:
         aim = None if adversarial is None else adversarial.long()[counted]
-    found = values(loss, rows, y, aim, **settings)
+    if isinstance(blend, Tensor):
+        blend = blend.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)[counted]
+    found = values(loss, rows, y, aim, blend, **settings)
     if class_weights is not None:
         found = found * class_weights.double()[y]
     (seed,) = torch.autograd.grad(found.sum(), z)
@@ -161,10 +170,11 @@ def test_equals_the_formula(kernels: torch.device, loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_reference_and_fallback_equal_the_formula(loss: str) -> None:
-    numbers = tuple(SETTINGS.values())
     for (k, shape), dtype in itertools.product(enumerate(SHAPES), DTYPES):
         scores, labels, adversarial = case(shape, k, dtype)
         scores = lay_out(scores, ("contiguous", "class-last", "transposed")[k % 3])
+        blend = torch.full(shape[:1], SETTINGS["blend"], dtype=torch.float64)
+        numbers = SETTINGS["q"], SETTINGS["kappa"]
         weights = torch.rand(shape[1], generator=generator(k)) if k % 2 else None
         for other in aims(loss, adversarial):
             expected = by_formula(loss, scores, labels, other, class_weights=weights, **SETTINGS)
@@ -173,8 +183,25 @@ def test_reference_and_fallback_equal_the_formula(loss: str) -> None:
             )
             assert_close(got, expected, scores)
             given = None if isinstance(other, str) else other
-            got = fallback.loss_seed(scores, labels, given, loss, *numbers, weights, 255)
+            got = fallback.loss_seed(scores, labels, given, loss, blend, *numbers, weights, 255)
             assert_close(got, expected, scores)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blend_of_each_image(module: Any, kernels: torch.device, dtype: torch.dtype) -> None:
+    blend = torch.tensor([0.0, 0.3, 1.0, 0.5], dtype=torch.float64)
+    scores, labels, adversarial = case((4, 5, 9, 11), 0, dtype)
+    for other in (None, adversarial):
+        settings = SETTINGS | {"blend": blend}
+        expected = by_formula("blended-cross-entropy", scores, labels, other, **settings)
+        given = on(kernels, scores, labels, other)
+        for there in (blend.to(kernels), blend.repeat_interleave(2).to(kernels)[::2]):
+            got = module.loss_seed(*given, loss="blended-cross-entropy", blend=there)
+            assert_close(got, expected, given[0])
+        second = (value if value is None else value[1:2] for value in given)
+        alone = module.loss_seed(*second, loss="blended-cross-entropy", blend=0.3)
+        assert torch.equal(bits(alone[0]), bits(got[0][1:2]))
 
 
 def test_q_of_1_is_cross_entropy(kernels: torch.device) -> None:
@@ -429,7 +456,7 @@ def test_out_of_range_label_is_a_negative_count(kernels: torch.device) -> None:
     for bad in (labels, aim):
         bad[1, 3] = 4
         seed, sums, hits = torch.ops.dagcore.loss_seed(
-            scores, labels, aim, "cross-entropy", 0.0, 0.5, 0.0, None, 255
+            scores, labels, aim, "cross-entropy", None, 0.5, 0.0, None, 255
         )
         bad[1, 3] = 0
         assert int(hits[0]) == 9
@@ -444,6 +471,17 @@ WRONG = [
     ({"loss": "hinge"}, ValueError, "loss must be 'cross-entropy', .* got 'hinge'"),
     ({"blend": 1.5}, ValueError, "blend must be between 0 and 1, got 1.5"),
     ({"blend": NAN}, ValueError, "blend must be a finite number, got nan"),
+    ({"blend": torch.rand(2)}, TypeError, "blend must be float64, got float32"),
+    (
+        {"blend": torch.rand(3).double()},
+        ValueError,
+        r"blend must have shape \(2,\) to match scores",
+    ),
+    (
+        {"blend": torch.tensor([0.5, NAN], dtype=torch.float64)},
+        ValueError,
+        "blend must be between 0 and 1, got nan",
+    ),
     ({"q": 2}, ValueError, "q must be at most 1, got 2"),
     ({"kappa": -1.0}, ValueError, "kappa must be a number of at least 0, got -1"),
     ({"kappa": "1"}, TypeError, "kappa must be a number, got '1'"),
@@ -497,7 +535,8 @@ def test_wrong_arguments_are_named(
     ("change", "message"),
     [
         ({3: "hinge"}, "loss must be one of cross-entropy, .*, dlr, got hinge"),
-        ({4: 2.0}, "blend must lie between 0 and 1, got 2"),
+        ({4: torch.rand(2)}, r"blend must be contiguous, float64 and of shape \(2\), got \(2\)"),
+        ({4: torch.rand(4).double()[::2]}, "blend must be contiguous"),
         ({5: 1.5}, "q must be a finite number, at most 1, got 1.5"),
         ({6: -1.0}, "kappa must be at least 0, got -1"),
         ({7: torch.ones(4).double()}, "class_weights must be contiguous, float32"),
@@ -510,7 +549,7 @@ def test_wrong_arguments_are_named(
 def test_the_native_op_checks_by_itself(
     cpu_or_cuda_on_host: None, change: dict[int, Any], message: str
 ) -> None:
-    arguments = [torch.zeros(2, 4, 9), torch.zeros(2, 9).long(), None, "cosine", 0.0, 0.5, 0.0]
+    arguments = [torch.zeros(2, 4, 9), torch.zeros(2, 9).long(), None, "cosine", None, 0.5, 0.0]
     arguments += [None, 255]
     for at, value in change.items():
         arguments[at] = value
@@ -526,14 +565,16 @@ def test_opcheck(device: torch.device, loss: str) -> None:
     for dtype, layout in zip(DTYPES, LAYOUTS[:4], strict=True):
         scores, labels, adversarial = case((2, 5, 7, 9), 0, dtype)
         weights = torch.ones(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        scores, labels, adversarial, weights = on(device, scores, labels, adversarial, weights)
-        for rest in ((None, None), (adversarial, weights)):
+        blend = torch.rand(2, generator=generator(0), dtype=torch.float64)
+        tensors = on(device, scores, labels, adversarial, weights, blend)
+        scores, labels, adversarial, weights, blend = tensors
+        for rest in ((None, None, None), (adversarial, weights, blend)):
             arguments = (
                 lay_out(scores, layout),
                 labels,
                 rest[0],
                 loss,
-                0.3,
+                rest[2],
                 0.7,
                 0.5,
                 rest[1],
@@ -548,6 +589,8 @@ def every_loss(scores: Tensor, labels: Tensor, adversarial: Tensor) -> list[Tens
     for loss in LOSSES:
         for other in aims(loss, adversarial):
             found += ops.loss_seed(scores * 2, labels, other, loss=loss, **SETTINGS)
+    blend = scores.new_full(scores.shape[:1], 0.5, dtype=torch.float64)
+    found += ops.loss_seed(scores, labels, loss="blended-cross-entropy", blend=blend)
     return found
 
 

@@ -288,9 +288,8 @@ DAGCORE_INLINE void write_sparse(const LossArgs& args, const Strip<Real>& strip,
 
 // The seed of a strip, the sum of its losses, and its hits.
 template <typename T, Loss kLoss, typename Real, typename Index>
-uint32_t seed_strip(Simd simd, const LossArgs& args, const Strip<Real>& strip,
+uint32_t seed_strip(Simd simd, const LossArgs& args, LossRule<Real> rule, const Strip<Real>& strip,
                     LossRow<Real, Index>* row, double* sum) {
-  const auto rule = args.rule_as<Real>();
   const auto& walk = args.walk;
   const int64_t classes = args.labelling.classes;
   const int count = strip.count;
@@ -362,7 +361,8 @@ void seed_targets(int64_t images, const LossArgs& args, double* sums) {
                         static_cast<Real*>(work.get()),
                         pitch};
       args.walk.locate(n, item / strips % rows * inner + first, strip.at);
-      add_active(args.hits + n, seed_strip<T, kLoss>(simd, args, strip, &row, &strip_sums[item]));
+      add_active(args.hits + n, seed_strip<T, kLoss>(simd, args, args.rule_of<Real>(n), strip, &row,
+                                                     &strip_sums[item]));
     }
   });
   for (int64_t item = 0; item < images * rows * strips; ++item) {
@@ -370,14 +370,16 @@ void seed_targets(int64_t images, const LossArgs& args, double* sums) {
   }
 }
 
-// scores (N, C, *T), labels and adversarial (N, *T), class_weights (C,); see dagcore/ops. Returns
-// the seed, laid out like scores, the sums of the losses (N,), double, and the hits (N,), int32.
+// scores (N, C, *T), labels and adversarial (N, *T), blend (N,), class_weights (C,); see
+// dagcore/ops. Returns the seed, laid out like scores, the sums of the losses (N,), double, and the
+// hits (N,), int32.
 std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial, std::string loss,
-                                             double blend, double q, double kappa,
+                                             std::optional<Tensor> blend, double q, double kappa,
                                              std::optional<Tensor> class_weights,
                                              int64_t ignore_index) {
-  LossCall call(scores, labels, adversarial, loss, blend, q, kappa, class_weights, ignore_index);
+  LossSeedCall call(scores, labels, adversarial, loss, blend, q, kappa, class_weights,
+                    ignore_index);
   advise_huge_pages(call.seed.mutable_data_ptr(), call.seed.numel() * call.seed.element_size());
   return call.run([&](auto type, auto loss) {
     seed_targets<decltype(type), loss.value>(scores.size(0), call.args(),

@@ -39,10 +39,10 @@ __device__ void sum_features(int32_t classes, const Feature& feature, Real* sum,
 
 template <typename T, Loss kLoss>
 __global__ void __launch_bounds__(kThreads)
-    seed_targets(const __grid_constant__ LossArgs args, LossRule<RealOf<T>> rule,
-                 ImageBlocks blocks, double* block_sums) {
+    seed_targets(const __grid_constant__ LossArgs args, ImageBlocks blocks, double* block_sums) {
   using Real = RealOf<T>;
   const int64_t n = blocks.image();
+  const LossRule<Real> rule = args.template rule_of<Real>(n);
   const int64_t target = blocks.index() * kThreads + static_cast<int64_t>(threadIdx.x);
   const int32_t classes = static_cast<int32_t>(args.labelling.classes);
   double loss = 0;
@@ -132,14 +132,15 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// scores (N, C, *T), labels and adversarial (N, *T), class_weights (C,); see the CPU's.
+// scores (N, C, *T), labels and adversarial (N, *T), blend (N,), class_weights (C,); see the CPU's.
 std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial, std::string loss,
-                                             double blend, double q, double kappa,
+                                             std::optional<Tensor> blend, double q, double kappa,
                                              std::optional<Tensor> class_weights,
                                              int64_t ignore_index) {
   const Launcher launch("loss_seed", scores);
-  LossCall call(scores, labels, adversarial, loss, blend, q, kappa, class_weights, ignore_index);
+  LossSeedCall call(scores, labels, adversarial, loss, blend, q, kappa, class_weights,
+                    ignore_index);
   return call.run([&](auto type, auto loss) {
     using T = decltype(type);
     const LossArgs args = call.args();
@@ -147,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
     const Tensor block_sums =
         torch::stable::new_empty(scores, {images * blocks}, ScalarType::Double);
     double* parts = static_cast<double*>(block_sums.mutable_data_ptr());
-    launch(seed_targets<T, loss.value>, images * blocks, kThreads, args,
-           args.template rule_as<RealOf<T>>(), ImageBlocks(blocks), parts);
+    launch(seed_targets<T, loss.value>, images * blocks, kThreads, args, ImageBlocks(blocks),
+           parts);
     launch(sum_losses, images, kThreads, static_cast<const double*>(parts), blocks,
            static_cast<double*>(call.sums.mutable_data_ptr()));
   });

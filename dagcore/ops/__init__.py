@@ -39,7 +39,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "loss_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str loss, float blend, "
+    "loss_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str loss, Tensor? blend, "
     "float q, float kappa, Tensor? class_weights, int ignore_index) "
     "-> (Tensor seed, Tensor loss, Tensor hits)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -126,13 +126,14 @@ def _loss_fake(
     labels: Tensor,
     adversarial: Tensor | None,
     loss: str,
-    blend: float,
+    blend: Tensor | None,
     q: float,
     kappa: float,
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_one_device(scores, labels, *(t for t in (adversarial, class_weights) if t is not None))
+    given = (scores, labels, adversarial, blend, class_weights)
+    _check_one_device(*(t for t in given if t is not None))
     sums = scores.new_empty(scores.shape[:1], dtype=torch.float64)
     return torch.empty_like(scores), sums, torch.empty_like(sums, dtype=torch.int32)
 
@@ -286,7 +287,7 @@ def loss_seed(
     adversarial_labels: Tensor | str | None = None,  # (N, *T)
     *,
     loss: str,
-    blend: float = 0.0,
+    blend: float | Tensor = 0.0,  # (N,)
     q: float = 0.5,
     kappa: float = 0.0,
     class_weights: Tensor | None = None,  # (C,)
@@ -334,7 +335,8 @@ def loss_seed(
             class, is for "dag" only. Not read where `labels` is `ignore_index`; a value of
             `ignore_index` that is no class excludes the target too.
         loss: a name of the table.
-        blend: of "blended-cross-entropy", from 0 to 1; SegPGD's lambda.
+        blend: of "blended-cross-entropy", from 0 to 1; SegPGD's lambda. A number, or (N,) float64
+            for images at different updates, whose values only a CPU's tensor is checked for.
         q: of "tsallis", at most 1.
         kappa: of "margin" and "dag", in the units of the scores, at least 0; may be infinite.
         class_weights: (C,) of any floating dtype; a target's loss is multiplied by that of its
@@ -355,15 +357,34 @@ def loss_seed(
     adversarial = checks.loss_arguments(
         scores, labels, adversarial_labels, loss, blend, q, kappa, class_weights, ignore_index
     )
-    if class_weights is not None:
-        class_weights = class_weights.detach().to(fallback.real(scores)).contiguous()
-    numbers = float(blend), float(q), float(kappa)
+    blends, weights = _loss_vectors(scores, loss, blend, class_weights)
     seed, sums, hits = torch.ops.dagcore.loss_seed(
-        scores.detach(), labels, adversarial, loss, *numbers, class_weights, ignore_index
+        scores.detach(),
+        labels,
+        adversarial,
+        loss,
+        blends,
+        float(q),
+        float(kappa),
+        weights,
+        ignore_index,
     )
     if _is_negative(hits):
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
     return seed, sums, hits
+
+
+def _loss_vectors(
+    scores: Tensor, loss: str, blend: float | Tensor, class_weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Blend (N,) and class weights (C,) as the loss ops take them."""
+    if class_weights is not None:
+        class_weights = class_weights.detach().to(fallback.real(scores)).contiguous()
+    if loss != "blended-cross-entropy":
+        return None, class_weights
+    if not isinstance(blend, Tensor):
+        return scores.new_full(scores.shape[:1], blend, dtype=torch.float64), class_weights
+    return blend.detach().contiguous(), class_weights
 
 
 def argmax_bilinear(

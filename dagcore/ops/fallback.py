@@ -90,7 +90,7 @@ def loss_seed(
     labels: Tensor,
     adversarial: Tensor | None,
     loss: str,
-    blend: float,
+    blend: Tensor | None,
     q: float,
     kappa: float,
     class_weights: Tensor | None,
@@ -142,7 +142,13 @@ def loss_seed(
 
 
 def _softmax_weight(
-    loss: str, p: Tensor, ln_p: Tensor, right: Tensor, blend: float, q: float, targeted: bool
+    loss: str,
+    p: Tensor,
+    ln_p: Tensor,
+    right: Tensor,
+    blend: Tensor | None,
+    q: float,
+    targeted: bool,
 ) -> tuple[Tensor, Tensor]:
     """w of the gradient w (p - e_y), and the loss, (N, *T)."""
     own = ln_p.exp()
@@ -157,8 +163,10 @@ def _softmax_weight(
         weight = own / torch.linalg.vector_norm(p, dim=1)
         weight = 1 - weight if targeted else weight
     elif loss in ("masked-cross-entropy", "blended-cross-entropy"):
-        other = blend if loss == "blended-cross-entropy" else 0.0
-        weight = torch.where(right != targeted, weight * (1 - other), weight * other)
+        other = torch.zeros_like(own)
+        if loss == "blended-cross-entropy" and blend is not None:
+            other = other + blend.to(own.dtype).view(-1, *[1] * (own.dim() - 1))
+        weight = torch.where(right != targeted, 1 - other, other)
     return weight, torch.where(weight == 0, 0, -ln_p) * weight
 
 
