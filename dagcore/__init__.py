@@ -7,10 +7,14 @@ from typing import Any
 
 from . import attacks, labels, losses, ops, perturbation, reference, victims, zoo
 from .attacks import (
+    APGD,
     DAG,
+    PGD,
     Attack,
+    CosPGD,
     Part,
     Result,
+    SegPGD,
     Status,
     joint_attack,
     joint_stream,
@@ -21,11 +25,15 @@ from .engine.stream import Sample
 from .version import __version__
 
 __all__ = [
+    "APGD",
     "DAG",
+    "PGD",
     "Attack",
+    "CosPGD",
     "Part",
     "Result",
     "Sample",
+    "SegPGD",
     "Status",
     "__version__",
     "attacks",

@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 
 GOALS = ("leave", "reach")
+NORMS = ("linf", "l2")
 LOSSES = (
     "cross-entropy",
     "masked-cross-entropy",
@@ -226,10 +227,7 @@ def loss_arguments(
     choice("loss", loss, LOSSES)
     integer("ignore_index", ignore_index)
     _blend(blend, scores)
-    number("q", q)
-    if not q <= 1:
-        raise ArgumentError(f"q must be at most 1, got {q}")
-    number("kappa", kappa, at_least=0, infinite=True)
+    loss_numbers(q, kappa)
     if isinstance(adversarial_labels, str | None):
         allowed = "'runner-up'" if loss == "dag" else "None"
         if adversarial_labels != ("runner-up" if loss == "dag" else None):
@@ -238,13 +236,7 @@ def loss_arguments(
                 f"got {adversarial_labels!r}"
             )
     targeted = isinstance(adversarial_labels, Tensor)
-    least_classes = (4 if targeted else 3) if loss == "dlr" else 1
-    if scores.shape[1] < least_classes:
-        kind = "targeted 'dlr'" if targeted else "'dlr'"
-        raise ArgumentError(
-            f"scores must have at least {least_classes} classes for {kind}, "
-            f"got {tuple(scores.shape)}"
-        )
+    loss_classes(loss, scores.shape[1], targeted=targeted)
     expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
     _label_map("labels", labels, expected, why, scores)
     if class_weights is not None:
@@ -259,19 +251,47 @@ def loss_arguments(
 
 def _blend(blend: float | Tensor, scores: Tensor) -> None:
     """Raise unless blend lies between 0 and 1; the values of a tensor are read on the CPU alone."""
-    if isinstance(blend, Tensor):
-        tensor("blend", blend, (torch.float64,))
-        shape("blend", blend, (scores.shape[0],), f"scores {tuple(scores.shape)}")
-        device("blend", blend, "scores", scores)
-        if torch.compiler.is_compiling() or not at_hand(blend):
-            return
-        values = blend.tolist()
-    else:
-        number("blend", blend)
-        values = [blend]
-    for value in values:
-        if not 0 <= value <= 1:
-            raise ArgumentError(f"blend must be between 0 and 1, got {value}")
+    if not isinstance(blend, Tensor):
+        blend_weight(blend)
+        return
+    tensor("blend", blend, (torch.float64,))
+    shape("blend", blend, (scores.shape[0],), f"scores {tuple(scores.shape)}")
+    device("blend", blend, "scores", scores)
+    if not torch.compiler.is_compiling() and at_hand(blend):
+        for value in blend.tolist():
+            blend_weight(value)
+
+
+def blend_weight(value: object) -> None:
+    """Raise unless `value` is a number from 0 to 1."""
+    number("blend", value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ArgumentError(f"blend must be between 0 and 1, got {value}")
+
+
+def tolerance(value: object) -> None:
+    """Raise unless `value` is a fraction of targets that may be left."""
+    number("tolerance", value)
+    if not 0 <= value < 1:  # type: ignore[operator]
+        raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {value}")
+
+
+def loss_numbers(q: float, kappa: float) -> None:
+    """Raise unless the numbers of a loss are within their limits."""
+    number("q", q)
+    if not q <= 1:
+        raise ArgumentError(f"q must be at most 1, got {q}")
+    number("kappa", kappa, at_least=0, infinite=True)
+
+
+def loss_classes(loss: str, num_classes: int, *, targeted: bool) -> None:
+    """Raise unless scores have as many classes as a loss looks at."""
+    least = (4 if targeted else 3) if loss == "dlr" else 1
+    if num_classes < least:
+        kind = "targeted 'dlr'" if targeted else "'dlr'"
+        raise ArgumentError(
+            f"scores must have at least {least} classes for {kind}, got {num_classes}"
+        )
 
 
 def _class_scores(scores: Tensor) -> None:

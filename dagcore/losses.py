@@ -1,15 +1,377 @@
-"""The objectives of attacks: what counts at the scores, and what to seed."""
+"""Dense losses by name, and the objectives of attacks: what counts at the scores, what to seed.
+
+A `Loss` is what `PGD` and `APGD` take, and a function that networks can be trained with:
+``dagcore.losses.jensen_shannon(scores, labels)``. The formulas are in `dagcore.ops.loss_seed`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from . import checks
-from .engine.loop import State
+from . import checks, ops
+from .engine.loop import Seed, State
+from .errors import ArgumentError, ArgumentTypeError
 from .labels import assign
+
+UNTARGETED = "untargeted"
+"""What stands for adversarial labels where a loss has none."""
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+    """A dense loss, computed with its gradient in one pass over the scores.
+
+    Args:
+        name: one of `dagcore.ops.loss_seed`'s.
+        blend: of "blended-cross-entropy", from 0 to 1.
+        q: of "tsallis", at most 1.
+        kappa: of "margin" and "dag", in the units of the scores, at least 0.
+        class_weights: (C,) floating point; a target's loss is multiplied by that of its label.
+
+    Raises:
+        TypeError, ValueError: a name or a number that is none of these.
+    """
+
+    name: str
+    blend: float = 0.0
+    q: float = 0.5
+    kappa: float = 0.0
+    class_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("name", self.name, checks.LOSSES)
+        checks.blend_weight(self.blend)
+        checks.loss_numbers(self.q, self.kappa)
+        if self.class_weights is not None:
+            checks.tensor("class_weights", self.class_weights, checks.FLOAT_DTYPES)
+            if self.class_weights.dim() != 1:
+                raise ArgumentError(
+                    f"class_weights must have shape (C,), got {tuple(self.class_weights.shape)}"
+                )
+
+    def __call__(
+        self,
+        scores: Tensor,  # (N, C, *T)
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str | None = None,  # (N, *T)
+        *,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss, with its gradient to the scores for a backward pass: to be ascended by attacks.
+
+        Args:
+            scores: (N, C, *T) before softmax, or maps (N, C, h, w) of another size than the labels,
+                which are read through bilinear interpolation.
+            labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
+            adversarial_labels: (N, *T) likewise, for a targeted loss; see `dagcore.ops.loss_seed`.
+            ignore_index: the label of targets that never count.
+            align_corners: as for `torch.nn.functional.interpolate`.
+            reduction: "mean" over the targets that are not ignored (NaN where there are none),
+                "sum" over all, or "none": the sums of each image.
+
+        Returns:
+            float32, or float64 for float64 scores: a scalar, or (N,) for "none".
+
+        Raises:
+            TypeError, ValueError: as `dagcore.ops.loss_seed`.
+            RuntimeError: where it is differentiated twice.
+        """
+        checks.choice("reduction", reduction, REDUCTIONS)
+        sums = cast(
+            Tensor,
+            _Fused.apply(scores, labels, adversarial_labels, self, ignore_index, align_corners),
+        )
+        if reduction == "none":
+            return sums
+        if reduction == "sum":
+            return sums.sum()
+        return sums.sum() / (labels.long() != ignore_index).sum()
+
+    def seed(
+        self,
+        scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) of another size than the labels
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str | None,  # (N, *T)
+        *,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Seed, sums of the losses and hits: what `dagcore.ops.loss_seed` returns."""
+        settings: dict[str, Any] = {
+            "loss": self.name,
+            "blend": self.blend,
+            "q": self.q,
+            "kappa": self.kappa,
+            "class_weights": self.class_weights,
+            "ignore_index": ignore_index,
+        }
+        if scores.dim() != 4 or scores.shape[2:] == labels.shape[1:]:
+            return ops.loss_seed(scores, labels, adversarial_labels, **settings)
+        return ops.loss_seed_bilinear(
+            scores, labels, adversarial_labels, **settings, align_corners=align_corners
+        )
+
+
+cross_entropy = Loss("cross-entropy")
+masked_cross_entropy = Loss("masked-cross-entropy")
+blended_cross_entropy = Loss("blended-cross-entropy", blend=0.5)
+cosine = Loss("cosine")
+jensen_shannon = Loss("jensen-shannon")
+tsallis = Loss("tsallis")
+margin = Loss("margin")
+dag = Loss("dag")
+masked_spherical = Loss("masked-spherical")
+dlr = Loss("dlr")
+
+UserLoss = Callable[..., Tensor]
+"""A loss of one's own in plain PyTorch: (scores (N, C, *T), labels (N, *T)), and adversarial labels
+(N, *T) where they are given, -> (N,) or (N, *T), to be ascended."""
+
+
+class _Fused(torch.autograd.Function):
+    """Sums of a loss (N,), whose gradient was computed with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        labels: Tensor,
+        adversarial_labels: Tensor | str | None,
+        loss: Loss,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> Tensor:
+        seed, sums, _ = loss.seed(
+            scores,
+            labels,
+            adversarial_labels,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+        )
+        ctx.save_for_backward(seed)
+        return sums.to(torch.promote_types(scores.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (seed,) = ctx.saved_tensors
+        # Where a graph is asked for, there is one: whose backward pass says what is wrong.
+        seed = seed.detach().requires_grad_(torch.is_grad_enabled())
+        scaled = _Once.apply(seed, gradients[0])
+        return scaled, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A seed times the gradient of each image's loss, with no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, gradient: Tensor) -> Tensor:
+        return (seed * gradient.view(-1, *[1] * (seed.dim() - 1))).to(seed.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "a loss of dagcore.losses can be differentiated once only: its seed is computed with "
+            "it, without a graph"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossObjective:
+    """A dense loss, summed over the targets, to be ascended.
+
+    A target is active while its argmax is its label; with a targeted loss until its argmax is its
+    adversarial label.
+
+    Args:
+        loss: by its name, as a `Loss`, or one of the user's own.
+        ignore_index: label of the targets that never count.
+        blend_steps: updates in which the blend of "blended-cross-entropy" rises from 0 to 1/2, as
+            SegPGD has it; None: it stays.
+    """
+
+    loss: Loss | UserLoss
+    ignore_index: int = 255
+    blend_steps: int | None = None
+    tells_loss = True
+
+    @property
+    def default(self) -> str:
+        """How adversarial labels are chosen where nobody says it."""
+        return "permutation" if self.is_dag else UNTARGETED
+
+    @property
+    def is_dag(self) -> bool:
+        """Whether the loss always has adversarial labels, and counts as it does without."""
+        return isinstance(self.loss, Loss) and self.loss.name == "dag"
+
+    def check_kind(self, wanted: str) -> None:
+        """Raise unless adversarial labels can be chosen in this way."""
+        kinds = ("permutation", "random", "runner-up" if self.is_dag else UNTARGETED)
+        checks.choice("adversarial_labels", wanted, kinds)
+
+    def assign(
+        self,
+        wanted: Tensor | str | None,  # (N, *T)
+        labels: Tensor,  # (N, *T)
+        num_classes: int,
+        generator: torch.Generator | None,
+    ) -> Tensor | str:
+        """Adversarial labels, given or drawn; "untargeted" where there are none."""
+        weights = self.loss.class_weights if isinstance(self.loss, Loss) else None
+        if weights is not None:
+            checks.shape("class_weights", weights, (num_classes,), f"{num_classes} classes")
+            checks.device("class_weights", weights, "images", labels)
+        wanted = self.default if wanted is None else wanted
+        if not isinstance(wanted, Tensor) and wanted == UNTARGETED:
+            targeted = False
+        else:
+            targeted = True
+            wanted = assign(
+                wanted,
+                labels,
+                num_classes,
+                self.ignore_index,
+                generator,
+                look=checks.at_hand(labels),
+            )
+        if isinstance(self.loss, Loss):
+            checks.loss_classes(self.loss.name, num_classes, targeted=targeted)
+        return wanted
+
+    def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
+        """Number of targets that are not ignored, (N,) int64."""
+        counted = self._counted(num_classes, labels, adversarial)
+        return counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
+
+    def _counted(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
+        counted = labels.long() != self.ignore_index  # a uint8 would be compared modulo 256
+        if isinstance(adversarial, Tensor) and not 0 <= self.ignore_index < num_classes:
+            counted = counted & (adversarial.long() != self.ignore_index)
+        return counted
+
+    def seed(
+        self,
+        scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) below the labels' size
+        labels: Tensor,  # (N, *T)
+        adversarial: Tensor | str,  # (N, *T)
+        *,
+        align_corners: bool,
+        state: State,
+    ) -> Seed:
+        """The loss's gradient at the scores, active targets, and the loss."""
+        scores = scores.detach()
+        given = adversarial if isinstance(adversarial, Tensor) else None
+        if not isinstance(self.loss, Loss):
+            return self._users(scores, labels, given, align_corners)
+        loss, real = self.loss, torch.promote_types(scores.dtype, torch.float32)
+        weights = loss.class_weights
+        blend = None
+        if loss.name == "blended-cross-entropy":
+            blend = scores.new_full((len(scores),), loss.blend, dtype=torch.float64)
+            if self.blend_steps is not None and "updates" in state:
+                blend.copy_(state["updates"]).div_(2 * self.blend_steps)
+        rule = (
+            given,
+            loss.name,
+            blend,
+            float(loss.q),
+            float(loss.kappa),
+            None if weights is None else weights.detach().to(real).contiguous(),
+            self.ignore_index,
+        )
+        # Past the wrappers' checks: arguments were checked as the images came.
+        if scores.shape[2:] == labels.shape[1:]:
+            seed, sums, active = torch.ops.dagcore.loss_seed(scores, labels, *rule)
+        else:
+            seed, sums, active = torch.ops.dagcore.loss_seed_bilinear(
+                scores, labels, *rule, align_corners
+            )
+        if given is not None and not self.is_dag:
+            if scores.shape[2:] == labels.shape[1:]:
+                winner = scores.argmax(1)
+            else:
+                height, width = labels.shape[1:]
+                winner = torch.ops.dagcore.argmax_bilinear(scores, height, width, align_corners)
+            away = self.active(scores.shape[1], labels, given, winner)
+            away = torch.where(sums.isnan(), away.clamp(min=1), away)  # a NaN is no success
+            active = torch.where(active < 0, active, away)  # below 0: a label out of range
+        return Seed(seed, active, sums)
+
+    def active(
+        self,
+        num_classes: int,
+        labels: Tensor,  # (N, *T)
+        adversarial: Tensor | str | None,  # (N, *T)
+        winner: Tensor,  # (N, *T)
+    ) -> Tensor:
+        """Active targets (N,) int32 where these classes win."""
+        if isinstance(adversarial, Tensor) and not self.is_dag:
+            active = self._counted(num_classes, labels, adversarial)
+            active = active & (winner != adversarial.long())
+        else:
+            active = self._counted(num_classes, labels, UNTARGETED) & (winner == labels.long())
+        return active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+
+    def _users(
+        self, scores: Tensor, labels: Tensor, aims: Tensor | None, align_corners: bool
+    ) -> Seed:
+        """The gradient of the user's own loss, by autograd."""
+        with torch.enable_grad():
+            leaf = scores.requires_grad_()
+            high = leaf
+            if scores.shape[2:] != labels.shape[1:]:
+                high = functional.interpolate(
+                    leaf.to(torch.promote_types(leaf.dtype, torch.float32)),
+                    labels.shape[1:],
+                    mode="bilinear",
+                    align_corners=align_corners,
+                )
+            losses = self.loss(high, labels, *(() if aims is None else (aims,)))
+            checks.tensor("what loss returns", losses, checks.FLOAT_DTYPES)
+            if losses.shape not in (labels.shape[:1], labels.shape):
+                raise ArgumentError(
+                    "loss must return one value for each image or target, of shape "
+                    f"{tuple(labels.shape[:1])} or {tuple(labels.shape)}, "
+                    f"got {tuple(losses.shape)}"
+                )
+            sums = losses.reshape(len(losses), -1).sum(1, dtype=torch.float64)
+            (seed,) = torch.autograd.grad(sums.sum(), leaf)
+        best, winner = high.detach().max(1)
+        active = self.active(scores.shape[1], labels, aims, winner)
+        broken = best.isnan().reshape(len(best), -1).any(1)
+        active = torch.where(broken, active.clamp(min=1), active)  # a NaN is no success
+        return Seed(seed, active, sums.detach())
+
+    def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
+        """Raise an error that names the label that is out of range."""
+        given = adversarial if isinstance(adversarial, Tensor) else None
+        checks.target_labels(num_classes, labels, given, self.ignore_index)
+
+
+def named(loss: str | Loss | UserLoss) -> Loss | UserLoss:
+    """A loss by its name, or as it is.
+
+    Raises:
+        TypeError, ValueError: no loss.
+    """
+    if isinstance(loss, str):
+        checks.choice("loss", loss, checks.LOSSES)
+        return Loss(loss)
+    if not callable(loss):
+        raise ArgumentTypeError(
+            "loss must be a name, a dagcore.losses.Loss or a function of (scores, labels), "
+            f"got {type(loss).__name__}"
+        )
+    return loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +388,8 @@ class DAGObjective:
     goal: str = "leave"
     ignore_index: int = 255
     margin: float = 0.0
+    tells_loss = False
+    default = "permutation"
 
     def assign(
         self,
@@ -39,7 +403,7 @@ class DAGObjective:
         Labels out of range are looked for where that waits for no device; `seed` tells of them too.
         """
         return assign(
-            wanted or "permutation" if not isinstance(wanted, Tensor) else wanted,
+            self.default if wanted is None else wanted,
             labels,
             num_classes,
             self.ignore_index,
@@ -72,7 +436,7 @@ class DAGObjective:
         *,
         align_corners: bool,
         state: State | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Seed:
         """+1 at the adversarial label of each active target, -1 at its label; their number.
 
         A number below 0 tells of a label that is out of range.
@@ -87,7 +451,7 @@ class DAGObjective:
             seed, active = torch.ops.dagcore.dag_seed_bilinear(
                 scores, labels, given, *rule, align_corners
             )
-        return seed, active
+        return Seed(seed, active)
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
         """Raise an error that names the label that is out of range."""

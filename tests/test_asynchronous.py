@@ -460,7 +460,7 @@ def test_a_replay_that_does_nothing_is_an_error() -> None:
 class Undecided:
     """Evaluates an image as neither done nor worth a step."""
 
-    networks, capturable, states = 1, True, ()
+    networks, capturable, states, tells_loss = 1, True, (), False
 
     def advance(self, state: Any) -> None:
         pass

@@ -515,7 +515,8 @@ def test_success_with_a_tolerance(goal, right, active, left, tolerance, expected
         "status": "converged",
         "targets": 100,
         "right_before": right,
-        "active": [active, left],
+        "to_fool": active,
+        "left": left,
         "active_after_rounding": left,
         "pixels": {"before": {}, "after": {}},
         "num_classes": 2,
@@ -787,6 +788,7 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
     assert kept == {
         "data": "photos",
         "model": "run_victim:make",
+        "attack": "dag",
         "adversarial": "permutation",
         "gamma": 1 / 255,
         "max_iter": 5,

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 from dagcore import Sample
 from dagcore.attacks import Attack
 from dagcore.attacks.schedules import UntilFooled
+from dagcore.engine.loop import Seed
 
 
 class CrossEntropy:
     """Every target's cross-entropy goes up; a target is active while its label wins."""
+
+    tells_loss = False
+    default = "none"
 
     def assign(self, wanted, labels, num_classes, generator):
         return "none"
@@ -31,7 +35,7 @@ class CrossEntropy:
             loss = F.cross_entropy(large, labels.long(), ignore_index=255, reduction="sum")
             (seed,) = torch.autograd.grad(loss, leaf)
         hits = (large.argmax(1) == labels) & (labels != 255)
-        return seed, hits.flatten(1).sum(1, dtype=torch.int32)
+        return Seed(seed, hits.flatten(1).sum(1, dtype=torch.int32))
 
     def refuse(self, num_classes, labels, adversarial):
         raise ValueError("labels")
@@ -43,7 +47,10 @@ class MomentumStep:
     def begin(self, images, start):
         return {"momentum": torch.zeros_like(images)}
 
-    def move(self, state, gradient, going):
+    def move(self, state, seen, going):
+        if seen.gradient is None:
+            return going
+        gradient = seen.gradient
         rows = going.view(-1, 1, 1, 1)
         norm = gradient.abs().mean((1, 2, 3), keepdim=True)
         state["momentum"].copy_(torch.where(rows, 0.9 * state["momentum"] + gradient / norm, 0))

@@ -1,16 +1,23 @@
 """The attacks, as users call them."""
 
+from .apgd import APGD
 from .base import Attack
 from .dag import DAG
 from .joint import Part, joint_attack, joint_stream
+from .pgd import PGD, BallAttack, CosPGD, SegPGD
 from .result import Result, Status
 from .universal import universal_perturbation
 
 __all__ = [
+    "APGD",
     "DAG",
+    "PGD",
     "Attack",
+    "BallAttack",
+    "CosPGD",
     "Part",
     "Result",
+    "SegPGD",
     "Status",
     "joint_attack",
     "joint_stream",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +18,11 @@ from ..engine import frozen
 from ..engine.devices import Device, device_for
 from ..engine.loop import Finished, Objective, Schedule, Slots, Step
 from ..engine.networks import Assign, Network, Networks, Targets
+from ..engine.runs import Run, Runs
 from ..engine.scores import ScoreModel
 from ..engine.stream import Prefetcher, Sample, Stream, StreamCallback, device_of
 from ..errors import ArgumentError, ArgumentTypeError
+from ..levels import radius
 from ..perturbation import round_to_levels
 from .original import Originals
 from .result import Result, gather
@@ -39,8 +43,14 @@ class Attack(abc.ABC):
     """Radius of the ball around the clean image, None for none."""
     ignore_index: int = 255
     """Label of the targets that never count."""
+    norm: str = "linf"
+    """Of that ball, "linf" or "l2"."""
     levels: int | None = None
     """Number of levels between the bounds that images lie on, None for any value."""
+    restarts: int = 1
+    """Runs of an image, each from a random point of its own, whose best is returned."""
+    random_start = False
+    """Whether an image's random points have to be seeded."""
     backend: str = "native"
     """What runs it: only "native" streams."""
 
@@ -116,7 +126,8 @@ class Attack(abc.ABC):
     ) -> Result:
         """`__call__`, once its arguments have been checked."""
         targets = Targets(labels, self.assign(adversarial_labels, generator), boxes)
-        return run_batch(self, [self.network(model)], images, [targets], start, callback)
+        networks = [self.network(model)]
+        return run_batch(self, networks, images, [targets], start, generator, callback)
 
     def stream(
         self,
@@ -188,9 +199,9 @@ class Attack(abc.ABC):
         """Active targets at scores that are there already, (N,) int32."""
         objective = self.objective()
         adversarial = objective.assign(adversarial_labels, labels, scores.shape[1], None)
-        _, active = objective.seed(
+        active = objective.seed(
             scores, labels, adversarial, align_corners=align_corners, state={}
-        )
+        ).active
         if bool((active < 0).any()):
             objective.refuse(scores.shape[1], labels, adversarial)
         return active
@@ -233,6 +244,31 @@ class Attack(abc.ABC):
         checks.generator(generator)
         self.check_pixels("images", images)
         check_boxes(model, boxes, images)
+
+    def seed(self, generator: torch.Generator | None) -> int | None:
+        """The seed of an image's random points, drawn where there are any."""
+        return drawn_seed(generator) if self.random_start else None
+
+    def random_point(self, image: Tensor, seed: int, run: int) -> Tensor | None:
+        """Where the run of an image (*) with this seed begins; None for the image itself."""
+        return None
+
+    def check_grid(self) -> None:
+        """Raise unless bounds and levels go together; warn where no level is within epsilon."""
+        if self.bounds is not None:
+            checks.bounds(self.bounds)
+        if self.levels is None:
+            return
+        checks.level_count("levels", self.levels)
+        if self.bounds is None:
+            raise ArgumentError(f"bounds must be given with levels={self.levels}, got None")
+        if self.epsilon is not None and not radius(self.epsilon, self.bounds, self.levels):
+            warnings.warn(
+                f"epsilon={self.epsilon:g} is less than the distance of two of "
+                f"{self.levels} levels in {self.bounds}: no image can change",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def check_kind(self, adversarial_labels: Any) -> None:
         """Raise unless adversarial labels can be chosen in a way that is named."""
@@ -313,13 +349,17 @@ class Attack(abc.ABC):
         checks.shape("start", start, tuple(images.shape), "images")
         checks.device("start", start, "images", images)
         self.check_pixels("start", start)
+        linf = self.norm == "linf"
         if self.epsilon is None or not images.numel():
             return
-        away = float((start.double() - images.double()).abs().max())
+        away = (start.double() - images.double()).flatten(1)
+        away = float(torch.linalg.vector_norm(away, math.inf if linf else 2, dim=1).max())
         rounding = torch.finfo(images.dtype).eps * float(images.abs().max())
+        rounding *= 1 if linf else math.sqrt(images[0].numel())
         if away > self.epsilon + rounding:
             raise ArgumentError(
-                f"start must lie within epsilon={self.epsilon:g} of images, got {away:g} away"
+                f"start must lie within epsilon={self.epsilon:g} of images"
+                f"{'' if linf else ' in the L2 norm'}, got {away:g} away"
             )
 
 
@@ -337,11 +377,13 @@ def check_sample(
         return value[None] if dense else value  # what is not dense is refused as it is
 
     try:
+        if sample.seed is not None:
+            checks.integer("seed", sample.seed, at_least=0, at_most=2**63 - 1)
         each = sample.each(len(models))
         for attack, model, one in zip(attacks, models, each, strict=True):
             labels, adversarial, boxes = map(batched, one)
             attack.check(model, batched(sample.image), labels, adversarial, boxes)
-        attacks[0].check_start(sample.start, sample.image)
+        attacks[0].check_start(batched(sample.start), batched(sample.image))
         return dataclasses.replace(
             sample,
             image=attacks[0].fitted("images", sample.image),
@@ -366,6 +408,12 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
         own(boxes, images)
 
 
+def drawn_seed(generator: torch.Generator | None) -> int:
+    """A seed of one's own."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
 @contextlib.contextmanager
 def held(models: Iterable[object], device: Device) -> Iterator[None]:
     """Models in eval mode, and on the CPU freed memory kept, while they are attacked."""
@@ -382,6 +430,7 @@ def run_batch(
     images: Tensor,  # (N, *)
     targets: Sequence[Targets],
     start: Tensor | None,
+    generator: torch.Generator | None,
     callback: Callback | None,
     *,
     attacks: Sequence[Attack] | None = None,
@@ -393,21 +442,26 @@ def run_batch(
     def report(update: int, places: list[Any], counts: Tensor) -> None:
         if callback is not None and bool((counts >= 0).any()):
             of_all = torch.full((total, len(networks)), -1, dtype=torch.int32)
-            of_all[torch.tensor(places)] = counts
+            of_all[torch.tensor([run.key for run in places])] = counts
             callback(update, of_all.T if joint else of_all[:, 0])
 
     if not total:
         return _nothing(attack, images, targets, joint=joint)
     device = device_for(images.device)
     with held(models, device), device.current(), torch.inference_mode(False):
-        slots = open_slots(attack, networks, images, targets, start, report)
+        runs = Runs(attack.restarts, attack.random_point)
+        tags = [Run(n, attack.seed(generator)) for n in range(total)]
+        if start is None and attack.random_start:
+            start = torch.stack([runs.start(*one) for one in zip(images, tags, strict=True)])
+        slots = open_slots(attack, networks, images, targets, start, report, tags)
         outcomes: dict[int, Finished] = {}
         while len(outcomes) < total:
             slots.iterate()
             for outcome in slots.collect():
                 if outcome.error is not None:
                     raise outcome.error
-                outcomes[outcome.tag] = outcome
+                if (best := runs.over(outcome, slots)) is not None:
+                    outcomes[best.tag] = best
         originals = Originals(attacks or [attack], models)
         for outcome in outcomes.values():
             originals.look(outcome)
@@ -422,8 +476,9 @@ def open_slots(
     targets: Sequence[Targets],
     start: Tensor | None = None,
     report: Callable[[int, list[Any], Tensor], None] | None = None,
+    tags: Sequence[Any] | None = None,
 ) -> Slots:
-    """Slots with images in them, by their numbers."""
+    """Slots with images in them, by their tags, or their numbers."""
     count = len(images)
     opened = Networks(
         [
@@ -432,7 +487,8 @@ def open_slots(
         ]
     )
     slots = Slots(opened, attack.step(), attack.schedule(), count, images[0], report)
-    opened.admit(slots.admit(list(range(count)), images, start), targets)
+    tags = range(count) if tags is None else tags
+    opened.admit(slots.admit(list(tags), images, start), targets)
     return slots
 
 
@@ -451,6 +507,9 @@ def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, join
         active=active if joint else active[:, 0],
         perceptibility=images.new_zeros(0, dtype=torch.promote_types(images.dtype, torch.float32)),
         targets=count.new_zeros((networks, 0)) if joint else count,
+        last=images.detach().clone(),
+        left=count,
+        loss=None,
         adversarial_labels=aims if joint else aims[0],
     )
 
@@ -475,15 +534,16 @@ def run_stream(
     def check(sample: Sample) -> Sample:
         return check_sample(rules, models, sample, f"sample {sample.key!r}")
 
-    def assign(sample: Sample) -> list[Assign]:
+    def assign(sample: Sample) -> tuple[list[Assign], int | None]:
         # A seed of its own for each sample: slots finish in any order.
-        own = generator
+        own, seed = generator, sample.seed
+        if seed is None:
+            seed = attack.seed(generator)
         wanted = [adversarial for _, adversarial, _ in sample.each(len(networks))]
         if not all(isinstance(one, Tensor) for one in wanted):
-            device = "cpu" if generator is None else generator.device
-            seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-            own = torch.Generator().manual_seed(int(seed))
-        return [rule.assign(one, own) for rule, one in zip(rules, wanted, strict=True)]
+            seed = drawn_seed(generator) if seed is None else seed
+            own = torch.Generator().manual_seed(seed)
+        return [rule.assign(one, own) for rule, one in zip(rules, wanted, strict=True)], seed
 
     def report(keys: list[Any], counts: Tensor) -> None:
         assert callback is not None
@@ -497,6 +557,7 @@ def run_stream(
             attack.schedule(),
             slots,
             device,
+            Runs(attack.restarts, attack.random_point),
             check=check,
             assign=assign,
             callback=None if callback is None else report,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from ..engine.devices import device_for
 from ..engine.loop import Objective, Schedule, Step
 from ..errors import ArgumentError
 from ..labels import KINDS
-from ..levels import radius
 from ..losses import DAGObjective
 from ..perturbation import perceptibility, value_range
 from .base import Attack, Callback
@@ -66,26 +64,12 @@ class DAG(Attack):
         checks.number("gamma", self.gamma, above=0)
         checks.integer("max_iter", self.max_iter, at_least=0, at_most=2**31 - 2)
         checks.choice("goal", self.goal, checks.GOALS)
-        if self.bounds is not None:
-            checks.bounds(self.bounds)
         if self.epsilon is not None:
             checks.number("epsilon", self.epsilon, above=0)
-        checks.number("tolerance", self.tolerance)
-        if not 0 <= self.tolerance < 1:
-            raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {self.tolerance}")
+        checks.tolerance(self.tolerance)
         checks.integer("ignore_index", self.ignore_index)
         checks.number("margin", self.margin, at_least=0)
-        if self.levels is not None:
-            checks.level_count("levels", self.levels)
-            if self.bounds is None:
-                raise ArgumentError(f"bounds must be given with levels={self.levels}, got None")
-            if self.epsilon is not None and not radius(self.epsilon, self.bounds, self.levels):
-                warnings.warn(
-                    f"epsilon={self.epsilon:g} is less than the distance of two of "
-                    f"{self.levels} levels in {self.bounds}: no image can change",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+        self.check_grid()
         checks.choice("backend", self.backend, ("native", "reference"))
 
     def objective(self) -> Objective:
@@ -151,6 +135,8 @@ class DAG(Attack):
             targets=trace.targets,
             perceptibility=perceptibility(perturbation, value_range(images, self.bounds)),
             adversarial_labels=trace.adversarial_labels,
+            last=trace.images,
+            left=trace.active.gather(0, trace.iterations[None].long())[0],
         )
 
     def check_kind(self, adversarial_labels: Any) -> None:

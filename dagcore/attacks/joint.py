@@ -1,4 +1,4 @@
-"""One perturbation for several networks at once: `DAG` on the sum of their normalised gradients."""
+"""One perturbation for several networks at once: an attack on the sum of their gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import checks
 from ..engine.networks import Targets
 from ..engine.stream import Sample, StreamCallback
 from ..errors import ArgumentError, ArgumentTypeError
-from .base import Callback, run_batch, run_stream
+from .base import Attack, Callback, run_batch, run_stream
 from .dag import DAG
 from .result import Result
 
@@ -30,11 +30,11 @@ class Part:
     boxes: Tensor | None = None
     """(N, P, 4), what a detector's scores are read at."""
     goal: str | None = None
-    """"leave" or "reach"; the attack's if None."""
+    """"leave" or "reach", for `DAG`; the attack's if None."""
 
 
 def joint_attack(
-    attack: DAG,
+    attack: Attack,
     parts: Sequence[Part],
     images: Tensor,  # (N, 3, H, W)
     generator: torch.Generator | None = None,
@@ -78,11 +78,11 @@ def joint_attack(
     images, start = attack.fitted("images", images), attack.fitted_start(start)
     checks.callback(callback)
     networks = [own.network(part.model) for part, own in zip(parts, attacks, strict=True)]
-    return run_batch(attack, networks, images, targets, start, callback, attacks=attacks)
+    return run_batch(attack, networks, images, targets, start, generator, callback, attacks=attacks)
 
 
 def joint_stream(
-    attack: DAG,
+    attack: Attack,
     parts: Sequence[Part],
     samples: Iterable[Sample],
     slots: int = 8,
@@ -116,7 +116,7 @@ def joint_stream(
     return run_stream(attack, networks, samples, slots, generator, callback, attacks=attacks)
 
 
-def _attacks(attack: DAG, parts: Sequence[Part]) -> list[DAG]:
+def _attacks(attack: Attack, parts: Sequence[Part]) -> list[Attack]:
     """The attack with each network's goal."""
     if not isinstance(parts, Sequence):
         raise ArgumentTypeError(
@@ -127,7 +127,13 @@ def _attacks(attack: DAG, parts: Sequence[Part]) -> list[DAG]:
     for k, part in enumerate(parts):
         if not isinstance(part, Part):
             raise ArgumentTypeError(f"parts[{k}] must be a dagcore.Part, got {type(part).__name__}")
+        if part.goal is not None and not isinstance(attack, DAG):
+            raise ArgumentError(
+                f"parts[{k}]: goal must be None for {type(attack).__name__}, got {part.goal!r}"
+            )
     return [
-        attack if part.goal is None else dataclasses.replace(attack, goal=part.goal)
+        dataclasses.replace(attack, goal=part.goal)
+        if isinstance(attack, DAG) and part.goal is not None
+        else attack
         for part in parts
     ]

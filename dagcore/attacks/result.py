@@ -19,7 +19,7 @@ class Status(str, Enum):
     """Why an image stopped."""
 
     CONVERGED = "converged"  # no more active targets than the tolerance allows
-    BUDGET = "budget"  # max_iter updates were applied, and targets are left
+    BUDGET = "budget"  # all updates were applied, and targets are left
     STALLED = "stalled"  # the gradient was zero or not finite
 
     def __str__(self) -> str:
@@ -38,7 +38,8 @@ class Result:
     """
 
     adversarial: Tensor
-    """(N, 3, H, W) attacked images; always the last iterate, whatever the status."""
+    """(N, 3, H, W) attacked images: DAG's last iterate, whatever the status; of `PGD`, `APGD` and
+    their kin the iterate with the fewest active targets, of all restarts."""
     perturbation: Tensor
     """(N, 3, H, W) adversarial - images."""
     iterations: Tensor
@@ -48,7 +49,8 @@ class Result:
     active: Tensor
     """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 once an image stopped.
 
-    Joint: (max_iter + 1, K, N). Universal: of the batch that was looked at."""
+    Joint: (max_iter + 1, K, N). Universal: of the batch that was looked at. With restarts: of the
+    run that `adversarial` is from, as are `iterations`, `status`, `loss` and `last`."""
     perceptibility: Tensor
     """(N,) sqrt(mean over pixels of ||r_k||_2^2), as a fraction of the images' valid range.
 
@@ -64,6 +66,13 @@ class Result:
 
     Joint: a tuple of K. Universal: the permutation of the classes (C,) that was drawn, or
     "given"."""
+    last: Tensor
+    """(N, 3, H, W) the last iterates."""
+    left: Tensor
+    """(N,) int32, active targets of `adversarial`. Joint: of all networks together."""
+    loss: Tensor | None = None
+    """(max_iter + 1, N) float64: the loss, summed over the targets, after 0, 1, ... updates; NaN
+    once an image stopped. None for DAG, which has none. Joint: (max_iter + 1, K, N)."""
     key: Any = None
     """The sample's key, for results of a stream."""
 
@@ -99,6 +108,8 @@ def gather(
     for own in zip(*(o.aims.adversarial_labels for o in outcomes), strict=True):
         maps = [one for one in own if isinstance(one, Tensor)]
         labels.append(torch.stack(maps) if maps else own[0])
+    losses = [o.loss for o in outcomes if o.loss is not None]
+    loss = torch.stack(losses, dim=-1) if losses else None
     perturbation = adversarial - origin
     return Result(
         adversarial=adversarial,
@@ -109,5 +120,8 @@ def gather(
         perceptibility=perceptibility(perturbation, value_range(origin, bounds)),
         targets=targets if joint else targets[0],
         adversarial_labels=tuple(labels) if joint else labels[0],
+        last=torch.stack([o.last for o in outcomes]),
+        left=torch.tensor([o.left for o in outcomes], dtype=torch.int32, device=device),
+        loss=loss if joint or loss is None else loss[:, 0],
         key=key,
     )

@@ -16,12 +16,13 @@ class UntilFooled:
 
     Args:
         max_iter: updates at the most.
-        tolerance: the fraction of an image's targets that may be left active.
+        tolerance: the fraction of an image's targets that may be left active; None: images are
+            never done before the last update.
         patience: an image has stalled when so many steps in a row could not be taken.
     """
 
     max_iter: int
-    tolerance: float = 0.0
+    tolerance: float | None = 0.0
     patience: int = 1
 
     def begin(self, images: Tensor) -> State:
@@ -29,8 +30,13 @@ class UntilFooled:
         return {}
 
     def allowed(self, targets: Tensor) -> Tensor:
-        """The largest count k with k / targets <= tolerance, exactly: (N,) float64."""
+        """The largest count k with k / targets <= tolerance, exactly: (N,) float64.
+
+        -1, which no count is below, where images are never done.
+        """
         count = targets.double().clamp(min=1)
+        if self.tolerance is None:
+            return torch.full_like(count, -1)
         k = (self.tolerance * count).floor()  # the product is rounded: k may be one off either way
         k = torch.where((k + 1) / count <= self.tolerance, k + 1, k)
         return torch.where(k / count > self.tolerance, k - 1, k)

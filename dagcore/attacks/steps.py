@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..engine.loop import State
+from ..engine.devices import device_for
+from ..engine.loop import Evaluation, State
 from ..levels import radius, shown
+
+NONE_YET = torch.iinfo(torch.int32).max  # more active targets than there can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +51,10 @@ class NormalisedStep:
         epsilon = math.inf if self.epsilon is None else self.epsilon
         return radius(epsilon, self.bounds, self.levels)
 
-    def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
+    def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
         """Take the step; not where the norm is 0 or not finite, or no other level is near."""
+        if seen.gradient is None:
+            return going
         on_levels = self.levels is not None
         if on_levels and self.reach == 0:
             return torch.zeros_like(going)
@@ -57,7 +63,7 @@ class NormalisedStep:
         _, moved = torch.ops.dagcore.linf_step_(
             state["shadow" if on_levels else "x"],
             state["origin"],
-            gradient,
+            seen.gradient,
             going.int(),
             self.gamma,
             lower,
@@ -67,3 +73,236 @@ class NormalisedStep:
             self.levels or 0,
         )
         return cast(Tensor, moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedStep:
+    """x <- Proj(x + alpha * direction), onto a ball around the origin and the bounds: PGD's.
+
+    The direction is the sign of the gradient, or for "l2" the gradient over its L2 norm. With
+    momentum it is that of m <- momentum * m + g / ||g||_1 in place of the gradient.
+
+    Args:
+        norm: of the ball, "linf" or "l2".
+        alpha: step length, in the units of the images.
+        epsilon: radius of the ball.
+        bounds: valid range of the images, None for no clipping.
+        momentum: what is left of the direction in the next step; 0 for none.
+        levels: as for `NormalisedStep`.
+        keep: whether to keep the iterate with the fewest active targets, the first of equals.
+    """
+
+    norm: str
+    alpha: float
+    epsilon: float
+    bounds: tuple[float, float] | None = None
+    momentum: float = 0.0
+    levels: int | None = None
+    keep: bool = True
+
+    def begin(self, images: Tensor, start: Tensor) -> State:
+        """Step length and radius, what is shown, the best, and momentum."""
+        return self._begin(images, start, self.epsilon)
+
+    def _begin(self, images: Tensor, start: Tensor, epsilon: float) -> State:
+        state: State = {}
+        if self.levels is not None and self.bounds is not None:
+            exact = torch.promote_types(start.dtype, torch.float32)
+            image = shown(
+                start.to(exact), images.to(exact), self.bounds, self.levels, epsilon, self.norm
+            )
+            state |= {"shadow": start, "x": image.to(start.dtype)}
+        for name, value in (("alpha", self.alpha), ("radius", epsilon)):
+            state[name] = images.new_full((len(images),), value, dtype=torch.float64)
+        if self.keep:
+            state["best"] = state.get("x", start)
+            state["best_active"] = images.new_full((len(images),), NONE_YET, dtype=torch.int64)
+        if self.momentum:
+            exact = torch.promote_types(images.dtype, torch.float32)
+            state["momentum"] = torch.zeros_like(images, dtype=exact)
+        return state
+
+    def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
+        """Take the step; not where the direction is zero or not finite."""
+        self.keep_best(state, seen)
+        if seen.gradient is None:
+            return going
+        return self.step(state, seen.gradient, going)
+
+    def keep_best(self, state: State, seen: Evaluation) -> None:
+        """Keep the images that have fewer active targets than ever before."""
+        if self.keep:
+            active = seen.active.sum(1)
+            better = state["running"] & (active < state["best_active"])
+            state["best_active"].copy_(torch.where(better, active, state["best_active"]))
+            copy_rows(state["best"], state["x"], better)
+
+    def step(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
+        """The step itself."""
+        on_levels = self.levels is not None
+        lower, upper = self.bounds or (-math.inf, math.inf)
+        # Past the wrapper's checks: arguments were checked as the images came.
+        moved = torch.ops.dagcore.pgd_step_(
+            state["shadow" if on_levels else "x"],
+            state["origin"],
+            gradient,
+            going.int(),
+            self.norm,
+            state["alpha"],
+            state["radius"],
+            lower,
+            upper,
+            state.get("momentum"),
+            self.momentum,
+            state.get("previous"),
+            state.get("share"),
+            state["x"] if on_levels else None,
+            self.levels or 0,
+        )
+        return cast(Tensor, moved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveStep(ProjectedStep):
+    """APGD's: PGD's step with inertia, whose length adapts (Croce and Hein, ICML 2020).
+
+    z = Proj(x + alpha * direction), x <- Proj(x + a (z - x) + (1 - a)(x - previous)), a = 0.75.
+    At checkpoints alpha is halved, and the image goes back to where the loss was largest, if the
+    loss has risen in at most 0.75 of the steps since the last one; or if it has no new largest
+    value since, and alpha was not halved there.
+
+    Args:
+        phases: for each phase its steps and the radius of its ball. Each begins from the best of
+            the last one, projected, with alpha at twice its radius; only the best of the last
+            phase is kept.
+    """
+
+    alpha: float = math.nan
+    epsilon: float = math.nan
+    phases: tuple[tuple[int, float], ...]
+
+    @property
+    def updates(self) -> int:
+        """Of all phases; to go from one to the next is an update too."""
+        return sum(steps for steps, _ in self.phases) + len(self.phases) - 1
+
+    def begin(self, images: Tensor, start: Tensor) -> State:
+        """As for PGD; and what is known of the losses so far."""
+        count = len(images)
+        state = self._begin(images, start, self.phases[0][1])
+        iterate = state.get("shadow", start)
+        for name in ("top_loss", "checked_loss", "last_loss", "share"):
+            state[name] = images.new_zeros(count, dtype=torch.float64)
+        state["rises"] = images.new_zeros(count, dtype=torch.int64)
+        state["halved"] = images.new_zeros(count, dtype=torch.bool)
+        state["previous"] = iterate
+        state["top"] = iterate
+        state["top_gradient"] = torch.zeros_like(images)
+        if len(self.phases) > 1:
+            state["provisional"] = images.new_ones(count, dtype=torch.bool)
+        return state
+
+    def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
+        """Take the step, or go to the next phase."""
+        self.keep_best(state, seen)
+        if seen.gradient is None:
+            return going
+        assert seen.loss is not None
+        loss, gradient = seen.loss.sum(1), seen.gradient
+        plan = timetable(self.phases, str(gradient.device))
+        at = state["updates"]
+        first, check, ends = plan.first[at], plan.check[at], plan.ends[at]
+        iterate = state["shadow" if self.levels is not None else "x"]
+
+        def put(name: str, where: Tensor, value: Tensor | float) -> None:
+            state[name].copy_(torch.where(where, value, state[name]))
+
+        put("alpha", first, 2 * plan.radius[at])
+        put("rises", first, 0)
+        put("halved", first, True)
+        state["share"].copy_(torch.where(first, 1.0, 0.75))
+        rose = loss > state["last_loss"]
+        state["rises"].add_(~first & rose)
+        top = first | (loss > state["top_loss"])
+        put("top_loss", top, loss)
+        put("checked_loss", first, loss)
+        state["last_loss"].copy_(loss)
+        copy_rows(state["top"], iterate, going & top)
+        copy_rows(state["top_gradient"], gradient, going & top)
+
+        checked = check > 0
+        still = ~state["halved"] & (state["checked_loss"] >= state["top_loss"])
+        halve = checked & ((state["rises"] <= 0.75 * check) | still)
+        put("alpha", halve, state["alpha"] / 2)
+        put("halved", checked, halve)
+        put("checked_loss", checked, state["top_loss"])
+        put("rises", checked, 0)
+        copy_rows(iterate, state["top"], going & halve)
+        copy_rows(gradient, state["top_gradient"], going & halve)
+        if len(self.phases) == 1:
+            return self.step(state, gradient, going)
+        # Where a phase ends, its best is projected onto the next ball; and until the last phase,
+        # time passes without a step where the loss is flat.
+        ends = ends & going
+        copy_rows(iterate, state["best"], ends)
+        copy_rows(gradient, torch.ones_like(gradient), ends)  # no reason to stay
+        state["alpha"].masked_fill_(ends, 0)
+        state["share"].masked_fill_(ends, 1)
+        put("radius", ends, plan.next_radius[at])
+        moved = self.step(state, gradient, going) | (going & state["provisional"])
+        state["best_active"].masked_fill_(ends, NONE_YET)
+        state["provisional"].logical_and_(~(ends & plan.to_last[at]))
+        return moved
+
+
+class Timetable(NamedTuple):
+    """What is to be done after so many updates, (M + 1,) each."""
+
+    first: Tensor
+    """Whether a phase begins."""
+    check: Tensor
+    """At a checkpoint, the steps since the last one; 0 elsewhere."""
+    ends: Tensor
+    """Whether the update goes to the next phase."""
+    to_last: Tensor
+    """Whether that is the last one."""
+    radius: Tensor
+    next_radius: Tensor
+    """Of the phase that is under way, and of the next."""
+
+
+@functools.lru_cache(maxsize=32)
+def timetable(phases: tuple[tuple[int, float], ...], device: str) -> Timetable:
+    """The timetable of APGD: checkpoints after 0.22 of a phase, then closer and closer."""
+    first, check, radii = [], [], []
+    for steps, reach in phases:
+        marks = [0] * (steps + 1)
+        window, at = max(int(0.22 * steps), 1), 0
+        while at + window <= steps:
+            at += window
+            marks[at] = window
+            window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+        check += marks
+        first += [True] + [False] * steps
+        radii += [reach] * (steps + 1)
+    ends = [*first[1:], False]
+    to_last = [end and k == len(first) - phases[-1][0] - 2 for k, end in enumerate(ends)]
+    with torch.inference_mode(False):
+        return Timetable(
+            torch.tensor(first, device=device),
+            torch.tensor(check, device=device),
+            torch.tensor(ends, device=device),
+            torch.tensor(to_last, device=device),
+            torch.tensor(radii, dtype=torch.float64, device=device),
+            torch.tensor([*radii[1:], radii[-1]], dtype=torch.float64, device=device),
+        )
+
+
+def copy_rows(kept: Tensor, values: Tensor, where: Tensor) -> None:
+    """kept[n] = values[n] where `where` (N,), without waiting for a device."""
+    if device_for(kept.device).synchronous:
+        for n in where.nonzero().flatten().tolist():
+            kept[n].copy_(values[n])
+    else:
+        rows = where.view(-1, *[1] * (kept.dim() - 1))
+        kept.copy_(torch.where(rows, values, kept))

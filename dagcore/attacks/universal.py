@@ -1,11 +1,11 @@
-"""One perturbation for many images: `DAG` on the sum of their normalised gradients."""
+"""One perturbation for many images: an attack on the sum of their normalised gradients."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from .. import checks
 from ..engine import frozen
 from ..engine.devices import device_for
-from ..engine.loop import Aims, Evaluation, Finished, Slots, State
+from ..engine.loop import Aims, Evaluation, Finished, Slots, State, Step
 from ..engine.networks import input_gradient, normalised
 from ..engine.scores import ScoreModel
 from ..engine.stream import Sample, form
 from ..errors import ArgumentError, ArgumentTypeError
+from ..labels import assign
 from ..ops.fallback import CONVERGED
 from ..perturbation import fit, perceptibility, round_to_levels, value_range
-from .base import Callback, check_sample, held
-from .dag import DAG
+from .apgd import APGD
+from .base import Attack, Callback, check_sample, held
 from .original import original_of
 from .result import Result, gather
-from .schedules import UntilFooled
-from .steps import NormalisedStep
+from .steps import ProjectedStep
 
 
 def universal_perturbation(
-    attack: DAG,
+    attack: Attack,
     model: Callable[..., Any],
     samples: Sequence[Sample],
     batch_size: int = 8,
@@ -40,14 +40,17 @@ def universal_perturbation(
     """Make one perturbation for all images, in the manner of Moosavi-Dezfooli et al., CVPR 2017.
 
     Each update looks at the next `batch_size` of the samples, which come round again and again,
-    and adds gamma times the L-infinity normalised sum of their gradients, each normalised before,
-    so that no image outweighs the others. It ends after `max_iter` updates, or when no sample of a
-    whole round has more active targets than the tolerance allows. An image smaller than the
-    perturbation takes its upper left part.
+    and takes the attack's step along the sum of their gradients, each normalised before, so that no
+    image outweighs the others: with `DAG`, gamma times that sum over its L-infinity norm. It ends
+    after as many updates as the attack has, or when no sample of a whole round has more active
+    targets than the tolerance allows. An image smaller than the perturbation takes its upper left
+    part.
 
     Args:
         attack: the settings. Its bounds hold for the images, its epsilon for the perturbation:
-            without one nothing limits it but the number of updates. Its backend does not matter.
+            without one nothing limits it but the number of updates. It begins at zero and is run
+            once, and its last iterate is returned: random starts, restarts and backends do not
+            matter. `APGD`, which compares losses, must see all samples in each update.
         model: as for `DAG.__call__`.
         samples: the images and their targets, at least one, read and checked as their turn comes,
             once in each round. Where
@@ -71,6 +74,11 @@ def universal_perturbation(
         raise ArgumentTypeError(f"samples must be a sequence, got {type(samples).__name__}")
     if not len(samples):
         raise ArgumentError("samples must have at least one image, got none")
+    if isinstance(attack, APGD) and batch_size < len(samples):
+        raise ArgumentError(
+            f"batch_size must be at least the number of samples, {len(samples)}, for APGD, which "
+            f"compares the losses of its updates, got {batch_size}"
+        )
     rounds = Rounds(attack, model, samples, batch_size, generator)
 
     def report(update: int, _: list[Any], counts: Tensor) -> None:
@@ -83,7 +91,7 @@ def universal_perturbation(
         slots = Slots(
             rounds,
             _step(attack),
-            UntilFooled(attack.max_iter, attack.tolerance, patience=rounds.batches),
+            dataclasses.replace(attack.schedule(), patience=rounds.batches),  # type: ignore[type-var]
             1,
             first,
             report,
@@ -107,13 +115,15 @@ def universal_perturbation(
     )
 
 
-def _step(attack: DAG) -> NormalisedStep:
+def _step(attack: Attack) -> Step:
     """How the perturbation moves: with levels, by whole ones in either direction."""
-    if attack.levels is None or attack.bounds is None:
-        return NormalisedStep(attack.gamma, None, attack.epsilon)
-    width = attack.bounds[1] - attack.bounds[0]
-    either = 2 * attack.levels - 1
-    return NormalisedStep(attack.gamma, (-width, width), attack.epsilon, either)
+    bounds, levels = None, None
+    if attack.levels is not None and attack.bounds is not None:
+        width = attack.bounds[1] - attack.bounds[0]
+        bounds, levels = (-width, width), 2 * attack.levels - 1
+    step: Any = attack.step()
+    kept = {"keep": False} if isinstance(step, ProjectedStep) else {}
+    return cast(Step, dataclasses.replace(step, bounds=bounds, levels=levels, **kept))
 
 
 class Rounds:
@@ -125,7 +135,7 @@ class Rounds:
 
     def __init__(
         self,
-        attack: DAG,
+        attack: Attack,
         model: Callable[..., Any],
         samples: Sequence[Sample],
         batch_size: int,
@@ -134,6 +144,7 @@ class Rounds:
         self.attack, self.samples, self.generator = attack, samples, generator
         self.model = ScoreModel(model)
         self.objective = attack.objective()
+        self.tells_loss = self.objective.tells_loss
         self.schedule = attack.schedule()
         self.batch_size = batch_size
         self.batches = -(-len(samples) // batch_size)  # of one round
@@ -176,16 +187,17 @@ class Rounds:
         self.evaluations += 1
         sizes = [state["x"].shape[2:], *(sample.image.shape[1:] for sample in self.batch)]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-        if (height, width) != tuple(state["x"].shape[2:]):
-            for name in ("x", "origin", "shadow"):
-                if name in state:
-                    state[name] = fit(state[name], (height, width))
+        size = state["x"].shape
+        if (height, width) != tuple(size[2:]):
+            for name, rows in state.items():
+                if rows.shape == size:
+                    state[name] = fit(rows, (height, width))
         self.seen = []
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
         r = state["x"]
-        total, left, wanted = None, [], []
+        total, left, wanted, losses = None, [], [], []
         for images, labels, aims, boxes in _stacked(self.batch):
             leaf = images + fit(r, images.shape[2:])
             if self.attack.bounds:
@@ -198,9 +210,10 @@ class Rounds:
             classes = scores.shape[1]
             adversarial = self._assign(aims, labels, classes)
             self.seen.append((classes, labels, adversarial))
-            seed, active = self.objective.seed(
+            seed, active, loss = self.objective.seed(
                 scores, labels, adversarial, align_corners=self.model.align_corners, state=state
             )
+            losses += [] if loss is None else [loss]
             counted = self.objective.count(classes, labels, adversarial)
             if self.evaluations <= self.batches:
                 self.targets += counted.sum()
@@ -217,7 +230,10 @@ class Rounds:
         bad = active.min()  # below 0 where a label is out of range
         count = torch.where(bad < 0, bad, active.sum(dtype=torch.int32))
         self.fooled = torch.where(any_wanted, 0, self.fooled + 1)
-        return Evaluation(count.view(1, 1), any_wanted, self.fooled >= self.batches, total)
+        if "provisional" in state:
+            any_wanted = any_wanted | state["provisional"]
+        loss = torch.cat(losses).sum().view(1, 1) if losses else None
+        return Evaluation(count.view(1, 1), any_wanted, self.fooled >= self.batches, total, loss)
 
     def warn_at(self, network: nn.Module, perturbation: Tensor) -> None:
         """Run a network once on every image, and warn of targets that are active there."""
@@ -228,8 +244,8 @@ class Rounds:
         with frozen(network):
             for _ in range(at.batches):
                 at.advance(state)
-                active, wanted, _, _ = at.evaluate(state, still, synchronous=True)
-                left += int(active) if bool(wanted) else 0
+                seen = at.evaluate(state, still, synchronous=True)
+                left += int(seen.active) if bool(seen.wanted) else 0
         if left:
             warnings.warn(
                 f"{left} targets that the perturbation fools on the prepared network are active at "
@@ -239,12 +255,12 @@ class Rounds:
             )
 
     def _assign(self, wanted: Tensor | str | None, labels: Tensor, classes: int) -> Tensor | str:
-        if isinstance(wanted, Tensor) or wanted not in (None, "permutation"):
+        wanted = self.objective.default if wanted is None else wanted
+        if isinstance(wanted, Tensor) or wanted != "permutation":
             return self.objective.assign(wanted, labels, classes, self.generator)
         if self.table is None:
             every = torch.arange(classes, device=labels.device)[None]
-            rule = dataclasses.replace(self.attack, ignore_index=-1).objective()
-            drawn = rule.assign("permutation", every, classes, self.generator)
+            drawn = assign("permutation", every, classes, -1, self.generator)
             assert isinstance(drawn, Tensor)
             self.table = drawn[0]
         ignored = self.attack.ignore_index

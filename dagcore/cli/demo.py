@@ -99,6 +99,7 @@ class Demo:
         for job, outcome in found:
             record = {
                 "model": "demo",
+                "attack": settings.attack,
                 "adversarial": settings.adversarial,
                 "settings": dataclasses.asdict(driver.attack),
                 "seed": settings.seed,
@@ -106,7 +107,7 @@ class Demo:
             }
             named = dataclasses.replace(outcome, name=f"{job.name}-{what}")
             record |= job.target.record
-            write(named, self.out, self.victim, goal=driver.attack.goal, record=record)
+            write(named, self.out, self.victim, leaves=settings.leaves, record=record)
             self.finished((job.name, what), named)
         return found[0][0].target
 

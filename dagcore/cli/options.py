@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from ..checks import GOALS, fraction
-from ..evaluation.options import LEVELS, parse_size
+from ..checks import GOALS, LOSSES, NORMS, fraction
+from ..evaluation.options import ATTACKS, LEVELS, parse_size
 
 Decorator = Callable[[Any], Any]
 
@@ -121,13 +121,21 @@ def attack(*, required: bool) -> Decorator:
             "one .json as in COCO.  [default: what the network sees in the clean image]",
         ),
         click.option(
+            "--attack",
+            type=click.Choice(tuple(ATTACKS)),
+            default="dag",
+            show_default=True,
+            help="Dense Adversary Generation, or an attack on a dense loss in a ball: PGD, SegPGD, "
+            "CosPGD, Auto-PGD.",
+        ),
+        click.option(
             "--adversarial",
-            default="permutation",
             metavar="HOW",
             help="Adversarial labels: permutation (of the classes, at random), random (each "
             "target), runner-up, a class (its number or name), vanish (for detectors: the "
-            "background), or a pattern: circle, square, stripes, text:WORDS, mask:FILE. A pattern "
-            "implies --goal reach.",
+            "background), or a pattern: circle, square, stripes, text:WORDS, mask:FILE. For DAG a "
+            "pattern implies --goal reach. untargeted: none, for a dense loss alone.  [default: "
+            "permutation for DAG, untargeted for the others]",
         ),
         click.option(
             "--foreground",
@@ -139,20 +147,45 @@ def attack(*, required: bool) -> Decorator:
             metavar="CLASS",
             help="Class outside the pattern.  [default: the most frequent label]",
         ),
-        number("--gamma", default="0.5/255", help="Step length, for images in 0..1."),
-        count("--max-iter", least=0, default=200, help="Updates at the most."),
+        click.option(
+            "--loss",
+            type=click.Choice(LOSSES),
+            help="Of PGD and Auto-PGD.  [default: cross-entropy]",
+        ),
+        click.option(
+            "--norm", type=click.Choice(NORMS), help="Of the ball; not of DAG.  [default: linf]"
+        ),
+        number("--gamma", help="Step length of DAG, for images in 0..1.  [default: 0.5/255]"),
+        number(
+            "--alpha",
+            help="Step length of PGD, SegPGD and CosPGD, for images in 0..1.  [default: 0.01]",
+        ),
+        count("--max-iter", least=0, help="Updates of DAG at the most.  [default: 200]"),
+        count(
+            "--steps",
+            least=0,
+            help="Updates of the others at the most.  [default: 20, of Auto-PGD 100]",
+        ),
+        count(
+            "--restarts",
+            help="Runs from different random points; not of DAG, which has none.  [default: 1]",
+        ),
         click.option(
             "--goal",
             type=click.Choice(GOALS),
-            help="Until no target is right, or until all are at their adversarial label.  "
+            help="Of DAG: until no target is right, or until all are at their adversarial label.  "
             "[default: leave, reach for a pattern]",
         ),
-        number("--epsilon", help="Largest change of a pixel, for images in 0..1.  [default: none]"),
+        number(
+            "--epsilon",
+            help="Radius of the ball around the image, for images in 0..1: with the norm linf, the "
+            "largest change of a pixel.  [default: none for DAG, 8/255 for the others]",
+        ),
         number("--tolerance", default="0", help="Fraction of the targets that may be left active."),
         number(
             "--margin",
-            default="0",
-            help="By how much a target must be won to count no more, in the units of the scores.",
+            help="Of DAG: by how much a target must be won to count no more, in the units of the "
+            "scores.  [default: 0]",
         ),
         levels,
         device,

@@ -247,9 +247,9 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
     """Print a table of outcomes, each with columns of its own in front."""
     table: list[list[str | Text]] = []
     for row, outcome in rows:
-        status = str(outcome.status) if outcome.active[0] else "nothing to fool"
+        status = str(outcome.status) if outcome.to_fool else "nothing to fool"
         status = status if outcome.targets else "no targets"
-        active = str(outcome.active[-1]), str(outcome.active_after_rounding)
+        active = str(outcome.left), str(outcome.active_after_rounding)
         counts = str(outcome.targets), str(outcome.right_before), str(outcome.iterations)
         table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
     print_table([*names, *COLUMNS], table, width=OUTCOMES_WIDTH)

@@ -9,6 +9,7 @@ touched any more; learning of it late changes no result.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress, repeat
@@ -30,8 +31,27 @@ State = dict[str, Tensor]
 """Named tensors, a row for each slot."""
 
 
+class Seed(NamedTuple):
+    """What an objective finds at the scores."""
+
+    seed: Tensor
+    """Like the scores."""
+    active: Tensor
+    """(N,) int32, active targets; below 0 for a label out of range."""
+    loss: Tensor | None = None
+    """(N,) float64, what the seed is the gradient of."""
+
+
 class Objective(Protocol):
     """What counts at the scores of a network, and what to seed its backward pass with."""
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether `seed` has a loss."""
+
+    @property
+    def default(self) -> str:
+        """How adversarial labels are chosen where nobody says it."""
 
     def assign(
         self,
@@ -53,11 +73,11 @@ class Objective(Protocol):
         *,
         align_corners: bool,
         state: State,
-    ) -> tuple[Tensor, Tensor]:
-        """The seed, like scores, and the active targets, (N,) int32.
+    ) -> Seed:
+        """What to seed, without a synchronisation.
 
-        A count below 0 tells of a label out of range, without a synchronisation. `state` has the
-        images' rows, such as "updates"; what the objective writes there, the step can read.
+        `state` has the images' rows, such as "updates"; what the objective writes there, the step
+        can read.
         """
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
@@ -73,8 +93,12 @@ class Step(Protocol):
         An "x" among it is what the attack begins at in place of `start` (N, *).
         """
 
-    def move(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
+    def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
         """Move state["x"] in place where `going` (N,), within a distance of state["origin"].
+
+        Called after every evaluation, so that a step can keep what has been best. Where
+        `seen.gradient` is None, no image is going. A row "best" is what an attack gives back in
+        place of "x", a row "best_active" how many targets are active there.
 
         Returns:
             (N,) bool: which of the going images took the step; the others are as they were.
@@ -110,6 +134,8 @@ class Evaluation(NamedTuple):
     """(N,) bool; None where that is what is not wanted."""
     gradient: Tensor | None
     """(N, *) of the images; None where no image may move."""
+    loss: Tensor | None = None
+    """(N, K) float64, at each network, of objectives that tell it."""
 
 
 class Aims(NamedTuple):
@@ -127,6 +153,10 @@ class Evaluator(Protocol):
     @property
     def networks(self) -> int:
         """K."""
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether evaluations have a loss."""
 
     @property
     def capturable(self) -> bool:
@@ -159,11 +189,14 @@ class Finished(NamedTuple):
     """One image when it stops."""
 
     tag: Any  # as given to `Slots.admit`
-    image: Tensor  # (*)
+    image: Tensor  # (*), the best where the step keeps it
+    last: Tensor  # (*)
     origin: Tensor  # (*)
     iterations: int
     status: int
+    left: int  # active targets of the image, at all networks together
     active: Tensor  # (M + 1, K)
+    loss: Tensor | None  # (M + 1, K)
     aims: Aims
     error: Exception | None = None  # why it could not be attacked after all
 
@@ -171,6 +204,14 @@ class Finished(NamedTuple):
 def first_rows(state: State, count: int, capacity: int) -> State:
     """The rows of the first slots."""
     return state if count == capacity else {name: rows[:count] for name, rows in state.items()}
+
+
+def _note(state: State, loss: Tensor) -> None:
+    """Write the losses (N, K) of the images that run into their history."""
+    history = state["losses"]
+    place = state["updates"].view(-1, 1, 1).expand(-1, 1, loss.shape[1])
+    told = torch.where(state["running"].view(-1, 1, 1), loss[:, None], history.gather(1, place))
+    history.scatter_(1, place, told)
 
 
 class Slots:
@@ -222,6 +263,9 @@ class Slots:
         """The rows of new images (N, *)."""
         new, device = len(images), images.device
         history = (new, self.schedule.max_iter + 1, self.evaluator.networks)
+        losses = {}
+        if self.evaluator.tells_loss:
+            losses["losses"] = torch.full(history, math.nan, dtype=torch.float64, device=device)
         return {
             "x": start,
             "origin": images,
@@ -231,6 +275,7 @@ class Slots:
             "stuck": torch.zeros(new, dtype=torch.int64, device=device),
             "status": torch.zeros(new, dtype=torch.int8, device=device),
             "history": torch.full(history, -1, dtype=torch.int32, device=device),
+            **losses,
             **self.step.begin(images, start),
             **self.schedule.begin(images),
         }
@@ -286,11 +331,11 @@ class Slots:
         """The device's part of an iteration; no decision of the host's depends on its outcome."""
         state = first_rows(self.state, self.count, self.capacity)
         may_move = state["may_move"]
-        active, wanted, done, gradient = self.evaluator.evaluate(
-            state, may_move, synchronous=self.synchronous
-        )
-        going = may_move & wanted
-        moved = going if gradient is None else self.step.move(state, gradient, going)
+        seen = self.evaluator.evaluate(state, may_move, synchronous=self.synchronous)
+        going = may_move & seen.wanted
+        if seen.loss is not None:
+            _note(state, seen.loss)
+        moved = self.step.move(state, seen, going)
         self.counts = ops.settle_(
             state["running"],
             may_move,
@@ -298,10 +343,10 @@ class Slots:
             state["stuck"],
             state["status"],
             state["history"],
-            active,
-            wanted,
+            seen.active,
+            seen.wanted,
             moved,
-            done,
+            seen.done,
             self.schedule.max_iter,
             self.schedule.patience,
         )
@@ -354,15 +399,24 @@ class Slots:
         state = self.state
         if slot in self.errors:
             state["running"][slot] = state["may_move"][slot] = False
-        numbers = self.device.read(state["updates"][slot], state["status"][slot]).wait()
-        updates, status = map(int, numbers)
+        updates = state["updates"][slot]
+        if "best_active" in state:
+            left = state["best_active"][slot]
+        else:
+            left = state["history"][slot].index_select(0, updates.view(1)).sum()
+        numbers = self.device.read(updates, state["status"][slot], left).wait()
+        iterations, status, remaining = map(int, numbers)
+        last = state["x"][slot].clone()
         return Finished(
             self.tags[slot],
-            state["x"][slot].clone(),
+            state["best"][slot].clone() if "best" in state else last,
+            last,
             state["origin"][slot].clone(),
-            updates,
+            iterations,
             status,
+            remaining,
             state["history"][slot].clone(),
+            state["losses"][slot].clone() if "losses" in state else None,
             self.evaluator.aims(slot),
             self.errors.get(slot),
         )

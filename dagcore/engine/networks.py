@@ -90,12 +90,11 @@ class Network:
     def _adversarial(self, rows: slice) -> Tensor | str:
         return self.state["adversarial"][rows] if "adversarial" in self.state else self.kept
 
-    def evaluate(
-        self, state: State, may_move: Tensor, *, synchronous: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Active targets (N,), whether that is too many, and the gradient (N, *) if any may move.
+    def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
+        """Evaluate the images; see `loop.Evaluator`.
 
-        It is 0, or anything at all, for images that may not move or that have no active targets.
+        The gradient is 0, or anything at all, for images that may not move or that have no active
+        targets.
         """
         x = state["x"]
         own = first_rows(self.state, x.shape[0], self.capacity)
@@ -110,7 +109,7 @@ class Network:
         if self.num_classes is None:
             self._draw(scores.shape[1])
             own = first_rows(self.state, x.shape[0], self.capacity)
-        seed, active = self.objective.seed(
+        seed, active, loss = self.objective.seed(
             scores,
             labels,
             own.get("adversarial", self.kept),
@@ -118,9 +117,14 @@ class Network:
             state=state,
         )
         wanted = active > own["allowed"]
+        if "provisional" in state:
+            wanted = wanted | state["provisional"]
         if synchronous and not any((may_move & wanted).tolist()):
-            return active, wanted, None
-        return active, wanted, input_gradient(scores, leaf, seed)
+            gradient = None
+        else:
+            gradient = input_gradient(scores, leaf, seed)
+        losses = None if loss is None else loss[:, None]
+        return Evaluation(active[:, None], wanted, None, gradient, losses)
 
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""
@@ -147,6 +151,7 @@ class Networks:
         self.parts = parts
         self.networks = len(parts)
         self.states = [part.state for part in parts]
+        self.tells_loss = all(part.objective.tells_loss for part in parts)
 
     def admit(self, taken: slice, targets: Sequence[Targets]) -> None:
         """Take the targets of new images at each network."""
@@ -164,22 +169,24 @@ class Networks:
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the images at every network; see `loop.Evaluator`."""
         if len(self.parts) == 1:
-            active, wanted, gradient = self.parts[0].evaluate(
-                state, may_move, synchronous=synchronous
-            )
-            return Evaluation(active[:, None], wanted, None, gradient)
+            return self.parts[0].evaluate(state, may_move, synchronous=synchronous)
         total: Tensor | None = None
-        actives, wanteds = [], []
+        seen = []
         for part in self.parts:
-            active, wanted, gradient = part.evaluate(state, may_move, synchronous=synchronous)
-            actives.append(active)
-            wanteds.append(wanted)
-            if gradient is None:
-                continue
-            gradient = normalised(gradient, wanted)
-            total = gradient if total is None else total.add_(gradient)
-        wanted = torch.stack(wanteds).any(0)
-        return Evaluation(torch.stack(actives, 1), wanted, None, total)
+            own = part.evaluate(state, may_move, synchronous=synchronous)
+            seen.append(own._replace(gradient=None))
+            if own.gradient is not None:
+                gradient = normalised(own.gradient, own.wanted)
+                total = gradient if total is None else total.add_(gradient)
+        return Evaluation(
+            torch.cat([own.active for own in seen], 1),
+            torch.stack([own.wanted for own in seen]).any(0),
+            None,
+            total,
+            torch.cat([own.loss for own in seen if own.loss is not None], 1)
+            if self.tells_loss
+            else None,
+        )
 
     def refuse(self, slot: int) -> None:
         """Raise for a label of a slot's image that is out of range."""

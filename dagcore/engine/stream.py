@@ -17,6 +17,7 @@ from ..errors import ArgumentTypeError
 from .devices import Device, device_for
 from .loop import Finished, Schedule, Slots, Step
 from .networks import Assign, Network, Networks, Targets
+from .runs import Run, Runs
 
 StreamCallback = Callable[[list[Any], Tensor], None]
 """Called with the keys of the images under attack and their active targets, -1 where stopped."""
@@ -43,6 +44,8 @@ class Sample:
     """(P, 4), what a detector's scores are read at; see `DAG.__call__`."""
     start: Tensor | None = None
     """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
+    seed: int | None = None
+    """Of its random choices, at least 0; drawn if None."""
     key: Any = None
     """Whatever the caller knows the image by; handed back with its result."""
     known: tuple[Tensor, Tensor] | None = None
@@ -74,7 +77,7 @@ class Sample:
             return list(map(changed, value)) if isinstance(value, (list, tuple)) else value
 
         names = [field.name for field in dataclasses.fields(self)]
-        names = [name for name in names if name not in ("key", "known")]
+        names = [name for name in names if name not in ("seed", "key", "known")]
         return dataclasses.replace(self, **{name: changed(getattr(self, name)) for name in names})
 
 
@@ -165,8 +168,9 @@ class Stream:
         schedule: likewise.
         slots: images under attack at a time.
         device: where samples are moved.
+        runs: how often each image is run, and from where.
         check: gives a sample as it is attacked; raises for one that cannot be.
-        assign: how a sample gets its adversarial labels at each network.
+        assign: how a sample gets its adversarial labels at each network, and the seed of its runs.
         callback: called with (keys, counts (N, K)).
     """
 
@@ -177,16 +181,19 @@ class Stream:
         schedule: Schedule,
         slots: int,
         device: Device,
+        runs: Runs,
         *,
         check: Callable[[Sample], Sample],
-        assign: Callable[[Sample], list[Assign]],
+        assign: Callable[[Sample], tuple[list[Assign], int | None]],
         callback: StreamCallback | None = None,
     ) -> None:
         self.parts, self.step, self.schedule = parts, step, schedule
-        self.slots, self.device = slots, device
+        self.slots, self.device, self.runs = slots, device, runs
         self.check, self.assign = check, assign
         # Not a method, which would keep all slots alive with the stream, and the stream with them.
-        self.report = None if callback is None else lambda _, keys, counts: callback(keys, counts)
+        self.report: Any = None
+        if callback is not None:
+            self.report = lambda _, runs, counts: callback([run.key for run in runs], counts)
         self.grace = GRACE if device.synchronous else 0.0
         self.groups: dict[Any, tuple[Slots, Networks]] = {}
         self.error: BaseException | None = None  # to be raised once all images have finished
@@ -248,13 +255,15 @@ class Stream:
                 )
                 self.groups[key] = slots, networks
             slots, networks = self.groups[key]
-            start = None if sample.start is None else sample.start[None]
+            assigned, seed = self.assign(sample)
+            run = Run(sample.key, seed)
+            start = self.runs.start(sample.image, run) if sample.start is None else sample.start
             known = sample.known if len(self.parts) == 1 else None
             targets = [
                 Targets(labels[None], assign, None if boxes is None else boxes[None], known)
-                for (labels, _, boxes), assign in zip(each, self.assign(sample), strict=True)
+                for (labels, _, boxes), assign in zip(each, assigned, strict=True)
             ]
-            taken = slots.admit([sample.key], sample.image[None], start)
+            taken = slots.admit([run], sample.image[None], start[None])
             try:
                 networks.admit(taken, targets)
             except BaseException:
@@ -271,12 +280,13 @@ class Stream:
                 with slots.device.current():
                     with torch.inference_mode(False):
                         slots.iterate()
-                    finished = slots.collect()
+                    outcomes = (self.runs.over(one, slots) for one in slots.collect())
+                    finished = [one for one in outcomes if one is not None]
             except BaseException:
                 for other, _ in self.groups.values():  # what had finished is not lost
                     with other.device.current():
                         finished = other.collect(wait=True)
-                    yield from finished
+                    yield from (self.runs.best(one) for one in finished)
                 raise
             yield from finished
 

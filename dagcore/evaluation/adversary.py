@@ -14,6 +14,7 @@ from .. import labels as label_maps
 from ..errors import ArgumentError
 from ..files import IGNORE
 from ..labels import KINDS, PATTERNS, assign
+from ..losses import UNTARGETED
 
 
 def is_pattern(name: str) -> bool:
@@ -44,9 +45,9 @@ def find_class(name: str, num_classes: int, classes: Sequence[str] | None) -> in
 class Adversary:
     """A way to give each image its adversarial labels.
 
-    `kind` is one of labels.KINDS, "class" (all towards `foreground`), or a pattern, painted in
-    `foreground` (None: a random class absent from the labels) on `background` (None: the most
-    frequent label).
+    `kind` is one of labels.KINDS, "untargeted", "class" (all towards `foreground`), or a pattern,
+    painted in `foreground` (None: a random class absent from the labels) on `background` (None: the
+    most frequent label).
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Adversary:
         if not is_pattern(name):
             if foreground is not None or background is not None:
                 raise ArgumentError("--foreground and --background go with a pattern only")
-            if name in KINDS:
+            if name in (*KINDS, UNTARGETED):
                 return cls(name)
             try:
                 return cls("class", find_class(name, num_classes, classes))
@@ -102,6 +103,8 @@ class Adversary:
         generator: torch.Generator,
     ) -> tuple[Tensor | str, dict[str, Any]]:
         """Adversarial labels (h, w) of one image or "runner-up", and classes for the record."""
+        if self.kind == UNTARGETED:
+            return self.kind, {}
         if self.kind in KINDS:
             drawn = assign(self.kind, labels[None], num_classes, IGNORE, generator)
             return (drawn if isinstance(drawn, str) else drawn[0]), {}

@@ -39,7 +39,7 @@ class Plan:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        request.attack()
+        request.build()
         self.device = find_device(request.device)
         paths = list(request.images)
         for path in paths:
@@ -71,7 +71,7 @@ class Plan:
                 outcome,
                 self.request.out,
                 self.driver.victim,
-                goal=self.driver.attack.goal,
+                leaves=self.request.leaves,
                 record=self._record(job) | job.target.record,
             )
             yield outcome
@@ -84,6 +84,7 @@ class Plan:
             "model": request.model,
             "weights": None if request.weights is None else str(request.weights),
             "size": request.size,
+            "attack": request.attack,
             "adversarial": request.adversarial,
             "settings": dataclasses.asdict(self.driver.attack),
             "seed": request.seed,

@@ -21,6 +21,7 @@ from ..engine import ScoreModel, frozen
 from ..engine.devices import device_for
 from ..engine.stream import Deferred, Sample
 from ..errors import ArgumentError, ArgumentTypeError
+from ..losses import LossObjective
 from ..ops import argmax_bilinear
 from ..perturbation import perceptibility, round_to_8_bits
 from ..seeds import generator_of, seed_of
@@ -76,13 +77,14 @@ class Driver:
         attacked: Any = None,
         slots: int = 1,
     ) -> None:
-        self.attack: DAG = options.attack()
+        self.attack = options.build()
         self.options, self.victim, self.source, self.device = options, victim, source, device
         self.attacked = victim if attacked is None else attacked
         self.rules = rules_for(options, self.attacked)
         self.slots = slots
         # Where the engine takes the scores of the clean image as its first evaluation.
-        self.reuse = device.type == "cpu" and slots == 1
+        begins_there = not self.attack.random_start
+        self.reuse = device.type == "cpu" and slots == 1 and begins_there
         self.stopping = threading.Event()
         self.in_flight: set[str] = set()
         self._ready: dict[int, Job] = {}
@@ -174,7 +176,7 @@ class Driver:
         """What came of an image."""
         job: Job = result.key
         written = round_to_8_bits(result.adversarial)
-        active, attacked = self._judge(written, job)
+        again, attacked = self._judge(written, job)
         return Outcome(
             name=job.name,
             image=job.image.cpu(),
@@ -183,10 +185,12 @@ class Driver:
             attacked=attacked,
             status=result.status[0],
             iterations=int(result.iterations[0]),
-            active=[count for count in result.active[:, 0].tolist() if count >= 0],
+            active=(active := [count for count in result.active[:, 0].tolist() if count >= 0]),
+            left=int(result.left[0]),
+            to_fool=active[0] if isinstance(self.attack, DAG) else self._to_fool(job.target),
             targets=int(result.targets[0]),
             right_before=self._right(job.target),
-            active_after_rounding=active,
+            active_after_rounding=again,
             perceptibility=float(result.perceptibility[0]),
             perceptibility_after_rounding=float(perceptibility(written - job.image[None])[0]),
             notes=job.notes,
@@ -194,17 +198,23 @@ class Driver:
 
     def _right(self, target: ImageTarget) -> int:
         """How many targets that count the network has right on the clean image."""
-        aims = target.adversarial
         right = torch.where(target.right, target.labels, files.IGNORE)[None]
-        aims = aims if isinstance(aims, str) else aims[None]
-        return int(self.attack.objective().count(target.record["num_classes"], right, aims))
+        count = self.attack.objective().count(target.num_classes, right, target.aims)
+        return int(count)
+
+    def _to_fool(self, target: ImageTarget) -> int:
+        """Active targets of the clean image, where the attack does not begin there."""
+        objective = self.attack.objective()
+        assert isinstance(objective, LossObjective)
+        active = objective.active(
+            target.num_classes, target.labels[None], target.aims, target.seen[None]
+        )
+        return int(active)
 
     def _judge(self, written: Tensor, job: Job) -> tuple[int, Prediction]:
         """Active targets of an image (1, 3, H, W), and what the network sees in it."""
         victim, target = self.victim, job.target
-        labels = target.labels[None]
-        adversarial = target.adversarial
-        aims = adversarial if isinstance(adversarial, str) else adversarial[None]
+        labels, aims = target.labels[None], target.aims
         boxes = None if target.boxes is None else target.boxes[None]
         scores_of = ScoreModel(victim)
         prediction: Prediction
@@ -260,7 +270,13 @@ class _Image(Deferred):
         target = dataclasses.replace(job.target, known=None)  # not to be held through the attack
         key = dataclasses.replace(job, target=target)
         return Sample(
-            job.image, target.labels, target.adversarial, target.boxes, key=key, known=known
+            job.image,
+            target.labels,
+            target.adversarial,
+            target.boxes,
+            seed=job.seed,
+            key=key,
+            known=known,
         )
 
     def refused(self, error: Exception) -> bool:

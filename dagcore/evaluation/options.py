@@ -3,59 +3,128 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .. import files
-from ..attacks import DAG
+from .. import checks, files
+from ..attacks import APGD, DAG, PGD, BallAttack, CosPGD, SegPGD
 from ..errors import ArgumentError
+from ..labels import KINDS
+from ..losses import UNTARGETED
 from ..victims import Detector, Victim, load
 from .adversary import is_pattern
 
 LEVELS = ("256", "none")  # that images which are written to 8-bit files can be attacked on
 
+KnownAttack = DAG | BallAttack
+
+_IN_A_BALL: dict[str, Any] = {"norm": "linf", "epsilon": 8 / 255, "restarts": 1}
+_PGD = {**_IN_A_BALL, "alpha": 0.01, "steps": 20}
+ATTACKS: dict[str, tuple[Callable[..., KnownAttack], dict[str, Any]]] = {
+    "dag": (
+        DAG,
+        {"gamma": 0.5 / 255, "max_iter": 200, "goal": None, "epsilon": None, "margin": 0.0},
+    ),
+    "pgd": (PGD, {"loss": "cross-entropy", **_PGD}),
+    "segpgd": (SegPGD, _PGD),
+    "cospgd": (CosPGD, _PGD),
+    "apgd": (APGD, {"loss": "cross-entropy", **_IN_A_BALL, "steps": 100}),
+}
+"""The attacks by name, with the options that go with each and their defaults."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackOptions:
-    """The options that commands share, by their names."""
+    """The options that commands share, by their names.
+
+    Those that go with some attacks only are None for the others, and where they are not given the
+    attack's default.
+    """
 
     model: str
     weights: Path | None = None
     size: str | None = None
-    adversarial: str = "permutation"
+    attack: str = "dag"
+    adversarial: str | None = None
     foreground: str | None = None
     background: str | None = None
-    gamma: float = 0.5 / 255
-    max_iter: int = 200
+    loss: str | None = None
+    norm: str | None = None
+    gamma: float | None = None
+    alpha: float | None = None
+    max_iter: int | None = None
+    steps: int | None = None
+    restarts: int | None = None
     goal: str | None = None
     epsilon: float | None = None
     tolerance: float = 0.0
-    margin: float = 0.0
+    margin: float | None = None
     levels: str = "256"
     device: str | None = None
     seed: int = 0
 
-    def attack(self) -> DAG:
-        """The attack's settings; ArgumentError where options contradict each other."""
-        paints = is_pattern(self.adversarial)
-        if paints and self.goal == "leave":
-            raise ArgumentError("--goal must be reach for a pattern, got leave")
-        goal = self.goal or ("reach" if paints else "leave")
-        if goal == "reach" and self.adversarial == "runner-up":
-            raise ArgumentError("--adversarial runner-up goes with --goal leave only")
+    def __post_init__(self) -> None:
+        if self.attack not in ATTACKS:
+            allowed = checks.names(ATTACKS)
+            raise ArgumentError(f"--attack must be {allowed}, got {self.attack!r}")
+        _, own = ATTACKS[self.attack]
+        for name in {name for _, other in ATTACKS.values() for name in other}:
+            value = getattr(self, name)
+            if name in own:
+                object.__setattr__(self, name, own[name] if value is None else value)
+            elif value is not None:
+                others = [attack for attack, (_, other) in ATTACKS.items() if name in other]
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} goes with --attack {checks.names(others)}, "
+                    f"got --attack {self.attack}"
+                )
+        if self.adversarial is None:
+            object.__setattr__(self, "adversarial", KINDS[0] if self.draws else UNTARGETED)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the attack always has adversarial labels."""
+        return self.attack == "dag" or self.loss == "dag"
+
+    @property
+    def aims(self) -> str:
+        """How adversarial labels are chosen: `adversarial` once it has been filled in."""
+        assert self.adversarial is not None
+        return self.adversarial
+
+    def build(self) -> KnownAttack:
+        """The attack; ArgumentError where options contradict each other."""
         if self.levels not in LEVELS:
             raise ArgumentError(f"--levels must be {' or '.join(LEVELS)}, got {self.levels!r}")
-        return DAG(
-            gamma=self.gamma,
-            max_iter=self.max_iter,
-            goal=goal,
-            epsilon=self.epsilon,
+        kind, own = ATTACKS[self.attack]
+        settings = {name: getattr(self, name) for name in own}
+        if self.attack == "dag":
+            paints = is_pattern(self.aims)
+            if paints and self.goal == "leave":
+                raise ArgumentError("--goal must be reach for a pattern, got leave")
+            settings["goal"] = self.goal or ("reach" if paints else "leave")
+            if settings["goal"] == "reach" and self.aims == "runner-up":
+                raise ArgumentError("--adversarial runner-up goes with --goal leave only")
+        if self.draws and self.aims == UNTARGETED:
+            raise ArgumentError(f"--adversarial {UNTARGETED} does not go with DAG's loss")
+        if not self.draws and self.aims == "runner-up":
+            raise ArgumentError("--adversarial runner-up goes with DAG's loss only")
+        return kind(
+            **settings,
             tolerance=self.tolerance,
-            margin=self.margin,
             levels=None if self.levels == "none" else int(self.levels),
             ignore_index=files.IGNORE,
         )
+
+    @property
+    def leaves(self) -> bool:
+        """Whether targets are to leave their labels, rather than to reach others."""
+        if self.attack == "dag":
+            return self.goal != "reach" and not is_pattern(self.aims)
+        return self.draws or self.aims == UNTARGETED
 
 
 def find_victim(options: AttackOptions, device: torch.device) -> Victim | Detector:

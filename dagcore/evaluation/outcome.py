@@ -33,6 +33,10 @@ class Outcome:
     iterations: int
     active: list[int]
     """Active targets after 0, 1, ... updates."""
+    left: int
+    """Active targets of the attacked image."""
+    to_fool: int
+    """Active targets of the clean image."""
     targets: int
     """Targets that count: neither ignored nor, for "leave", meant for their label."""
     right_before: int
@@ -67,7 +71,7 @@ class Outcome:
         """What became of it, in short."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
-            f"{self.active[-1]} targets active, {self.right_before} of {self.targets} right before"
+            f"{self.left} targets active, {self.right_before} of {self.targets} right before"
             f"{self.remarks()}"
         )
 
@@ -75,16 +79,16 @@ class Outcome:
         """The notes, behind a line."""
         return f" ({'; '.join(self.notes)})" if self.notes else ""
 
-    def note(self, goal: str) -> str:
+    def note(self, *, leaves: bool) -> str:
         """The numbers in one line."""
         if not self.targets:
             return "no targets: the image is left as it is"
-        if not self.active[0]:
+        if not self.to_fool:
             return f"none of {self.targets} targets to fool: the image is left as it is"
-        state = "left" if goal == "leave" else "not as wanted"
+        state = "left" if leaves else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
-            f"{self.active[-1]} of {self.targets} targets {state} ({self.right_before} right "
+            f"{self.left} of {self.targets} targets {state} ({self.right_before} right "
             f"before), {self.active_after_rounding} after rounding to 8 bits · "
             f"perceptibility {self.perceptibility:.2e}"
         )
@@ -102,14 +106,19 @@ def output_files(folder: Path, name: str) -> dict[str, Path]:
 
 
 def write(
-    outcome: Outcome, folder: Path, victim: Victim | Detector, *, goal: str, record: dict[str, Any]
+    outcome: Outcome,
+    folder: Path,
+    victim: Victim | Detector,
+    *,
+    leaves: bool,
+    record: dict[str, Any],
 ) -> None:
     """Write the attacked image, the perturbation, the figure and, last, the record."""
     paths = output_files(folder, outcome.name)
     files.write_image(paths["image"], outcome.adversarial)
     with files.atomic_write(paths["perturbation"]) as temporary:
         save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
-    draw(outcome, paths["figure"], victim, note=outcome.note(goal))
+    draw(outcome, paths["figure"], victim, note=outcome.note(leaves=leaves))
     with files.atomic_write(paths["record"]) as temporary:
         temporary.write_text(json.dumps({**outcome.record(), **record}, indent=2) + "\n")
 

@@ -129,7 +129,7 @@ class Work:
         """Write what came of an image."""
         if job.number in self.drawn:
             path = self.folder.path("figures", job.name, "png")
-            draw(outcome, path, self.victim, note=outcome.note(self.driver.attack.goal))
+            draw(outcome, path, self.victim, note=outcome.note(leaves=self.settings.leaves))
         self.folder.write(
             job.number,
             job.name,
@@ -284,7 +284,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         )
     attack = work.driver.attack
     made = list(records.values())
-    summary = summarise(made, work.victim.classes, attack.tolerance)
+    summary = summarise(made, work.victim.classes, work.settings.tolerance)
     warnings = warnings_of(made, attack, prepared=work.settings.prepare)
     summary["warnings"] = warnings
     work.folder.finish(records, summary)

@@ -21,7 +21,7 @@ else:
 
 TABLES = ("made_with", "versions")  # of a kept file: what is no setting
 PATHS = ("weights", "labels", "out")
-FRACTIONS = ("gamma", "epsilon", "tolerance", "margin")
+FRACTIONS = ("gamma", "alpha", "epsilon", "tolerance", "margin")
 # These change no result, or what they stand for is compared.
 NOT_COMPARED = ("out", "strict", "figures", "weights", "device")
 
@@ -58,6 +58,7 @@ class Settings(AttackOptions):
     strict: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("images", "slots"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), at_least=1)
@@ -65,7 +66,7 @@ class Settings(AttackOptions):
         checks.integer("seed", self.seed, at_least=0)
         if self.goal is not None:
             checks.choice("goal", self.goal, checks.GOALS)
-        self.attack()
+        self.build()
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..attacks import DAG, Status
+from ..attacks import Status
 from ..attacks.schedules import UntilFooled
 from ..metrics import AveragePrecision, Score, iou
+from .options import KnownAttack
 from .store import FAILED, Record
 
 STAGES = ("before", "after")  # of the attack, in the files
@@ -52,7 +53,7 @@ def summarise(
         "nothing to fool": len(with_targets) - len(aimed),
         **{name: status.count(name) for name in ("converged", "budget", "stalled")},
         "success after rounding, %": _share(sum(succeeded(r, tolerance) for r in aimed), aimed),
-        "active targets left, %": _share(sum(r["active"][-1] / to_fool(r) for r in aimed), aimed),
+        "active targets left, %": _share(sum(r["left"] / to_fool(r) for r in aimed), aimed),
         **({measure: scores(attacked, classes, measure)} if attacked else {}),
         "perceptibility": _spread([r["perceptibility"] for r in aimed]),
         "perceptibility after rounding": _spread(
@@ -71,10 +72,10 @@ def summarise(
 def to_fool(record: Record) -> int:
     """Targets that an attack has to fool.
 
-    Those that are active on the clean image: for "leave" right, or wrong by less than the margin,
-    for "reach" not at their adversarial label by the margin.
+    Those that are active on the clean image: right, or wrong by less than the margin; of targeted
+    attacks not at their adversarial label by the margin.
     """
-    return int(record["active"][0])
+    return int(record["to_fool"])
 
 
 def succeeded(record: Record, tolerance: float) -> bool:
@@ -139,9 +140,9 @@ def warning_of_files(
     )
 
 
-def warning_of_epsilon(attack: DAG) -> str | None:
+def warning_of_epsilon(attack: KnownAttack) -> str | None:
     """That 8-bit files may leave the ball, where its radius is no whole number of levels."""
-    if attack.levels is not None or attack.epsilon is None:
+    if attack.levels is not None or attack.epsilon is None or attack.norm != "linf":
         return None
     if abs(attack.epsilon * 255 - round(attack.epsilon * 255)) < 1e-4:
         return None
@@ -151,12 +152,14 @@ def warning_of_epsilon(attack: DAG) -> str | None:
     )
 
 
-def warnings_of(records: Sequence[Record], attack: DAG, *, prepared: bool = False) -> list[str]:
+def warnings_of(
+    records: Sequence[Record], attack: KnownAttack, *, prepared: bool = False
+) -> list[str]:
     """What users should know of all images that were attacked."""
     attacked = [record for record in records if record["status"] != FAILED]
     told = (
         warning_of_labels(attacked),
-        warning_of_files(attacked, attack.tolerance, attack.levels, prepared),
+        warning_of_files(attacked, attack.tolerance or 0.0, attack.levels, prepared),
         warning_of_epsilon(attack) if attacked else None,
     )
     return [warning for warning in told if warning is not None]

@@ -15,6 +15,7 @@ from .. import files
 from ..engine import frozen, read_scores
 from ..engine.scores import aligns_corners, check_layout, warn_of_probabilities
 from ..errors import ArgumentError, ArgumentTypeError
+from ..losses import UNTARGETED
 from ..ops import argmax_bilinear
 from ..victims import Detector
 from ..victims.detection.targets import ADVERSARIAL_KINDS
@@ -34,8 +35,8 @@ class ImageTarget:
     adversarial: Tensor | str
     prediction: Prediction
     """What the network sees in the clean image."""
-    right: Tensor
-    """Where it sees the labels there: bool, shaped like `labels`."""
+    seen: Tensor
+    """The class that wins there at each target: int64, shaped like `labels`; -1 for none."""
     record: dict[str, Any]
     """What the image's record says of it."""
     boxes: Tensor | None = None
@@ -43,6 +44,21 @@ class ImageTarget:
     """A detector's, its own detections where none was given."""
     known: tuple[Tensor, Tensor] | None = None
     """The image as a leaf with its scores; see `dagcore.Sample`."""
+
+    @property
+    def right(self) -> Tensor:
+        """Where the network sees the labels: bool, shaped like `labels`."""
+        return self.seen == self.labels.long()
+
+    @property
+    def aims(self) -> Tensor | str:
+        """The adversarial labels of a batch of one."""
+        return self.adversarial if isinstance(self.adversarial, str) else self.adversarial[None]
+
+    @property
+    def num_classes(self) -> int:
+        """C of the scores."""
+        return int(self.record["num_classes"])
 
 
 class UnfitImageError(ArgumentError):
@@ -168,7 +184,7 @@ class MapRules(TargetRules):
             warn_of_probabilities(seen)
             self.num_classes = seen.shape[1]
             self.adversary = Adversary.parse(
-                self.options.adversarial,
+                self.options.aims,
                 self.options.foreground,
                 self.options.background,
                 self.num_classes,
@@ -209,8 +225,7 @@ class MapRules(TargetRules):
                 for shift in (-1, 1)
             }
         known = (leaf, scores) if scores.requires_grad else None
-        right = prediction == labels
-        return ImageTarget(labels, adversarial, prediction.cpu(), right, record, known=known)
+        return ImageTarget(labels, adversarial, prediction.cpu(), prediction, record, known=known)
 
     def _size(self, name: str, image: tuple[int, int], truth: Truth) -> tuple[int, int]:
         """How many rows and columns of targets an image has; raise for a truth of another size."""
@@ -244,8 +259,8 @@ class BoxRules(TargetRules):
 
     def __init__(self, options: AttackOptions, model: Detector) -> None:
         super().__init__(options, model)
-        if is_pattern(options.adversarial):
-            raise ArgumentError(f"--adversarial {options.adversarial} goes with segmentation only")
+        if is_pattern(options.aims):
+            raise ArgumentError(f"--adversarial {options.aims} goes with segmentation only")
         for option, value in (
             ("--foreground", options.foreground),
             ("--background", options.background),
@@ -268,7 +283,7 @@ class BoxRules(TargetRules):
     def _target(
         self, name: str, leaf: Tensor, truth: Truth, generator: torch.Generator
     ) -> ImageTarget:
-        kind, model = self.options.adversarial, self.model
+        kind, model = self.options.aims, self.model
         with contextlib.ExitStack() as stack:
             with self._running(name, leaf):
                 stack.enter_context(model.encoded(leaf.clone()))
@@ -291,7 +306,7 @@ class BoxRules(TargetRules):
             except (ArgumentTypeError, ArgumentError) as error:
                 raise type(error)(f"{name}: {error}") from error
             boxes = None if model.has_own_targets else targets.boxes
-            known, right = None, torch.zeros_like(targets.labels[0], dtype=torch.bool)
+            known, seen = None, torch.full_like(targets.labels[0], -1, dtype=torch.int64)
             if bool(targets.counts[0]):
                 with self._running(name, leaf):
                     scores = model(leaf.clone(), boxes)
@@ -300,10 +315,11 @@ class BoxRules(TargetRules):
                         f"model {self.options.model!r} must return finite scores, for {name} it "
                         "does not"
                     )
-                right = scores[0].detach().argmax(0) == targets.labels[0]
+                seen = scores[0].detach().argmax(0)
                 known = (leaf, scores) if leaf.requires_grad else None
         self.num_classes = targets.num_classes
-        if self.target_class is None and kind not in (*ADVERSARIAL_KINDS, "runner-up"):
+        words = ("runner-up", UNTARGETED)
+        if self.target_class is None and kind not in (*ADVERSARIAL_KINDS, *words):
             try:
                 self.target_class = find_class(kind, self.num_classes, model.classes)
             except ArgumentError as error:
@@ -322,13 +338,13 @@ class BoxRules(TargetRules):
         if self.target_class is not None:
             adversarial = torch.where(labels == files.IGNORE, files.IGNORE, self.target_class)
             record["class"] = self.target_class
-        elif kind == "runner-up":
+        elif kind in words:
             adversarial = kind
         return ImageTarget(
             labels,
             adversarial,
             {key: value.cpu() for key, value in found.items()},
-            right,
+            seen,
             record,
             None if boxes is None else boxes[0],
             truth,

@@ -1,0 +1,188 @@
+"""Projected gradient descent on dense losses: PGD, SegPGD, CosPGD."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..engine.loop import Objective, Schedule, Step
+from ..errors import ArgumentError
+from ..losses import Loss, LossObjective, UserLoss, named
+from ..seeds import generator_of
+from .base import Attack
+from .schedules import UntilFooled
+from .steps import ProjectedStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BallAttack(Attack, abc.ABC):
+    """What attacks within a ball on a dense loss share: `PGD` and `APGD` say the rest.
+
+    `Result.active` counts the targets whose argmax is their label, or for a targeted attack those
+    whose argmax is not their adversarial label; `Result.adversarial` is the iterate with the fewest
+    of them, the first of equals, `Result.last` the last one.
+    """
+
+    norm: str = "linf"
+    epsilon: float = 8 / 255
+    random_start: bool = True
+    restarts: int = 1
+    tolerance: float | None = 0.0
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    ignore_index: int = 255
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("norm", self.norm, checks.NORMS)
+        checks.number("epsilon", self.epsilon, above=0)
+        checks.boolean("random_start", self.random_start)
+        checks.integer("restarts", self.restarts, at_least=1, at_most=2**31 - 1)
+        if self.restarts > 1 and not self.random_start:
+            raise ArgumentError(
+                f"random_start must be True with restarts={self.restarts}, which would be the same"
+            )
+        if self.tolerance is not None:
+            checks.tolerance(self.tolerance)
+        checks.integer("ignore_index", self.ignore_index)
+        self.check_grid()
+
+    @property
+    @abc.abstractmethod
+    def dense_loss(self) -> Loss | UserLoss:
+        """The loss that goes up."""
+
+    def objective(self) -> Objective:
+        """The loss, summed over the targets."""
+        return LossObjective(self.dense_loss, self.ignore_index)
+
+    def check_kind(self, adversarial_labels: Any) -> None:
+        """Raise unless it is "untargeted", or a way to draw adversarial labels for a targeted loss.
+
+        With the loss "dag", which has no other form, "runner-up" in place of "untargeted".
+        """
+        LossObjective(self.dense_loss).check_kind(adversarial_labels)
+
+    @property
+    def first_radius(self) -> float:
+        """Of the ball that an attack starts in."""
+        return self.epsilon
+
+    def random_point(self, image: Tensor, seed: int, run: int) -> Tensor | None:
+        """A point of the ball around an image (*), uniformly; None for the image itself.
+
+        It depends on the seed and the number of the run alone.
+        """
+        if not self.random_start:
+            return None
+        source, epsilon = generator_of((seed, run)), self.first_radius
+        exact = torch.promote_types(image.dtype, torch.float32)
+        origin = image.to(exact)
+        if self.norm == "linf":
+            noise = torch.rand(image.shape, generator=source, dtype=torch.float64) * 2 - 1
+        else:
+            noise = torch.randn(image.shape, generator=source, dtype=torch.float64)
+            inside = torch.rand((), generator=source, dtype=torch.float64) ** (1 / noise.numel())
+            noise *= inside / torch.linalg.vector_norm(noise)
+        point = origin + (noise * epsilon).to(device=image.device, dtype=exact)
+        if self.norm == "linf":
+            point = point.clamp(origin - epsilon, origin + epsilon)
+        return (point if self.bounds is None else point.clamp(*self.bounds)).to(image.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGD(BallAttack):
+    """Projected gradient descent (Madry et al., ICLR 2018) on a dense loss.
+
+    x <- Proj(x + alpha sign g) in an L-infinity ball, x <- Proj(x + alpha g / ||g||_2) in an L2
+    ball; g is the gradient of the loss, summed over all targets that are not ignored. Untargeted
+    unless adversarial labels are given; the loss "dag" draws a permutation where none are.
+
+    Args:
+        loss: a name (see `dagcore.ops.loss_seed`), a `dagcore.losses.Loss`, or a function of
+            (scores (N, C, *T), labels (N, *T)), and adversarial labels (N, *T) if there are any,
+            to values (N,) or (N, *T) in plain PyTorch.
+        norm: "linf" or "l2".
+        epsilon: radius of the ball around the clean image, in the units of the images.
+        alpha: step length, likewise.
+        steps: updates at the most.
+        random_start: begin at a random point of the ball, each image's own.
+        restarts: runs from different random points at the most; the one with the fewest active
+            targets is returned. An image that is done is not run again.
+        momentum: mu of m <- mu m + g / ||g||_1, whose sign (direction) is followed in place of the
+            gradient's (Dong et al., CVPR 2018); 0 for none.
+        tolerance: an image is done when at most this fraction of its targets is active; None: it
+            goes on to the last step.
+        bounds: valid range of the images, None for no clipping.
+        ignore_index: label of the targets that never count.
+        levels: as for `dagcore.DAG`.
+
+    Raises:
+        TypeError, ValueError: a setting out of its range.
+    """
+
+    loss: str | Loss | UserLoss = "cross-entropy"
+    alpha: float = 0.01
+    steps: int = 20
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named(self.loss)
+        checks.number("alpha", self.alpha, above=0)
+        checks.integer("steps", self.steps, at_least=0, at_most=2**31 - 2)
+        checks.number("momentum", self.momentum, at_least=0)
+
+    @property
+    def dense_loss(self) -> Loss | UserLoss:
+        """The loss that goes up."""
+        return named(self.loss)
+
+    def step(self) -> Step:
+        """alpha along the sign or the normalised gradient."""
+        return ProjectedStep(
+            self.norm, self.alpha, self.epsilon, self.bounds, self.momentum, self.levels
+        )
+
+    def schedule(self) -> Schedule:
+        """So many steps, or fewer where the tolerance allows."""
+        return UntilFooled(self.steps, self.tolerance)
+
+    def check_spacing(self, spacing: float, images: Tensor) -> None:
+        """Raise where a step of alpha would be lost."""
+        if self.norm == "linf" and self.alpha < spacing:
+            raise ArgumentError(
+                f"alpha must be at least the spacing of {checks.names([images.dtype])} images, "
+                f"{spacing:.2e}, for a step to count, got {self.alpha:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegPGD(PGD):
+    """`PGD` on a cross-entropy whose weight moves from right targets to wrong ones.
+
+    At update t of T, targets that are still right weigh 1 - t / 2T and the others t / 2T; the
+    other way round where it is targeted (Gu et al., ECCV 2022).
+    """
+
+    loss: str = dataclasses.field(init=False, default="blended-cross-entropy")
+
+    def objective(self) -> Objective:
+        """The blended cross-entropy, with the weights of each image's update."""
+        return LossObjective(self.dense_loss, self.ignore_index, blend_steps=max(self.steps, 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CosPGD(PGD):
+    """`PGD` on a cross-entropy weighted by how right each target is.
+
+    The weight is the cosine similarity of the softmax and the label, 1 minus that of the
+    adversarial label where it is targeted (Agnihotri et al., ICML 2024).
+    """
+
+    loss: str = dataclasses.field(init=False, default="cosine")
