@@ -196,11 +196,13 @@ class LossObjective:
         ignore_index: label of the targets that never count.
         blend_steps: updates in which the blend of "blended-cross-entropy" rises from 0 to 1/2, as
             SegPGD has it; None: it stays.
+        track: the loss that is told in place of the one that goes up; None: that itself.
     """
 
     loss: Loss | UserLoss
     ignore_index: int = 255
     blend_steps: int | None = None
+    track: Loss | UserLoss | None = None
     tells_loss = True
 
     @property
@@ -269,6 +271,12 @@ class LossObjective:
     ) -> Seed:
         """The loss's gradient at the scores, active targets, and the loss."""
         scores = scores.detach()
+        if self.track is not None:
+            settings: Any = {"align_corners": align_corners, "state": state}
+            other = dataclasses.replace(self, loss=self.track, track=None)
+            told = other.seed(scores, labels, adversarial, **settings).loss
+            own = dataclasses.replace(self, track=None)
+            return own.seed(scores, labels, adversarial, **settings)._replace(loss=told)
         given = adversarial if isinstance(adversarial, Tensor) else None
         if not isinstance(self.loss, Loss):
             return self._users(scores, labels, given, align_corners)
@@ -357,18 +365,18 @@ class LossObjective:
         checks.target_labels(num_classes, labels, given, self.ignore_index)
 
 
-def named(loss: str | Loss | UserLoss) -> Loss | UserLoss:
+def named(loss: str | Loss | UserLoss, name: str = "loss") -> Loss | UserLoss:
     """A loss by its name, or as it is.
 
     Raises:
         TypeError, ValueError: no loss.
     """
     if isinstance(loss, str):
-        checks.choice("loss", loss, checks.LOSSES)
+        checks.choice(name, loss, checks.LOSSES)
         return Loss(loss)
     if not callable(loss):
         raise ArgumentTypeError(
-            "loss must be a name, a dagcore.losses.Loss or a function of (scores, labels), "
+            f"{name} must be a name, a dagcore.losses.Loss or a function of (scores, labels), "
             f"got {type(loss).__name__}"
         )
     return loss

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from dagcore import checks
 from dagcore.engine import devices, scores
 from dagcore.engine.loop import Slots
-from dagcore.losses import DAGObjective
+from dagcore.losses import DAGObjective, LossObjective
 
 GARBAGE = 77
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2")
@@ -224,7 +224,8 @@ class LateDevice:
             patch.setattr(checks, "at_hand", lambda _: False)
             # These may wait: one looks at a network's first scores, one has found an error.
             patch.setattr(scores, "warn_of_probabilities", aside(scores.warn_of_probabilities))
-            patch.setattr(DAGObjective, "refuse", aside(DAGObjective.refuse))
+            for objective in (DAGObjective, LossObjective):
+                patch.setattr(objective, "refuse", aside(objective.refuse))
             yield self
 
 

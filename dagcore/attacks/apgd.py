@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from .. import checks
-from ..engine.loop import Schedule, Step
+from ..engine.loop import Objective, Schedule, Step
 from ..errors import ArgumentError
-from ..losses import Loss, UserLoss, named
+from ..losses import Loss, LossObjective, UserLoss, named
 from .pgd import BallAttack
 from .schedules import UntilFooled
 from .steps import AdaptiveStep
@@ -29,6 +29,9 @@ class APGD(BallAttack):
         loss, norm, epsilon, random_start, restarts, tolerance, bounds, ignore_index, levels: as for
             `PGD`.
         steps: updates at the most.
+        track: the loss by which steps are judged, and which is told in `Result.loss`, in place of
+            the one that goes up, in the same forms: SEA tracks "cross-entropy", whatever goes up.
+            None: that itself.
         radii: phases in balls of shrinking radius (Croce et al., ECCV 2024): pairs of a factor of
             epsilon and a share of the steps, whose last factor is 1 and whose shares add up to 1,
             or "shrinking" for theirs, ((2, 0.3), (1.5, 0.3), (1, 0.4)). Each phase begins from the
@@ -42,10 +45,13 @@ class APGD(BallAttack):
     loss: str | Loss | UserLoss = "cross-entropy"
     steps: int = 100
     radii: str | Sequence[tuple[float, float]] | None = None
+    track: str | Loss | UserLoss | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named(self.loss)
+        if self.track is not None:
+            named(self.track, "track")
         checks.integer("steps", self.steps, at_least=1, at_most=10**6)
         pairs = self._pairs()
         for k, pair in enumerate(pairs):
@@ -80,7 +86,7 @@ class APGD(BallAttack):
     def phases(self) -> tuple[tuple[int, float], ...]:
         """Steps and radius of each phase; the last one has the steps that are left."""
         *early, _ = pairs = self._pairs()
-        steps = [math.ceil(share * self.steps - 1e-9) for _, share in early]
+        steps = [math.floor(share * self.steps + 1e-9) for _, share in early]
         steps.append(self.steps - sum(steps))
         return tuple(
             (count, factor * self.epsilon) for count, (factor, _) in zip(steps, pairs, strict=True)
@@ -90,6 +96,11 @@ class APGD(BallAttack):
     def dense_loss(self) -> Loss | UserLoss:
         """The loss that goes up."""
         return named(self.loss)
+
+    def objective(self) -> Objective:
+        """The loss, summed over the targets; the tracked one is told."""
+        track = None if self.track is None else named(self.track, "track")
+        return LossObjective(self.dense_loss, self.ignore_index, track=track)
 
     @property
     def first_radius(self) -> float:

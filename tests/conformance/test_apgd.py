@@ -139,6 +139,19 @@ def test_shrinking_radii_begin_from_the_best_of_the_last_phase(case):
         assert float(result.perturbation[n].abs().max()) <= EPSILON + 1e-12
 
 
+def test_steps_are_judged_by_the_loss_that_is_tracked(case):
+    net, images, labels = case
+    settings = {"steps": 30, "epsilon": EPSILON, "random_start": False, "tolerance": None}
+    own = APGD(**settings, loss="cosine")(net, images, labels)
+    tracked = APGD(**settings, loss="cosine", track="cross-entropy")(net, images, labels)
+    assert not torch.equal(own.last, tracked.last)
+    with torch.no_grad():
+        entropy = F.cross_entropy(net(tracked.last), labels, reduction="none").sum((1, 2))
+    torch.testing.assert_close(tracked.loss[-1], entropy)
+    same = APGD(**settings, loss="cosine", track="cosine")(net, images, labels)
+    assert torch.equal(own.last, same.last)
+
+
 def test_the_shares_of_the_paper_are_90_90_and_120_of_300_steps():
     phases = APGD(steps=300, epsilon=1.0, radii="shrinking").phases
     assert phases == ((90, 2.0), (90, 1.5), (120, 1.0))
