@@ -24,16 +24,17 @@ constexpr int kSide = 32;
 struct Segment {
   int64_t low, high;     // low-resolution indices
   int64_t begin;         // first pixel
-  int count;             // at most kSide
+  int count;             // at most `most`, see segments
   int weights;           // segments of equal weights share this number
   double weight[kSide];  // of `high`
 };
 
-inline std::vector<Segment> segments(int64_t from, int64_t to, bool align_corners) {
+inline std::vector<Segment> segments(int64_t from, int64_t to, bool align_corners,
+                                     int most = kSide) {
   std::vector<Segment> all;
   for (int64_t pixel = 0; pixel < to; ++pixel) {
     const Source source = source_of(pixel, from, to, align_corners);
-    if (all.empty() || all.back().low != source.low || all.back().count == kSide) {
+    if (all.empty() || all.back().low != source.low || all.back().count == most) {
       all.push_back({source.low, source.high, pixel, 0, 0, {}});
     }
     Segment& last = all.back();
@@ -128,6 +129,23 @@ DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights
   weights->x_weights = x.weights;
   weights->has_total = false;
 }
+
+// The weights of the last few tiles: whole factors need three, left, middle and right.
+template <typename Real>
+struct KnownWeights {
+  TileWeights<Real> weights[4];
+  int next = 0;
+
+  TileWeights<Real>* of(Simd simd, const Segment& y, const Segment& x) {
+    for (TileWeights<Real>& known : weights) {
+      if (known.y_weights == y.weights && known.x_weights == x.weights) return &known;
+    }
+    TileWeights<Real>& oldest = weights[next];
+    next = (next + 1) % 4;
+    run_simd<fill_weights<Real>>(simd, y, x, &oldest);
+    return &oldest;
+  }
+};
 
 template <typename Real>
 DAGCORE_INLINE void fill_total(TileWeights<Real>* weights) {
