@@ -24,7 +24,7 @@ void argmax_maps(const ScoreMaps& maps, int64_t* out) {
           open_row<T, false>(cells, n, y, s == first ? -1 : cells.ys[s - 1].high, row.get());
         }
         for (const Segment& x : cells.xs) {
-          tile.weights = row->weights.of(cells.simd, y, x);
+          tile.weights = row->weights_of(cells.simd, y, x);
           find_tile_winners<T, false>(cells, x.low, only_winner(cells, x.low, *row), row.get());
           for (int i = 0; i < y.count; ++i) {
             std::copy_n(tile.best_class + i * x.count, x.count,

@@ -133,7 +133,8 @@ struct CellRow {
   std::vector<int32_t> lists;   // (w, C + 1): the classes that can win in each cell, rising
   std::vector<int> counts;      // (w): how many they are
   std::vector<Candidate<Real>> candidates;  // (C): those of the cell in hand
-  KnownWeights<Real> weights;
+  TileWeights<Real> weights[4];             // whole factors need three: left, middle and right
+  int next_weights = 0;
   Tile<Real> tile;
 
   explicit CellRow(const Cells<T>& cells)
@@ -145,6 +146,15 @@ struct CellRow {
         counts(cells.width),
         candidates(cells.classes) {}
 
+  TileWeights<Real>* weights_of(Simd simd, const Segment& y, const Segment& x) {
+    for (TileWeights<Real>& known : weights) {
+      if (known.y_weights == y.weights && known.x_weights == x.weights) return &known;
+    }
+    TileWeights<Real>& oldest = weights[next_weights];
+    next_weights = (next_weights + 1) % 4;
+    run_simd<fill_weights<Real>>(simd, y, x, &oldest);
+    return &oldest;
+  }
   const Real (&total_weight(Simd simd))[4] {
     if (!tile.weights->has_total) run_simd<fill_total<Real>>(simd, tile.weights);
     return tile.weights->total;

@@ -105,12 +105,13 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
   rest->move_to(sums, x);
 }
 
-// `limit`: what is beyond it becomes it; infinite for none.
+// row (C, pitch); `limit`: what is beyond it becomes it; infinite for none.
 template <typename T, typename Sum>
-DAGCORE_INLINE void write_row(const Sum* row, int64_t classes, int64_t width, int64_t class_stride,
-                              int64_t column_stride, RealOf<T> limit, T* out) {
+DAGCORE_INLINE void write_row(const Sum* row, int64_t pitch, int64_t classes, int64_t width,
+                              int64_t class_stride, int64_t column_stride, RealOf<T> limit,
+                              T* out) {
   for (int64_t c = 0; c < classes; ++c) {
-    const Sum* from = row + c * width;
+    const Sum* from = row + c * pitch;
     T* to = out + c * class_stride;
     for (int64_t x = 0; x < width; ++x) {
       const auto value = static_cast<RealOf<T>>(from[x]);
@@ -127,15 +128,16 @@ struct SeedRows {
   const Tensor& seed;
   const Cells<T>& cells;
   Real limit;                    // see write_row
-  int64_t row;                   // C * w
+  int64_t pitch, row;            // of the rows of sums, (C, pitch), and their size
   std::unique_ptr<Real[]> data;  // not zeroed: every row is written before it is read
 
   SeedRows(const Tensor& seed, const Cells<T>& cells,
-           Real limit = std::numeric_limits<Real>::infinity())
+           Real limit = std::numeric_limits<Real>::infinity(), int64_t pitch = 0)
       : seed(seed),
         cells(cells),
         limit(limit),
-        row(cells.classes * cells.width),
+        pitch(pitch ? pitch : cells.width),
+        row(cells.classes * this->pitch),
         data(new Real[2 * cells.images * cells.bands() * row]) {}
 
   Real* first(int64_t n, int64_t band) { return &data[((n * cells.bands() + band) * 2) * row]; }
@@ -144,7 +146,7 @@ struct SeedRows {
   template <typename Sum>
   void store(int64_t n, int64_t y, const Sum* from) const {
     T* out = static_cast<T*>(seed.mutable_data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
-    run_simd<write_row<T, Sum>>(cells.simd, from, cells.classes, cells.width, seed.stride(1),
+    run_simd<write_row<T, Sum>>(cells.simd, from, pitch, cells.classes, cells.width, seed.stride(1),
                                 seed.stride(3), limit, out);
   }
 
@@ -185,7 +187,7 @@ void seed_rows(int64_t n, int64_t index, std::vector<Sum> (&sums)[2], SeedRows<T
     if (s == begin || y.low != cells.ys[s - 1].low) {
       open(y, s == begin ? -1 : cells.ys[s - 1].high);
     }
-    add(y, CornerSums<Sum>{sums[0].data(), sums[y.high != y.low].data(), cells.width});
+    add(y, CornerSums<Sum>{sums[0].data(), sums[y.high != y.low].data(), rows->pitch});
     if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
     if (y.low == cells.ys[begin].low) {
       std::copy(sums[0].begin(), sums[0].end(), rows->first(n, index));

@@ -68,7 +68,7 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
   const bool measures_label = targets.measures_label();
   uint32_t active = 0;
   for (const Segment& x : cells.xs) {
-    tile.weights = cell_row.weights.of(cells.simd, y, x);
+    tile.weights = cell_row.weights_of(cells.simd, y, x);
     int32_t only = kSecond ? kUncounted : only_winner(cells, x.low, cell_row);
     const bool uniform = !targets.runner_up && (only >= 0 || measures_label) && rows.uniform(x);
     const Index label = rows.labels[x.begin];

@@ -202,7 +202,7 @@ DAGCORE_INLINE void add_losses(int count, const Real* loss, double* sum) {
 
 // The gradient of target i to its score of class c, whose feature it is.
 template <Loss kLoss, typename Real, typename Index>
-DAGCORE_INLINE Real gradient_at(const LossRow<Real, Index>& row, Real feature, int i, Index c) {
+DAGCORE_INLINE Real gradient_at(const LossRow<Real, Index>& row, Real feature, int64_t i, Index c) {
   if constexpr (is_sparse(kLoss)) {
     Real value = 0;
     for (int t = 0; t < terms_of(kLoss); ++t) {
