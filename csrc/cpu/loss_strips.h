@@ -34,7 +34,6 @@ struct alignas(64) LossRow {
   Index top_at[4][kStripRoom];
   Real own[kStripRoom], aim[kStripRoom];  // scores, or features, of the two labels
   Real size[kStripRoom], sum[kStripRoom], squares[kStripRoom];
-  Real part[kStripRoom], part_squares[kStripRoom];
   Real omega[kStripRoom];  // class weights of the labels
   Real loss[kStripRoom];
   Real scale[kStripRoom], at_aim[kStripRoom];  // see Dense
@@ -71,26 +70,35 @@ DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real
   }
 }
 
-// Puts feature(score, i) in place of the scores, and sums features and their squares.
+// Puts feature(score, base of the target) in place of the scores, and sums features and their
+// squares. A vector of targets at a time, beyond the last one too, so that sums stay in registers.
 template <bool kSum, bool kSquares, typename Real, typename Index, typename Feature>
-DAGCORE_INLINE void sum_features(int64_t classes, const Strip<Real>& strip,
+DAGCORE_INLINE void sum_features(int64_t classes, const Strip<Real>& strip, const Real* bases,
                                  LossRow<Real, Index>* row, const Feature& feature) {
-  const int count = strip.count;
-  for (int i = 0; i < count; ++i) row->sum[i] = row->squares[i] = 0;
-  for (int64_t begin = 0; begin < classes; begin += kSummed) {
-    for (int i = 0; i < count; ++i) row->part[i] = row->part_squares[i] = 0;
-    for (int64_t c = begin; c < std::min(begin + kSummed, classes); ++c) {
-      Real* work = strip.row(c);
-      for (int i = 0; i < count; ++i) {
-        const Real value = feature(work[i], i);
-        work[i] = value;
-        if (kSum) row->part[i] += value;
-        if (kSquares) row->part_squares[i] += value * value;
+  constexpr int kVector = 16;
+  for (int at = 0; at < strip.count; at += kVector) {
+    Real base[kVector], sum[kVector] = {}, squares[kVector] = {};
+    for (int i = 0; i < kVector; ++i) base[i] = bases[at + i];
+    for (int64_t begin = 0; begin < classes; begin += kSummed) {
+      Real part[kVector] = {}, part_squares[kVector] = {};
+      for (int64_t c = begin; c < std::min(begin + kSummed, classes); ++c) {
+        Real* work = strip.row(c) + at;
+#pragma GCC unroll 1
+        for (int i = 0; i < kVector; ++i) {
+          const Real value = feature(work[i], base[i]);
+          work[i] = value;
+          if (kSum) part[i] += value;
+          if (kSquares) part_squares[i] += value * value;
+        }
+      }
+      for (int i = 0; i < kVector; ++i) {
+        if (kSum) sum[i] += part[i];
+        if (kSquares) squares[i] += part_squares[i];
       }
     }
-    for (int i = 0; i < count; ++i) {
-      if (kSum) row->sum[i] += row->part[i];
-      if (kSquares) row->squares[i] += row->part_squares[i];
+    for (int i = 0; i < kVector; ++i) {
+      row->sum[at + i] = sum[i];
+      row->squares[at + i] = squares[i];
     }
   }
 }
@@ -98,10 +106,9 @@ DAGCORE_INLINE void sum_features(int64_t classes, const Strip<Real>& strip,
 template <bool kSquares, typename Real, typename Index>
 DAGCORE_INLINE void exponentiate(int64_t classes, const Strip<Real>& strip,
                                  LossRow<Real, Index>* row) {
-  const auto feature = [&](Real score, int i) __attribute__((always_inline)) {
-    return exp_nonpositive(score - row->top[0][i]);
-  };
-  sum_features<true, kSquares>(classes, strip, row, feature);
+  const auto feature = [](Real score, Real top)
+                           __attribute__((always_inline)) { return exp_nonpositive(score - top); };
+  sum_features<true, kSquares>(classes, strip, row->top[0], row, feature);
 }
 
 // Divides the scores by the largest magnitude among them, so that no square overflows.
@@ -117,10 +124,9 @@ DAGCORE_INLINE void normalize(int64_t classes, const Strip<Real>& strip,
       row->size[i] = magnitude > row->size[i] ? magnitude : row->size[i];
     }
   }
-  const auto feature = [&](Real score, int i) __attribute__((always_inline)) {
-    return feature_of_size(score, row->size[i]);
-  };
-  sum_features<false, true>(classes, strip, row, feature);
+  const auto feature = [](Real score, Real size)
+                           __attribute__((always_inline)) { return feature_of_size(score, size); };
+  sum_features<false, true>(classes, strip, row->size, row, feature);
 }
 
 template <Loss kLoss, typename Real, typename Index>
