@@ -16,18 +16,11 @@ struct BilinearSeedCall : SeedCall {
                    int64_t ignore_index, double margin, bool align_corners)
       : SeedCall(checked_score_maps(scores), labels, adversarial, objective, ignore_index, margin),
         align_corners(align_corners) {
-    check_shape("labels", labels);
-    if (adversarial) check_shape("adversarial_labels", *adversarial);
+    check_map("labels", labels, labels, scores);
+    if (adversarial) check_map("adversarial_labels", *adversarial, labels, scores);
   }
 
   ScoreMaps maps() const { return {scores, labels.size(1), labels.size(2), align_corners}; }
-
- private:
-  void check_shape(const char* name, const Tensor& given) const {
-    STD_TORCH_CHECK(
-        given.dim() == 3 && given.size(0) == scores.size(0) && given.sizes() == labels.sizes(),
-        name, " must have shape (", scores.size(0), ", H, W), got ", shape(given));
-  }
 };
 
 }  // namespace dagcore

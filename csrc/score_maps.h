@@ -13,6 +13,14 @@ inline const Tensor& checked_score_maps(const Tensor& scores) {
   return scores;
 }
 
+// A map of labels, or another one of the same size.
+inline void check_map(const char* name, const Tensor& given, const Tensor& labels,
+                      const Tensor& scores) {
+  STD_TORCH_CHECK(
+      given.dim() == 3 && given.size(0) == scores.size(0) && given.sizes() == labels.sizes(), name,
+      " must have shape (", scores.size(0), ", H, W), got ", shape(given));
+}
+
 struct ScoreMaps {
   const void* data;
   int64_t batch_stride, class_stride, row_stride, column_stride;

@@ -181,16 +181,7 @@ def seed_arguments(
     choice("goal", goal, GOALS)
     integer("ignore_index", ignore_index)
     number("margin", margin, at_least=0)
-    expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
-    if bilinear:
-        score_maps(scores)
-        tensor("labels", labels, LABEL_DTYPES)
-        if labels.dim() != 3 or len(labels) != len(scores):
-            raise ArgumentError(
-                f"labels must have shape ({len(scores)}, H, W) to match scores "
-                f"{tuple(scores.shape)}, got {tuple(labels.shape)}"
-            )
-        expected, why = tuple(labels.shape), "labels"
+    expected, why = _target_shape(scores, labels, bilinear)
     maps = [("labels", labels)]
     if isinstance(adversarial_labels, str):
         if adversarial_labels != "runner-up":
@@ -218,10 +209,13 @@ def loss_arguments(
     kappa: float,
     class_weights: Tensor | None,
     ignore_index: int,
+    *,
+    bilinear: bool = False,
 ) -> Tensor | None:
-    """Check the arguments of `loss_seed`; return the adversarial labels.
+    """Check the arguments of a loss op; return the adversarial labels.
 
     None stands for the runner-up where the loss is "dag", and for an untargeted loss elsewhere.
+    With `bilinear`, labels may be of any size (N, H, W).
     """
     _class_scores(scores)
     choice("loss", loss, LOSSES)
@@ -237,7 +231,7 @@ def loss_arguments(
             )
     targeted = isinstance(adversarial_labels, Tensor)
     loss_classes(loss, scores.shape[1], targeted=targeted)
-    expected, why = (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
+    expected, why = _target_shape(scores, labels, bilinear)
     _label_map("labels", labels, expected, why, scores)
     if class_weights is not None:
         tensor("class_weights", class_weights, FLOAT_DTYPES)
@@ -303,6 +297,20 @@ def _class_scores(scores: Tensor) -> None:
             f"got {tuple(scores.shape)}"
         )
     most_dims("scores", "target dimensions", scores.dim() - 2)
+
+
+def _target_shape(scores: Tensor, labels: Tensor, bilinear: bool) -> tuple[tuple[int, ...], str]:
+    """The shape that maps of labels must have, and of what. Raises unless bilinear labels fit."""
+    if not bilinear:
+        return (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
+    score_maps(scores)
+    tensor("labels", labels, LABEL_DTYPES)
+    if labels.dim() != 3 or len(labels) != len(scores):
+        raise ArgumentError(
+            f"labels must have shape ({len(scores)}, H, W) to match scores "
+            f"{tuple(scores.shape)}, got {tuple(labels.shape)}"
+        )
+    return tuple(labels.shape), "labels"
 
 
 def _label_map(

@@ -352,6 +352,45 @@ def dag_seed_bilinear(
     return _like(scores, gradient), active
 
 
+def loss_seed_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    labels: Tensor,  # (N, H, W)
+    adversarial_labels: Tensor | str | None = None,  # (N, H, W)
+    *,
+    loss: str,
+    blend: float | Tensor = 0.0,  # (N,)
+    q: float = 0.5,
+    kappa: float = 0.0,
+    class_weights: Tensor | None = None,  # (C,)
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `dagcore.ops.loss_seed_bilinear` computes, enlarged. Same arguments, results, errors."""
+    settings = (loss, blend, q, kappa, class_weights, ignore_index)
+    checks.loss_arguments(scores, labels, adversarial_labels, *settings, bilinear=True)
+    checks.boolean("align_corners", align_corners)
+    if labels.numel() == 0:
+        sums = scores.new_zeros(len(scores), dtype=torch.float64)
+        return torch.zeros_like(scores), sums, sums.int()
+    with torch.inference_mode(False), torch.enable_grad():
+        low = _leaf(scores.to(norm_dtype(scores)))
+        high = enlarge(low, labels.shape[1:], align_corners)
+        seed, sums, hits = loss_seed(
+            high,
+            labels,
+            adversarial_labels,
+            loss=loss,
+            blend=blend,
+            q=q,
+            kappa=kappa,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+        )
+        (gradient,) = torch.autograd.grad(high, low, seed)
+    limit = torch.finfo(scores.dtype)
+    return _like(scores, gradient.clamp(limit.min, limit.max).to(scores.dtype)), sums, hits
+
+
 def argmax_bilinear(
     scores: Tensor,  # (N, C, h, w)
     size: tuple[int, int],

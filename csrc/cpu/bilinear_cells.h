@@ -18,18 +18,25 @@ struct ScoreRow {
       : scores(classes * padded + kLanes), least(classes * padded), most(classes * padded) {}
 };
 
-// `step` columns lie between neighbours; padded is a multiple of kLanes and above the width.
+// out: (C, padded); padded is a multiple of kLanes and above the width.
+template <typename T>
+DAGCORE_INLINE void read_scores(const T* scores, int64_t class_stride, int64_t column_stride,
+                                int64_t classes, int64_t width, int64_t padded, RealOf<T>* out) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* from = scores + c * class_stride;
+    RealOf<T>* to = out + c * padded;
+    for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::load(from[x * column_stride]);
+    to[width] = to[width - 1];  // the last column is its own neighbour
+  }
+}
+
+// `step` columns lie between neighbours.
 template <typename T>
 DAGCORE_INLINE void read_row(const T* scores, int64_t class_stride, int64_t column_stride,
                              int64_t classes, int64_t width, int64_t padded, int64_t step,
                              ScoreRow<RealOf<T>>* row) {
   using Real = RealOf<T>;
-  for (int64_t c = 0; c < classes; ++c) {
-    const T* from = scores + c * class_stride;
-    Real* to = row->scores.data() + c * padded;
-    for (int64_t x = 0; x < width; ++x) to[x] = Pixel<T>::load(from[x * column_stride]);
-    to[width] = to[width - 1];  // the last column is its own neighbour
-  }
+  read_scores(scores, class_stride, column_stride, classes, width, padded, row->scores.data());
   const auto* from = row->scores.data();
   Real *least = row->least.data(), *most = row->most.data();
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -83,25 +90,36 @@ struct Cells : ScoreMaps {
   std::vector<size_t> band_begin;  // into ys; bands begin where `low` changes
   Simd simd;
 
-  explicit Cells(const ScoreMaps& maps)
+  // Tiles have at most so many rows and columns, bands at least so many rows of cells.
+  explicit Cells(const ScoreMaps& maps, int tile_rows = kSide, int tile_columns = kSide,
+                 int64_t band_rows = 1)
       : ScoreMaps(maps),
         padded((width + kLanes) / kLanes * kLanes),
         column_step(width == out_width ? 0 : 1),
-        ys(segments(height, out_height, align_corners)),
-        xs(segments(width, out_width, align_corners)),
+        ys(segments(height, out_height, align_corners, tile_rows)),
+        xs(segments(width, out_width, align_corners, tile_columns)),
         simd(simd_in_use()) {
-    const int64_t rows = (height + kBands - 1) / kBands;  // of cells, in a band
+    const int64_t bands = std::clamp<int64_t>(height / band_rows, 1, kBands);
     for (size_t s = 0; s < ys.size(); ++s) {
-      if (s == 0 || ys[s].low / rows != ys[s - 1].low / rows) band_begin.push_back(s);
+      const auto band = [&](const Segment& y) { return y.low * bands / height; };
+      if (s == 0 || band(ys[s]) != band(ys[s - 1])) band_begin.push_back(s);
     }
     band_begin.push_back(ys.size());
   }
 
   int64_t bands() const { return static_cast<int64_t>(band_begin.size()) - 1; }
 
-  void read(int64_t n, int64_t y, ScoreRow<RealOf<T>>* row) const {
-    run_simd<read_row<T>>(simd, static_cast<const T*>(data) + n * batch_stride + y * row_stride,
-                          class_stride, column_stride, classes, width, padded, column_step, row);
+  const T* row(int64_t n, int64_t y) const {
+    return static_cast<const T*>(data) + n * batch_stride + y * row_stride;
+  }
+  void read(int64_t n, int64_t y, ScoreRow<RealOf<T>>* to) const {
+    run_simd<read_row<T>>(simd, row(n, y), class_stride, column_stride, classes, width, padded,
+                          column_step, to);
+  }
+  // Scores alone, (C, padded).
+  void read(int64_t n, int64_t y, std::vector<RealOf<T>>* to) const {
+    run_simd<read_scores<T>>(simd, row(n, y), class_stride, column_stride, classes, width, padded,
+                             to->data());
   }
 };
 

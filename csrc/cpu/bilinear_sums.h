@@ -14,12 +14,13 @@ constexpr int kVerdicts = 16;
 constexpr uint32_t kFewPixels = 2;
 
 // The two low-resolution rows of a cell's corners, (C, w) each, and what is added to them.
-template <typename Real>
+template <typename Sum>
 struct CornerSums {
-  Real *above, *below;
+  Sum *above, *below;
   int64_t width;
 
-  void add(const Segment& x, int64_t c, Real sign, const Real* sum) const {
+  template <typename Real>
+  DAGCORE_INLINE void add(const Segment& x, int64_t c, Sum sign, const Real* sum) const {
     above[c * width + x.low] += sign * sum[0];
     above[c * width + x.high] += sign * sum[1];
     below[c * width + x.low] += sign * sum[2];
@@ -104,64 +105,103 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
   rest->move_to(sums, x);
 }
 
-template <typename T>
-DAGCORE_INLINE void write_row(const RealOf<T>* row, int64_t classes, int64_t width,
-                              int64_t class_stride, int64_t column_stride, T* out) {
+// row (C, pitch); `limit`: what is beyond it becomes it; infinite for none.
+template <typename T, typename Sum>
+DAGCORE_INLINE void write_row(const Sum* row, int64_t pitch, int64_t classes, int64_t width,
+                              int64_t class_stride, int64_t column_stride, RealOf<T> limit,
+                              T* out) {
   for (int64_t c = 0; c < classes; ++c) {
-    const RealOf<T>* from = row + c * width;
+    const Sum* from = row + c * pitch;
     T* to = out + c * class_stride;
-    for (int64_t x = 0; x < width; ++x) to[x * column_stride] = Pixel<T>::store(from[x]);
+    for (int64_t x = 0; x < width; ++x) {
+      const auto value = static_cast<RealOf<T>>(from[x]);
+      to[x * column_stride] = Pixel<T>::store(clip(value, -limit, limit));
+    }
   }
 }
 
+// The rows of a seed, as they are finished. A row that two bands share is written last: each band
+// keeps its first and its last row, and they are added in the order of the bands.
 template <typename T>
-void store_row(const Tensor& seed, int64_t n, int64_t y, const Cells<T>& cells,
-               const RealOf<T>* row) {
-  T* out = static_cast<T*>(seed.mutable_data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
-  run_simd<write_row<T>>(cells.simd, row, cells.classes, cells.width, seed.stride(1),
-                         seed.stride(3), out);
-}
-
-// The seed's rows that two bands share: each band keeps its first and its last row for itself, and
-// they are added afterwards, in the order of the bands.
-template <typename Real>
-struct SharedRows {
-  int64_t bands, row;            // row: C * w
+struct SeedRows {
+  using Real = RealOf<T>;
+  const Tensor& seed;
+  const Cells<T>& cells;
+  Real limit;                    // see write_row
+  int64_t pitch, row;            // of the rows of sums, (C, pitch), and their size
   std::unique_ptr<Real[]> data;  // not zeroed: every row is written before it is read
 
-  SharedRows(const ScoreMaps& maps, int64_t bands)
-      : bands(bands),
-        row(maps.classes * maps.width),
-        data(new Real[2 * maps.images * bands * row]) {}
-  Real* first(int64_t n, int64_t band) { return &data[((n * bands + band) * 2) * row]; }
-  Real* last(int64_t n, int64_t band) { return first(n, band) + row; }
-};
+  SeedRows(const Tensor& seed, const Cells<T>& cells,
+           Real limit = std::numeric_limits<Real>::infinity(), int64_t pitch = 0)
+      : seed(seed),
+        cells(cells),
+        limit(limit),
+        pitch(pitch ? pitch : cells.width),
+        row(cells.classes * this->pitch),
+        data(new Real[2 * cells.images * cells.bands() * row]) {}
 
-// Puts together the rows that bands share, and zeroes those that no pixel reads.
-template <typename T>
-void join_bands(const Tensor& seed, const Cells<T>& cells, int64_t n,
-                SharedRows<RealOf<T>>* shared) {
-  using Real = RealOf<T>;
-  for (int64_t band = 0; band < cells.bands(); ++band) {
-    const int64_t first = cells.ys[cells.band_begin[band]].low;
-    Real* row = shared->first(n, band);
-    if (band > 0 && cells.ys[cells.band_begin[band] - 1].high == first) {
-      const Real* before = shared->last(n, band - 1);
-      for (int64_t i = 0; i < shared->row; ++i) row[i] += before[i];
+  Real* first(int64_t n, int64_t band) { return &data[((n * cells.bands() + band) * 2) * row]; }
+  Real* last(int64_t n, int64_t band) { return first(n, band) + row; }
+
+  template <typename Sum>
+  void store(int64_t n, int64_t y, const Sum* from) const {
+    T* out = static_cast<T*>(seed.mutable_data_ptr()) + n * seed.stride(0) + y * seed.stride(2);
+    run_simd<write_row<T, Sum>>(cells.simd, from, pitch, cells.classes, cells.width, seed.stride(1),
+                                seed.stride(3), limit, out);
+  }
+
+  // Puts together the rows that bands share, and zeroes those that no pixel reads.
+  void join(int64_t n) {
+    for (int64_t band = 0; band < cells.bands(); ++band) {
+      const int64_t begin = cells.ys[cells.band_begin[band]].low;
+      Real* own = first(n, band);
+      if (band > 0 && cells.ys[cells.band_begin[band] - 1].high == begin) {
+        const Real* before = last(n, band - 1);
+        for (int64_t i = 0; i < row; ++i) own[i] += before[i];
+      }
+      store(n, begin, own);
+      const size_t end = cells.band_begin[band + 1];
+      const Segment& y = cells.ys[end - 1];
+      const bool continued = end < cells.ys.size() && cells.ys[end].low == y.high;
+      if (!continued && y.high != y.low) store(n, y.high, last(n, band));
     }
-    store_row<T>(seed, n, first, cells, row);
-    const size_t end = cells.band_begin[band + 1];
-    const Segment& last = cells.ys[end - 1];
-    const bool continued = end < cells.ys.size() && cells.ys[end].low == last.high;
-    if (!continued && last.high != last.low) {
-      store_row<T>(seed, n, last.high, cells, shared->last(n, band));
+    std::vector<bool> read(cells.height);
+    for (const Segment& y : cells.ys) read[y.low] = read[y.high] = true;
+    const std::vector<Real> zeros(row);
+    for (int64_t y = 0; y < cells.height; ++y) {
+      if (!read[y]) store(n, y, zeros.data());
     }
   }
-  std::vector<bool> read(cells.height);
-  for (const Segment& y : cells.ys) read[y.low] = read[y.high] = true;
-  const std::vector<Real> zeros(shared->row);
-  for (int64_t y = 0; y < cells.height; ++y) {
-    if (!read[y]) store_row<T>(seed, n, y, cells, zeros.data());
+};
+
+// Seeds one band of one image: calls open(y, previous_high), as `open_row`, where a row of cells
+// begins, and add(y, sums) to add the seed of a segment's cells.
+template <typename T, typename Sum, typename Open, typename Add>
+void seed_rows(int64_t n, int64_t index, std::vector<Sum> (&sums)[2], SeedRows<T>* rows,
+               const Open& open, const Add& add) {
+  const Cells<T>& cells = rows->cells;
+  const size_t begin = cells.band_begin[index], end = cells.band_begin[index + 1];
+  for (std::vector<Sum>& sum : sums) std::fill(sum.begin(), sum.end(), Sum{0});
+  for (size_t s = begin; s < end; ++s) {
+    const Segment& y = cells.ys[s];
+    if (s == begin || y.low != cells.ys[s - 1].low) {
+      open(y, s == begin ? -1 : cells.ys[s - 1].high);
+    }
+    add(y, CornerSums<Sum>{sums[0].data(), sums[y.high != y.low].data(), rows->pitch});
+    if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
+    if (y.low == cells.ys[begin].low) {
+      std::copy(sums[0].begin(), sums[0].end(), rows->first(n, index));
+    } else {
+      rows->store(n, y.low, sums[0].data());
+    }
+    sums[0].swap(sums[1]);
+    if (s + 1 == end) {
+      std::copy(sums[0].begin(), sums[0].end(), rows->last(n, index));
+    } else if (cells.ys[s + 1].low != y.high && y.high != y.low) {  // no cell begins at this row
+      rows->store(n, y.high, sums[0].data());
+      std::fill(sums[0].begin(), sums[0].end(), Sum{0});
+    }
+    std::fill(sums[1].begin(), sums[1].end(), Sum{0});
   }
 }
 

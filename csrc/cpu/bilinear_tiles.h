@@ -24,16 +24,17 @@ constexpr int kSide = 32;
 struct Segment {
   int64_t low, high;     // low-resolution indices
   int64_t begin;         // first pixel
-  int count;             // at most kSide
+  int count;             // at most `most`, see segments
   int weights;           // segments of equal weights share this number
   double weight[kSide];  // of `high`
 };
 
-inline std::vector<Segment> segments(int64_t from, int64_t to, bool align_corners) {
+inline std::vector<Segment> segments(int64_t from, int64_t to, bool align_corners,
+                                     int most = kSide) {
   std::vector<Segment> all;
   for (int64_t pixel = 0; pixel < to; ++pixel) {
     const Source source = source_of(pixel, from, to, align_corners);
-    if (all.empty() || all.back().low != source.low || all.back().count == kSide) {
+    if (all.empty() || all.back().low != source.low || all.back().count == most) {
       all.push_back({source.low, source.high, pixel, 0, 0, {}});
     }
     Segment& last = all.back();
@@ -75,34 +76,58 @@ struct Tile : TargetRow<Real, IndexOf<Real>> {
 template <typename Value>
 struct Lanes {
   Value lane[kLanes] = {};
-
-  DAGCORE_INLINE Value fold(int j) const {
-    return (lane[j] + lane[j + 8]) + (lane[j + 4] + lane[j + 12]);
-  }
 };
-static_assert(kLanes == 16);
+
+// Four and eight values, as vectors of the compiler's: by itself it makes poor code of sums across
+// lanes.
+template <typename Value>
+using Quad __attribute__((vector_size(4 * sizeof(Value)))) = Value;
+template <typename Value>
+using Oct __attribute__((vector_size(8 * sizeof(Value)))) = Value;
+
+template <typename Value>
+DAGCORE_INLINE void fold(const Lanes<Value>& sum, Oct<Value>* out) {
+  Oct<Value> half[2];
+  __builtin_memcpy(half, sum.lane, sizeof(half));
+  *out = half[0] + half[1];
+}
+
+// In each four lanes a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+template <typename Value>
+DAGCORE_INLINE void zip(const Oct<Value>& a, const Oct<Value>& b, Oct<Value>* out) {
+#if defined(__clang__)
+  *out = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+         __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  using Index = Oct<IndexOf<Value>>;
+  *out = __builtin_shuffle(a, b, Index{0, 8, 1, 9, 4, 12, 5, 13}) +
+         __builtin_shuffle(a, b, Index{2, 10, 3, 11, 6, 14, 7, 15});
+#endif
+}
 
 template <typename Value>
 DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, const Lanes<Value>& c,
                               const Lanes<Value>& d, Value (&total)[4]) {
-  Value quarter[4][4];
-  for (int j = 0; j < 4; ++j) {
-    quarter[0][j] = a.fold(j);
-    quarter[1][j] = b.fold(j);
-    quarter[2][j] = c.fold(j);
-    quarter[3][j] = d.fold(j);
-  }
-  for (int k = 0; k < 4; ++k) {
-    total[k] = (quarter[k][0] + quarter[k][2]) + (quarter[k][1] + quarter[k][3]);
-  }
+  Oct<Value> oa, ob, oc, od, ac, bd, all;
+  fold<Value>(a, &oa);
+  fold<Value>(b, &ob);
+  fold<Value>(c, &oc);
+  fold<Value>(d, &od);
+  zip<Value>(oa, oc, &ac);
+  zip<Value>(ob, od, &bd);
+  zip<Value>(ac, bd, &all);
+  Quad<Value> half[2];
+  __builtin_memcpy(half, &all, sizeof(half));
+  half[0] += half[1];
+  __builtin_memcpy(total, half, sizeof(total));
 }
 
-// Rows of pixels are written in whole vectors, each over the end of the one before. The four arrays
-// of `corner` lie kRoom apart.
+// The weights of a tile's pixels at its four corners, in arrays that lie `pitch` apart. Rows of
+// pixels are written in whole vectors, each over the end of the one before, and then a vector of
+// zeros.
 template <typename Real>
-DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
+DAGCORE_INLINE void fill_corners(const Segment& y, const Segment& x, int64_t pitch, Real* row) {
   constexpr int kDoubles = 8;  // of the widest vector: weights are multiplied in double precision
-  Real* row = weights->corner[0];
   for (int i = 0; i < y.count; ++i, row += x.count) {
     const double v = y.weight[i];
     for (int j = 0; j < x.count; j += kDoubles) {
@@ -113,15 +138,20 @@ DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights
         Real of_pixel[4];
         corner_weights(v, u[l], of_pixel);
         to[l] = of_pixel[0];
-        to[l + kRoom] = of_pixel[1];
-        to[l + 2 * kRoom] = of_pixel[2];
-        to[l + 3 * kRoom] = of_pixel[3];
+        to[l + pitch] = of_pixel[1];
+        to[l + 2 * pitch] = of_pixel[2];
+        to[l + 3 * pitch] = of_pixel[3];
       }
     }
   }
   for (int k = 0; k < 4; ++k) {
-    for (int l = 0; l < kLanes; ++l) row[k * kRoom + l] = 0;
+    for (int l = 0; l < kLanes; ++l) row[k * pitch + l] = 0;
   }
+}
+
+template <typename Real>
+DAGCORE_INLINE void fill_weights(const Segment& y, const Segment& x, TileWeights<Real>* weights) {
+  fill_corners(y, x, kRoom, weights->corner[0]);
   weights->count = y.count * x.count;
   weights->padded = (weights->count + kLanes - 1) / kLanes * kLanes;
   weights->y_weights = y.weights;

@@ -4,65 +4,12 @@
 #include <memory>
 
 #include "../registration.h"
+#include "bilinear_labels.h"
 #include "bilinear_sums.h"
 #include "targets.h"
 
 namespace dagcore {
 namespace {
-
-// The labels of the rows of pixels that one row of cells holds, and which tiles are uniform. Rows
-// are followed by room for a whole vector from any pixel on.
-template <typename Index>
-struct LabelRows {
-  int64_t width, stride;
-  std::unique_ptr<Index[]> labels, adversarial;  // not zeroed: written before they are read
-  std::vector<Index> down, across;  // where a label differs from the first row's, from the left's
-
-  explicit LabelRows(int64_t width)
-      : width(width),
-        stride(width + 2 * kLanes - width % kLanes),
-        labels(new Index[kSide * stride]),
-        adversarial(new Index[kSide * stride]),
-        down(stride),
-        across(stride) {}
-
-  bool uniform(const Segment& x) const {
-    Index changes = down[x.begin];
-    for (int j = 1; j < x.count; ++j) changes |= down[x.begin + j] | across[x.begin + j];
-    return changes == 0;
-  }
-};
-
-// Asks for a row of labels that is read soon. The processor itself does not look beyond the page
-// that it reads from, and a row of int64 is often as long.
-DAGCORE_INLINE void fetch_row(const LabelSource& labels, int64_t at, int64_t width) {
-  const int64_t size = labels.type == ScalarType::Byte ? 1 : labels.type == ScalarType::Int ? 4 : 8;
-  const char* row = static_cast<const char*>(labels.data) + at * size;
-  for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i);
-}
-
-template <typename Index, bool kIsAdversarial>
-DAGCORE_INLINE void read_label_rows(const Tensor& maps, const LabelSource& source, LabelRule rule,
-                                    int64_t n, const Segment& y, bool marks, Index* out,
-                                    LabelRows<Index>* rows) {
-  constexpr int64_t kAhead = 2;
-  const int64_t width = rows->width, stride = maps.stride(1), column_stride = maps.stride(2);
-  const int64_t first = n * maps.stride(0), last = first + (maps.size(1) - 1) * stride;
-  Index *down = rows->down.data(), *across = rows->across.data();
-  for (int i = 0; i < y.count; ++i) {
-    const int64_t at = first + (y.begin + i) * stride;
-    if (column_stride == 1) fetch_row(source, std::min(at + kAhead * stride, last), width);
-    Index* row = out + i * rows->stride;
-    read_labels<Index, kIsAdversarial>(source, at, column_stride, static_cast<int>(width), rule,
-                                       row);
-    if (!marks) continue;
-    if (i == 0) {
-      for (int64_t x = 1; x < width; ++x) across[x] |= row[x] ^ row[x - 1];
-    } else {
-      for (int64_t x = 0; x < width; ++x) down[x] |= row[x] ^ out[x];
-    }
-  }
-}
 
 template <typename Index>
 DAGCORE_INLINE void read_rows(const BilinearSeedCall& call, const Targets& targets, int64_t n,
@@ -76,19 +23,6 @@ DAGCORE_INLINE void read_rows(const BilinearSeedCall& call, const Targets& targe
   }
   read_label_rows<Index, false>(call.labels, targets.labels, call.rule, n, y, marks,
                                 rows->labels.get(), rows);
-}
-
-// The labels of a tile, out of those of its rows of pixels: whole vectors, each over the end of
-// the one before.
-template <typename Index>
-DAGCORE_INLINE void take_labels(const Index* rows, int64_t stride, const Segment& y,
-                                const Segment& x, Index* out) {
-  const Index* from = rows + x.begin;
-  for (int i = 0; i < y.count; ++i, from += stride, out += x.count) {
-    for (int j = 0; j < x.count; j += kLanes) {
-      __builtin_memcpy(out + j, from + j, kLanes * sizeof(Index));
-    }
-  }
 }
 
 // What a thread needs to seed bands, one after the other.
@@ -125,14 +59,12 @@ void find_own(const Cells<T>& cells, int64_t x, bool uniform, CellRow<T>* row) {
 // Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
 template <typename T, bool kSecond>
 uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segment& y,
-                      Workshop<T, kSecond>* workshop) {
+                      const CornerSums<RealOf<T>>& sums, Workshop<T, kSecond>* workshop) {
   using Real = RealOf<T>;
   using Index = IndexOf<Real>;
   const LabelRows<Index>& rows = workshop->rows;
   CellRow<T>& cell_row = workshop->cell_row;
   Tile<Real>& tile = cell_row.tile;
-  const CornerSums<Real> sums{workshop->sums[0].data(), workshop->sums[y.high != y.low].data(),
-                              cells.width};
   const bool measures_label = targets.measures_label();
   uint32_t active = 0;
   for (const Segment& x : cells.xs) {
@@ -176,38 +108,20 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
 
 // One band of one image: counts its active pixels and seeds its low-resolution rows.
 template <typename T, bool kSecond>
-uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, const Cells<T>& cells,
-                   int64_t n, int64_t index, Workshop<T, kSecond>* workshop,
-                   SharedRows<RealOf<T>>* shared) {
+uint32_t seed_band(const BilinearSeedCall& call, const Targets& targets, int64_t n, int64_t index,
+                   Workshop<T, kSecond>* workshop, SeedRows<T>* rows) {
   using Real = RealOf<T>;
-  const size_t begin = cells.band_begin[index], end = cells.band_begin[index + 1];
-  std::vector<Real>(&sums)[2] = workshop->sums;
-  for (std::vector<Real>& sum : sums) std::fill(sum.begin(), sum.end(), Real{0});
+  const Cells<T>& cells = rows->cells;
   uint32_t active = 0;
-  for (size_t s = begin; s < end; ++s) {
-    const Segment& y = cells.ys[s];
-    if (s == begin || y.low != cells.ys[s - 1].low) {
-      open_row<T, kSecond>(cells, n, y, s == begin ? -1 : cells.ys[s - 1].high,
-                           &workshop->cell_row);
-    }
+  const auto open = [&](const Segment& y, int64_t previous_high) {
+    open_row<T, kSecond>(cells, n, y, previous_high, &workshop->cell_row);
+  };
+  const auto add = [&](const Segment& y, const CornerSums<Real>& sums) {
     run_simd<read_rows<IndexOf<Real>>>(cells.simd, call, targets, n, y, &workshop->rows);
-    const uint32_t here = seed_segment(targets, cells, y, workshop);
+    const uint32_t here = seed_segment(targets, cells, y, sums, workshop);
     active = (active + (here & ~kOutOfRangeFlag)) | (here & kOutOfRangeFlag);
-    if (s + 1 < end && cells.ys[s + 1].low == y.low) continue;
-    if (y.low == cells.ys[begin].low) {
-      std::copy(sums[0].begin(), sums[0].end(), shared->first(n, index));
-    } else {
-      store_row<T>(call.seed, n, y.low, cells, sums[0].data());
-    }
-    sums[0].swap(sums[1]);
-    if (s + 1 == end) {
-      std::copy(sums[0].begin(), sums[0].end(), shared->last(n, index));
-    } else if (cells.ys[s + 1].low != y.high && y.high != y.low) {  // no cell begins at this row
-      store_row<T>(call.seed, n, y.high, cells, sums[0].data());
-      std::fill(sums[0].begin(), sums[0].end(), Real{0});
-    }
-    std::fill(sums[1].begin(), sums[1].end(), Real{0});
-  }
+  };
+  seed_rows(n, index, workshop->sums, rows, open, add);
   return active;
 }
 
@@ -216,17 +130,16 @@ void seed_maps(const BilinearSeedCall& call) {
   const Cells<T> cells(call.maps());
   const Targets targets = call.targets();
   const int64_t bands = cells.bands();
-  SharedRows<RealOf<T>> shared(cells, bands);
+  SeedRows<T> rows(call.seed, cells);
   torch::stable::parallel_for(0, cells.images * bands, 1, [&](int64_t begin, int64_t end) {
     const auto workshop = std::make_unique<Workshop<T, kSecond>>(cells);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / bands, band = item % bands;
-      add_active(targets.active + n,
-                 seed_band(call, targets, cells, n, band, workshop.get(), &shared));
+      add_active(targets.active + n, seed_band(call, targets, n, band, workshop.get(), &rows));
     }
   });
   torch::stable::parallel_for(0, cells.images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) join_bands<T>(call.seed, cells, n, &shared);
+    for (int64_t n = begin; n < end; ++n) rows.join(n);
   });
 }
 

@@ -22,10 +22,19 @@ __all__ = [
     "dag_seed_bilinear",
     "linf_step_",
     "loss_seed",
+    "loss_seed_bilinear",
     "step_scale",
 ]
 
-OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed", "settle_")
+OPS = (
+    "argmax_bilinear",
+    "dag_seed",
+    "dag_seed_bilinear",
+    "linf_step_",
+    "loss_seed",
+    "loss_seed_bilinear",
+    "settle_",
+)
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -42,6 +51,12 @@ _library.define(
     "loss_seed(Tensor scores, Tensor labels, Tensor? adversarial_labels, str loss, Tensor? blend, "
     "float q, float kappa, Tensor? class_weights, int ignore_index) "
     "-> (Tensor seed, Tensor loss, Tensor hits)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "loss_seed_bilinear(Tensor scores, Tensor labels, Tensor? adversarial_labels, str loss, "
+    "Tensor? blend, float q, float kappa, Tensor? class_weights, int ignore_index, "
+    "bool align_corners) -> (Tensor seed, Tensor loss, Tensor hits)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -136,6 +151,24 @@ def _loss_fake(
     _check_one_device(*(t for t in given if t is not None))
     sums = scores.new_empty(scores.shape[:1], dtype=torch.float64)
     return torch.empty_like(scores), sums, torch.empty_like(sums, dtype=torch.int32)
+
+
+@_fake("loss_seed_bilinear")
+def _loss_bilinear_fake(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    loss: str,
+    blend: Tensor | None,
+    q: float,
+    kappa: float,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _loss_fake(
+        scores, labels, adversarial, loss, blend, q, kappa, class_weights, ignore_index
+    )
 
 
 @_fake("argmax_bilinear")
@@ -368,6 +401,72 @@ def loss_seed(
         float(kappa),
         weights,
         ignore_index,
+    )
+    if _is_negative(hits):
+        checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label
+    return seed, sums, hits
+
+
+def loss_seed_bilinear(
+    scores: Tensor,  # (N, C, h, w)
+    labels: Tensor,  # (N, H, W)
+    adversarial_labels: Tensor | str | None = None,  # (N, H, W)
+    *,
+    loss: str,
+    blend: float | Tensor = 0.0,  # (N,)
+    q: float = 0.5,
+    kappa: float = 0.0,
+    class_weights: Tensor | None = None,  # (C,)
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_seed` through a bilinear enlargement of the scores that never exists in memory.
+
+    Targets are the pixels of the labels. Their scores are those that
+    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")` would give; the seed is the
+    gradient with respect to the low-resolution scores. Scores are blended as in
+    `dag_seed_bilinear` and `argmax_bilinear`, to the bit; the gradients of the pixels are summed in
+    an order that no number of threads changes. Beside the results, memory for at most two score
+    tensors is in use, and none of the enlarged size.
+
+    Args:
+        scores: (N, C, h, w) float16, bfloat16, float32 or float64, any strides.
+        labels: (N, H, W) uint8, int32 or int64, at any size.
+        adversarial_labels: (N, H, W) likewise; see `loss_seed`.
+        loss, blend, q, kappa, class_weights, ignore_index: as for `loss_seed`.
+        align_corners: as for `interpolate`.
+
+    Returns:
+        seed, with the dtype, shape and layout of `scores`; loss, (N,) float64; hits, (N,) int32.
+
+    Raises:
+        TypeError, ValueError: as for `loss_seed`.
+    """
+    adversarial = checks.loss_arguments(
+        scores,
+        labels,
+        adversarial_labels,
+        loss,
+        blend,
+        q,
+        kappa,
+        class_weights,
+        ignore_index,
+        bilinear=True,
+    )
+    checks.boolean("align_corners", align_corners)
+    blends, weights = _loss_vectors(scores, loss, blend, class_weights)
+    seed, sums, hits = torch.ops.dagcore.loss_seed_bilinear(
+        scores.detach(),
+        labels,
+        adversarial,
+        loss,
+        blends,
+        float(q),
+        float(kappa),
+        weights,
+        ignore_index,
+        align_corners,
     )
     if _is_negative(hits):
         checks.target_labels(scores.shape[1], labels, adversarial, ignore_index)  # names the label

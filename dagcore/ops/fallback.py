@@ -237,6 +237,32 @@ def dag_seed_bilinear(
     return torch.empty_like(scores).copy_(gradient), active
 
 
+def loss_seed_bilinear(
+    scores: Tensor,
+    labels: Tensor,
+    adversarial: Tensor | None,
+    loss: str,
+    blend: Tensor | None,
+    q: float,
+    kappa: float,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dagcore.ops.loss_seed_bilinear`."""
+    if labels.numel() == 0:
+        sums = scores.new_zeros(len(scores), dtype=torch.float64)
+        return torch.zeros_like(scores), sums, sums.int()
+    size = labels.shape[1:]
+    high = _enlarged(scores, size[0], size[1], align_corners)
+    seed, sums, hits = loss_seed(
+        high, labels, adversarial, loss, blend, q, kappa, class_weights, ignore_index
+    )
+    gradient = torch.ops.aten.upsample_bilinear2d_backward(seed, size, scores.shape, align_corners)
+    limit = torch.finfo(scores.dtype)
+    return torch.empty_like(scores).copy_(gradient.clamp(limit.min, limit.max)), sums, hits
+
+
 def argmax_bilinear(scores: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     """See `dagcore.ops.argmax_bilinear`."""
     if not len(scores) * height * width:
