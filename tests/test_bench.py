@@ -23,19 +23,25 @@ def test_ops_and_updates(tmp_path, capsys):
     shown = capsys.readouterr().out
     known = json.loads((tmp_path / "times.json").read_text())
     rows = [(row["what"], row["case"]) for row in known["rows"]]
-    assert rows == [
-        ("dag_seed", "1x5x32x32"),
-        ("dag_seed_bilinear", "1x5x4x4"),
-        ("dag_seed", "2x3x16x16"),
-        ("dag_seed_bilinear", "2x3x2x2"),
-        ("linf_step_", "8x3x512x512"),
-        ("FCN-Alex", "2x3x32x48"),
-    ]
+    losses = ("cross-entropy", "jensen-shannon", "cosine", "dlr")
+    expected = []
+    for high, low in (("1x5x32x32", "1x5x4x4"), ("2x3x16x16", "2x3x2x2")):
+        expected += [("dag_seed", high), ("dag_seed_bilinear", low)]
+        expected += [(f"loss_seed, {loss}", high) for loss in losses]
+        expected += [(f"loss_seed_bilinear, {loss}", low) for loss in losses]
+    steps = ("linf_step_", "pgd_step_, linf", "pgd_step_, l2")
+    expected += [(step, "8x3x512x512") for step in steps]
+    attacks = ("DAG", "PGD", "SegPGD", "CosPGD", "APGD")
+    expected += [(f"FCN-Alex, {attack}", "2x3x32x48") for attack in attacks]
+    assert rows == expected
     for row in known["rows"]:
-        assert {"native", "reference"} < set(row["seconds"])
+        assert {"native"} < set(row["seconds"])
+        assert ("reference" in row["seconds"]) == (
+            row["what"].partition(", ")[2] not in attacks[1:]
+        )
         assert all(len(times) == 3 and min(times) > 0 for times in row["seconds"].values())
         assert row["what"] in shown
-    assert set(known["rows"][-1]["seconds"]) == {
+    assert set(known["rows"][-5]["seconds"]) == {
         "bare network",
         "reference",
         "native",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..attacks import DAG
+from ..attacks import APGD, DAG, PGD, Attack, CosPGD, SegPGD
+from ..checks import NORMS
 from ..engine import ScoreModel, frozen
 from ..engine.memory import freed_memory_kept
 from ..engine.networks import input_gradient
@@ -32,6 +33,7 @@ Row = dict[str, Any]
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((1, 21, 512, 512), (4, 21, 512, 512), (1, 150, 512, 512))
 UPDATES = 4
+MEASURED_LOSSES = ("cross-entropy", "jensen-shannon", "cosine", "dlr")
 
 
 def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
@@ -47,12 +49,21 @@ def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
         low = scores[:, :, ::8, ::8].contiguous()
         for op, read in (("dag_seed", scores), ("dag_seed_bilinear", low)):
             rows.append(_row(op, read.shape, _sides(op, read, labels, adversarial), rounds, device))
+        for op, read in (("loss_seed", scores), ("loss_seed_bilinear", low)):
+            for loss in MEASURED_LOSSES:
+                sides = _sides(op, read, labels, loss=loss)
+                rows.append(_row(f"{op}, {loss}", read.shape, sides, rounds, device))
     images = torch.rand(8, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
     active = torch.ones(len(images), dtype=torch.int32, device=device)
-    bounds: dict[str, Any] = {"gamma": 2 / 255, "lower": 0.0, "upper": 1.0, "epsilon": None}
-    sides = _sides("linf_step_", images, images.clone(), gradient, active, **bounds)
-    return [*rows, _row("linf_step_", images.shape, sides, rounds, device)]
+    bounds: dict[str, Any] = {"lower": 0.0, "upper": 1.0, "epsilon": 8 / 255}
+    given = images, images.clone(), gradient, active
+    sides = _sides("linf_step_", *given, **bounds, gamma=2 / 255)
+    rows.append(_row("linf_step_", images.shape, sides, rounds, device))
+    for norm in NORMS:
+        sides = _sides("pgd_step_", *given, **bounds, norm=norm, alpha=2 / 255)
+        rows.append(_row(f"pgd_step_, {norm}", images.shape, sides, rounds, device))
+    return rows
 
 
 def _sides(op: str, read: Tensor, *others: Tensor, **options: Any) -> Sides:
@@ -80,10 +91,11 @@ def measure_updates(
     updates: int,
     rounds: int,
     device: str,
-) -> Row:
-    """One of some updates of an attack on a segmentation network, beside its bare gradient.
+) -> list[Row]:
+    """One of some updates of attacks on a segmentation network, beside its bare gradient.
 
     The images are noise, and their labels what the network sees, so that most targets are active.
+    The reference is that of DAG.
 
     Raises:
         ValueError: a detector, or images that the network cannot take.
@@ -108,13 +120,31 @@ def measure_updates(
         prepared = prepare(victim)
     except RuntimeError as error:
         raise ArgumentError(f"--model {model} cannot be prepared: {error}") from error
-    sides: Sides = {
-        "bare network": lambda: _bare(victim, images, labels, updates),
-        "reference": lambda: _attack(victim, images, labels, updates, "reference"),
-        "native": lambda: _attack(victim, images, labels, updates, "native"),
-        "native, prepared": lambda: _attack(prepared, images, labels, updates, "native"),
+    plain, fused = (DAG(max_iter=updates, backend=one) for one in ("reference", "native"))
+    common: dict[str, Any] = {"steps": updates, "tolerance": None}
+    attacks: dict[str, Attack] = {
+        "DAG": fused,
+        "PGD": PGD(**common),
+        "SegPGD": SegPGD(**common),
+        "CosPGD": CosPGD(**common),
+        "APGD": APGD(**common),
     }
-    return _row(model, images.shape, sides, rounds, device, per=updates)
+    rows = []
+    for name, attack in attacks.items():
+        aims = "runner-up" if attack is fused else "untargeted"
+
+        def run(on: Any, attack: Attack = attack, aims: str = aims) -> Callable[[], object]:
+            return lambda: attack(on, images, labels, aims)
+
+        slow = {"reference": run(victim, plain)} if attack is fused else {}
+        sides: Sides = {
+            "bare network": lambda: _bare(victim, images, labels, updates),
+            **slow,
+            "native": run(victim),
+            "native, prepared": run(prepared),
+        }
+        rows.append(_row(f"{model}, {name}", images.shape, sides, rounds, device, per=updates))
+    return rows
 
 
 def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
@@ -127,11 +157,6 @@ def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
             input_gradient(scores, leaf, torch.ones_like(scores))
 
 
-def _attack(model: Any, images: Tensor, labels: Tensor, updates: int, backend: str) -> None:
-    """An attack of some updates; its last evaluation makes it one forward pass more."""
-    DAG(max_iter=updates, backend=backend)(model, images, labels, "runner-up")
-
-
 def report(rows: list[Row], device: str, path: Path | None) -> None:
     """Print medians in ms with ratios, and keep all times where a path is given."""
     for of_ops in (True, False):
@@ -140,11 +165,13 @@ def report(rows: list[Row], device: str, path: Path | None) -> None:
             continue
         sides, table = list(chosen[0]["seconds"]), []
         for row in chosen:
-            reference, native = (
-                statistics.median(row["seconds"][side]) for side in ("reference", "native")
-            )
-            cells = [spread(row["seconds"][side], 1e3) for side in sides]
-            table.append([row["what"], row["case"], *cells, f"{reference / native:.1f}"])
+            seconds = row["seconds"]
+            cells = [spread(seconds[side], 1e3) if side in seconds else "" for side in sides]
+            ratio = ""
+            if "reference" in seconds:
+                middle = [statistics.median(seconds[side]) for side in ("reference", "native")]
+                ratio = f"{middle[0] / middle[1]:.1f}"
+            table.append([row["what"], row["case"], *cells, ratio])
         names = ("", "case", *(f">{side}, ms" for side in sides), ">reference / native")
         print_table(names, table, width=160)
     if path is not None:
@@ -169,7 +196,7 @@ def bench(
     with freed_memory_kept(), faults.of_model(model):
         rows = measure_ops(shapes, rounds, device)
         if model is not None:
-            rows.append(measure_updates(model, weights, shape, updates, rounds, device))
+            rows += measure_updates(model, weights, shape, updates, rounds, device)
     report(rows, device, path)
 
 
@@ -189,7 +216,8 @@ def bench(
 def command(size: tuple[int, int], batch: int, device: str | None, **given: Any) -> None:
     """Time the ops on this machine, and with a --model an attack's updates on its network.
 
-    Each beside the plain PyTorch reference and beside its floor: a copy of what an op reads, the
-    bare network's gradient for an update. Medians and quartiles; the sides run in alternation.
+    Each beside the plain PyTorch reference (of updates: DAG's) and beside its floor: a copy of what
+    an op reads, the bare network's gradient for an update, to which an attack adds the evaluation
+    of what it returns. Medians and quartiles; the sides run in alternation.
     """
     bench(shape=(batch, *size), device=str(find_device(device)), **given)
