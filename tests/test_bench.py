@@ -35,10 +35,9 @@ def test_ops_and_updates(tmp_path, capsys):
     expected += [(f"FCN-Alex, {attack}", "2x3x32x48") for attack in attacks]
     assert rows == expected
     for row in known["rows"]:
-        assert {"native"} < set(row["seconds"])
-        assert ("reference" in row["seconds"]) == (
-            row["what"].partition(", ")[2] not in attacks[1:]
-        )
+        assert "native" in row["seconds"]
+        slow = row["what"].partition(", ")[2] not in attacks[1:]  # DAG alone, of the attacks
+        assert ("reference" in row["seconds"]) == slow
         assert all(len(times) == 3 and min(times) > 0 for times in row["seconds"].values())
         assert row["what"] in shown
     assert set(known["rows"][-5]["seconds"]) == {

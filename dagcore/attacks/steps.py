@@ -244,15 +244,36 @@ class AdaptiveStep(ProjectedStep):
         # Where a phase ends, its best is projected onto the next ball; and until the last phase,
         # time passes without a step where the loss is flat.
         ends = ends & going
-        copy_rows(iterate, state["best"], ends)
-        copy_rows(gradient, torch.ones_like(gradient), ends)  # no reason to stay
-        state["alpha"].masked_fill_(ends, 0)
-        state["share"].masked_fill_(ends, 1)
         put("radius", ends, plan.next_radius[at])
-        moved = self.step(state, gradient, going) | (going & state["provisional"])
+        moved = self.step(state, gradient, going & ~ends) | (going & state["provisional"])
+        self._begin_again(state, ends)
         state["best_active"].masked_fill_(ends, NONE_YET)
         state["provisional"].logical_and_(~(ends & plan.to_last[at]))
         return moved
+
+    def _begin_again(self, state: State, where: Tensor) -> None:
+        """Go to the best image so far, projected onto the ball around the origin."""
+        x, best, origin, reach = (state[name] for name in ("x", "best", "origin", "radius"))
+        if device_for(x.device).synchronous and not bool(where.any()):
+            return
+        exact = torch.promote_types(x.dtype, torch.float32)
+        origin = origin.to(exact)
+        rows = (-1, *[1] * (x.dim() - 1))
+        away, most = best.to(exact) - origin, reach.to(exact).view(rows)
+        if self.norm == "linf":
+            away = away.clamp(-most, most)
+        else:
+            size = torch.linalg.vector_norm(away.flatten(1), dim=1).view(rows)
+            away = torch.where(size > most, away * (most / size), away)
+        point = origin + away
+        if self.bounds is not None:
+            point = point.clamp(*self.bounds)
+        if self.levels is not None and self.bounds is not None:
+            image = shown(point, origin, self.bounds, self.levels, reach, self.norm)
+            copy_rows(state["shadow"], point.to(x.dtype), where)
+            copy_rows(x, image.to(x.dtype), where)
+        else:
+            copy_rows(x, point.to(x.dtype), where)
 
 
 class Timetable(NamedTuple):
