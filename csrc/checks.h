@@ -31,6 +31,21 @@ inline void check_same_device(const char* name, const Tensor& tensor, const char
                   other_name);
 }
 
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& images) {
+  check_same_device(name, tensor, "images", images);
+  STD_TORCH_CHECK(tensor.scalar_type() == images.scalar_type(), name,
+                  " must have the dtype of images");
+  STD_TORCH_CHECK(tensor.sizes() == images.sizes(), name, " must have the shape of images ",
+                  shape(images), ", got ", shape(tensor));
+}
+
+inline void check_not_expanded(const char* name, const Tensor& tensor) {
+  for (int64_t d = 0; tensor.numel() > 0 && d < tensor.dim(); ++d) {
+    STD_TORCH_CHECK(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
+                    " must not be an expanded tensor: it is written in place");
+  }
+}
+
 inline void check_class_count(const Tensor& scores) {
   STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
 }

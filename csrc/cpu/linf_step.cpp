@@ -6,21 +6,16 @@
 #include <vector>
 
 #include "../registration.h"
+#include "pixels.h"
 #include "simd.h"
 
 namespace dagcore {
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;  // pixels a task
-
-// `count` pixels in a row: where the first lies in each operand, in elements.
-struct Chunk {
-  int64_t at[kStepOperands];
-  int64_t count;
-};
+using Chunk = ChunkOf<kStepOperands>;
 
 template <typename T>
-DAGCORE_INLINE void find_largest(const StepArgs& args, const Chunk& chunk,
+DAGCORE_INLINE void find_largest(const LinfArgs& args, const Chunk& chunk,
                                  typename Pixel<T>::Bits* largest) {
   const int64_t stride = args.walk.inner_stride(kGradient);
   const T* gradient = static_cast<const T*>(args.gradient) + chunk.at[kGradient];
@@ -34,7 +29,7 @@ DAGCORE_INLINE void find_largest(const StepArgs& args, const Chunk& chunk,
 }
 
 template <typename T, bool kBall, bool kGrid>
-DAGCORE_INLINE void update(const StepArgs& args, const Chunk& chunk, RealOf<T> scale,
+DAGCORE_INLINE void update(const LinfArgs& args, const Chunk& chunk, RealOf<T> scale,
                            Step<RealOf<T>> step, Grid<RealOf<T>> grid) {
   const int64_t image_stride = args.walk.inner_stride(kImages);
   const int64_t shown_stride = args.walk.inner_stride(kShown);
@@ -60,43 +55,28 @@ DAGCORE_INLINE void update(const StepArgs& args, const Chunk& chunk, RealOf<T> s
 }
 
 template <typename T>
-void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
+void step_all(int64_t images, const LinfArgs& args, const Step<RealOf<T>>& step,
               const Grid<RealOf<T>>* grid) {
   using Real = RealOf<T>;
   using Bits = typename Pixel<T>::Bits;
   const bool ball = step.epsilon < std::numeric_limits<Real>::infinity();
   const Simd simd = simd_in_use();
   Real* norms = static_cast<Real*>(args.norms);
-  const int64_t inner = args.walk.inner();
-  const int64_t per_row = (inner + kChunk - 1) / kChunk;
-  const int64_t chunks = args.walk.rows() * per_row;
-  const int64_t grain = std::max<int64_t>(1, kChunk / std::min(kChunk, inner));
-  // Calls body(image, item, chunk) for the chunks of active images, in parallel.
-  const auto for_chunks = [&](const auto& body) {
-    torch::stable::parallel_for(0, images * chunks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t n = item / chunks, row = item % chunks / per_row;
-        if (!args.is_active(n)) continue;
-        const int64_t first = item % per_row * kChunk;
-        Chunk chunk{{}, std::min(kChunk, inner - first)};
-        args.walk.locate(n, row * inner + first, chunk.at);
-        body(n, item, chunk);
-      }
-    });
-  };
+  const Chunks<kStepOperands> chunks(images, args.walk);
+  const auto is_active = [&](int64_t n) { return args.is_active(n); };
 
-  std::vector<Bits> largest(images * chunks, 0);
-  for_chunks([&](int64_t, int64_t item, const Chunk& chunk) {
+  std::vector<Bits> largest(chunks.count(), 0);
+  chunks.for_each(is_active, [&](int64_t, int64_t item, const Chunk& chunk) {
     run_simd<find_largest<T>>(simd, args, chunk, &largest[item]);
   });
   for (int64_t n = 0; n < images; ++n) {
-    const auto first = largest.begin() + n * chunks;
-    norms[n] = bit_cast<Real>(*std::max_element(first, first + chunks));
+    const auto first = largest.begin() + n * chunks.per_image;
+    norms[n] = bit_cast<Real>(*std::max_element(first, first + chunks.per_image));
     args.moved[n] = args.is_active(n) && step_scale(step.gamma, norms[n]) != 0;
   }
-  for_chunks([&](int64_t n, int64_t, const Chunk& chunk) {
+  const auto has_moved = [&](int64_t n) { return args.moved[n]; };
+  chunks.for_each(has_moved, [&](int64_t n, int64_t, const Chunk& chunk) {
     const Real scale = step_scale(step.gamma, norms[n]);
-    if (scale == 0) return;
     if (grid) {
       ball ? run_simd<update<T, true, true>>(simd, args, chunk, scale, step, *grid)
            : run_simd<update<T, false, true>>(simd, args, chunk, scale, step, *grid);
@@ -112,13 +92,13 @@ void step_all(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
 // are, and so do those whose gradient has no usable norm. With a grid (N, *), images between the
 // levels are stepped, and what they look like at the levels goes into the grid. Returns
 // ||gradient||_inf (N,), 0 for images that are not active, and which images were stepped (N,).
-StepOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
+LinfOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
                       double lower, double upper, double epsilon, std::optional<Tensor> grid,
                       int64_t levels) {
-  const StepOutputs outputs =
-      check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  const LinfOutputs outputs = linf_outputs(images);
   if (images.numel() == 0) return outputs;
-  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
+  const LinfArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);

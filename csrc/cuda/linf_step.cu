@@ -1,30 +1,14 @@
 // linf_step_ on CUDA: a reduction of the gradient, then one pass over the images.
-#include <algorithm>
 #include <limits>
 
 #include "../linf_step.h"
-#include "launch.h"
 #include "pack.cuh"
+#include "pixels.cuh"
 
 namespace dagcore {
 namespace {
 
-constexpr int kThreads = 256;
-// Over all images: beyond, threads take several packs each. Every image has a block at least.
 constexpr int64_t kBlocks = 4096;
-
-// A thread's packs of V pixels in its image: the first, the one after the last, from one to the
-// next. Packs lie within a row, and a block works on one image.
-template <int V>
-struct Share {
-  int64_t n, begin, end, step;
-
-  __device__ Share(const StepArgs& args, ImageBlocks blocks)
-      : n(blocks.image()),
-        begin(blocks.index() * kThreads + static_cast<int64_t>(threadIdx.x)),
-        end(args.walk.count() / V),
-        step(static_cast<int64_t>(blocks.per_image) * kThreads) {}
-};
 
 __device__ void atomic_largest(uint32_t* to, uint32_t bits) { atomicMax(to, bits); }
 __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
@@ -33,10 +17,10 @@ __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
 
 // ||gradient||_inf as bits, an integer maximum: the order of the blocks does not matter.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
-    largest_magnitude(const __grid_constant__ StepArgs args, ImageBlocks blocks) {
+__global__ void __launch_bounds__(kPixelThreads)
+    largest_magnitude(const __grid_constant__ LinfArgs args, ImageBlocks blocks) {
   using Bits = typename Pixel<T>::Bits;
-  const Share<V> share(args, blocks);
+  const Share<V> share(args.walk, blocks);
   if (!args.is_active(share.n)) return;
   Bits most = 0;
 #pragma unroll 4
@@ -59,10 +43,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int V, bool kBall, bool kGrid>
-__global__ void __launch_bounds__(kThreads)
-    update(const __grid_constant__ StepArgs args, ImageBlocks blocks, Step<RealOf<T>> step,
+__global__ void __launch_bounds__(kPixelThreads)
+    update(const __grid_constant__ LinfArgs args, ImageBlocks blocks, Step<RealOf<T>> step,
            Grid<RealOf<T>> grid) {
-  const Share<V> share(args, blocks);
+  const Share<V> share(args.walk, blocks);
   const auto scale = step_scale(step.gamma, static_cast<const RealOf<T>*>(args.norms)[share.n]);
   if (!args.is_active(share.n) || scale == 0) return;
   if (share.begin == 0) args.moved[share.n] = true;
@@ -92,28 +76,26 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int V>
-void step_packs(int64_t images, const StepArgs& args, const Step<RealOf<T>>& step,
+void step_packs(int64_t images, const LinfArgs& args, const Step<RealOf<T>>& step,
                 const Grid<RealOf<T>>* grid, const Launcher& launch) {
-  const int64_t needed = ceil_div(args.walk.count(), kThreads * V);
-  const int64_t per_image = std::max<int64_t>(1, std::min(needed, kBlocks / images));
-  const ImageBlocks blocks(per_image);
+  const ImageBlocks blocks = pixel_blocks<V>(images, args.walk, kBlocks);
+  const int64_t all = images * blocks.per_image;
   const bool ball = step.epsilon < std::numeric_limits<RealOf<T>>::infinity();
-  launch(largest_magnitude<T, V>, images * per_image, kThreads, args, blocks);
+  launch(largest_magnitude<T, V>, all, kPixelThreads, args, blocks);
   const auto kernel = grid ? (ball ? update<T, V, true, true> : update<T, V, false, true>)
                            : (ball ? update<T, V, true, false> : update<T, V, false, false>);
-  launch(kernel, images * per_image, kThreads, args, blocks, step,
-         grid ? *grid : Grid<RealOf<T>>());
+  launch(kernel, all, kPixelThreads, args, blocks, step, grid ? *grid : Grid<RealOf<T>>());
 }
 
 // images, origin, gradient, grid (N, *); active (N,); see the CPU's.
-StepOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
+LinfOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
                       double lower, double upper, double epsilon, std::optional<Tensor> grid,
                       int64_t levels) {
   const Launcher launch("linf_step_", images);
-  const StepOutputs outputs =
-      check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  check_step(images, origin, gradient, active, lower, upper, grid, levels);
+  const LinfOutputs outputs = linf_outputs(images);
   if (images.numel() == 0) return outputs;
-  const StepArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
+  const LinfArgs args(images, grid ? *grid : images, origin, gradient, active, outputs);
   const Step<double> step{gamma, lower, upper, epsilon};
   for_float_type("images", images.scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -1,24 +1,13 @@
 // loss_seed on CUDA: a thread a target, then a sum of the losses in a fixed order.
 #include "../loss_seed.h"
 #include "launch.h"
+#include "sums.cuh"
 #include "targets.cuh"
 
 namespace dagcore {
 namespace {
 
 constexpr int kThreads = 128;
-
-// The sum over the block's threads, in the first of them. All threads call.
-__device__ double sum_of_block(double value) {
-  __shared__ double values[kThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
-    __syncthreads();
-  }
-  return values[0];
-}
 
 // Of feature(c) over the classes.
 template <typename Real, typename Feature>
@@ -117,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
     count.bad = is_out_of_range(label, aim);
   }
   count.add_to(args.hits + n);
-  loss = sum_of_block(loss);
+  loss = sum_of_block<kThreads>(loss);
   if (threadIdx.x == 0) block_sums[blockIdx.x] = loss;
 }
 
@@ -128,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t block = threadIdx.x; block < blocks_per_image; block += kThreads) {
     sum += block_sums[blockIdx.x * blocks_per_image + block];
   }
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 

@@ -1,6 +1,9 @@
 // Neighbours in memory that a thread loads and stores at once.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <cstddef>
 #include <cstdint>
 
 namespace dagcore {
@@ -22,6 +25,9 @@ __device__ void store_pack(const Pack<T, V>& pack, T* to) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+// Whether packs of so many bytes can begin there, or nothing does.
+inline bool aligned(const void* data, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
 
 }  // namespace dagcore

@@ -37,6 +37,7 @@ class Mutation(NamedTuple):
 
 DAG, BILINEAR, STEP = "cuda/dag_seed.cu", "cuda/dag_seed_bilinear.cu", "cuda/linf_step.cu"
 CELLS, TARGETS, STRIDED = "cuda/bilinear.cuh", "cuda/targets.cuh", "strided.h"
+PIXELS = "cuda/pixels.cuh"
 BARRIER = "  __syncthreads();\n"
 ROW_OF_SEED = "  for (int row = warp; row < rows; row += kRows / 32) {\n    const Verdict"
 
@@ -66,7 +67,7 @@ MUTATIONS = (
     Mutation("not the last class", DAG, "for (; c < classes; ++c)", "for (; c < classes - 1; ++c)"),
     Mutation("no seed of class 0", DAG, "for (c = 0; c < classes", "for (c = 1; c < classes"),
     Mutation(
-        "first of the next image", STEP, "args.walk.count() / V)", "args.walk.count() / V + 1)"
+        "first of the next image", PIXELS, "end(walk.count() / V)", "end(walk.count() / V + 1)"
     ),
     Mutation(
         "class beyond the last as a bar",
@@ -135,15 +136,15 @@ MUTATIONS = (
     Mutation("31 lanes for 32 columns", DAG, "c < classes; c += 32", "c < classes; c += 31"),
     Mutation(
         "blocks step over one another",
-        STEP,
-        "step(static_cast<int64_t>(blocks.per_image) * kThreads)",
-        "step(kThreads)",
+        PIXELS,
+        "step(static_cast<int64_t>(blocks.per_image) * kPixelThreads)",
+        "step(kPixelThreads)",
     ),
     Mutation(
         "blocks of one image begin apart",
-        STEP,
-        "begin(blocks.index() * kThreads",
-        "begin(blockIdx.x * kThreads",
+        PIXELS,
+        "begin(blocks.index() * kPixelThreads",
+        "begin(blockIdx.x * kPixelThreads",
     ),
     Mutation(
         "fewer patches than cells have",
