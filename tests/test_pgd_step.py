@@ -65,7 +65,7 @@ def case(
     """
     norm, with_momentum, with_previous, with_levels = kind
     rng = generator(seed)
-    count, size = shape[0], math.sqrt(math.prod(shape[1:])) if norm == "l2" else 1.0
+    count, size = shape[0], math.sqrt(max(1, math.prod(shape[1:]))) if norm == "l2" else 1.0
     origin = round_to_8_bits(torch.rand(shape, generator=rng))
     drawn = {"images": origin + 0.03 * torch.randn(shape, generator=rng), "origin": origin}
     drawn["images"] = drawn["images"].clamp(0, 1)
