@@ -191,6 +191,18 @@ DAGCORE_INLINE void open_strip(const Cells<T>& cells, const Segment& y, bool tar
                      &row);
 }
 
+template <Loss kLoss, typename Real, typename Index>
+DAGCORE_INLINE void cut_gradients(int count, LossRow<Real, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    if constexpr (is_sparse(kLoss)) {
+      for (int t = 0; t < terms_of(kLoss); ++t) row->value[t][i] = summable(row->value[t][i]);
+    } else {
+      row->scale[i] = summable(row->scale[i]);
+      row->at_aim[i] = summable(row->at_aim[i]);
+    }
+  }
+}
+
 // Adds the gradients of the tiles from `begin` to `end`, each class's weighed and summed at the
 // corners of each tile's cell.
 template <Loss kLoss, typename T>
@@ -264,6 +276,7 @@ void seed_segment(const BilinearLossCall& call, const LossTargets& targets, cons
     const uint32_t hits = judge_strip<kLoss>(simd, targets, rule, strip, &shop->row, &sum);
     band->sum += sum;
     band->hits = (band->hits + (hits & ~kOutOfRangeFlag)) | (hits & kOutOfRangeFlag);
+    run_simd<cut_gradients<kLoss, Real, Index>>(simd, strip.count, &shop->row);
     run_simd<add_strip<kLoss, T>>(simd, cells, begin, end, strip, *shop, sums);
   }
   // The last column is its own neighbour.
