@@ -17,7 +17,10 @@ namespace {
 
 constexpr int64_t kStripBytes = 32 << 10;  // of a strip's scores, roughly
 constexpr int kTileColumns = 16;           // at most
-constexpr int64_t kBandRows = 2;  // of cells: bands keep two rows of the seed for themselves
+// Rows of cells in a band, at least: each band keeps two rows of sums for itself, and all of them
+// together are not to take more memory than the scores.
+template <typename T>
+constexpr int64_t kBandRows = 2 * sizeof(RealOf<T>) / sizeof(T);
 
 // Tiles side by side, all those of a segment of rows or the few of a strip: where the lanes of each
 // begin, and the weights of their pixels.
@@ -306,7 +309,7 @@ void seed_maps(const BilinearLossCall& call) {
     columns = std::max<int64_t>(columns, x.count);
   }
   const int rows = static_cast<int>(std::min<int64_t>(lanes / columns, kSide));
-  const Cells<T> cells(maps, rows, kTileColumns, kBandRows);
+  const Cells<T> cells(maps, rows, kTileColumns, kBandRows<T>);
   const LossTargets targets = call.targets();
   const int64_t bands = cells.bands();
   SeedRows<T> seed(call.seed, cells,

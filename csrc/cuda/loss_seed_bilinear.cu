@@ -11,7 +11,7 @@ namespace {
 struct BilinearLossArgs : LossTargets {
   PatchGrid grid;
   int64_t label_stride[3], adversarial_stride[3];  // of (N, H, W)
-  void* sums;                                      // (N, C, h, w), float or double
+  double* sums;                                    // (N, C, h, w)
   double* losses;                                  // (N, h, w), of the cells
 };
 
@@ -36,7 +36,7 @@ __device__ void add_patch(const BilinearLossArgs& args, const Patch& patch,
   const int64_t y = lane < 2 ? patch.low_y : patch.high_y;
   const int64_t x = lane % 2 == 0 ? patch.low_x : patch.high_x;
   const int64_t plane = grid.height * grid.width;
-  Real* sum = static_cast<Real*>(args.sums) + patch.n * grid.classes * plane + y * grid.width + x;
+  double* sum = args.sums + patch.n * grid.classes * plane + y * grid.width + x;
   for (int32_t c = 0; c < grid.classes; ++c, sum += plane) {
     const Corners<T> corners = Corners<T>::load(grid, patch, c);
     Real total[4] = {};
@@ -60,7 +60,7 @@ __device__ void add_patch(const BilinearLossArgs& args, const Patch& patch,
 
 // The cells whose rows and columns are odd or even, as given.
 template <typename T, Loss kLoss>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 4)
     seed_cells(const __grid_constant__ BilinearLossArgs args, int odd_y, int odd_x) {
   using Real = RealOf<T>;
   const PatchGrid& grid = args.grid;
@@ -105,24 +105,23 @@ __global__ void __launch_bounds__(kPatchThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads)
-    store_sums(const RealOf<T>* sums, T* seed, int64_t count, int64_t classes, int64_t height,
+    store_sums(const double* sums, T* seed, int64_t count, int64_t classes, int64_t height,
                int64_t width, int64_t batch, int64_t class_stride, int64_t row_stride,
                int64_t column_stride) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kPatchThreads) + threadIdx.x;
   if (i >= count) return;
   const int64_t x = i % width, y = i / width % height, c = i / width / height % classes;
   const int64_t n = i / width / height / classes;
-  seed[n * batch + c * class_stride + y * row_stride + x * column_stride] = store_seed<T>(sums[i]);
+  seed[n * batch + c * class_stride + y * row_stride + x * column_stride] =
+      store_seed<T>(static_cast<RealOf<T>>(sums[i]));
 }
 
 template <typename T, Loss kLoss>
 void seed_maps(const BilinearLossCall& call, const Launcher& launch) {
-  using Real = RealOf<T>;
   const Tensor &scores = call.scores, &seed = call.seed;
   const PatchGrid grid(call.maps());
-  const Tensor sums =
-      torch::stable::new_zeros(scores, {grid.images, grid.classes, grid.height, grid.width},
-                               sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float);
+  const Tensor sums = torch::stable::new_zeros(
+      scores, {grid.images, grid.classes, grid.height, grid.width}, ScalarType::Double);
   const int64_t cells = grid.height * grid.width;
   const Tensor losses = torch::stable::new_empty(scores, {grid.images * cells}, ScalarType::Double);
   double* parts = static_cast<double*>(losses.mutable_data_ptr());
@@ -131,7 +130,7 @@ void seed_maps(const BilinearLossCall& call, const Launcher& launch) {
                               grid,
                               {labels.stride(0), labels.stride(1), labels.stride(2)},
                               {adversarial.stride(0), adversarial.stride(1), adversarial.stride(2)},
-                              sums.mutable_data_ptr(),
+                              static_cast<double*>(sums.mutable_data_ptr()),
                               parts};
   for (int odd_y = 0; odd_y < 2; ++odd_y) {
     for (int odd_x = 0; odd_x < 2; ++odd_x) {
@@ -142,9 +141,9 @@ void seed_maps(const BilinearLossCall& call, const Launcher& launch) {
     }
   }
   launch(store_sums<T>, ceil_div(scores.numel(), kPatchThreads), kPatchThreads,
-         static_cast<const Real*>(sums.const_data_ptr()), static_cast<T*>(seed.mutable_data_ptr()),
-         scores.numel(), grid.classes, grid.height, grid.width, seed.stride(0), seed.stride(1),
-         seed.stride(2), seed.stride(3));
+         static_cast<const double*>(sums.const_data_ptr()),
+         static_cast<T*>(seed.mutable_data_ptr()), scores.numel(), grid.classes, grid.height,
+         grid.width, seed.stride(0), seed.stride(1), seed.stride(2), seed.stride(3));
   launch(sum_losses, grid.images, kLossThreads, static_cast<const double*>(parts), cells,
          static_cast<double*>(call.sums.mutable_data_ptr()));
 }
