@@ -6,7 +6,7 @@ namespace dagcore {
 namespace {
 
 template <typename T, Loss kLoss>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 8)
     seed_targets(const __grid_constant__ LossArgs args, ImageBlocks blocks, double* block_sums) {
   using Real = RealOf<T>;
   const int64_t n = blocks.image();
