@@ -4,8 +4,9 @@
 
 The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
 linf_step_ is `clone` of the images. loss_seed stands beside the same loss by autograd, in the
-fastest PyTorch. What a margin or levels cost is timed against the native side alone, in rows of
-their own. Ratios above 1 mean that the other side is slower than the native one.
+fastest PyTorch, and loss_seed_bilinear beside that and interpolate. What a margin or levels cost is
+timed against the native side alone, in rows of their own. Ratios above 1 mean that the other side
+is slower than the native one.
 """
 
 from __future__ import annotations
@@ -91,10 +92,22 @@ def test_dag_seed(
     rows.add("dag_seed", case, alternate(sides, 31, device=rows.device))
 
 
-def by_autograd(loss: str, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The seed of a loss by the fastest PyTorch: torch's fused cross-entropy and topk."""
+LOSSES = ("cross-entropy", "jensen-shannon", "cosine", "dlr")
+
+
+def by_autograd(
+    loss: str, scores: torch.Tensor, labels: torch.Tensor, align_corners: bool | None = None
+) -> torch.Tensor:
+    """The seed of a loss by the fastest PyTorch: torch's fused cross-entropy and topk.
+
+    With align_corners, through interpolate.
+    """
     functional = torch.nn.functional
-    scores = scores.detach().requires_grad_()
+    leaf = scores = scores.detach().requires_grad_()
+    if align_corners is not None:
+        scores = functional.interpolate(
+            leaf, labels.shape[1:], mode="bilinear", align_corners=align_corners
+        )
     if loss == "dlr":
         top, at = scores.topk(3, dim=1)
         rival = torch.where(at[:, 0] == labels, top[:, 1], top[:, 0])
@@ -112,12 +125,12 @@ def by_autograd(loss: str, scores: torch.Tensor, labels: torch.Tensor) -> torch.
             p = scores.detach().softmax(1)
             weight = (-entropy.detach()).exp() / torch.linalg.vector_norm(p, dim=1)
             total = (weight * entropy).sum()
-    (seed,) = torch.autograd.grad(total, scores)
+    (seed,) = torch.autograd.grad(total, leaf)
     return seed
 
 
 @pytest.mark.parametrize("layout", ["class first", "class last"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "jensen-shannon", "cosine", "dlr"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES[:3:2], ids=lambda s: "x".join(map(str, s)))
 def test_loss_seed(
     benchmark: BenchmarkFixture, rows: Rows, shape: tuple[int, ...], loss: str, layout: str
@@ -142,6 +155,52 @@ def test_loss_seed(
         },
         rounds=9,
     )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 21, 64, 64), 512), ((1, 150, 128, 128), 512)], ids=str
+)
+def test_loss_bilinear(
+    benchmark: BenchmarkFixture, rows: Rows, shape: tuple[int, ...], size: int, loss: str
+) -> None:
+    """Random low-resolution scores, four targets in five right; autograd runs interpolate too."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator)
+    own = dagcore.ops.argmax_bilinear(scores, (size, size))
+    right = torch.rand(own.shape, generator=generator) < 0.8
+    labels = torch.where(right, own, 0).to(rows.device)
+    scores = scores.to(rows.device)
+    compare(
+        benchmark,
+        rows,
+        "loss_seed_bilinear",
+        f"{loss} {'x'.join(map(str, shape))} -> {size}",
+        lambda: dagcore.ops.loss_seed_bilinear(scores, labels, loss=loss),
+        {"autograd": lambda: by_autograd(loss, scores, labels, align_corners=False)},
+        rounds=9,
+    )
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("network", DEEPLABS)
+@pytest.mark.skipif(not REAL.is_dir(), reason="the networks of ../shared/real are not there")
+def test_loss_bilinear_real(rows: Rows, network: str, loss: str, align_corners: bool) -> None:
+    """A DeepLab's scores of a photograph, 33 -> 513, with its own labels."""
+    size = (513, 513)
+    image = torch.nn.functional.interpolate(photograph("dog"), size, mode="bilinear")
+    with torch.no_grad():
+        scores = load_network(network)(image).to(rows.device)
+    labels = dagcore.ops.argmax_bilinear(scores, size, align_corners=align_corners)
+    sides: dict[str, Callable[[], object]] = {
+        "native": lambda: dagcore.ops.loss_seed_bilinear(
+            scores, labels, loss=loss, align_corners=align_corners
+        ),
+        "autograd": lambda: by_autograd(loss, scores, labels, align_corners),
+    }
+    case = f"{loss} {network} {'aligned' if align_corners else 'not aligned'}"
+    rows.add("loss_seed_bilinear", case, alternate(sides, 9, device=rows.device))
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8], ids=name_of)

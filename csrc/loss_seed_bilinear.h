@@ -1,5 +1,5 @@
-// The part of loss_seed_bilinear that is the same on every device: checks, and what a tile's pixel
-// adds to the seed.
+// The part of loss_seed_bilinear that is the same on every device: checks, and which gradients are
+// cut.
 #pragma once
 
 #include "bilinear.h"
@@ -22,12 +22,12 @@ struct BilinearLossCall : LossCall {
   ScoreMaps maps() const { return {scores, labels.size(1), labels.size(2), align_corners}; }
 };
 
-// A gradient that is so large that its products and sums may not be finite is cut: to a thousandth
-// of the largest number, which the many pixels of a tile or a patch can reach.
+// A part of a pixel's gradient that can be weighed and summed: one that is so large that the sums
+// may not be finite is cut.
 template <typename Real>
-DAGCORE_INLINE Real summable(Real gradient) {
-  constexpr Real kMost = std::numeric_limits<Real>::max() / 1024;
-  return clip(gradient, -kMost, kMost);
+DAGCORE_INLINE Real summable(Real part) {
+  constexpr Real kMost = std::numeric_limits<Real>::max() / (1 << 16);
+  return clip(part, -kMost, kMost);
 }
 
 }  // namespace dagcore

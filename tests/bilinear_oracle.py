@@ -149,6 +149,23 @@ def assert_seed(
     assert not bool(beyond_rounding(seed, expected[0], size, align_corners).any())
 
 
+def adjoint(pixels: Tensor, low: tuple[int, int], align_corners: bool) -> Tensor:
+    """The gradients of pixels (N, C, H, W), float64, summed at the low-resolution scores."""
+    found = np.zeros((*pixels.shape[:2], *low))
+    for rows, columns, weight in corners(low, tuple(pixels.shape[2:]), align_corners):
+        np.add.at(found, (..., rows, columns), weight * pixels.numpy())
+    return torch.from_numpy(found)
+
+
+def assert_near(seed: Tensor, exact: Tensor, slack: float) -> None:
+    """A seed is what float64 sums are, but for slack, one rounding, and what it cannot hold."""
+    info = torch.finfo(seed.dtype)
+    assert seed.isfinite().all()
+    rounding = 0.51 * info.eps * (exact.abs() + info.smallest_normal)
+    error = (seed.cpu().double() - exact.clamp(info.min, info.max)).abs()
+    assert not bool((error > slack + rounding).any())
+
+
 def score_maps(
     shape: tuple[int, ...], seed: int, kind: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -41,6 +41,7 @@ def test_the_ops_launch_the_cuda_kernels(order: str) -> None:
         (2, lambda: ops.dag_seed_bilinear(scores, labels, adversarial)),
         (1, lambda: ops.argmax_bilinear(scores, (9, 9))),
         (2, lambda: ops.loss_seed(scores, labels, loss="cosine")),
+        (6, lambda: ops.loss_seed_bilinear(scores, labels, loss="cosine")),
         (2, lambda: ops.linf_step_(images, images, images, active, **free)),
         (1, lambda: ops.settle_(*rows, 1, 1)),
     ):

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from bilinear_oracle import assert_seed, enlarged, score_maps, unpruned
+from bilinear_oracle import (
+    adjoint,
+    assert_near,
+    assert_seed,
+    capacity,
+    enlarged,
+    score_maps,
+    unpruned,
+)
 from fuzzing import ANYTHING, FUZZ, SEEDS, negated, one_in, strange_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +130,24 @@ def bilinear_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str, dict[
 def loss_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str | None, dict[str, Any]]:
     """Arguments of `loss_seed`."""
     scores, labels, other, settings = draw(seed_cases())
+    return draw_loss(draw, scores, labels, other, settings["ignore_index"])
+
+
+@st.composite
+def bilinear_loss_cases(
+    draw: st.DrawFn,
+) -> tuple[Tensor, Tensor, Tensor | str | None, dict[str, Any]]:
+    """Arguments of `loss_seed_bilinear`."""
+    scores, labels, other, settings = draw(bilinear_cases())
+    case = draw_loss(draw, scores, labels, other, settings["ignore_index"])
+    case[3]["align_corners"] = settings["align_corners"]
+    return case
+
+
+def draw_loss(
+    draw: st.DrawFn, scores: Tensor, labels: Tensor, other: Tensor | str | None, ignored: int
+) -> tuple[Tensor, Tensor, Tensor | str | None, dict[str, Any]]:
+    """A loss with its settings, and the adversarial labels that it can have."""
     loss = draw(st.sampled_from(LOSSES))
     if loss != "dag" and (isinstance(other, str) or draw(st.booleans())):
         other = None
@@ -134,7 +160,7 @@ def loss_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | str | None, di
     if draw(st.booleans()):
         blend = torch.tensor([draw(unit) for _ in scores], dtype=torch.float64)
     numbers = {"blend": blend, "q": draw(unit), "kappa": draw(st.sampled_from((0, 0.5, INF)))}
-    settings = {"loss": loss, "class_weights": weights, "ignore_index": settings["ignore_index"]}
+    settings = {"loss": loss, "class_weights": weights, "ignore_index": ignored}
     return scores, labels, other, settings | numbers
 
 
@@ -278,6 +304,51 @@ def test_loss_seed(case: Any) -> None:
 
 @ON_HOST
 @FUZZ
+@given(bilinear_loss_cases())
+def test_loss_seed_bilinear(case: Any) -> None:
+    scores, labels, other, settings = case
+    before = bits(scores)
+    got = result_or_error(ops.loss_seed_bilinear, scores, labels, other, **settings)
+    expected = result_or_error(reference.loss_seed_bilinear, scores, labels, other, **settings)
+    assert torch.equal(bits(scores), before), "scores were written to"
+    if isinstance(expected, Exception):
+        assert_same_error(
+            got, expected, ("labels must lie", "adversarial_labels must lie", "scores")
+        )
+        return
+    seed, sums, hits = got
+    assert (seed.dtype, seed.shape, seed.stride()) == (
+        scores.dtype,
+        scores.shape,
+        torch.empty_like(scores).stride(),
+    )
+    if not labels.numel():
+        assert not any(map(torch.any, got))
+        return
+    (exact, values, right), largest = enlarged_loss(scores, labels, other, settings)
+    assert torch.equal(hits, right)
+    torch.testing.assert_close(sums, values, rtol=2e-6, atol=1e-6 * largest, equal_nan=True)
+    assert_near(seed, exact, 2e-6 * largest)
+
+
+def enlarged_loss(
+    scores: Tensor, labels: Tensor, other: Tensor | str | None, settings: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+    """The reference at scores that are blended as the ops do, in float64, and the adjoint; then
+    the largest gradient of a pixel times the largest sum of weights."""
+    size, align_corners = tuple(labels.shape[1:]), settings["align_corners"]
+    rest = {name: value for name, value in settings.items() if name != "align_corners"}
+    high = enlarged(scores, size, align_corners)
+    if rest["class_weights"] is not None:
+        rest["class_weights"] = rest["class_weights"].to(high.dtype)
+    pixels, sums, hits = reference.loss_seed(high.double(), labels, other, **rest)
+    seed = adjoint(pixels, tuple(scores.shape[2:]), align_corners)
+    most = float(pixels.abs().max().clamp(min=1))
+    return (seed, sums, hits), most * capacity(tuple(scores.shape[2:]), size, align_corners)
+
+
+@ON_HOST
+@FUZZ
 @given(argmax_cases())
 def test_argmax_bilinear(case: Any) -> None:
     scores, size, settings = case
@@ -319,10 +390,11 @@ def valid_arguments(op: str) -> dict[str, Any]:
     if op == "argmax_bilinear":
         return {"scores": scores, "size": (3, 7), "align_corners": False}
     maps = {"scores": scores, "labels": labels, "adversarial_labels": adversarial}
-    if op == "loss_seed":
+    if op in ("loss_seed", "loss_seed_bilinear"):
         blend = torch.tensor([0.5, 0.25], dtype=torch.float64)
         numbers = {"blend": blend, "q": 0.5, "kappa": 0.5, "class_weights": torch.rand(3)}
-        return maps | {"loss": "blended-cross-entropy", "ignore_index": 255} | numbers
+        more = {"align_corners": True} if op == "loss_seed_bilinear" else {}
+        return maps | {"loss": "blended-cross-entropy", "ignore_index": 255} | numbers | more
     more = {"align_corners": True} if op == "dag_seed_bilinear" else {}
     return maps | {"goal": "leave", "ignore_index": 255, "margin": 0.5} | more
 

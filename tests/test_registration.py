@@ -21,7 +21,14 @@ from dagcore import ops, reference
 from dagcore.ops import native
 
 PACKAGE = Path(dagcore.__file__).parent
-PUBLIC = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed")
+PUBLIC = (
+    "argmax_bilinear",
+    "dag_seed",
+    "dag_seed_bilinear",
+    "linf_step_",
+    "loss_seed",
+    "loss_seed_bilinear",
+)
 STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
 
 

@@ -17,7 +17,10 @@ namespace {
 
 constexpr int64_t kStripBytes = 32 << 10;  // of a strip's scores, roughly
 constexpr int kTileColumns = 16;           // at most
-constexpr int64_t kBandRows = 2;  // of cells: bands keep two rows of the seed for themselves
+// Rows of cells in a band, at least: each band keeps two rows of sums for itself, and all of them
+// together are not to take more memory than the scores.
+template <typename T>
+constexpr int64_t kBandRows = 2 * sizeof(RealOf<T>) / sizeof(T);
 
 // Tiles side by side, all those of a segment of rows or the few of a strip: where the lanes of each
 // begin, and the weights of their pixels.
@@ -191,6 +194,18 @@ DAGCORE_INLINE void open_strip(const Cells<T>& cells, const Segment& y, bool tar
                      &row);
 }
 
+template <Loss kLoss, typename Real, typename Index>
+DAGCORE_INLINE void cut_gradients(int count, LossRow<Real, Index>* row) {
+  for (int i = 0; i < count; ++i) {
+    if constexpr (is_sparse(kLoss)) {
+      for (int t = 0; t < terms_of(kLoss); ++t) row->value[t][i] = summable(row->value[t][i]);
+    } else {
+      row->scale[i] = summable(row->scale[i]);
+      row->at_aim[i] = summable(row->at_aim[i]);
+    }
+  }
+}
+
 // Adds the gradients of the tiles from `begin` to `end`, each class's weighed and summed at the
 // corners of each tile's cell.
 template <Loss kLoss, typename T>
@@ -264,6 +279,7 @@ void seed_segment(const BilinearLossCall& call, const LossTargets& targets, cons
     const uint32_t hits = judge_strip<kLoss>(simd, targets, rule, strip, &shop->row, &sum);
     band->sum += sum;
     band->hits = (band->hits + (hits & ~kOutOfRangeFlag)) | (hits & kOutOfRangeFlag);
+    run_simd<cut_gradients<kLoss, Real, Index>>(simd, strip.count, &shop->row);
     run_simd<add_strip<kLoss, T>>(simd, cells, begin, end, strip, *shop, sums);
   }
   // The last column is its own neighbour.
@@ -293,7 +309,7 @@ void seed_maps(const BilinearLossCall& call) {
     columns = std::max<int64_t>(columns, x.count);
   }
   const int rows = static_cast<int>(std::min<int64_t>(lanes / columns, kSide));
-  const Cells<T> cells(maps, rows, kTileColumns, kBandRows);
+  const Cells<T> cells(maps, rows, kTileColumns, kBandRows<T>);
   const LossTargets targets = call.targets();
   const int64_t bands = cells.bands();
   SeedRows<T> seed(call.seed, cells,

@@ -23,6 +23,7 @@ WORDS = "on-host and (test_kernels or several_at_once or ops_count_negative)"
 QUICK_FILES = ("cuda_on_host", "dag_seed", "linf_step", "seed_ops")
 QUICK = (*(f"tests/test_{name}.py" for name in QUICK_FILES), "-k", WORDS, "--every-order")
 OPS = ("seed_ops", "dag_seed", "dag_seed_bilinear", "argmax_bilinear", "linf_step", "levels")
+OPS += ("loss_seed", "loss_seed_bilinear")
 THOROUGH = (*(f"tests/test_{name}.py" for name in OPS), "-k", "on-host")
 
 
@@ -36,6 +37,7 @@ class Mutation(NamedTuple):
 
 
 DAG, BILINEAR, STEP = "cuda/dag_seed.cu", "cuda/dag_seed_bilinear.cu", "cuda/linf_step.cu"
+LOSS, LOSS_BILINEAR = "cuda/losses.cuh", "cuda/loss_seed_bilinear.cu"
 CELLS, TARGETS, STRIDED = "cuda/bilinear.cuh", "cuda/targets.cuh", "strided.h"
 PIXELS = "cuda/pixels.cuh"
 BARRIER = "  __syncthreads();\n"
@@ -192,6 +194,40 @@ MUTATIONS = (
         STEP,
         "aligned(args.gradient) && args.walk",
         "args.walk",
+    ),
+    # dense losses
+    Mutation(
+        "dense: no barrier before losses are summed",
+        LOSS,
+        "values[threadIdx.x] = value;\n" + BARRIER,
+        "values[threadIdx.x] = value;\n",
+    ),
+    Mutation("dense: odd columns of cells left out", LOSS_BILINEAR, "+ odd_x;", "+ (odd_x & 0);"),
+    Mutation(
+        "dense: two lanes at one low-resolution pixel",
+        LOSS_BILINEAR,
+        "lane < 4 && (below",
+        "lane < 4 && (true",
+    ),
+    Mutation(
+        "dense: a row of cells too few",
+        LOSS_BILINEAR,
+        "rows = (grid.height + 1 - odd_y) / 2;",
+        "rows = (grid.height - odd_y) / 2;",
+    ),
+    Mutation("dense: losses of a lane alone", LOSS_BILINEAR, "  loss = warp_sum(loss);\n", ""),
+    Mutation(
+        "dense: warps beyond the last cell",
+        LOSS_BILINEAR,
+        "  if (warp >= grid.images * rows * columns) return;\n",
+        "",
+        True,
+    ),
+    Mutation(
+        "dense: right corners of the last column lost",
+        LOSS_BILINEAR,
+        "if (!right) total[0] += total[1], total[2] += total[3];",
+        "",
     ),
     # limits
     Mutation(
