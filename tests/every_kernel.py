@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support import DTYPES, arguments, lay_out, on
@@ -69,6 +71,18 @@ def results(
             ops.linf_step_(moved, origin, gradient, counts, **settings, grid=shown, levels=levels)
         )
         exact += [moved] if shown is None else [moved, shown]
+    for norm, levels in itertools.product(("linf", "l2"), (None, 256)):
+        given = [images.clone(), origin, gradient, counts]
+        written = {
+            "momentum": torch.zeros_like(images, dtype=torch.promote_types(dtype, torch.float32)),
+            "previous": origin.clone(),
+        }
+        if levels:
+            written |= {"grid": torch.zeros_like(images)}
+        settings = {"norm": norm, "alpha": 0.02, "epsilon": 0.03, "lower": 0.0, "upper": 1.0}
+        settings |= {"decay": 0.9, "share": 0.75, "levels": levels}
+        exact.append(ops.pgd_step_(*given, **settings, **written))
+        near += [given[0], written["previous"]]
     count = 70  # more images than a block of settle_ has threads
     flags = torch.rand(5, count, generator=rng) < 0.6
     numbers = torch.randint(0, 4, (3, count), generator=rng)

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kLossThreads, 8)
     loss = judged.loss;
   }
   count.add_to(args.hits + n);
-  loss = sum_of_block(loss);
+  loss = sum_of_block<kLossThreads>(loss);
   if (threadIdx.x == 0) block_sums[blockIdx.x] = loss;
 }
 

@@ -2,23 +2,12 @@
 #pragma once
 
 #include "../loss_seed.h"
+#include "sums.cuh"
 #include "targets.cuh"
 
 namespace dagcore {
 
 constexpr int kLossThreads = 128;  // a block
-
-// The sum over the block's threads, in the first of them. All threads call.
-__device__ inline double sum_of_block(double value) {
-  __shared__ double values[kLossThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = kLossThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
-    __syncthreads();
-  }
-  return values[0];
-}
 
 // A block an image: the sum of its `count` parts.
 static __global__ void __launch_bounds__(kLossThreads)
@@ -27,7 +16,7 @@ static __global__ void __launch_bounds__(kLossThreads)
   for (int64_t part = threadIdx.x; part < count; part += kLossThreads) {
     sum += parts[blockIdx.x * count + part];
   }
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kLossThreads>(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
