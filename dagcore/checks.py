@@ -253,14 +253,18 @@ def _blend(blend: float | Tensor, scores: Tensor) -> None:
     device("blend", blend, "scores", scores)
     if not torch.compiler.is_compiling() and at_hand(blend):
         for value in blend.tolist():
-            blend_weight(value)
+            _within_one(value)
 
 
 def blend_weight(value: object) -> None:
     """Raise unless `value` is a number from 0 to 1."""
     number("blend", value)
-    if not 0 <= value <= 1:  # type: ignore[operator]
-        raise ArgumentError(f"blend must be between 0 and 1, got {value}")
+    _within_one(value)  # type: ignore[arg-type]
+
+
+def _within_one(blend: float) -> None:
+    if not 0 <= blend <= 1:
+        raise ArgumentError(f"blend must be between 0 and 1, got {blend}")
 
 
 def tolerance(value: object) -> None:

@@ -570,7 +570,7 @@ def on_levels(
                 whole = away[n].trunc()
                 more = (away[n] - whole).abs() > sixteenths / 16
                 shown[n] = whole + more * away[n].sign()
-                if float(shown[n].double().square().sum()) <= most**2:
+                if float(shown[n].double().square().sum()) <= most * most:
                     break
         level = middle + shown
         return (level * width / level.new_tensor(last) + lower).to(images.dtype)

@@ -29,6 +29,7 @@ TESTS = (
     "test_linf_step.py",
     "test_loss_seed.py",
     "test_loss_seed_bilinear.py",
+    "test_pgd_step.py",
     "test_settle.py",
     "test_cuda_on_host.py",
     "test_registration.py",
