@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -366,26 +366,20 @@ def loss_seed_bilinear(
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `dagcore.ops.loss_seed_bilinear` computes, enlarged. Same arguments, results, errors."""
-    settings = (loss, blend, q, kappa, class_weights, ignore_index)
-    checks.loss_arguments(scores, labels, adversarial_labels, *settings, bilinear=True)
+    numbers = (loss, blend, q, kappa, class_weights, ignore_index)
+    checks.loss_arguments(scores, labels, adversarial_labels, *numbers, bilinear=True)
     checks.boolean("align_corners", align_corners)
+    names = ("loss", "blend", "q", "kappa", "class_weights", "ignore_index")
+    settings: dict[str, Any] = dict(zip(names, numbers, strict=True))
+    if labels.shape[1:] == scores.shape[2:]:
+        return loss_seed(scores, labels, adversarial_labels, **settings)
     if labels.numel() == 0:
         sums = scores.new_zeros(len(scores), dtype=torch.float64)
         return torch.zeros_like(scores), sums, sums.int()
     with torch.inference_mode(False), torch.enable_grad():
         low = _leaf(scores.to(norm_dtype(scores)))
         high = enlarge(low, labels.shape[1:], align_corners)
-        seed, sums, hits = loss_seed(
-            high,
-            labels,
-            adversarial_labels,
-            loss=loss,
-            blend=blend,
-            q=q,
-            kappa=kappa,
-            class_weights=class_weights,
-            ignore_index=ignore_index,
-        )
+        seed, sums, hits = loss_seed(high, labels, adversarial_labels, **settings)
         (gradient,) = torch.autograd.grad(high, low, seed)
     limit = torch.finfo(scores.dtype)
     return _like(scores, gradient.clamp(limit.min, limit.max).to(scores.dtype)), sums, hits

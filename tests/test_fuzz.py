@@ -372,9 +372,10 @@ def enlarged_loss(
     the largest gradient of a pixel times the largest sum of weights."""
     size, align_corners = tuple(labels.shape[1:]), settings["align_corners"]
     rest = {name: value for name, value in settings.items() if name != "align_corners"}
-    high = enlarged(scores, size, align_corners)
+    same = size == tuple(scores.shape[2:])
+    high = scores if same else enlarged(scores, size, align_corners)
     if rest["class_weights"] is not None:
-        rest["class_weights"] = rest["class_weights"].to(high.dtype)
+        rest["class_weights"] = rest["class_weights"].to(reference.norm_dtype(scores))
     pixels, sums, hits = reference.loss_seed(high.double(), labels, other, **rest)
     seed = adjoint(pixels, tuple(scores.shape[2:]), align_corners)
     most = float(pixels.abs().max().clamp(min=1))

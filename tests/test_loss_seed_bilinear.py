@@ -208,7 +208,7 @@ def test_at_the_size_of_the_scores_it_is_loss_seed(
             scores, labels, other, loss=loss, align_corners=align_corners, **SETTINGS
         )
         for value, wanted in zip(got, expected, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+            assert torch.equal(value, wanted)
 
 
 # --- memory, threads, vector widths
@@ -359,7 +359,7 @@ def test_scores_far_apart(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ties_are_interpolates(kernels: torch.device, loss: str) -> None:
     """Scores in quarters at a whole factor blend exactly: ties are the reference's too."""
-    for low, size in (((5, 7), (40, 28)), ((1, 1), (6, 5)), ((3, 4), (3, 4))):
+    for low, size in (((5, 7), (40, 28)), ((1, 1), (6, 5)), ((4, 7), (16, 7))):
         scores, *_ = random_case((2, 5, *low), 1)
         labels, adversarial = label_maps(scores, size, False, 1)
         for other in aims(loss, adversarial):
@@ -378,7 +378,7 @@ def test_ties_are_interpolates(kernels: torch.device, loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_scores_that_are_not_finite(kernels: torch.device, loss: str, value: float) -> None:
     """They spread as in interpolate: nothing is seeded there, and the image's loss is NaN."""
-    for low, size in (((5, 7), (40, 28)), ((3, 4), (3, 4)), ((9, 8), (3, 4))):
+    for low, size in (((5, 7), (40, 28)), ((3, 4), (3, 16)), ((9, 8), (3, 4))):
         scores, *_ = random_case((3, 5, *low), 1)
         scores[0, 1, low[0] // 2, low[1] // 2] = value
         scores[1, 4, -1, -1] = value

@@ -458,7 +458,8 @@ def loss_seed_bilinear(
     gradient with respect to the low-resolution scores. Scores are blended as in
     `dag_seed_bilinear` and `argmax_bilinear`, to the bit; the gradients of the pixels are summed in
     an order that no number of threads changes. Nothing of the enlarged size is allocated: on the
-    CPU at most twice what the scores take, on CUDA eight bytes a score.
+    CPU at most twice what the scores take, on CUDA eight bytes a score. Where the labels have the
+    size of the scores, this is `loss_seed`.
 
     Args:
         scores: (N, C, h, w) float16, bfloat16, float32 or float64, any strides.
@@ -486,6 +487,18 @@ def loss_seed_bilinear(
         bilinear=True,
     )
     checks.boolean("align_corners", align_corners)
+    if labels.shape[1:] == scores.shape[2:]:
+        return loss_seed(
+            scores,
+            labels,
+            adversarial_labels,
+            loss=loss,
+            blend=blend,
+            q=q,
+            kappa=kappa,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+        )
     blends, weights = _loss_vectors(scores, loss, blend, class_weights)
     seed, sums, hits = torch.ops.dagcore.loss_seed_bilinear(
         scores.detach(),
