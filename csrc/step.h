@@ -1,4 +1,4 @@
-// One pixel of the update X <- clip(X + gamma / ||r||_inf * r): shared by the CPU and CUDA.
+// One pixel of a step, X <- clip(X + gamma / ||r||_inf * r) and others: shared by the CPU and CUDA.
 #pragma once
 
 #include <cmath>
@@ -99,6 +99,12 @@ DAGCORE_INLINE typename Pixel<T>::Bits magnitude_bits(T value) {
 }
 
 template <typename Real>
+DAGCORE_INLINE Real clip(Real value, Real lower, Real upper) {
+  value = value < lower ? lower : value;
+  return value > upper ? upper : value;
+}
+
+template <typename Real>
 struct Step {
   Real gamma, lower, upper, epsilon;  // infinities where there is no bound
 
@@ -108,6 +114,12 @@ struct Step {
             static_cast<Other>(epsilon)};
   }
 };
+
+// A ball's radius in levels, with a little for rounding: 8 / 255 is 8 levels, however computed.
+DAGCORE_INLINE double radius_in_levels(double epsilon, int64_t levels, double lower, double upper) {
+  constexpr double kRounding = 1 + 1e-6;
+  return epsilon * static_cast<double>(levels - 1) / (upper - lower) * kRounding;
+}
 
 // The levels that results lie on, of which there are `last` + 1 from `lower` on: those of an 8-bit
 // file. Images are steered by a shadow between the levels and shown at the nearest level.
@@ -122,8 +134,7 @@ struct Grid {
         width(static_cast<Real>(upper - lower)),
         last(static_cast<Real>(levels - 1)),
         per_unit(static_cast<Real>((levels - 1) / (upper - lower))) {
-    constexpr double kRounding = 1 + 1e-6;  // a radius of 8 / 255 is 8 levels, however computed
-    reach = static_cast<Real>(std::floor(epsilon * (levels - 1) / (upper - lower) * kRounding));
+    reach = static_cast<Real>(std::floor(radius_in_levels(epsilon, levels, lower, upper)));
   }
 
   // The nearest level, the even one of two.
@@ -134,18 +145,53 @@ struct Grid {
   DAGCORE_INLINE Real at(Real level) const { return lower + level * width / last; }
 };
 
+// Where a shadow lies as seen from the level of its origin.
+template <typename Real>
+struct Offset {
+  Real middle, side;  // the origin's level; 1 or -1
+  int32_t whole;      // the levels between the two, at most those that there are on that side,
+  Real rest;          // and what the shadow is beyond them, of a level
+
+  DAGCORE_INLINE Offset(Real shadow, Real origin, Grid<Real> grid)
+      : middle(clip(grid.nearest(origin), Real{0}, grid.last)) {
+    const Real away = product(shadow - grid.lower, grid.per_unit) - middle;
+    side = away < 0 ? Real{-1} : Real{1};
+    const Real room = away < 0 ? middle : grid.last - middle;
+    Real distance = side * away;
+    distance = distance <= room ? distance : room;
+    whole = distance >= 0 ? static_cast<int32_t>(distance) : 0;  // not of a NaN
+    rest = distance - static_cast<Real>(whole);
+  }
+
+  // The level at which it is shown, if more than `threshold` of a level counts as a whole one.
+  DAGCORE_INLINE Real level(Real threshold) const {
+    return middle + side * static_cast<Real>(whole + static_cast<int32_t>(rest > threshold));
+  }
+};
+
+// In an L2 ball a shadow is shown at the first of these thresholds at which the ball has room for
+// the image: at 1/2, the nearest levels, or at up to 1, those towards the origin, which are within
+// the ball as the shadow is.
+constexpr int kThresholds = 9;
+template <typename Real>
+DAGCORE_INLINE Real threshold_at(int k) {
+  return static_cast<Real>(8 + k) / 16;
+}
+
+// The first threshold for which the sum of squared distances, in levels, is that of the ball.
+template <typename Real>
+DAGCORE_INLINE Real threshold_within(const uint64_t* squares, double radius) {
+  int k = 0;
+  while (k < kThresholds - 1 && !(static_cast<double>(squares[k]) <= radius * radius)) ++k;
+  return threshold_at<Real>(k);
+}
+
 // gamma / norm, or 0 where the image must stay as it is: the norm is 0, not finite, or so small
 // that the quotient overflows.
 template <typename Real>
 DAGCORE_INLINE Real step_scale(Real gamma, Real norm) {
   const Real scale = gamma / norm;
   return norm - norm == 0 && scale - scale == 0 ? scale : Real{0};
-}
-
-template <typename Real>
-DAGCORE_INLINE Real clip(Real value, Real lower, Real upper) {
-  value = value < lower ? lower : value;
-  return value > upper ? upper : value;
 }
 
 template <typename Real>

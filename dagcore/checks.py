@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 
 GOALS = ("leave", "reach")
+NORMS = ("linf", "l2")
 LOSSES = (
     "cross-entropy",
     "masked-cross-entropy",
@@ -352,44 +353,155 @@ def step_arguments(
     levels: int | None,
 ) -> tuple[float, float, float]:
     """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite where None."""
+    _step_tensors(images, origin, gradient, active, grid, levels)
+    number("gamma", gamma, above=0)
+    low, high = _step_bounds(lower, upper)
+    ball = math.inf if epsilon is None else epsilon
+    number("epsilon", ball, above=0, infinite=True)
+    if grid is not None:
+        _check_grid(grid, levels, low, high)
+        _apart("grid", grid, {"images": images, "origin": origin, "gradient": gradient})
+    return low, high, float(ball)
+
+
+def pgd_arguments(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    norm: str,
+    alpha: float | Tensor,
+    epsilon: float | Tensor | None,
+    lower: float | None,
+    upper: float | None,
+    momentum: Tensor | None,
+    decay: float,
+    previous: Tensor | None,
+    share: float | Tensor | None,
+    grid: Tensor | None,
+    levels: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
+    """Check the arguments of `pgd_step_`; return (alpha, epsilon, share, lower, upper).
+
+    The first three are float64 tensors (N,), and bounds are infinite where None.
+    """
+    _step_tensors(images, origin, gradient, active, grid, levels)
+    choice("norm", norm, NORMS)
+    lengths = _of_each_image("alpha", alpha, images, above=0)
+    ball = math.inf if epsilon is None else epsilon
+    balls = _of_each_image("epsilon", ball, images, above=0, infinite=True)
+    low, high = _step_bounds(lower, upper)
+    number("decay", decay, at_least=0)
+    if momentum is None and decay != 0:
+        raise ArgumentError(f"momentum must be given with decay, got None and {decay}")
+    if (previous is None) != (share is None):
+        raise ArgumentError(
+            f"previous and share must be given together, got previous={type(previous).__name__} "
+            f"and share={type(share).__name__}"
+        )
+    real = torch.float64 if images.dtype == torch.float64 else torch.float32
+    read = {"images": images, "origin": origin, "gradient": gradient}
+    for name, value, dtype in (("momentum", momentum, real), ("previous", previous, images.dtype)):
+        if value is not None:
+            _like_images(name, value, images, dtype)
+            _written(name, value)
+            _apart(name, value, read)
+            read[name] = value
+    parts = None if share is None else _of_each_image("share", share, images, at_least=0, at_most=1)
+    if grid is not None:
+        _check_grid(grid, levels, low, high)
+        _apart("grid", grid, read)
+    return lengths, balls, parts, low, high
+
+
+def _step_tensors(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    grid: Tensor | None,
+    levels: int | None,
+) -> None:
+    """Raise unless the tensors of a step go together."""
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
         raise ArgumentError("images must have a batch dimension, got a scalar")
     most_dims("images", "pixel dimensions", images.dim() - 1)
     _written("images", images)
-    shaped = [("origin", origin), ("gradient", gradient)]
     if (grid is None) != (levels is None):
         raise ArgumentError(
             f"grid and levels must be given together, got grid={type(grid).__name__} and "
             f"levels={levels!r}"
         )
-    if grid is not None:
-        shaped.append(("grid", grid))
-    for name, value in shaped:
-        tensor(name, value, (images.dtype,))
-        shape(name, value, tuple(images.shape), "images")
-        device(name, value, "images", images)
+    for name, value in (("origin", origin), ("gradient", gradient), ("grid", grid)):
+        if value is not None or name != "grid":
+            _like_images(name, value, images, images.dtype)
     tensor("active", active, (torch.int32,))
     shape("active", active, (images.shape[0],), "images")
     device("active", active, "images", images)
-    number("gamma", gamma, above=0)
+
+
+def _like_images(name: str, value: object, images: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a value is a tensor of the dtype with the images' shape and device."""
+    tensor(name, value, (dtype,))
+    assert isinstance(value, Tensor)
+    shape(name, value, tuple(images.shape), "images")
+    device(name, value, "images", images)
+
+
+def _of_each_image(
+    name: str,
+    value: float | Tensor,
+    images: Tensor,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    infinite: bool = False,
+) -> Tensor:
+    """A number of each image, (N,) float64; raise unless each is within its limits.
+
+    Values on a GPU are not read, which would wait for it.
+    """
+    given = [value]
+    if isinstance(value, Tensor):
+        tensor(name, value, (torch.float64,))
+        shape(name, value, (images.shape[0],), "images")
+        device(name, value, "images", images)
+        given = value.tolist() if at_hand(value) and not torch.compiler.is_compiling() else []
+    for one in given:
+        number(name, one, above=above, at_least=at_least, infinite=infinite)
+        if at_most is not None and one > at_most:
+            raise ArgumentError(f"{name} must be at most {at_most:g}, got {one}")
+    if isinstance(value, Tensor):
+        return value.detach().contiguous()
+    return torch.full((len(images),), value, dtype=torch.float64, device=images.device)
+
+
+def _step_bounds(lower: float | None, upper: float | None) -> tuple[float, float]:
+    """The valid range, infinite where None; raise unless it is one."""
     low = -math.inf if lower is None else lower
     high = math.inf if upper is None else upper
-    ball = math.inf if epsilon is None else epsilon
     number("lower", low, infinite=True)
     number("upper", high, infinite=True)
-    number("epsilon", ball, above=0, infinite=True)
     if not low < high:
         raise ArgumentError(f"lower must be below upper, got {low} and {high}")
-    if grid is not None:
-        _written("grid", grid)
-        for name, value in (("images", images), ("origin", origin), ("gradient", gradient)):
-            if not torch.compiler.is_compiling() and images.numel() and share(grid, value):
-                raise ArgumentError(f"grid must have memory of its own, got that of {name}")
-        level_count("levels", levels, MOST_LEVELS)
-        if not math.isfinite(high - low):
-            raise ArgumentError(f"lower and upper must be finite with levels, got {low} and {high}")
-    return float(low), float(high), float(ball)
+    return float(low), float(high)
+
+
+def _check_grid(grid: Tensor, levels: object, low: float, high: float) -> None:
+    """Raise unless what is shown can be written, at so many levels between the bounds."""
+    _written("grid", grid)
+    level_count("levels", levels, MOST_LEVELS)
+    if not math.isfinite(high - low):
+        raise ArgumentError(f"lower and upper must be finite with levels, got {low} and {high}")
+
+
+def _apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
+    """Raise if a tensor that is written is known to have memory in common with another."""
+    for other_name, other in others.items():
+        if not torch.compiler.is_compiling() and value.numel() and share(value, other):
+            raise ArgumentError(f"{name} must have memory of its own, got that of {other_name}")
 
 
 def _written(name: str, value: Tensor) -> None:

@@ -393,6 +393,104 @@ def linf_step_(
     return norms
 
 
+def pgd_step_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    norm: str,
+    alpha: float | Tensor,  # (N,)
+    epsilon: float | Tensor | None,  # (N,)
+    lower: float | None,
+    upper: float | None,
+    momentum: Tensor | None = None,  # (N, *)
+    decay: float = 0.0,
+    previous: Tensor | None = None,  # (N, *)
+    share: float | Tensor | None = None,  # (N,)
+    grid: Tensor | None = None,  # (N, *)
+    levels: int | None = None,
+) -> Tensor:
+    """What `dagcore.ops.pgd_step_` computes, image by image. Same arguments, results and errors."""
+    alphas, epsilons, shares, low, high = checks.pgd_arguments(
+        images,
+        origin,
+        gradient,
+        active,
+        norm,
+        alpha,
+        epsilon,
+        lower,
+        upper,
+        momentum,
+        decay,
+        previous,
+        share,
+        grid,
+        levels,
+    )
+    real = norm_dtype(images)
+    moved = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for n in range(len(images) if images.numel() else 0):
+        x, x0, d = (t[n].detach().to(real) for t in (images, origin, gradient))
+        length, ball = float(alphas[n]), float(epsilons[n])
+        if not (active[n] > 0 and d.isfinite().all()):
+            continue
+
+        def project(x: Tensor, x0: Tensor = x0, ball: float = ball) -> Tensor:
+            if norm == "linf":
+                radius = _representable(ball, real)
+                x = torch.where(x < x0 - radius, x0 - radius, x)
+                x = torch.where(x > x0 + radius, x0 + radius, x)
+            elif (distance := _norm(x - x0, 2)) > ball:
+                x = x0 + (x - x0) * (ball / distance)
+            x = torch.where(x < _representable(low, real), _representable(low, real), x)
+            return torch.where(x > _representable(high, real), _representable(high, real), x)
+
+        if momentum is not None:
+            inverse = 0.0
+            if bool(d.any()):
+                inverse = _quotient(1.0, _norm(d, 1), real)
+                if not 0 < inverse < math.inf:
+                    continue
+            d = momentum[n].detach() * decay + d * inverse
+        if not bool(d.any()):
+            continue
+        size = 1.0 if norm == "linf" else _norm(d, 2)
+        scale = _quotient(length, size, real)
+        if not 0 < scale < math.inf:
+            continue
+        if norm == "linf":
+            z = torch.where(d > 0, x + scale, torch.where(d < 0, x - scale, x))
+        else:
+            z = x + d * scale
+        z = project(z)
+        if previous is not None and shares is not None:
+            part = shares[n].to(real)
+            z = project(x + part * (z - x) + (1 - part) * (x - previous[n].detach().to(real)))
+            previous.detach()[n] = x.to(images.dtype)
+        if momentum is not None:
+            momentum.detach()[n] = d
+        images.detach()[n] = z.to(images.dtype)
+        moved[n] = True
+        if grid is not None and levels is not None:
+            image = images.detach()[n : n + 1], origin.detach()[n : n + 1]
+            grid.detach()[n : n + 1] = on_levels(*image, levels, low, high, ball, norm)
+    return moved
+
+
+def _norm(values: Tensor, order: int) -> float:
+    """The L1 or L2 norm, summed up in float64."""
+    magnitudes = values.double().abs()
+    return float(magnitudes.sum()) if order == 1 else math.sqrt(float(magnitudes.square().sum()))
+
+
+def _quotient(one: float, other: float, dtype: torch.dtype) -> float:
+    """A quotient as `dtype` holds it: infinite where it is too large or undefined."""
+    exact = torch.tensor(one, dtype=torch.float64) / torch.tensor(other, dtype=torch.float64)
+    return float(exact.to(dtype))
+
+
 def on_levels(
     images: Tensor,  # (N, *)
     origin: Tensor,  # (N, *)
@@ -400,13 +498,34 @@ def on_levels(
     lower: float,
     upper: float,
     epsilon: float,
+    norm: str = "linf",
 ) -> Tensor:
-    """Each pixel at the nearest level, of those within epsilon of the origin's level."""
+    """Each pixel at a level, so that images stay within epsilon of the levels of their origin.
+
+    In L-infinity at the nearest level that is. In L2 at the nearest one too, or, where images would
+    leave the ball, farther inward: see `dagcore.levels.shown`.
+    """
     real = norm_dtype(images)
     last, width = levels - 1, upper - lower
 
     def nearest(values: Tensor) -> Tensor:
         return ((values.to(real) - lower) * (last / width)).round()
+
+    if norm == "l2":
+        middle = nearest(origin).clamp(0, last)
+        away = (images.to(real) - lower) * (last / width) - middle
+        away = torch.where(away.isnan(), last, away).clamp(-middle, last - middle)
+        shown = away.clone()
+        most = epsilon * last / width * (1 + 1e-6)
+        for n in range(len(images)):
+            for sixteenths in range(8, 17):
+                whole = away[n].trunc()
+                more = (away[n] - whole).abs() > sixteenths / 16
+                shown[n] = whole + more * away[n].sign()
+                if float(shown[n].double().square().sum()) <= most * most:
+                    break
+        level = middle + shown
+        return (level * width / level.new_tensor(last) + lower).to(images.dtype)
 
     level = nearest(images)
     if math.isfinite(epsilon):

@@ -28,6 +28,7 @@ TESTS = (
     "test_argmax_bilinear.py",
     "test_linf_step.py",
     "test_loss_seed.py",
+    "test_pgd_step.py",
     "test_settle.py",
     "test_cuda_on_host.py",
     "test_registration.py",

@@ -33,7 +33,7 @@ from support import (
 from torch import Tensor
 
 from dagcore import ops, reference
-from dagcore.checks import LOSSES
+from dagcore.checks import LOSSES, NORMS
 
 PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own, unchecked
 ON_HOST = pytest.mark.usefixtures("cpu_or_cuda_on_host")
@@ -186,6 +186,40 @@ def step_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[st
     return *tensors, active, settings
 
 
+@st.composite
+def pgd_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `pgd_step_`: those of `linf_step_`, and what else this step can have."""
+    images, origin, gradient, active, step = draw(step_cases())
+    given = {"images": images, "origin": origin, "gradient": gradient, "active": active}
+    given |= {name: step[name] for name in ("lower", "upper", "grid", "levels") if name in step}
+    given["norm"] = draw(st.sampled_from(NORMS))
+    rng, shape = generator(draw(SEEDS)), images.shape
+    layouts = st.sampled_from(("contiguous", "gaps"))
+
+    def each(name: str, values: tuple[float | None, ...]) -> None:
+        one = st.sampled_from(values)
+        if draw(st.booleans()):
+            given[name] = draw(one)
+        else:
+            drawn = [INF if value is None else value for value in (draw(one) for _ in images)]
+            given[name] = torch.tensor(drawn, dtype=torch.float64)
+
+    def written(scale: float, dtype: torch.dtype) -> Tensor:
+        values = (torch.randn(shape, generator=rng, dtype=torch.float64) * scale).to(dtype)
+        return lay_out(values, draw(layouts)) if values.numel() else values
+
+    each("alpha", (0.5 / 255, 1, 3e-5, 1e30, 5e-324, 1e300))
+    each("epsilon", (None, INF, 0.01, 2, 1e-30, 1e300))
+    if draw(st.booleans()):
+        real = torch.float64 if images.dtype == torch.float64 else torch.float32
+        given["momentum"] = written(draw(st.sampled_from((0, 1e-3, 1))), real)
+        given["decay"] = draw(st.sampled_from((0, 0.0, 0.9, 1)))
+    if draw(st.booleans()):
+        given["previous"] = written(0.5, images.dtype)
+        each("share", (0, 0.75, 1, 1.0))
+    return given
+
+
 def result_or_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call returns, or its TypeError or ValueError; any other exception goes through."""
     try:
@@ -204,7 +238,7 @@ SEED_NAMES = ("scores", "labels", "adversarial_labels", "goal", "ignore_index", 
 SEED_NAMES += ("margin", "loss", "blend", "q", "kappa", "class_weights")
 SIZE_NAMES = ("scores", "size", "align_corners")
 STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper", "epsilon")
-STEP_NAMES += ("grid", "levels")
+STEP_NAMES += ("grid", "levels", "norm", "alpha", "momentum", "decay", "previous", "share")
 
 
 @ON_HOST
@@ -302,16 +336,46 @@ def test_linf_step(case: Any) -> None:
     assert torch.equal(bits(gradient), before[1]), "gradient was written to"
 
 
+@ON_HOST
+@FUZZ
+@given(pgd_cases())
+def test_pgd_step(given: Any) -> None:
+    """The same bits where no norm is summed up; elsewhere a norm may differ in its last place."""
+    expected, before = {k: copied(v) for k, v in given.items()}, {}
+    for name in ("images", "momentum", "previous", "grid", "origin", "gradient"):
+        if name in given:
+            before[name] = bits(given[name])
+    wanted = reference.pgd_step_(**expected)
+    moved = ops.pgd_step_(**given)
+    assert torch.equal(moved, wanted)
+    for name, old in before.items():
+        stays = torch.ones_like(moved) if name in ("origin", "gradient") else ~moved
+        assert torch.equal(bits(given[name])[stays], old[stays]), f"{name} was written to"
+    exact = given["norm"] == "linf" and "momentum" not in given
+    for name in ("images", "momentum", "previous", "grid"):
+        if name in given and exact:
+            assert same_bits(given[name], expected[name])
+        elif name in given and name != "grid":  # which may be shown a level beside
+            rtol = 1e-5 if given[name].element_size() > 2 else 1e-2
+            close = {"rtol": rtol, "atol": rtol, "equal_nan": True}
+            torch.testing.assert_close(given[name], expected[name], **close)
+
+
 # --- arguments that are none
 
 
 def valid_arguments(op: str) -> dict[str, Any]:
-    if op == "linf_step_":
+    if op in ("linf_step_", "pgd_step_"):
         images, origin, gradient = torch.rand(3, 2, 3, 4, generator=generator(0)).unbind(0)
         active = torch.ones(2, dtype=torch.int32)
-        limits = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.1}
         tensors = {"images": images, "origin": origin, "gradient": gradient, "active": active}
-        return tensors | limits | {"grid": gradient.clone(), "levels": 256}
+        limits = {"lower": 0.0, "upper": 1.0, "epsilon": 0.1}
+        tensors |= {"grid": gradient.clone(), "levels": 256}
+        if op == "linf_step_":
+            return tensors | limits | {"gamma": 0.01}
+        step = {"norm": "l2", "alpha": torch.ones(2, dtype=torch.float64) / 9, "decay": 0.9}
+        step |= {"momentum": images.clone(), "previous": images.clone(), "share": 0.75}
+        return tensors | limits | step
     scores, labels, adversarial = random_case((2, 3, 4, 5), 0)
     if op == "argmax_bilinear":
         return {"scores": scores, "size": (3, 7), "align_corners": False}
@@ -365,7 +429,7 @@ def assert_same_answer(op: str, given: dict[str, Any]) -> None:
     got = result_or_error(getattr(ops, op), **mine)
     expected = result_or_error(getattr(reference, op), **theirs)
     if isinstance(expected, Exception) or isinstance(got, Exception):
-        names = STEP_NAMES if op == "linf_step_" else (*SEED_NAMES, *SIZE_NAMES)
+        names = STEP_NAMES if op.endswith("step_") else (*SEED_NAMES, *SIZE_NAMES)
         assert_same_error(got, expected, names)
         return
     assert same(got, expected)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import dagcore
 from dagcore import ops, reference
-from dagcore.ops import native
+from dagcore.ops import fallback, native
 
 PACKAGE = Path(dagcore.__file__).parent
-PUBLIC = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed")
+PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own
 STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
 
 
@@ -112,6 +112,28 @@ def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
     arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1, None, 0)
     results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.cuda_on_host
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+def test_opcheck_pgd_step(device: torch.device, layout: str, dtype: torch.dtype, norm: str) -> None:
+    images, origin, gradient, active = step_case(device, dtype)
+    one = torch.ones(2, dtype=torch.float64, device=device)
+    momentum = torch.zeros_like(images, dtype=fallback.real(images))
+    previous, grid = images.clone(), images.clone()
+    for rest in (
+        (None, 0.0, None, None, None, 0),
+        (momentum, 0.9, None, None, grid, 256),
+        (None, 0.0, previous, one, None, 0),
+        (momentum, 0.9, previous, one, grid, 256),
+    ):
+        step = lay_out(images, layout), origin, gradient, active, norm, one * 0.01, one * 0.05
+        results = torch.library.opcheck(
+            torch.ops.dagcore.pgd_step_.default, (*step, 0.0, 1.0, *rest)
+        )
+        assert set(results.values()) == {"SUCCESS"}
 
 
 # --- torch.compile and CUDA graphs
@@ -221,6 +243,53 @@ def test_compiled_step_writes_to_its_argument(device: torch.device) -> None:
     assert not same_bits(images, origin)
 
 
+def pgd_steps(
+    images: Tensor, origin: Tensor, gradient: Tensor, active: Tensor, alpha: Tensor
+) -> list[Tensor]:
+    """Two steps with all that a step can have, in either norm: what they return and write."""
+    written = []
+    for norm in ("linf", "l2"):
+        moved, momentum, previous, grid = (images.clone() for _ in range(4))
+        settings = {"norm": norm, "epsilon": 0.05, "lower": 0.0, "upper": 1.0, "levels": 256}
+        settings |= {"momentum": momentum, "decay": 0.9, "previous": previous, "grid": grid}
+        for share in (1.0, 0.75):
+            written.append(
+                ops.pgd_step_(
+                    moved, origin, gradient, active, alpha=alpha * 2, share=share, **settings
+                )
+            )
+        written += [moved, momentum, previous, grid]
+    return written
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_pgd_step_compiled_in_one_graph_equals_eager(device: torch.device, backend: str) -> None:
+    arguments = (*step_case(device), torch.tensor([0.01, 0.02], device=device).double())
+    expected = pgd_steps(*arguments)
+    assert expected[0].tolist() == [True, False]
+    compiled = torch.compile(pgd_steps, fullgraph=True, backend=backend)
+    for got, wanted in zip(compiled(*arguments), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_compiled_pgd_step_writes_to_its_arguments(device: torch.device) -> None:
+    def step(images: Tensor, origin: Tensor, gradient: Tensor, active: Tensor, momentum: Tensor):
+        settings = {"norm": "l2", "alpha": 0.1, "epsilon": None, "lower": 0.0, "upper": None}
+        return ops.pgd_step_(
+            images, origin, gradient, active, momentum=momentum, decay=1.0, **settings
+        )
+
+    images, *others = step_case(device)
+    momentum, expected = torch.zeros_like(images), [images.clone(), torch.zeros_like(images)]
+    moved = step(expected[0], *others, expected[1])
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(images, *others, momentum)
+    assert torch.equal(got, moved)
+    assert same_bits(images, expected[0])
+    assert same_bits(momentum, expected[1])
+    assert not same_bits(images, others[0])
+
+
 def test_compiled_with_dynamic_shapes(device: torch.device) -> None:
     def seed(scores: Tensor, labels: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         return ops.dag_seed(scores, labels, adversarial)
@@ -266,6 +335,25 @@ def test_cuda_graph(cuda: torch.device) -> None:
     graph.replay()
     torch.cuda.synchronize()
     for got, wanted in zip(outputs, one_iteration(*arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_pgd_step_cuda_graph(cuda: torch.device) -> None:
+    arguments = (*step_case(cuda), torch.tensor([0.01, 0.02], device=cuda).double())
+    expected = [t.clone() for t in pgd_steps(*arguments)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pgd_steps(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = pgd_steps(*arguments)
+    for t in outputs:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(got, wanted)
 
 

@@ -22,10 +22,19 @@ __all__ = [
     "dag_seed_bilinear",
     "linf_step_",
     "loss_seed",
+    "pgd_step_",
     "step_scale",
 ]
 
-OPS = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed", "settle_")
+OPS = (
+    "argmax_bilinear",
+    "dag_seed",
+    "dag_seed_bilinear",
+    "linf_step_",
+    "loss_seed",
+    "pgd_step_",
+    "settle_",
+)
 
 _library: Any = torch.library.Library("dagcore", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -52,6 +61,12 @@ _library.define(
     "linf_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, float gamma, "
     "float lower, float upper, float epsilon, Tensor(b!)? grid, int levels) "
     "-> (Tensor norms, Tensor moved)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "pgd_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, str norm, "
+    "Tensor alpha, Tensor epsilon, float lower, float upper, Tensor(b!)? momentum, float decay, "
+    "Tensor(c!)? previous, Tensor? share, Tensor(d!)? grid, int levels) -> Tensor moved",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -158,6 +173,29 @@ def _step_fake(
     _check_one_device(images, origin, gradient, active, *(() if grid is None else (grid,)))
     norms = images.new_empty(images.shape[:1], dtype=fallback.real(images))
     return norms, torch.empty_like(norms, dtype=torch.bool)
+
+
+@_fake("pgd_step_")
+def _pgd_fake(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    norm: str,
+    alpha: Tensor,
+    epsilon: Tensor,
+    lower: float,
+    upper: float,
+    momentum: Tensor | None,
+    decay: float,
+    previous: Tensor | None,
+    share: Tensor | None,
+    grid: Tensor | None,
+    levels: int,
+) -> Tensor:
+    given = (t for t in (momentum, previous, share, grid) if t is not None)
+    _check_one_device(images, origin, gradient, active, alpha, epsilon, *given)
+    return images.new_empty(images.shape[:1], dtype=torch.bool)
 
 
 @_fake("settle_")
@@ -453,10 +491,121 @@ def linf_step_(
         None if grid is None else grid.detach(),
         levels or 0,
     )
-    for written in (images, grid):
-        if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
-            torch.autograd.graph.increment_version(written)  # the write went past autograd
+    _mark_written(images, grid)
     return norms
+
+
+def pgd_step_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    norm: str,
+    alpha: float | Tensor,  # (N,)
+    epsilon: float | Tensor | None,  # (N,)
+    lower: float | None,
+    upper: float | None,
+    momentum: Tensor | None = None,  # (N, *)
+    decay: float = 0.0,
+    previous: Tensor | None = None,  # (N, *)
+    share: float | Tensor | None = None,  # (N,)
+    grid: Tensor | None = None,  # (N, *)
+    levels: int | None = None,
+) -> Tensor:
+    """Take one step of PGD, momentum PGD or APGD in place, each image of a batch on its own.
+
+    The direction d is the gradient g or, with momentum m, what m <- decay m + g / ||g||_1 becomes
+    (MI-FGSM; Dong et al., CVPR 2018). The image x then goes to
+
+    - v = x + alpha sign(d) for the norm "linf", v = x + alpha d / ||d||_2 for "l2";
+    - z = P(v), where P projects into the ball of radius epsilon around the origin, then clips to
+      [lower, upper]. In L2, o + r with ||r||_2 > epsilon becomes o + r epsilon / ||r||_2, o being
+      the origin;
+    - with `previous`, P(x + share (z - x) + (1 - share) (x - previous)) in place of z, and
+      previous <- x (APGD; Croce and Hein, ICML 2020: share is 0.75, and 1 in the first step).
+
+    An image is not stepped if `active` <= 0, its gradient has a NaN or an infinity, its direction
+    is zero everywhere, or the norm that a direction is divided by has no finite inverse. Then
+    nothing of it is written to. 16-bit images are stepped in float32 and rounded once. Norms are
+    summed up in float64, in an order that no number of threads changes.
+
+    With `levels`, the images are the shadow that steps accumulate in, and `grid` gets what they
+    look like at so many levels evenly from `lower` to `upper`, within `epsilon` of the level of the
+    origin: in L-infinity each pixel at the nearest level that is; in L2 at one of the two levels
+    around it, the nearer one unless the image would then leave the ball. See
+    `dagcore.levels.shown`.
+
+    Args:
+        images: (N, *) float16, bfloat16, float32 or float64, any strides; written in place.
+        origin: like `images`: the clean images.
+        gradient: like `images`: of the loss that is to grow.
+        active: (N,) int32, above 0 for the images to step.
+        norm: "linf" or "l2".
+        alpha: step length above 0, in the units of `images`; a number or, for a length of each
+            image, (N,) float64.
+        epsilon: radius of the ball around `origin`, likewise; None or infinity for none.
+        lower, upper: the valid range, None for no bound.
+        momentum: like `images`, but float32 where those have 16 bits; written in place, zero at
+            first. None for none.
+        decay: what momentum is multiplied by, at least 0.
+        previous: like `images`: where the images were a step ago; written in place. At first the
+            images themselves.
+        share: of the new step, from 0 to 1, a number or (N,) float64; with `previous` only.
+        grid: like `images`; written in place where an image is stepped. With `levels` only.
+        levels: number of levels, 256 for 8-bit images; None for no grid.
+
+    Returns:
+        moved: (N,) bool, which images were stepped.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value. On CUDA and inside torch.compile the values of
+            alpha, epsilon and share are not read: there an image with a wrong one is not stepped.
+    """
+    lengths, balls, parts, low, high = checks.pgd_arguments(
+        images,
+        origin,
+        gradient,
+        active,
+        norm,
+        alpha,
+        epsilon,
+        lower,
+        upper,
+        momentum,
+        decay,
+        previous,
+        share,
+        grid,
+        levels,
+    )
+    moved: Tensor = torch.ops.dagcore.pgd_step_(
+        images.detach(),
+        origin.detach(),
+        gradient.detach(),
+        active,
+        norm,
+        lengths,
+        balls,
+        low,
+        high,
+        None if momentum is None else momentum.detach(),
+        float(decay),
+        None if previous is None else previous.detach(),
+        parts,
+        None if grid is None else grid.detach(),
+        levels or 0,
+    )
+    _mark_written(images, momentum, previous, grid)
+    return moved
+
+
+def _mark_written(*tensors: Tensor | None) -> None:
+    """Tell autograd of writes that went past it."""
+    for written in tensors:
+        if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
+            torch.autograd.graph.increment_version(written)
 
 
 def settle_(

@@ -271,6 +271,78 @@ def linf_step_(
     return norms, scale.flatten() > 0
 
 
+def pgd_step_(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    active: Tensor,
+    norm: str,
+    alpha: Tensor,
+    epsilon: Tensor,
+    lower: float,
+    upper: float,
+    momentum: Tensor | None,
+    decay: float,
+    previous: Tensor | None,
+    share: Tensor | None,
+    grid: Tensor | None,
+    levels: int,
+) -> Tensor:
+    """See `dagcore.ops.pgd_step_`."""
+    checks.choice("norm", norm, checks.NORMS)
+    dtype = real(images)
+    if images.numel() == 0:
+        return images.new_zeros(len(images), dtype=torch.bool)
+    x, x0, d = (t.detach().to(dtype) for t in (images, origin, gradient))
+
+    def each(numbers: Tensor) -> Tensor:  # (N,)
+        return numbers.reshape(-1, *[1] * (x.dim() - 1)).to(dtype)
+
+    def size(values: Tensor, order: int) -> Tensor:  # (N,), float64
+        flat = values.double().reshape(len(values), -1)
+        norms: Tensor = torch.linalg.vector_norm(flat, order, dim=1)
+        return norms
+
+    def inverse(of: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+        """of / by, and where that is finite and above 0."""
+        quotient = (of / by).to(dtype)
+        return quotient, (quotient > 0) & (quotient < math.inf)
+
+    def project(values: Tensor) -> Tensor:
+        if norm == "linf":
+            ball = each(epsilon)
+            return values.clamp(x0 - ball, x0 + ball).clamp(lower, upper)
+        length = size(values - x0, 2)
+        inside = x0 + each(epsilon / length) * (values - x0)
+        return torch.where(each(length) > each(epsilon), inside, values).clamp(lower, upper)
+
+    moved = (active > 0) & (epsilon > 0)
+    if share is not None:
+        moved = moved & (share >= 0) & (share <= 1)
+    if momentum is not None:
+        length = size(d, 1)
+        scale, usable = inverse(torch.ones_like(length), length)
+        moved = moved & (usable | (length == 0))
+        d = decay * momentum + torch.where(each(length) == 0, 0, each(scale) * d)
+    moved = moved & gradient.isfinite().reshape(len(d), -1).all(1)
+    moved = moved & (d != 0).reshape(len(d), -1).any(1)
+    lengths, usable = inverse(alpha, size(d, 2) if norm == "l2" else torch.ones_like(alpha))
+    moved = moved & usable
+    z = x + each(lengths) * (d if norm == "l2" else d.sign())
+    z = project(z)
+    if previous is not None and share is not None:
+        part = each(share)
+        z = project(x + part * (z - x) + (1 - part) * (x - previous.to(dtype)))
+    mask = moved.reshape(-1, *[1] * (x.dim() - 1))
+    for written, values in ((momentum, d), (previous, x), (images, z)):
+        if written is not None:
+            written.copy_(torch.where(mask, values, written.to(values.dtype)))
+    if grid is not None:
+        image = shown(images.to(dtype), x0, (lower, upper), levels, epsilon, norm)
+        grid.copy_(torch.where(mask, image, grid.to(dtype)))
+    return moved
+
+
 def settle_(
     running: Tensor,
     may_move: Tensor,
