@@ -3,10 +3,12 @@
     python -m pytest benchmarks/bench_ops.py [--device cuda] [--save ops-cpu]
 
 The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
-linf_step_ is `clone` of the images. loss_seed stands beside the same loss by autograd, in the
-fastest PyTorch, and loss_seed_bilinear beside that and interpolate. What a margin or levels cost is
-timed against the native side alone, in rows of their own. Ratios above 1 mean that the other side
-is slower than the native one.
+The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
+linf_step_ and pgd_step_ is `clone` of the images. loss_seed stands beside the same loss by
+autograd, in the fastest PyTorch, loss_seed_bilinear beside that and interpolate, pgd_step_ beside
+the same step for the whole batch in PyTorch. What a margin or levels cost is timed against the
+native side alone, in rows of their own. Ratios above 1 mean that the other side is slower than the
+native one.
 """
 
 from __future__ import annotations
@@ -357,3 +359,73 @@ def test_linf_step(
     sides: dict[str, Callable[[], object]] = {"native": step(dagcore.ops), "on levels": on_levels}
     case = f"8x3x512x512 {name_of(dtype)} {'ball' if epsilon else 'no ball'}, alone"
     rows.add("linf_step_", case, alternate(sides, 31, device=rows.device))
+
+
+def plain_step(
+    images: torch.Tensor,
+    origin: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    norm: str,
+    alpha: float,
+    epsilon: float,
+    momentum: torch.Tensor | None = None,
+    decay: float = 0.0,
+    previous: torch.Tensor | None = None,
+    share: float = 1.0,
+) -> None:
+    """The step of pgd_step_ as attacks write it in PyTorch: for the whole batch, unchecked."""
+
+    def size(values: torch.Tensor, order: int) -> torch.Tensor:
+        return torch.linalg.vector_norm(values, order, dim=(1, 2, 3), keepdim=True)
+
+    def project(values: torch.Tensor) -> torch.Tensor:
+        r = values - origin
+        if norm == "linf":
+            r = r.clamp(-epsilon, epsilon)
+        else:
+            r = r * (epsilon / size(r, 2).clamp(min=1e-12)).clamp(max=1)
+        return (origin + r).clamp(0, 1)
+
+    if momentum is not None:
+        momentum.mul_(decay).add_(gradient / size(gradient, 1))
+        gradient = momentum
+    z = project(
+        images + alpha * (gradient.sign() if norm == "linf" else gradient / size(gradient, 2))
+    )
+    if previous is not None:
+        z = project(images + share * (z - images) + (1 - share) * (images - previous))
+        previous.copy_(images)
+    images.copy_(z)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", ["PGD", "momentum", "APGD"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_pgd_step(
+    benchmark: BenchmarkFixture, rows: Rows, count: int, kind: str, norm: str
+) -> None:
+    """The floor is `clone` of the images."""
+    generator = torch.Generator().manual_seed(0)
+    shape, active = (count, 3, 512, 512), torch.ones(count, dtype=torch.int32, device=rows.device)
+    origin = torch.randint(0, 256, shape, generator=generator).to(rows.device) / 255
+    gradient = torch.randn(shape, generator=generator).to(rows.device)
+    length = 2 / 255 if norm == "linf" else 0.5
+    settings: dict[str, object] = {"norm": norm, "alpha": length, "epsilon": 4 * length}
+
+    def side(step: Callable[..., object], **more: object) -> Callable[[], object]:
+        images, given = origin.clone(), settings | more
+        if kind == "momentum":
+            given |= {"momentum": torch.zeros_like(origin), "decay": 0.75}
+        if kind == "APGD":
+            given |= {"previous": origin.clone(), "share": 0.75}
+        return lambda: step(images, origin, gradient, **given)
+
+    bounds = {"active": active, "lower": 0.0, "upper": 1.0}
+    native = side(dagcore.ops.pgd_step_, **bounds)
+    case = f"{kind} {norm} {'x'.join(map(str, shape))}"
+    others = {"PyTorch": side(plain_step), "floor": lambda: origin.clone()}
+    compare(benchmark, rows, "pgd_step_", case, native, others)
+    on_levels = side(dagcore.ops.pgd_step_, **bounds, grid=origin.clone(), levels=256)
+    times = alternate({"native": native, "on levels": on_levels}, 31, device=rows.device)
+    rows.add("pgd_step_", f"{case}, alone", times)

@@ -8,7 +8,8 @@
 //   z = the projection of v
 //   y = x + share (z - x) + (1 - share) (x - previous), of APGD, which is projected too
 //
-// A projection in L2 needs the norm of what it projects, so that a step is up to five passes.
+// A projection in L2 needs the norm of what it projects, so that a step is up to five
+// passes, and two more where what is shown of it must lie in an L2 ball.
 #pragma once
 
 #include <limits>
@@ -63,7 +64,7 @@ struct PgdStep {
     }
     if (which == kDirectionSum) {
       if (l2) length = static_cast<Real>(alpha / std::sqrt(sum));
-      return l2 ? is_positive(length) : is_positive(sum);
+      return is_positive(length) && is_positive(sum);
     }
     const double norm = std::sqrt(sum);
     const Real shrunk = norm > epsilon ? static_cast<Real>(epsilon / norm) : Real{1};
@@ -78,7 +79,7 @@ struct PgdStep {
   template <bool kL2>
   DAGCORE_INLINE Real move(Real image, Real direction) const {  // v
     if (kL2) return image + product(length, direction);
-    return image + (direction > 0 ? length : direction < 0 ? -length : Real{0});
+    return direction > 0 ? image + length : direction < 0 ? image - length : image;
   }
   template <bool kL2>
   DAGCORE_INLINE Real project(Real value, Real origin, Real shrunk) const {
@@ -142,7 +143,7 @@ struct PgdArgs : StepArgs<kPgdOperands> {
              Real{1},
              l2,
              momentum != nullptr};
-    return is_active(n) && is_positive(step->length) && step->epsilon > 0 && part >= 0 && part <= 1;
+    return is_active(n) && is_positive(step->alpha) && step->epsilon > 0 && part >= 0 && part <= 1;
   }
 
   DAGCORE_INLINE double radius(int64_t n) const {  // of the ball, in levels

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dagcore import ops
 from dagcore.checks import LOSSES
+from dagcore.ops import fallback
 
 CASES = [
     pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"]),
@@ -71,18 +72,26 @@ def results(
             ops.linf_step_(moved, origin, gradient, counts, **settings, grid=shown, levels=levels)
         )
         exact += [moved] if shown is None else [moved, shown]
-    for norm, levels in itertools.product(("linf", "l2"), (None, 256)):
-        given = [images.clone(), origin, gradient, counts]
-        written = {
-            "momentum": torch.zeros_like(images, dtype=torch.promote_types(dtype, torch.float32)),
-            "previous": origin.clone(),
+    for norm, with_momentum, with_levels in itertools.product(("linf", "l2"), (0, 1), (0, 1)):
+        moved, *others = (images.clone() for _ in range(3))
+        settings = {
+            "norm": norm,
+            "alpha": 0.02 if norm == "linf" else 0.5,
+            "lower": 0.0,
+            "upper": 1.0,
         }
-        if levels:
-            written |= {"grid": torch.zeros_like(images)}
-        settings = {"norm": norm, "alpha": 0.02, "epsilon": 0.03, "lower": 0.0, "upper": 1.0}
-        settings |= {"decay": 0.9, "share": 0.75, "levels": levels}
-        exact.append(ops.pgd_step_(*given, **settings, **written))
-        near += [given[0], written["previous"]]
+        settings |= {
+            "epsilon": 0.03 if norm == "linf" else 0.9,
+            "previous": others[0],
+            "share": 0.75,
+        }
+        if with_momentum:
+            others.append(torch.zeros_like(images, dtype=fallback.real(images)))
+            settings |= {"momentum": others[-1], "decay": 0.9}
+        if with_levels:
+            settings |= {"grid": others[1], "levels": 256}
+        exact.append(ops.pgd_step_(moved, origin, gradient, counts, **settings))
+        (near if norm == "l2" or with_momentum else exact).extend([moved, *others])
     count = 70  # more images than a block of settle_ has threads
     flags = torch.rand(5, count, generator=rng) < 0.6
     numbers = torch.randint(0, 4, (3, count), generator=rng)

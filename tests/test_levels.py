@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, bits, generator, lay_out, same_bits
+from support import DTYPES, INF, LAYOUTS, bits, generator, lay_out, same_bits
 from torch import Tensor, nn
 
 from dagcore import (
@@ -25,7 +25,7 @@ from dagcore import (
     victims,
 )
 from dagcore.engine.scores import aligned
-from dagcore.levels import nearest, radius, value
+from dagcore.levels import nearest, radius, shown, value
 from dagcore.ops import fallback
 from dagcore.perturbation import round_to_8_bits, round_to_levels
 
@@ -105,6 +105,36 @@ def test_a_ball_is_rounded_inward() -> None:
             assert radius(epsilon, (0.0, 1.0), 256) == k
             assert radius(2 * epsilon, (-1.0, 1.0), 256) == k
     assert radius(float("inf"), (0.0, 1.0), 256) == float("inf")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_shown_within_a_ball_of_each_image(bounds: tuple[float, float], norm: str) -> None:
+    """The nearest levels where the ball has room for them, and elsewhere most of the ball."""
+    width = bounds[1] - bounds[0]
+    origin = value(photographs(4).double(), bounds, 256)
+    away = torch.randn(origin.shape, generator=generator(0), dtype=torch.float64) * 3 * width / 255
+    values = (origin + away).clamp(*bounds)
+
+    def size(change: Tensor) -> Tensor:
+        flat = change.flatten(1)
+        return flat.norm(dim=1) if norm == "l2" else flat.abs().amax(1)
+
+    balls = size(values - origin) * torch.tensor([2.0, 1.0, 0.99, INF], dtype=torch.float64)
+    values = torch.where(
+        balls[:, None, None, None] < INF, origin + (values - origin) * 0.99, values
+    )
+    found = shown(values, origin, bounds, 256, balls, norm)
+    level = nearest(found, bounds, 256)
+    assert torch.equal(value(level, bounds, 256), found)
+    assert torch.equal(level[[0, 3]], nearest(values, bounds, 256)[[0, 3]])
+    moved = size(found - origin)
+    assert bool((moved <= balls * (1 + 1e-6)).all())
+    assert bool((moved[1:3] > 0.8 * balls[1:3]).all())
+    for n, ball in enumerate(balls.tolist()):
+        alone = values[n : n + 1], origin[n : n + 1]
+        assert torch.equal(shown(*alone, bounds, 256, ball, norm)[0], found[n])
+        assert torch.equal(reference.on_levels(*alone, 256, *bounds, ball, norm)[0], found[n])
 
 
 # --- the step

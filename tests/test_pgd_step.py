@@ -186,16 +186,17 @@ def test_ragged_sizes(kernels: torch.device, dtype: torch.dtype, norm: str) -> N
         assert_steps_alike(case(shape, k, dtype, kind, kernels))
 
 
+@pytest.mark.cuda_on_host(False)  # 66,000 blocks of fibers; linf_step_ has them
 def test_more_images_than_a_grid_has_rows(device: torch.device) -> None:
     """CUDA's grids have at most 65,535 blocks in every direction but the first."""
-    given = case((66_000, 3), 0, torch.float32, ("linf", False, False, True), device)
+    given = case((66_000, 3), 0, torch.float32, device=device)
     right = copied(given)
     moved = ops.pgd_step_(**given)
     last = slice(65_000, None)
     per_image = ("active", "alpha", "epsilon")
     rows = {k: right[k][last] for k in (*tensors_of(right), *per_image)}
     assert torch.equal(moved[last], reference.pgd_step_(**right | rows))
-    assert_close(given["images"][last], right["images"][last], exact=False)
+    assert same_bits(given["images"][last], right["images"][last])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -350,8 +350,7 @@ def pgd_step_(
         inside = x0 + each(epsilon / length) * (values - x0)
         return torch.where(each(length) > each(epsilon), inside, values).clamp(lower, upper)
 
-    lengths, moved = inverse(alpha, torch.ones_like(alpha))
-    moved = moved & (active > 0) & (epsilon > 0)
+    moved = (active > 0) & (epsilon > 0)
     if share is not None:
         moved = moved & (share >= 0) & (share <= 1)
     if momentum is not None:
@@ -359,14 +358,11 @@ def pgd_step_(
         scale, usable = inverse(torch.ones_like(length), length)
         moved = moved & (usable | (length == 0))
         d = decay * momentum + torch.where(each(length) == 0, 0, each(scale) * d)
-    if norm == "l2":
-        lengths, usable = inverse(alpha, size(d, 2))
-        z = x + each(lengths) * d
-    else:
-        usable = (d != 0).reshape(len(d), -1).any(1)
-        usable = usable & gradient.isfinite().reshape(len(d), -1).all(1)
-        z = x + each(lengths) * d.sign()
+    moved = moved & gradient.isfinite().reshape(len(d), -1).all(1)
+    moved = moved & (d != 0).reshape(len(d), -1).any(1)
+    lengths, usable = inverse(alpha, size(d, 2) if norm == "l2" else torch.ones_like(alpha))
     moved = moved & usable
+    z = x + each(lengths) * (d if norm == "l2" else d.sign())
     z = project(z)
     if previous is not None and share is not None:
         part = each(share)

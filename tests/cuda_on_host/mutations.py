@@ -20,10 +20,10 @@ WORK = ROOT / "build" / "mutations"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=no", "-p", "no:cacheprovider")
 # In every order of threads; what only the rest of the op tests see, in random order.
 WORDS = "on-host and (test_kernels or several_at_once or ops_count_negative)"
-QUICK_FILES = ("cuda_on_host", "dag_seed", "linf_step", "seed_ops")
+QUICK_FILES = ("cuda_on_host", "dag_seed", "linf_step", "pgd_step", "seed_ops")
 QUICK = (*(f"tests/test_{name}.py" for name in QUICK_FILES), "-k", WORDS, "--every-order")
-OPS = ("seed_ops", "dag_seed", "dag_seed_bilinear", "argmax_bilinear", "linf_step", "levels")
-OPS += ("loss_seed", "loss_seed_bilinear")
+OPS = ("seed_ops", "dag_seed", "dag_seed_bilinear", "argmax_bilinear", "linf_step", "pgd_step")
+OPS += ("levels", "loss_seed", "loss_seed_bilinear")
 THOROUGH = (*(f"tests/test_{name}.py" for name in OPS), "-k", "on-host")
 
 
@@ -39,7 +39,7 @@ class Mutation(NamedTuple):
 DAG, BILINEAR, STEP = "cuda/dag_seed.cu", "cuda/dag_seed_bilinear.cu", "cuda/linf_step.cu"
 LOSS, LOSS_BILINEAR = "cuda/losses.cuh", "cuda/loss_seed_bilinear.cu"
 CELLS, TARGETS, STRIDED = "cuda/bilinear.cuh", "cuda/targets.cuh", "strided.h"
-PIXELS = "cuda/pixels.cuh"
+PGD, PIXELS, SUMS = "cuda/pgd_step.cu", "cuda/pixels.cuh", "cuda/sums.cuh"
 BARRIER = "  __syncthreads();\n"
 ROW_OF_SEED = "  for (int row = warp; row < rows; row += kRows / 32) {\n    const Verdict"
 
@@ -59,6 +59,18 @@ MUTATIONS = (
         "no barrier before the next tile", DAG, f"  {BARRIER}  }}\n\n  Count", "  }\n\n  Count"
     ),
     Mutation("no barrier before the seed", DAG, BARRIER + ROW_OF_SEED, ROW_OF_SEED),
+    Mutation(
+        "no barrier before the next sum of a block",
+        SUMS,
+        "values[0];\n  __syncthreads();",
+        "values[0];",
+    ),
+    Mutation(
+        "no barrier before half a block is summed",
+        SUMS,
+        "[threadIdx.x] = value;\n  __syncthreads();",
+        "[threadIdx.x] = value;",
+    ),
     # boundaries
     Mutation(
         "a target too many", DAG, "(first < args.walk.count())", "(first <= args.walk.count())"
@@ -89,6 +101,12 @@ MUTATIONS = (
         "c + kUnroll <= classes",
         "c + kUnroll < classes",
         equivalent="the loop over what is left takes the classes one by one",
+    ),
+    Mutation(
+        "not the last part of a sum",
+        PGD,
+        "i < parts.blocks.per_image",
+        "i + 1 < parts.blocks.per_image",
     ),
     # guards
     Mutation(
@@ -128,7 +146,14 @@ MUTATIONS = (
         "",
         equivalent="a lane without a pixel has weights of 0 and adds nothing",
     ),
+    Mutation(
+        "images that have not moved are shown",
+        PGD,
+        "  if (!args.moved[share.n]) return;\n  const Real threshold",
+        "  const Real threshold",
+    ),
     # strides
+    Mutation("parts of another sum", PGD, "(sum * images + n)", "n"),
     Mutation(
         "every tile is the first",
         DAG,
@@ -160,7 +185,15 @@ MUTATIONS = (
     Mutation("sum of half a warp", BILINEAR, "offset = 16", "offset = 8"),
     Mutation("count of the first warp", TARGETS, "threadIdx.x % 32 != 0", "threadIdx.x != 0"),
     Mutation("not the last corner", BILINEAR, "if (lane < 8 &&", "if (lane < 7 &&"),
+    Mutation("sum of half a block", SUMS, "half = kThreads / 2", "half = kThreads / 4"),
+    Mutation("squares of half a warp", PGD, "by = 16", "by = 8"),
     # atomics
+    Mutation(
+        "plain squares",
+        PGD,
+        "atomicAdd(squares + share.n * kThresholds + k, sums[k])",
+        "squares[share.n * kThresholds + k] += sums[k]",
+    ),
     Mutation("plain count", TARGETS, "atomicAdd(image, active)", "*image += active"),
     Mutation(
         "plain flag", TARGETS, "atomicOr(image, kOutOfRangeFlag)", "*image |= kOutOfRangeFlag"
@@ -227,6 +260,12 @@ MUTATIONS = (
         "dense: right corners of the last column lost",
         LOSS_BILINEAR,
         "if (!right) total[0] += total[1], total[2] += total[3];",
+        "",
+    ),
+    Mutation(
+        "packs of momentum that are not aligned",
+        PGD,
+        "aligned(args.momentum, V * sizeof(RealOf<T>)) &&",
         "",
     ),
     # limits
