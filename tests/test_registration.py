@@ -21,7 +21,14 @@ from dagcore import ops, reference
 from dagcore.ops import native
 
 PACKAGE = Path(dagcore.__file__).parent
-PUBLIC = ("argmax_bilinear", "dag_seed", "dag_seed_bilinear", "linf_step_", "loss_seed")
+PUBLIC = (
+    "argmax_bilinear",
+    "dag_seed",
+    "dag_seed_bilinear",
+    "linf_prox_",
+    "linf_step_",
+    "loss_seed",
+)
 STEP = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "epsilon": 0.05}
 
 
@@ -111,6 +118,34 @@ def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
     active = torch.ones(2, dtype=torch.int32, device=device)
     arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1, None, 0)
     results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def prox_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    images, origin, gradient, active = step_case(device, dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    metric = torch.ones_like(images, dtype=exact)
+    alpha = torch.full((2,), 0.01, dtype=torch.float64, device=device)
+    return images, origin, gradient, metric, active, alpha
+
+
+@pytest.mark.cuda_on_host
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype) -> None:
+    images, *others = prox_case(device, dtype)
+    for bounds in ((0.0, 1.0), (-math.inf, math.inf)):
+        arguments = (lay_out(images, layout), *others, 1.0, *bounds)
+        results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.cuda_on_host
+def test_opcheck_linf_prox_of_nothing(device: torch.device) -> None:
+    _, _, _, _, active, alpha = prox_case(device)
+    empty = [torch.zeros(2, 3, 0, device=device) for _ in range(4)]
+    arguments = (*empty, active, alpha, 1.0, 0.0, 1.0)
+    results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -219,6 +254,20 @@ def test_compiled_step_writes_to_its_argument(device: torch.device) -> None:
     assert same_bits(got, norms)
     assert same_bits(images, expected)
     assert not same_bits(images, origin)
+
+
+def test_compiled_proximal_step_writes_to_its_argument(device: torch.device) -> None:
+    def step(*tensors: Tensor) -> Tensor:
+        *pixels, alpha = tensors
+        return ops.linf_prox_(*pixels, alpha=alpha, lower=0.0, upper=1.0)
+
+    images, *others = prox_case(device)
+    expected, before = images.clone(), images.clone()
+    moved = step(expected, *others)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(images, *others)
+    assert torch.equal(got, moved)
+    assert same_bits(images, expected)
+    assert not same_bits(images, before)
 
 
 def test_compiled_with_dynamic_shapes(device: torch.device) -> None:
