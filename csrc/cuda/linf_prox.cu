@@ -10,7 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kBlocks = 2048;           // over all images; every image has a block at least
 constexpr int64_t kMostBlocks = 256;        // of an image: one block adds up their sums
-constexpr int kParts = kThreads / kDigits;  // of a tile, each for the threads of all digits
 
 __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
   atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(bits));
