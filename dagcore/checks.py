@@ -551,6 +551,44 @@ def _apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
             raise ArgumentError(f"{name} must have memory of its own, got that of {other_name}")
 
 
+def prox_arguments(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    metric: Tensor,
+    active: Tensor,
+    alpha: Tensor,
+    weight: float,
+    lower: float | None,
+    upper: float | None,
+) -> tuple[float, float]:
+    """Check the arguments of `linf_prox_`; return (lower, upper), infinite where None."""
+    tensor("images", images, FLOAT_DTYPES)
+    if images.dim() < 1:
+        raise ArgumentError("images must have a batch dimension, got a scalar")
+    most_dims("images", "pixel dimensions", images.dim() - 1)
+    _written("images", images)
+    exact = torch.promote_types(images.dtype, torch.float32)
+    for name, value, dtype, expected in (
+        ("origin", origin, images.dtype, tuple(images.shape)),
+        ("gradient", gradient, images.dtype, tuple(images.shape)),
+        ("metric", metric, exact, tuple(images.shape)),
+        ("active", active, torch.int32, (images.shape[0],)),
+        ("alpha", alpha, torch.float64, (images.shape[0],)),
+    ):
+        tensor(name, value, (dtype,))
+        shape(name, value, expected, "images")
+        device(name, value, "images", images)
+    number("weight", weight, at_least=0)
+    low = -math.inf if lower is None else lower
+    high = math.inf if upper is None else upper
+    number("lower", low, infinite=True)
+    number("upper", high, infinite=True)
+    if not low < high:
+        raise ArgumentError(f"lower must be below upper, got {low} and {high}")
+    return float(low), float(high)
+
+
 def _written(name: str, value: Tensor) -> None:
     """Raise unless a tensor can be written in place."""
     if value.numel() and overlaps(value):

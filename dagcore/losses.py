@@ -254,6 +254,10 @@ class LossObjective:
         counted = self._counted(num_classes, labels, adversarial)
         return counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
 
+    def begin(self, labels: Tensor) -> State:
+        """No state of its own."""
+        return {}
+
     def _counted(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
         counted = labels.long() != self.ignore_index  # a uint8 would be compared modulo 256
         if isinstance(adversarial, Tensor) and not 0 <= self.ignore_index < num_classes:
@@ -435,6 +439,10 @@ class DAGObjective:
             if self.goal == "leave":
                 counted = counted & (adversarial != labels)
         return counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
+
+    def begin(self, labels: Tensor) -> State:
+        """No state of its own."""
+        return {}
 
     def seed(
         self,

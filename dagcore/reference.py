@@ -533,6 +533,53 @@ def _quotient(one: float, other: float, dtype: torch.dtype) -> float:
     return float(exact.to(dtype))
 
 
+def linf_prox_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    metric: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    alpha: Tensor,  # (N,)
+    weight: float = 1.0,
+    lower: float | None,
+    upper: float | None,
+) -> Tensor:
+    """What `dagcore.ops.linf_prox_` computes. Same arguments, results and errors."""
+    limits = checks.prox_arguments(
+        images, origin, gradient, metric, active, alpha, weight, lower, upper
+    )
+    real = norm_dtype(images)
+    low, high = (_representable(limit, real) for limit in limits)
+    moved = torch.zeros_like(active, dtype=torch.bool)
+    for n in range(len(images) if images.numel() else 0):
+        x, x0, g = (t[n].detach().to(real) for t in (images, origin, gradient))
+        h = metric[n].detach()
+        d = x - x0 + alpha[n].to(real) * g / h
+        if active[n] <= 0 or not d.isfinite().all() or not d.any():
+            continue
+        inside = torch.minimum(torch.maximum(d, low - x0), high - x0)
+        t = _largest_left(inside.flatten(), d.flatten(), h.flatten(), weight * float(alpha[n]))
+        moved[n] = True
+        images.detach()[n] = (x0 + inside.clamp(-t, t)).clamp(low, high)
+    return moved
+
+
+def _largest_left(inside: Tensor, d: Tensor, h: Tensor, excess: float) -> float:
+    """The t of the proximity operator, by the pieces between one |inside| and the next, in order.
+
+    The sum of H (|d| - t) over the pixels above t falls with t, along a line in each piece; where
+    the bounds have cut a pixel off it falls at once.
+    """
+    size, order = inside.abs().double().sort(descending=True)
+    d, h = d.abs().double()[order], h.double()[order]
+    lines = (h * d).cumsum(0) - excess
+    t = lines / h.cumsum(0)
+    ends = torch.cat([size[1:], size.new_zeros(1)])
+    piece = int((t >= ends).nonzero()[0]) if bool((t >= ends).any()) else len(t) - 1
+    return max(min(float(t[piece]), float(size[piece])), 0.0)
+
+
 def on_levels(
     images: Tensor,  # (N, *)
     origin: Tensor,  # (N, *)

@@ -92,6 +92,14 @@ def results(
             settings |= {"grid": others[1], "levels": 256}
         exact.append(ops.pgd_step_(moved, origin, gradient, counts, **settings))
         (near if norm == "l2" or with_momentum else exact).extend([moved, *others])
+    alpha = torch.tensor([0.05, 0.05, 0.01], dtype=torch.float64, device=device)
+    metric = 0.1 + gradient.abs().to(torch.promote_types(dtype, torch.float32))
+    for weight in (0.0, 30.0):
+        moved, settings = images.clone(), {"weight": weight, "lower": 0.0, "upper": 1.0}
+        exact.append(
+            ops.linf_prox_(moved, origin, gradient, metric, counts, alpha=alpha, **settings)
+        )
+        (near if weight else exact).append(moved)
     count = 70  # more images than a block of settle_ has threads
     flags = torch.rand(5, count, generator=rng) < 0.6
     numbers = torch.randint(0, 4, (3, count), generator=rng)

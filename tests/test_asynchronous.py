@@ -33,6 +33,7 @@ from dagcore import (
     APGD,
     DAG,
     PGD,
+    ALMAProx,
     Part,
     Result,
     Sample,
@@ -160,7 +161,10 @@ class Case(NamedTuple):
     sizes: list[tuple[int, int]]
     attack: str
 
-    def build(self) -> DAG | PGD | APGD:
+    def build(self) -> DAG | PGD | APGD | ALMAProx:
+        if self.attack == "alma":
+            share = 1 - self.tolerance
+            return ALMAProx(steps=self.max_iter + 1, alpha=0.02, decay=0.5, share=share)
         own: dict[str, Any] = {"tolerance": self.tolerance, "levels": self.levels}
         if self.attack == "dag":
             return DAG(gamma=0.02, max_iter=self.max_iter, **own)
@@ -186,7 +190,7 @@ CASES = st.builds(
     levels=st.sampled_from([None, 256]),
     refuses=st.booleans(),
     sizes=st.sampled_from([[SIZE], [SIZE, SIZE, (4, 10)]]),
-    attack=st.sampled_from(["dag", "dag", "pgd", "segpgd", "apgd"]),
+    attack=st.sampled_from(["dag", "dag", "pgd", "segpgd", "apgd", "alma"]),
 )
 
 

@@ -136,6 +136,34 @@ def test_opcheck_pgd_step(device: torch.device, layout: str, dtype: torch.dtype,
         assert set(results.values()) == {"SUCCESS"}
 
 
+def prox_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    images, origin, gradient, active = step_case(device, dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    metric = torch.ones_like(images, dtype=exact)
+    alpha = torch.full((2,), 0.01, dtype=torch.float64, device=device)
+    return images, origin, gradient, metric, active, alpha
+
+
+@pytest.mark.cuda_on_host
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype) -> None:
+    images, *others = prox_case(device, dtype)
+    for bounds in ((0.0, 1.0), (-math.inf, math.inf)):
+        arguments = (lay_out(images, layout), *others, 1.0, *bounds)
+        results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.cuda_on_host
+def test_opcheck_linf_prox_of_nothing(device: torch.device) -> None:
+    _, _, _, _, active, alpha = prox_case(device)
+    empty = [torch.zeros(2, 3, 0, device=device) for _ in range(4)]
+    arguments = (*empty, active, alpha, 1.0, 0.0, 1.0)
+    results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
 # --- torch.compile and CUDA graphs
 
 
@@ -288,6 +316,20 @@ def test_compiled_pgd_step_writes_to_its_arguments(device: torch.device) -> None
     assert same_bits(images, expected[0])
     assert same_bits(momentum, expected[1])
     assert not same_bits(images, others[0])
+
+
+def test_compiled_proximal_step_writes_to_its_argument(device: torch.device) -> None:
+    def step(*tensors: Tensor) -> Tensor:
+        *pixels, alpha = tensors
+        return ops.linf_prox_(*pixels, alpha=alpha, lower=0.0, upper=1.0)
+
+    images, *others = prox_case(device)
+    expected, before = images.clone(), images.clone()
+    moved = step(expected, *others)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(images, *others)
+    assert torch.equal(got, moved)
+    assert same_bits(images, expected)
+    assert not same_bits(images, before)
 
 
 def test_compiled_with_dynamic_shapes(device: torch.device) -> None:

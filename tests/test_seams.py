@@ -28,6 +28,9 @@ class CrossEntropy:
     def count(self, num_classes, labels, adversarial):
         return (labels != 255).flatten(1).sum(1)
 
+    def begin(self, labels):
+        return {}
+
     def seed(self, scores, labels, adversarial, *, align_corners, state):
         with torch.enable_grad():
             leaf = scores.detach().requires_grad_()

@@ -1,5 +1,6 @@
 """The attacks, as users call them."""
 
+from .alma import ALMAProx
 from .apgd import APGD
 from .base import Attack
 from .dag import DAG
@@ -12,6 +13,7 @@ __all__ = [
     "APGD",
     "DAG",
     "PGD",
+    "ALMAProx",
     "Attack",
     "BallAttack",
     "CosPGD",

@@ -51,6 +51,8 @@ class Attack(abc.ABC):
     """Runs of an image, each from a random point of its own, whose best is returned."""
     random_start = False
     """Whether an image's random points have to be seeded."""
+    alone: bool = False
+    """Whether it is for one image and one network only, neither joint nor universal."""
     backend: str = "native"
     """What runs it: only "native" streams."""
 
@@ -391,6 +393,15 @@ def check_sample(
         )
     except (ArgumentTypeError, ArgumentError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def check_shared(attack: Attack) -> None:
+    """Raise where an attack cannot make one perturbation for several networks or images."""
+    if attack.alone:
+        raise ArgumentError(
+            "attack must be for several networks or images at a time, as DAG or PGD are, "
+            f"got {type(attack).__name__}"
+        )
 
 
 def check_boxes(model: object, boxes: Any, images: Tensor) -> None:

@@ -13,7 +13,7 @@ from .. import checks
 from ..engine.networks import Targets
 from ..engine.stream import Sample, StreamCallback
 from ..errors import ArgumentError, ArgumentTypeError
-from .base import Attack, Callback, run_batch, run_stream
+from .base import Attack, Callback, check_shared, run_batch, run_stream
 from .dag import DAG
 from .result import Result
 
@@ -118,6 +118,7 @@ def joint_stream(
 
 def _attacks(attack: Attack, parts: Sequence[Part]) -> list[Attack]:
     """The attack with each network's goal."""
+    check_shared(attack)
     if not isinstance(parts, Sequence):
         raise ArgumentTypeError(
             f"parts must be a sequence of dagcore.Part, got {type(parts).__name__}"

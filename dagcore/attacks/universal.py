@@ -22,7 +22,7 @@ from ..labels import assign
 from ..ops.fallback import CONVERGED
 from ..perturbation import fit, perceptibility, round_to_levels, value_range
 from .apgd import APGD
-from .base import Attack, Callback, check_sample, held
+from .base import Attack, Callback, check_sample, check_shared, held
 from .original import original_of
 from .result import Result, gather
 from .steps import ProjectedStep
@@ -67,6 +67,7 @@ def universal_perturbation(
     Raises:
         TypeError, ValueError: the argument, what was required and what came.
     """
+    check_shared(attack)
     checks.integer("batch_size", batch_size, at_least=1)
     checks.generator(generator)
     checks.callback(callback)

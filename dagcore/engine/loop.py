@@ -65,6 +65,9 @@ class Objective(Protocol):
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
         """Number of targets that count, (N,) int64; labels out of range are not looked for."""
 
+    def begin(self, labels: Tensor) -> State:
+        """State of its own for the targets of new images (N, *T), by names that no part uses."""
+
     def seed(
         self,
         scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) below the labels' size
@@ -76,8 +79,9 @@ class Objective(Protocol):
     ) -> Seed:
         """What to seed, without a synchronisation.
 
-        `state` has the images' rows, such as "updates"; what the objective writes there, the step
-        can read.
+        `state` has the images' rows, such as "updates", those of `begin`, and the number of
+        "targets" that count and of those that are "allowed" to be active; what the objective
+        writes there, it finds again. Without rows of its own it is asked for active targets alone.
         """
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
@@ -98,7 +102,8 @@ class Step(Protocol):
 
         Called after every evaluation, so that a step can keep what has been best. Where
         `seen.gradient` is None, no image is going. A row "best" is what an attack gives back in
-        place of "x", a row "best_active" how many targets are active there.
+        place of "x", a row "best_active" how many targets are active there, and a row "done" says
+        which images are done, in place of `seen.done`.
 
         Returns:
             (N,) bool: which of the going images took the step; the others are as they were.
@@ -336,6 +341,10 @@ class Slots:
         if seen.loss is not None:
             _note(state, seen.loss)
         moved = self.step.move(state, seen, going)
+        wanted, done = seen.wanted, seen.done
+        if "done" in state:
+            done = state["done"]
+            wanted = wanted & ~done
         self.counts = ops.settle_(
             state["running"],
             may_move,
@@ -344,9 +353,9 @@ class Slots:
             state["status"],
             state["history"],
             seen.active,
-            seen.wanted,
+            wanted,
             moved,
-            seen.done,
+            done,
             self.schedule.max_iter,
             self.schedule.patience,
         )

@@ -53,6 +53,8 @@ class Network:
             opened.state["boxes"] = boxes.new_zeros((capacity, *boxes.shape))
         for name, dtype in (("targets", torch.int64), ("allowed", torch.int32)):
             opened.state[name] = torch.zeros(capacity, dtype=dtype, device=labels.device)
+        for name, rows in self.objective.begin(labels.new_empty((0, *labels.shape))).items():
+            opened.state[name] = rows.new_zeros((capacity, *rows.shape[1:]))
         return opened
 
     def admit(self, taken: slice, targets: Targets) -> None:
@@ -60,6 +62,8 @@ class Network:
         self.state["labels"][taken] = targets.labels
         if targets.boxes is not None:
             self.state["boxes"][taken] = targets.boxes.detach()
+        for name, rows in self.objective.begin(targets.labels).items():
+            self.state[name][taken] = rows
         self.undrawn.append((taken, targets.assign))
         self.known = targets.known
         if self.num_classes is not None:
@@ -114,7 +118,7 @@ class Network:
             labels,
             own.get("adversarial", self.kept),
             align_corners=self.model.align_corners,
-            state=state,
+            state={**state, **own},
         )
         wanted = active > own["allowed"]
         if "provisional" in state:

@@ -20,6 +20,7 @@ __all__ = [
     "argmax_bilinear",
     "dag_seed",
     "dag_seed_bilinear",
+    "linf_prox_",
     "linf_step_",
     "loss_seed",
     "loss_seed_bilinear",
@@ -31,6 +32,7 @@ OPS = (
     "argmax_bilinear",
     "dag_seed",
     "dag_seed_bilinear",
+    "linf_prox_",
     "linf_step_",
     "loss_seed",
     "loss_seed_bilinear",
@@ -75,6 +77,11 @@ _library.define(
     "pgd_step_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor active, str norm, "
     "Tensor alpha, Tensor epsilon, float lower, float upper, Tensor(b!)? momentum, float decay, "
     "Tensor(c!)? previous, Tensor? share, Tensor(d!)? grid, int levels) -> Tensor moved",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "linf_prox_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor metric, Tensor active, "
+    "Tensor alpha, float weight, float lower, float upper) -> Tensor moved",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -223,6 +230,22 @@ def _pgd_fake(
     given = (t for t in (momentum, previous, share, grid) if t is not None)
     _check_one_device(images, origin, gradient, active, alpha, epsilon, *given)
     return images.new_empty(images.shape[:1], dtype=torch.bool)
+
+
+@_fake("linf_prox_")
+def _prox_fake(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    metric: Tensor,
+    active: Tensor,
+    alpha: Tensor,
+    weight: float,
+    lower: float,
+    upper: float,
+) -> Tensor:
+    _check_one_device(images, origin, gradient, metric, active, alpha)
+    return torch.empty_like(active, dtype=torch.bool)
 
 
 @_fake("settle_")
@@ -732,6 +755,67 @@ def _mark_written(*tensors: Tensor | None) -> None:
     for written in tensors:
         if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
             torch.autograd.graph.increment_version(written)
+
+
+def linf_prox_(
+    images: Tensor,  # (N, *)
+    origin: Tensor,  # (N, *)
+    gradient: Tensor,  # (N, *)
+    metric: Tensor,  # (N, *)
+    active: Tensor,  # (N,)
+    *,
+    alpha: Tensor,  # (N,)
+    weight: float = 1.0,
+    lower: float | None,
+    upper: float | None,
+) -> Tensor:
+    """Take one proximal step in place: X <- X_0 + p, the norm of the perturbation p made smaller.
+
+    With d = X - X_0 + alpha g / H, p minimises alpha weight ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2
+    where lower <= X_0 + p <= upper: it is d within the bounds, no larger than a t >= 0 for which
+
+        sum H_i (|d_i| - t) over the i whose |d_i| within the bounds is above t  =  alpha weight,
+
+    or at which that sum falls past alpha weight; t is 0 where it never is as large. It is found to
+    2^-24 (float64: 2^-48) of the largest |d_i|, of sums in float64. 16-bit images are stepped in
+    float32 and rounded once.
+
+    Images with `active` <= 0 are not touched, and neither are images whose d is 0 or not finite.
+
+    Args:
+        images: (N, *) float16, bfloat16, float32 or float64, any strides, within the bounds;
+            written in place.
+        origin: like `images`: the clean images, within the bounds.
+        gradient: like `images`: g, which the images are moved along.
+        metric: (N, *) float32, or float64 for float64 images: H, above 0.
+        active: (N,) int32, number of active targets of each image.
+        alpha: (N,) float64, step lengths, at least 0.
+        weight: of the norm, at least 0.
+        lower, upper: the valid range, None for no bound.
+
+    Returns:
+        (N,) bool, which images took the step.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+    """
+    low, high = checks.prox_arguments(
+        images, origin, gradient, metric, active, alpha, weight, lower, upper
+    )
+    moved: Tensor = torch.ops.dagcore.linf_prox_(
+        images.detach(),
+        origin.detach(),
+        gradient.detach(),
+        metric.detach(),
+        active,
+        alpha.detach(),
+        float(weight),
+        low,
+        high,
+    )
+    _mark_written(images)
+    return moved
 
 
 def settle_(

@@ -377,6 +377,36 @@ def pgd_step_(
     return moved
 
 
+def linf_prox_(
+    images: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    metric: Tensor,
+    active: Tensor,
+    alpha: Tensor,
+    weight: float,
+    lower: float,
+    upper: float,
+) -> Tensor:
+    """See `dagcore.ops.linf_prox_`."""
+    dtype = real(images)
+    if images.numel() == 0:
+        return torch.zeros_like(active, dtype=torch.bool)
+    x, x0, g = (t.detach().to(dtype).reshape(len(images), -1) for t in (images, origin, gradient))
+    h = metric.detach().reshape(x.shape)
+    d = x - x0 + alpha.to(dtype)[:, None] * g / h
+    inside = d.clamp(lower - x0, upper - x0)
+    moved = (active > 0) & d.isfinite().all(1) & (d != 0).any(1)
+    # Were the k largest above t, it would be the excess of their sum over that of H.
+    size, order = inside.abs().double().sort(1, descending=True)
+    h = h.double().gather(1, order)
+    sums = (h * d.abs().double().gather(1, order)).cumsum(1) - weight * alpha[:, None]
+    t = torch.minimum(size, sums / h.cumsum(1)).amax(1, keepdim=True).clamp(min=0).to(dtype)
+    stepped = (x0 + inside.clamp(-t, t)).clamp(lower, upper)
+    images.detach().copy_(torch.where(moved[:, None], stepped, x).view(images.shape))
+    return moved
+
+
 def settle_(
     running: Tensor,
     may_move: Tensor,

@@ -20,10 +20,10 @@ WORK = ROOT / "build" / "mutations"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=no", "-p", "no:cacheprovider")
 # In every order of threads; what only the rest of the op tests see, in random order.
 WORDS = "on-host and (test_kernels or several_at_once or ops_count_negative)"
-QUICK_FILES = ("cuda_on_host", "dag_seed", "linf_step", "pgd_step", "seed_ops")
+QUICK_FILES = ("cuda_on_host", "dag_seed", "linf_prox", "linf_step", "pgd_step", "seed_ops")
 QUICK = (*(f"tests/test_{name}.py" for name in QUICK_FILES), "-k", WORDS, "--every-order")
 OPS = ("seed_ops", "dag_seed", "dag_seed_bilinear", "argmax_bilinear", "linf_step", "pgd_step")
-OPS += ("levels", "loss_seed", "loss_seed_bilinear")
+OPS += ("levels", "linf_prox", "loss_seed", "loss_seed_bilinear")
 THOROUGH = (*(f"tests/test_{name}.py" for name in OPS), "-k", "on-host")
 
 

@@ -1,0 +1,208 @@
+// The part of linf_prox_ that is the same on every device: checks, one pixel, the search for t.
+//
+// The excess, the sum of H (|d| - t) over the pixels whose |p| is above t, falls with t. |p| is
+// made an integer key, linear from 0 to the largest. t is found digit by digit of its key: each
+// pass sums H and H |d| of the pixels that share all digits so far, apart for each next digit.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "checks.h"
+#include "strided.h"
+
+namespace dagcore {
+
+enum ProxOperand { kProxImages, kProxOrigin, kProxGradient, kProxMetric, kProxOperands };
+
+constexpr int kDigitBits = 6;
+constexpr int kDigits = 1 << kDigitBits;  // values of a digit
+template <typename Real>
+constexpr int kPasses = sizeof(Real) == 8 ? 8 : 4;  // digits of a key
+template <typename Real>
+using KeyOf = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+
+// images, origin, gradient (N, *) of one dtype; metric (N, *) float32, or float64 as the images;
+// active (N,) int32; alpha (N,) float64. Returns which images have moved, (N,) bool, none so far.
+inline Tensor check_prox(const Tensor& images, const Tensor& origin, const Tensor& gradient,
+                         const Tensor& metric, const Tensor& active, const Tensor& alpha) {
+  STD_TORCH_CHECK(images.dim() >= 1, "images must have a batch dimension, got ", shape(images));
+  const bool wide = images.scalar_type() == ScalarType::Double;
+  const auto check_pixels = [&](const char* name, const Tensor& tensor, ScalarType type) {
+    check_same_device(name, tensor, "images", images);
+    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must have the dtype of images",
+                    name[0] == 'm' ? ", or float32 for 16 bits" : "");
+    STD_TORCH_CHECK(tensor.sizes() == images.sizes(), name, " must have the shape of images ",
+                    shape(images), ", got ", shape(tensor));
+  };
+  check_pixels("origin", origin, images.scalar_type());
+  check_pixels("gradient", gradient, images.scalar_type());
+  check_pixels("metric", metric, wide ? ScalarType::Double : ScalarType::Float);
+  const auto check_row = [&](const char* name, const Tensor& tensor, ScalarType type) {
+    check_same_device(name, tensor, "images", images);
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == type && tensor.dim() == 1 && tensor.size(0) == images.size(0), name,
+        " must be ", type == ScalarType::Int ? "int32" : "float64", " of shape (", images.size(0),
+        "), got ", shape(tensor));
+  };
+  check_row("active", active, ScalarType::Int);
+  check_row("alpha", alpha, ScalarType::Double);
+  for (int64_t d = 0; images.numel() > 0 && d < images.dim(); ++d) {
+    STD_TORCH_CHECK(images.size(d) <= 1 || images.stride(d) != 0,
+                    "images must not be an expanded tensor: it is written in place");
+  }
+  return torch::stable::new_zeros(images, {images.size(0)}, ScalarType::Bool);
+}
+
+// A pixel of d = x - x_0 + alpha g / H: as it is, and within the bounds.
+template <typename Real>
+struct Perturbed {
+  Real free, inside;
+};
+
+// What the kernels work on; the walk is over the pixels of one image.
+struct ProxArgs {
+  void* images;
+  const void *origin, *gradient, *metric;
+  const int32_t* active;
+  int64_t active_stride;
+  const double* alpha;
+  int64_t alpha_stride;
+  bool* moved;
+  double weight, lower, upper;
+  Walk<kProxOperands> walk;
+
+  ProxArgs(const Tensor& images, const Tensor& origin, const Tensor& gradient, const Tensor& metric,
+           const Tensor& active, const Tensor& alpha, const Tensor& moved, double weight,
+           double lower, double upper)
+      : images(images.mutable_data_ptr()),
+        origin(origin.const_data_ptr()),
+        gradient(gradient.const_data_ptr()),
+        metric(metric.const_data_ptr()),
+        active(static_cast<const int32_t*>(active.const_data_ptr())),
+        active_stride(active.stride(0)),
+        alpha(static_cast<const double*>(alpha.const_data_ptr())),
+        alpha_stride(alpha.stride(0)),
+        moved(static_cast<bool*>(moved.mutable_data_ptr())),
+        weight(weight),
+        lower(lower),
+        upper(upper),
+        walk({images, origin, gradient, metric}) {}
+
+  DAGCORE_INLINE bool is_active(int64_t n) const { return active[n * active_stride] > 0; }
+  DAGCORE_INLINE double step_length(int64_t n) const { return alpha[n * alpha_stride]; }
+
+  // The pixel that lies at these places; `length` is the image's step length.
+  template <typename T, typename Real>
+  DAGCORE_INLINE Perturbed<Real> perturbed(const int64_t (&at)[kProxOperands], Real length) const {
+    const Real x = Pixel<T>::load(static_cast<const T*>(images)[at[kProxImages]]);
+    const Real origin = start<T>(at);
+    const Real r = Pixel<T>::load(static_cast<const T*>(gradient)[at[kProxGradient]]);
+    const Real free = x - origin + product(length, r) / metric_at<Real>(at);
+    return {free, clip(free, static_cast<Real>(lower) - origin, static_cast<Real>(upper) - origin)};
+  }
+  template <typename Real>
+  DAGCORE_INLINE Real metric_at(const int64_t (&at)[kProxOperands]) const {
+    return static_cast<const Real*>(metric)[at[kProxMetric]];
+  }
+  // Writes x_0 + p where p is the pixel of d, at most t.
+  template <typename T, typename Real>
+  DAGCORE_INLINE void put(const int64_t (&at)[kProxOperands], Perturbed<Real> d, Real t) const {
+    const Real moved = start<T>(at) + clip(d.inside, -t, t);
+    static_cast<T*>(images)[at[kProxImages]] =
+        Pixel<T>::store(clip(moved, static_cast<Real>(lower), static_cast<Real>(upper)));
+  }
+
+ private:
+  template <typename T>
+  DAGCORE_INLINE RealOf<T> start(const int64_t (&at)[kProxOperands]) const {
+    return Pixel<T>::load(static_cast<const T*>(origin)[at[kProxOrigin]]);
+  }
+};
+
+// Sums over pixels.
+struct Excess {
+  double mass, moment;  // of H, and of H |d|
+};
+
+// What is known of an image's t; zero at first.
+struct Search {
+  uint64_t farthest, largest;  // bits of the largest |d|, and of that within the bounds
+  Excess above;                // of the pixels whose first digits are above those of t
+  int64_t prefix;              // first digits of t
+  double t;
+  int64_t found;  // whether t is there
+
+  // Whether the image can be moved.
+  template <typename Real>
+  DAGCORE_INLINE bool usable() const {
+    const Real most = as_real<Real>(farthest);
+    return most > 0 && most - most == 0;
+  }
+  // Of keys; infinite where all |p| are too small for one.
+  template <typename Real>
+  DAGCORE_INLINE Real scale() const {
+    return last_key<Real>() / as_real<Real>(largest);
+  }
+  template <typename Real>
+  DAGCORE_INLINE static KeyOf<Real> key(Real size, Real scale) {
+    const Real scaled = size * scale;
+    return static_cast<KeyOf<Real>>(scaled < last_key<Real>() ? scaled : last_key<Real>());
+  }
+  // The next digit of a pixel's key; -1 where those before are not t's.
+  template <typename Real>
+  DAGCORE_INLINE int digit(KeyOf<Real> key, int pass) const {
+    const int below = kDigitBits * (kPasses<Real> - 1 - pass);
+    return key >> below >> kDigitBits == prefix ? static_cast<int>(key >> below & (kDigits - 1))
+                                                : -1;
+  }
+
+  // Settles the next digit, from the sums over the pixels that have each of its values.
+  template <typename Real>
+  DAGCORE_INLINE void narrow(int pass, const Excess* sums, double wanted) {
+    const double limit = scale<Real>();
+    if (found) return;
+    if (pass == 0 && !(wanted > 0 && limit < std::numeric_limits<Real>::infinity())) {
+      found = true;
+      t = wanted > 0 ? 0 : std::numeric_limits<double>::infinity();
+      return;
+    }
+    double width = 1 / limit;
+    for (int k = pass + 1; k < kPasses<Real>; ++k) width *= kDigits;
+    Excess sum = above;
+    for (int value = kDigits - 1; value >= 0; --value) {
+      above = sum;
+      sum.mass += sums[value].mass;
+      sum.moment += sums[value].moment;
+      const int64_t next = prefix * kDigits + value;
+      const double edge = static_cast<double>(next) * width;
+      // Past the first pass the last value is it, whatever rounding has made of the sums.
+      if (!(sum.moment - edge * sum.mass > wanted) && (value > 0 || pass == 0)) continue;
+      prefix = next;
+      if (pass + 1 < kPasses<Real>) return;
+      const double exact = (sum.moment - wanted) / sum.mass;
+      found = true;
+      t = exact > edge ? (exact < edge + width ? exact : edge + width) : edge;
+      return;
+    }
+    found = true;
+    t = 0;
+  }
+
+ private:
+  template <typename Real>
+  DAGCORE_INLINE static Real as_real(uint64_t bits) {
+    if constexpr (sizeof(Real) == 8) {
+      return bit_cast<Real>(bits);
+    } else {
+      return bit_cast<Real>(static_cast<uint32_t>(bits));
+    }
+  }
+  template <typename Real>
+  DAGCORE_INLINE static constexpr Real last_key() {
+    return static_cast<Real>((int64_t{1} << (kDigitBits * kPasses<Real>)) - 1);
+  }
+};
+static_assert(sizeof(Search) == 7 * sizeof(double));
+
+}  // namespace dagcore

@@ -1,0 +1,409 @@
+"""ALMAProx: the smallest perturbation that fools most of an image's targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..engine.loop import Evaluation, Objective, Schedule, Seed, State, Step
+from ..errors import ArgumentError
+from ..losses import Loss, LossObjective, UserLoss
+from .base import Attack
+from .schedules import UntilFooled
+from .steps import NONE_YET, copy_rows
+
+CHECK = 10  # updates after which targets that do not come closer get a steeper penalty
+CLOSER = 0.95  # of what a constraint was at the last check
+STEEPER = 2.0
+STEEPEST = 1e9  # so that squares of gradients stay finite
+SMOOTHING = 0.8  # of multipliers, and of squared gradients
+MULTIPLIERS = (1e-12, 1.0)
+SCALES = (0.1, 1.0)  # of the constraints: less while too many targets are left
+SCALE_RATE = 0.02
+BEYOND = 1e-4  # by how much a target is to be lost, in the units of the scores
+LEAST_SPREAD = 1e-8
+RATIO = Loss("dlr")  # needs the classes and labels that the ratio of scores does
+LEAST_METRIC = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ALMAProx(Attack):
+    """The smallest L-infinity perturbation that fools a share of an image's targets.
+
+    An augmented Lagrangian with a multiplier for each target, whose norm is made smaller by its
+    proximity operator (Rony, Pesquet, Ben Ayed, CVPR 2023). The constraint of a target is that its
+    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`.
+
+    `Result.adversarial` is the smallest perturbation that was found to fool the share of the
+    targets, with the status "converged". Where none was found it is the iterate with the fewest
+    active targets, with the status "budget". `Result.active` counts the targets whose argmax is
+    their label, or for a targeted attack those whose argmax is not their adversarial label;
+    `Result.last` is the last iterate. All `steps` are made, but where the clean image is fooled
+    already. Untargeted unless adversarial labels are given.
+
+    Networks need 3 classes or more, 4 for a targeted attack. It is made for one image and one
+    network: `joint_attack` and `universal_perturbation` do not take it.
+
+    Args:
+        share: of the targets that count, the fraction that is to be fooled.
+        steps: updates.
+        alpha: step length at first, in the units of the images.
+        decay: step length at the end, as a fraction of `alpha`. It begins to fall at the update at
+            which the share was fooled first, or half way.
+        mu: multipliers of the targets at first.
+        rho: steepness of their penalties at first.
+        bounds: valid range of the images, None for no clipping. The norm is measured as a fraction
+            of it, so that results do not depend on the units; without bounds the unit is 1.
+        ignore_index: label of the targets that never count.
+
+    Raises:
+        TypeError, ValueError: a setting out of its range.
+    """
+
+    alone = True
+    share: float = 0.99
+    steps: int = 500
+    alpha: float = 0.001
+    decay: float = 0.1
+    mu: float = 1.0
+    rho: float = 0.01
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("decay", self.decay)):
+            checks.number(name, value, above=0)
+            if value > 1:
+                raise ArgumentError(f"{name} must be a number above 0, at most 1, got {value}")
+        checks.integer("steps", self.steps, at_least=1, at_most=10**6)
+        checks.number("alpha", self.alpha, above=0)
+        checks.number("mu", self.mu, above=0)
+        checks.number("rho", self.rho, above=0)
+        checks.integer("ignore_index", self.ignore_index)
+        self.check_grid()
+
+    @property
+    def tolerance(self) -> float:
+        """The fraction of the targets that may be left."""
+        return round(1 - self.share, 15)  # 1 - 0.9 is less than 0.1
+
+    def objective(self) -> Objective:
+        """Penalties of the constraints."""
+        return PenaltyObjective(
+            ignore_index=self.ignore_index,
+            tolerance=self.tolerance,
+            steps=self.steps,
+            mu=float(self.mu),
+            rho=float(self.rho),
+        )
+
+    def step(self) -> Step:
+        """A step of gradient descent, and one towards a smaller norm."""
+        return ProximalStep(self.steps, self.alpha, self.decay, self.bounds)
+
+    def schedule(self) -> Schedule:
+        """So many steps; the step says when an image is done."""
+        return UntilFooled(self.steps, self.tolerance)
+
+    def check_kind(self, adversarial_labels: Any) -> None:
+        """Raise unless it is "untargeted", or a way to draw adversarial labels."""
+        PenaltyObjective().check_kind(adversarial_labels)
+
+    def check_spacing(self, spacing: float, images: Tensor) -> None:
+        """Raise where the last steps would be lost."""
+        if self.alpha * self.decay < spacing:
+            raise ArgumentError(
+                "alpha * decay must be at least the spacing of "
+                f"{checks.names([images.dtype])} images, {spacing:.2e}, for a step to count, got "
+                f"{self.alpha * self.decay:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
+            )
+
+
+class Ratio(NamedTuple):
+    """Ratios of scores (N, *T): (plus - minus + BEYOND) / (first - last), and their gradients."""
+
+    value: Tensor
+    """The ratio, 0 where it is not finite."""
+    weight: Tensor
+    """1 / (first - last), 0 likewise."""
+    winner: Tensor
+    """(N, *T) int64, the lowest of the largest classes."""
+    broken: Tensor
+    """Whether there is a NaN among the scores."""
+    terms: list[tuple[Tensor, Tensor]]
+    """Classes (N, *T) and the gradient of the ratio there."""
+
+
+def score_ratio(scores: Tensor, aims: Tensor, *, targeted: bool) -> Ratio:
+    """How far targets are from being fooled, whatever the scale of their scores.
+
+    (z_y - max_{k != y} z_k) / (z_(1) - z_(3)), or with an adversarial label l'
+    (max_{k != l'} z_k - z_l') / (z_(1) - (z_(3) + z_(4)) / 2): the ratios of Croce and Hein, ICML
+    2020, with BEYOND added above, so that a tie is not enough, and LEAST_SPREAD below.
+
+    Args:
+        scores: (N, C, *T) float32 or float64; written to.
+        aims: (N, *T) int64, y or l'.
+        targeted: whether they are l'.
+    """
+    own = scores.gather(1, aims[:, None])[:, 0]
+    top = [_take_strongest(scores) for _ in range(4 if targeted else 3)]
+    (first, winner), *_, (last, _) = top
+    if targeted:
+        last = (top[2][0] + last) / 2
+    right = winner == aims
+    rival = torch.where(right, top[1][0], first), torch.where(right, top[1][1], winner)
+    plus, minus = (rival, (own, aims)) if targeted else ((own, aims), rival)
+    spread = first - last + LEAST_SPREAD
+    value = (plus[0] - minus[0] + BEYOND) / spread
+    usable = value.isfinite()
+    weight = torch.where(usable, 1 / spread, 0)
+    value = torch.where(usable, value, 0)
+    slope = value * weight
+    lows = [(index, slope / 2) for _, index in top[2:]] if targeted else [(top[2][1], slope)]
+    terms = [(plus[1], weight), (minus[1], -weight), (winner, -slope), *lows]
+    return Ratio(value, weight, winner, first.isnan(), terms)
+
+
+def _take_strongest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score of each target and its lowest class, which is set to -inf.
+
+    Faster than `max`, which does not look at several targets at once where it finds classes too.
+    """
+    value = scores.amax(1)
+    count = scores.shape[1]
+    classes = torch.arange(count, dtype=scores.dtype, device=scores.device)
+    classes = classes.view(-1, *[1] * (scores.dim() - 2))
+    lowest = torch.where(scores == value[:, None], classes, count - 1).amin(1).long()
+    scores.scatter_(1, lowest[:, None], -math.inf)
+    return value, lowest
+
+
+def penalty_slope(y: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
+    """The derivative to y of the penalty of a constraint y <= 0.
+
+    The penalty is mu y + mu rho y^2 + rho^2 y^3 / 6 from 0 on, and mu y / (1 - max(rho, 1) y)
+    below.
+    """
+    above = mu + 2 * mu * rho * y + (rho * y).square() / 2
+    below = mu / (1 - rho.clamp(min=1) * y.clamp(max=0)).square()
+    return torch.where(y >= 0, above, below)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PenaltyObjective(LossObjective):
+    """Penalties of the constraints that no target's `score_ratio` is above 0, to be descended.
+
+    Each target has a multiplier mu, which follows the slope of its penalty, and a steepness rho,
+    which doubles where the target has neither been fooled nor come closer since the last check.
+    The largest constraints, of as many targets as may be left in the end, are given up one by one.
+
+    Args:
+        ignore_index: label of the targets that never count.
+        tolerance: the fraction of the targets that may be left.
+        steps: updates of the attack.
+        mu, rho: what the targets begin with.
+    """
+
+    loss: Loss | UserLoss = RATIO
+    tolerance: float = 0.01
+    steps: int = 500
+    mu: float = 1.0
+    rho: float = 0.01
+    tells_loss = False
+
+    def begin(self, labels: Tensor) -> State:
+        """Multipliers, steepness, constraints at the last check, who was fooled since; scale."""
+        zeros = torch.zeros_like(labels, dtype=torch.float64)
+        return {
+            "mu": torch.full_like(zeros, self.mu),
+            "rho": torch.full_like(zeros, self.rho),
+            "checked": zeros,
+            "fooled": torch.zeros_like(labels, dtype=torch.bool),
+            "scale": zeros.new_full((len(labels),), SCALES[1]),
+        }
+
+    def seed(
+        self,
+        scores: Tensor,  # (N, C, *T), or maps (N, C, h, w) below the labels' size
+        labels: Tensor,  # (N, *T)
+        adversarial: Tensor | str,  # (N, *T)
+        *,
+        align_corners: bool,
+        state: State,
+    ) -> Seed:
+        """Minus the gradient of the penalties at the scores, and the active targets."""
+        if "mu" not in state:
+            return super().seed(
+                scores, labels, adversarial, align_corners=align_corners, state=state
+            )
+        size, low = labels.shape[1:], scores.shape
+        z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        if low[2:] != size:
+            z = torch.ops.aten.upsample_bilinear2d(z, size, align_corners)
+        elif z.dtype == scores.dtype:
+            z = z.clone()
+        targeted = isinstance(adversarial, Tensor)
+        counted = self._counted(low[1], labels, adversarial)
+        wrong = counted & _out_of_range(labels, low[1])
+        if isinstance(adversarial, Tensor):
+            wrong |= counted & _out_of_range(adversarial, low[1])
+        aims = (adversarial if isinstance(adversarial, Tensor) else labels).long()
+        aims = torch.where(counted & ~wrong, aims, 0)
+        ratio = score_ratio(z, aims, targeted=targeted)
+        active = counted & (((ratio.winner == aims) != targeted) | ratio.broken)
+        count = active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+        weights = self._weights(state, ratio.value, active, counted, count).to(z.dtype)
+        seed = torch.zeros_like(z)
+        for classes, gradient in ratio.terms:
+            seed.scatter_add_(1, classes[:, None], (-weights * gradient)[:, None])
+        if low[2:] != size:
+            seed = torch.ops.aten.upsample_bilinear2d_backward(seed, size, low, align_corners)
+        if scores.dtype == torch.float16:
+            seed = seed.clamp(-torch.finfo(scores.dtype).max, torch.finfo(scores.dtype).max)
+        bad = wrong.reshape(len(wrong), -1).any(1)
+        return Seed(seed.to(scores.dtype), torch.where(bad, -2, count))
+
+    def _weights(
+        self,
+        state: State,
+        ratio: Tensor,  # (N, *T)
+        active: Tensor,  # (N, *T)
+        counted: Tensor,  # (N, *T)
+        count: Tensor,  # (N,) of active targets
+    ) -> Tensor:
+        """The slope of each target's penalty to its ratio, once all state has been brought up."""
+
+        def per_target(values: Tensor) -> Tensor:
+            return values.view(-1, *[1] * (ratio.dim() - 1))
+
+        update = state["updates"]
+        success = count <= state["allowed"]
+        state["success"].copy_(success)
+        scale = state["scale"]
+        scale.div_(torch.where(success, 1 + SCALE_RATE, 1 - SCALE_RATE)).clamp_(*SCALES)
+        constraint = per_target(scale) * ratio.double()
+        given_up = state["allowed"] * (update / max(self.steps - 1, 1)).clamp(max=1)
+        kept = counted & (constraint <= per_target(self._limit(constraint, counted, given_up)))
+
+        mu, rho, checked, fooled = (state[name] for name in ("mu", "rho", "checked", "fooled"))
+        fooled.logical_or_(~active)
+        first, check = per_target(update == 0), per_target((update + 1) % CHECK == 0)
+        check = check & ~first
+        closer = constraint * kept <= CLOSER * checked
+        steeper = check & ~(fooled | closer)
+        rho.copy_(torch.where(steeper, STEEPER * rho, rho).clamp_(max=STEEPEST))
+        checked.copy_(torch.where(check | first, constraint, checked))
+        fooled.logical_and_(~check)
+        smoothed = mu.lerp(penalty_slope(constraint, rho, mu) * kept, 1 - SMOOTHING)
+        mu.copy_(torch.where(first, mu, smoothed.clamp_(*MULTIPLIERS)))
+        return penalty_slope(constraint, rho, mu) * kept * per_target(scale)
+
+    def _limit(self, constraint: Tensor, counted: Tensor, given_up: Tensor) -> Tensor:
+        """The largest constraint (N,) but for so many (N,), rounded down."""
+        rows = torch.where(counted, constraint, -math.inf).reshape(len(constraint), -1)
+        if not rows.numel():
+            return torch.zeros_like(given_up)
+        most = min(int(self.tolerance * rows.shape[1]) + 2, rows.shape[1])
+        return rows.topk(most).values.gather(1, given_up.long()[:, None])[:, 0]
+
+
+def _out_of_range(labels: Tensor, num_classes: int) -> Tensor:
+    labels = labels.long()  # a uint8 would be compared modulo 256
+    return (labels < 0) | (labels >= num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProximalStep:
+    """A step of gradient descent, then the proximity operator of the norm, in a diagonal metric H.
+
+    H is the root mean square of the gradients so far. With d = x - x_0 - alpha g / H, the
+    perturbation becomes the p within the bounds that has the smallest
+    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2. Keeps the smallest that the objective's row
+    "success" says to be enough, or before there is one, that with the fewest active targets.
+
+    Args:
+        steps: updates of the attack.
+        alpha: step length at first.
+        decay: the last step length over the first.
+        bounds: valid range of the images, None for no clipping.
+    """
+
+    steps: int
+    alpha: float
+    decay: float
+    bounds: tuple[float, float] | None = None
+
+    def begin(self, images: Tensor, start: Tensor) -> State:
+        """What was found, and when; root mean squares."""
+        count = len(images)
+        no = images.new_zeros(count, dtype=torch.bool)
+        return {
+            "rms": torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32)),
+            "best": start,
+            "best_active": images.new_full((count,), NONE_YET, dtype=torch.int64),
+            "best_size": images.new_full((count,), math.inf, dtype=torch.float64),
+            "success": no,
+            "found": no,
+            "found_at": images.new_full((count,), self.steps // 2, dtype=torch.int64),
+            "done": no,
+            "provisional": ~no,  # no image is done by its last evaluation alone
+        }
+
+    def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
+        """Keep the best, and take the step; not where it is not finite."""
+        self._keep_best(state, seen)
+        if seen.gradient is None:
+            return going
+        going = going & ~state["done"]
+        rms = state["rms"]
+        gradient = seen.gradient.to(rms.dtype)
+        rms.mul_(math.sqrt(SMOOTHING)).hypot_(gradient * math.sqrt(1 - SMOOTHING))
+        update = state["updates"]
+        unbiased = (1 - SMOOTHING ** (update + 1).double()).sqrt()
+        metric = rms / unbiased.to(rms.dtype).view(-1, *[1] * (rms.dim() - 1))
+        lower, upper = self.bounds or (-math.inf, math.inf)
+        # Past the wrapper's checks: arguments were checked as the images came.
+        moved = torch.ops.dagcore.linf_prox_(
+            state["x"],
+            state["origin"],
+            seen.gradient,
+            metric.clamp_(min=LEAST_METRIC),
+            going.int(),
+            self._lengths(update, state["found_at"]),
+            1.0 if self.bounds is None else 1 / (upper - lower),
+            lower,
+            upper,
+        )
+        return cast(Tensor, moved)
+
+    def _lengths(self, update: Tensor, found_at: Tensor) -> Tensor:
+        """Step lengths (N,): constant at first, then falling like 1 / t."""
+        if self.decay == 1:
+            return torch.full_like(update, self.alpha, dtype=torch.float64)
+        left = self.decay / (1 - self.decay) * (self.steps - found_at).clamp(min=1).double()
+        return self.alpha * left / ((update - found_at).clamp(min=0) + left)
+
+    def _keep_best(self, state: State, seen: Evaluation) -> None:
+        """Keep the best image, and note which are done."""
+        x, exact = state["x"], state["rms"].dtype
+        size = (x.to(exact) - state["origin"].to(exact)).abs_().flatten(1).amax(1).double()
+        active, success, found = seen.active.sum(1), state["success"], state["found"]
+        fewer = ~found & (active < state["best_active"])
+        better = state["running"] & torch.where(success, size < state["best_size"], fewer)
+        for name, value, where in (
+            ("best_active", active, better),
+            ("best_size", size, better & success),
+            ("found_at", state["updates"], success & ~found & (state["updates"] < self.steps // 2)),
+        ):
+            state[name].copy_(torch.where(where, value, state[name]))
+        copy_rows(state["best"], x, better)
+        found.logical_or_(better & success)
+        over = (state["updates"] >= self.steps) | (state["best_size"] == 0)
+        state["done"].copy_(found & over)
