@@ -8,8 +8,8 @@ namespace dagcore {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocks = 2048;           // over all images; every image has a block at least
-constexpr int64_t kMostBlocks = 256;        // of an image: one block adds up their sums
+constexpr int64_t kBlocks = 2048;     // over all images; every image has a block at least
+constexpr int64_t kMostBlocks = 256;  // of an image: one block adds up their sums
 
 __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
   atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(bits));
