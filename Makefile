@@ -15,7 +15,7 @@ demo: $(VENV)/built
 	$(BIN)/dagcore demo --out demo
 
 test: $(VENV)/built cuda-on-host
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The CUDA kernels compiled for the host, which the tests run: see tests/cuda_on_host/README.md.
 cuda-on-host: $(VENV)/installed

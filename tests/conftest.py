@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ if native.module is None:
         "the tests need dagcore's native module, and it is not built: run `make test`, or "
         "`pip install --no-build-isolation -e '.[test]'`"
     )
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads in all as there would be
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 WHY_NO_CUDA = no_cuda()
 CUDA = pytest.param(

@@ -37,16 +37,18 @@ def test_the_ops_launch_the_cuda_kernels(order: str) -> None:
     rows = (yes.clone(), yes.clone(), *numbers, history, history[:, 0].clone(), yes, yes, None)
     free = {"lower": None, "upper": None, "epsilon": None}
     sign = {"norm": "linf", "alpha": 0.1}
+    prox = {"alpha": torch.ones(1, dtype=torch.float64), "lower": None, "upper": None}
     l2 = {"norm": "l2", "alpha": 0.1, "momentum": torch.zeros(1, 4)}
     for count, call in (
         (1, lambda: ops.dag_seed(scores, labels, adversarial)),
         (2, lambda: ops.dag_seed_bilinear(scores, labels, adversarial)),
         (1, lambda: ops.argmax_bilinear(scores, (9, 9))),
         (2, lambda: ops.loss_seed(scores, labels, loss="cosine")),
-        (6, lambda: ops.loss_seed_bilinear(scores, labels, loss="cosine")),
+        (6, lambda: ops.loss_seed_bilinear(scores[..., :3], labels, loss="cosine")),
         (2, lambda: ops.linf_step_(images, images, images, active, gamma=0.1, **free)),
         (2, lambda: ops.pgd_step_(images, images, images, active, **free, **sign)),
         (4, lambda: ops.pgd_step_(images, images, images, active, **free, **l2)),
+        (10, lambda: ops.linf_prox_(images, images, images, images, active, **prox)),
         (1, lambda: ops.settle_(*rows, 1, 1)),
     ):
         with cuda_on_host.running(order) as launches:

@@ -268,6 +268,7 @@ SEED_NAMES += ("margin", "loss", "blend", "q", "kappa", "class_weights")
 SIZE_NAMES = ("scores", "size", "align_corners")
 STEP_NAMES = ("images", "origin", "gradient", "active", "gamma", "lower", "upper", "epsilon")
 STEP_NAMES += ("grid", "levels", "norm", "alpha", "momentum", "decay", "previous", "share")
+STEP_NAMES += ("metric", "weight")
 
 
 @ON_HOST
@@ -440,11 +441,14 @@ def test_pgd_step(given: Any) -> None:
 
 
 def valid_arguments(op: str) -> dict[str, Any]:
-    if op in ("linf_step_", "pgd_step_"):
+    if op in ("linf_step_", "pgd_step_", "linf_prox_"):
         images, origin, gradient = torch.rand(3, 2, 3, 4, generator=generator(0)).unbind(0)
         active = torch.ones(2, dtype=torch.int32)
         tensors = {"images": images, "origin": origin, "gradient": gradient, "active": active}
         limits = {"lower": 0.0, "upper": 1.0, "epsilon": 0.1}
+        if op == "linf_prox_":
+            tensors |= {"metric": 0.1 + gradient, "alpha": torch.full((2,), 0.01).double()}
+            return tensors | {"lower": 0.0, "upper": 1.0, "weight": 0.5}
         tensors |= {"grid": gradient.clone(), "levels": 256}
         if op == "linf_step_":
             return tensors | limits | {"gamma": 0.01}
@@ -506,7 +510,7 @@ def assert_same_answer(op: str, given: dict[str, Any]) -> None:
     got = result_or_error(getattr(ops, op), **mine)
     expected = result_or_error(getattr(reference, op), **theirs)
     if isinstance(expected, Exception) or isinstance(got, Exception):
-        names = STEP_NAMES if op.endswith("step_") else (*SEED_NAMES, *SIZE_NAMES)
+        names = STEP_NAMES if op.endswith("_") else (*SEED_NAMES, *SIZE_NAMES)
         assert_same_error(got, expected, names)
         return
     assert same(got, expected)

@@ -194,10 +194,11 @@ def bench(
 ) -> None:
     """Time the ops on scores of some shapes, and with a model its updates, and show them."""
     with freed_memory_kept(), faults.of_model(model):
-        rows = measure_ops(shapes, rounds, device)
+        of_updates = []  # first: a model may not be what it should be
         if model is not None:
-            rows += measure_updates(model, weights, shape, updates, rounds, device)
-    report(rows, device, path)
+            of_updates = measure_updates(model, weights, shape, updates, rounds, device)
+        of_ops = measure_ops(shapes, rounds, device)
+    report(of_ops + of_updates, device, path)
 
 
 @click.command("bench")
