@@ -8,8 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "checks.h"
-#include "strided.h"
+#include "step_args.h"
 
 namespace dagcore {
 
@@ -22,35 +21,16 @@ constexpr int kPasses = sizeof(Real) == 8 ? 8 : 4;  // digits of a key
 template <typename Real>
 using KeyOf = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
 
-// images, origin, gradient (N, *) of one dtype; metric (N, *) float32, or float64 as the images;
-// active (N,) int32; alpha (N,) float64. Returns which images have moved, (N,) bool, none so far.
+// images, origin, gradient (N, *) of one dtype; metric (N, *) float32, or of float64 images,
+// float64; active (N,) int32; alpha, epsilon (N,) float64. Returns which images have moved, (N,)
+// bool, none so far.
 inline Tensor check_prox(const Tensor& images, const Tensor& origin, const Tensor& gradient,
-                         const Tensor& metric, const Tensor& active, const Tensor& alpha) {
-  STD_TORCH_CHECK(images.dim() >= 1, "images must have a batch dimension, got ", shape(images));
-  const bool wide = images.scalar_type() == ScalarType::Double;
-  const auto check_pixels = [&](const char* name, const Tensor& tensor, ScalarType type) {
-    check_same_device(name, tensor, "images", images);
-    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must have the dtype of images",
-                    name[0] == 'm' ? ", or float32 for 16 bits" : "");
-    STD_TORCH_CHECK(tensor.sizes() == images.sizes(), name, " must have the shape of images ",
-                    shape(images), ", got ", shape(tensor));
-  };
-  check_pixels("origin", origin, images.scalar_type());
-  check_pixels("gradient", gradient, images.scalar_type());
-  check_pixels("metric", metric, wide ? ScalarType::Double : ScalarType::Float);
-  const auto check_row = [&](const char* name, const Tensor& tensor, ScalarType type) {
-    check_same_device(name, tensor, "images", images);
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == type && tensor.dim() == 1 && tensor.size(0) == images.size(0), name,
-        " must be ", type == ScalarType::Int ? "int32" : "float64", " of shape (", images.size(0),
-        "), got ", shape(tensor));
-  };
-  check_row("active", active, ScalarType::Int);
-  check_row("alpha", alpha, ScalarType::Double);
-  for (int64_t d = 0; images.numel() > 0 && d < images.dim(); ++d) {
-    STD_TORCH_CHECK(images.size(d) <= 1 || images.stride(d) != 0,
-                    "images must not be an expanded tensor: it is written in place");
-  }
+                         const Tensor& metric, const Tensor& active, const Tensor& alpha,
+                         const Tensor& epsilon, double lower, double upper) {
+  check_step(images, origin, gradient, active, lower, upper, std::nullopt, 0);
+  check_real("metric", metric, images);
+  check_number("alpha", alpha, images);
+  check_number("epsilon", epsilon, images);
   return torch::stable::new_zeros(images, {images.size(0)}, ScalarType::Bool);
 }
 
@@ -66,15 +46,14 @@ struct ProxArgs {
   const void *origin, *gradient, *metric;
   const int32_t* active;
   int64_t active_stride;
-  const double* alpha;
-  int64_t alpha_stride;
+  const double *alpha, *epsilon;  // (N,)
   bool* moved;
   double weight, lower, upper;
   Walk<kProxOperands> walk;
 
   ProxArgs(const Tensor& images, const Tensor& origin, const Tensor& gradient, const Tensor& metric,
-           const Tensor& active, const Tensor& alpha, const Tensor& moved, double weight,
-           double lower, double upper)
+           const Tensor& active, const Tensor& alpha, const Tensor& epsilon, const Tensor& moved,
+           double weight, double lower, double upper)
       : images(images.mutable_data_ptr()),
         origin(origin.const_data_ptr()),
         gradient(gradient.const_data_ptr()),
@@ -82,15 +61,22 @@ struct ProxArgs {
         active(static_cast<const int32_t*>(active.const_data_ptr())),
         active_stride(active.stride(0)),
         alpha(static_cast<const double*>(alpha.const_data_ptr())),
-        alpha_stride(alpha.stride(0)),
+        epsilon(static_cast<const double*>(epsilon.const_data_ptr())),
         moved(static_cast<bool*>(moved.mutable_data_ptr())),
         weight(weight),
         lower(lower),
         upper(upper),
         walk({images, origin, gradient, metric}) {}
 
-  DAGCORE_INLINE bool is_active(int64_t n) const { return active[n * active_stride] > 0; }
-  DAGCORE_INLINE double step_length(int64_t n) const { return alpha[n * alpha_stride]; }
+  // Whether an image is to be moved, as far as that is known without its pixels.
+  DAGCORE_INLINE bool is_active(int64_t n) const {
+    return active[n * active_stride] > 0 && is_positive(alpha[n]) && epsilon[n] > 0;
+  }
+  // The largest |p| of an image of which the search has found t.
+  template <typename Real>
+  DAGCORE_INLINE Real largest(int64_t n, double t) const {
+    return static_cast<Real>(t < epsilon[n] ? t : epsilon[n]);
+  }
 
   // The pixel that lies at these places; `length` is the image's step length.
   template <typename T, typename Real>

@@ -33,11 +33,6 @@ enum PgdSum {
   kPgdSums         // none, but all that are needed are known
 };
 
-template <typename Real>
-DAGCORE_INLINE bool is_positive(Real value) {
-  return value > 0 && value - value == 0;
-}
-
 // kDirectionSum in L-infinity, of pixels of which `largest` are the bits of the largest magnitude.
 // Of momentum it says only whether they are 0, so that not all have to be looked at.
 template <typename Real>
@@ -160,22 +155,10 @@ inline void check_pgd_step(const Tensor& images, const Tensor& origin, const Ten
                            const std::optional<Tensor>& share, const std::optional<Tensor>& grid,
                            int64_t levels) {
   check_step(images, origin, gradient, active, lower, upper, grid, levels);
-  const auto check_number = [&](const char* name, const Tensor& tensor) {
-    check_same_device(name, tensor, "images", images);
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
-                        tensor.size(0) == images.size(0) && tensor.is_contiguous(),
-                    name, " must be contiguous float64 of shape (", images.size(0), "), got ",
-                    shape(tensor));
-  };
-  check_number("alpha", alpha);
-  check_number("epsilon", epsilon);
+  check_number("alpha", alpha, images);
+  check_number("epsilon", epsilon, images);
   if (momentum) {
-    const bool wide = images.scalar_type() == ScalarType::Double;
-    check_same_device("momentum", *momentum, "images", images);
-    STD_TORCH_CHECK(momentum->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                    "momentum must be ", wide ? "float64" : "float32");
-    STD_TORCH_CHECK(momentum->sizes() == images.sizes(), "momentum must have the shape of images ",
-                    shape(images), ", got ", shape(*momentum));
+    check_real("momentum", *momentum, images);
     check_not_expanded("momentum", *momentum);
   }
   STD_TORCH_CHECK(previous.has_value() == share.has_value(),
@@ -183,7 +166,7 @@ inline void check_pgd_step(const Tensor& images, const Tensor& origin, const Ten
   if (previous) {
     check_like("previous", *previous, images);
     check_not_expanded("previous", *previous);
-    check_number("share", *share);
+    check_number("share", *share, images);
   }
 }
 

@@ -35,6 +35,30 @@ inline void check_step(const Tensor& images, const Tensor& origin, const Tensor&
   }
 }
 
+// A number for each image.
+inline void check_number(const char* name, const Tensor& tensor, const Tensor& images) {
+  check_same_device(name, tensor, "images", images);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
+                      tensor.size(0) == images.size(0) && tensor.is_contiguous(),
+                  name, " must be contiguous float64 of shape (", images.size(0), "), got ",
+                  shape(tensor));
+}
+
+// Pixels as steps compute with them.
+inline void check_real(const char* name, const Tensor& tensor, const Tensor& images) {
+  const bool wide = images.scalar_type() == ScalarType::Double;
+  check_same_device(name, tensor, "images", images);
+  STD_TORCH_CHECK(tensor.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
+                  " must be ", wide ? "float64" : "float32");
+  STD_TORCH_CHECK(tensor.sizes() == images.sizes(), name, " must have the shape of images ",
+                  shape(images), ", got ", shape(tensor));
+}
+
+template <typename Real>
+DAGCORE_INLINE bool is_positive(Real value) {  // and finite
+  return value > 0 && value - value == 0;
+}
+
 // The tensors of a step, K of them, which begin with the operands above; the walk is over the
 // pixels of one image.
 template <int K>

@@ -557,36 +557,23 @@ def prox_arguments(
     gradient: Tensor,
     metric: Tensor,
     active: Tensor,
-    alpha: Tensor,
+    alpha: float | Tensor,
+    epsilon: float | Tensor | None,
     weight: float,
     lower: float | None,
     upper: float | None,
-) -> tuple[float, float]:
-    """Check the arguments of `linf_prox_`; return (lower, upper), infinite where None."""
-    tensor("images", images, FLOAT_DTYPES)
-    if images.dim() < 1:
-        raise ArgumentError("images must have a batch dimension, got a scalar")
-    most_dims("images", "pixel dimensions", images.dim() - 1)
-    _written("images", images)
-    exact = torch.promote_types(images.dtype, torch.float32)
-    for name, value, dtype, expected in (
-        ("origin", origin, images.dtype, tuple(images.shape)),
-        ("gradient", gradient, images.dtype, tuple(images.shape)),
-        ("metric", metric, exact, tuple(images.shape)),
-        ("active", active, torch.int32, (images.shape[0],)),
-        ("alpha", alpha, torch.float64, (images.shape[0],)),
-    ):
-        tensor(name, value, (dtype,))
-        shape(name, value, expected, "images")
-        device(name, value, "images", images)
+) -> tuple[Tensor, Tensor, float, float]:
+    """Check the arguments of `linf_prox_`; return (alpha, epsilon, lower, upper).
+
+    The first two are float64 tensors (N,), and bounds are infinite where None.
+    """
+    _step_tensors(images, origin, gradient, active, None, None)
+    _like_images("metric", metric, images, torch.promote_types(images.dtype, torch.float32))
+    lengths = _of_each_image("alpha", alpha, images, above=0)
+    ball = math.inf if epsilon is None else epsilon
+    balls = _of_each_image("epsilon", ball, images, above=0, infinite=True)
     number("weight", weight, at_least=0)
-    low = -math.inf if lower is None else lower
-    high = math.inf if upper is None else upper
-    number("lower", low, infinite=True)
-    number("upper", high, infinite=True)
-    if not low < high:
-        raise ArgumentError(f"lower must be below upper, got {low} and {high}")
-    return float(low), float(high)
+    return lengths, balls, *_step_bounds(lower, upper)
 
 
 def _written(name: str, value: Tensor) -> None:

@@ -540,14 +540,15 @@ def linf_prox_(
     metric: Tensor,  # (N, *)
     active: Tensor,  # (N,)
     *,
-    alpha: Tensor,  # (N,)
+    alpha: float | Tensor,  # (N,)
+    epsilon: float | Tensor | None = None,  # (N,)
     weight: float = 1.0,
     lower: float | None,
     upper: float | None,
 ) -> Tensor:
     """What `dagcore.ops.linf_prox_` computes. Same arguments, results and errors."""
-    limits = checks.prox_arguments(
-        images, origin, gradient, metric, active, alpha, weight, lower, upper
+    lengths, balls, *limits = checks.prox_arguments(
+        images, origin, gradient, metric, active, alpha, epsilon, weight, lower, upper
     )
     real = norm_dtype(images)
     low, high = (_representable(limit, real) for limit in limits)
@@ -555,11 +556,12 @@ def linf_prox_(
     for n in range(len(images) if images.numel() else 0):
         x, x0, g = (t[n].detach().to(real) for t in (images, origin, gradient))
         h = metric[n].detach()
-        d = x - x0 + alpha[n].to(real) * g / h
+        d = x - x0 + lengths[n].to(real) * g / h
         if active[n] <= 0 or not d.isfinite().all() or not d.any():
             continue
         inside = torch.minimum(torch.maximum(d, low - x0), high - x0)
-        t = _largest_left(inside.flatten(), d.flatten(), h.flatten(), weight * float(alpha[n]))
+        t = _largest_left(inside.flatten(), d.flatten(), h.flatten(), weight * float(lengths[n]))
+        t = _representable(min(t, float(balls[n])), real)
         moved[n] = True
         images.detach()[n] = (x0 + inside.clamp(-t, t)).clamp(low, high)
     return moved

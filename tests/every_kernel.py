@@ -96,6 +96,7 @@ def results(
     metric = 0.1 + gradient.abs().to(torch.promote_types(dtype, torch.float32))
     for weight in (0.0, 30.0):
         moved, settings = images.clone(), {"weight": weight, "lower": 0.0, "upper": 1.0}
+        settings |= {"epsilon": 0.5 * alpha if weight else None}
         exact.append(
             ops.linf_prox_(moved, origin, gradient, metric, counts, alpha=alpha, **settings)
         )

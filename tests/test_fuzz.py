@@ -448,7 +448,7 @@ def valid_arguments(op: str) -> dict[str, Any]:
         limits = {"lower": 0.0, "upper": 1.0, "epsilon": 0.1}
         if op == "linf_prox_":
             tensors |= {"metric": 0.1 + gradient, "alpha": torch.full((2,), 0.01).double()}
-            return tensors | {"lower": 0.0, "upper": 1.0, "weight": 0.5}
+            return tensors | limits | {"weight": 0.5}
         tensors |= {"grid": gradient.clone(), "levels": 256}
         if op == "linf_step_":
             return tensors | limits | {"gamma": 0.01}

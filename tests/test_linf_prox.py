@@ -67,7 +67,7 @@ def lengths(values: list[float], device: torch.device | str = "cpu") -> Tensor:
 
 
 def oracle(
-    tensors: list[Tensor], n: int, excess: float, alpha: float, lower, upper
+    tensors: list[Tensor], n: int, excess: float, alpha: float, lower, upper, epsilon: float
 ) -> tuple[Tensor, float]:
     """What becomes of image n, in float64, and its t: halved until nothing changes any more."""
     x, origin, g, h = (t[n].double().cpu().flatten() for t in tensors)
@@ -86,6 +86,7 @@ def oracle(
         above = 0.0
     while below < (middle := (below + above) / 2) < above:
         below, above = (middle, above) if left(middle) > excess else (below, middle)
+    above = min(above, epsilon)
     return origin + inside.clamp(-above, above), above
 
 
@@ -94,9 +95,11 @@ def check(
 ) -> Tensor:
     """One step on a device, whose images are those of the oracle; the images."""
     images, device = tensors[0], tensors[0].device
+    ball = bounds.get("epsilon")
+    balls = [INF] * len(images) if ball is None else ball.tolist()
     before = [bits(t) for t in tensors[1:]]
     expected = [
-        oracle(tensors, n, weight * alpha, alpha, bounds["lower"], bounds["upper"])
+        oracle(tensors, n, weight * alpha, alpha, bounds["lower"], bounds["upper"], balls[n])
         for n, alpha in enumerate(alphas)
     ]
     moved = module.linf_prox_(
@@ -129,6 +132,24 @@ def test_is_the_proximity_operator(module: object, device: torch.device, dtype) 
     ):
         tensors = case(shape, k, dtype, device)
         check(tensors, [0.003, 0.05, 0.4], module, lower=lower, upper=upper)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stays_within_a_ball_of_each_image(module: object, device: torch.device, dtype) -> None:
+    """Balls that are smaller than t, larger, and none."""
+    for shape in ((4, 3, 9, 17), (4, 1)):
+        tensors = case(shape, 8, dtype, device)
+        origin, balls = tensors[1], lengths([0.004, 1.0, INF, 0.03], device)
+        images = check(tensors, [0.05] * 4, module, lower=0.0, upper=1.0, epsilon=balls)
+        apart = (images.double() - origin.double()).abs().flatten(1).amax(1)
+        assert bool((apart <= balls * (1 + 1e-3) + torch.finfo(dtype).eps).all())
+        one = case(shape, 8, dtype, device)
+        module.linf_prox_(
+            *one, counts([1] * 4, device), alpha=0.05, epsilon=0.004, lower=0.0, upper=1.0
+        )
+        assert same_bits(one[0][0], images[0])
+        assert float((one[0].double() - origin.double()).abs().max()) < 0.01
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
@@ -193,7 +214,7 @@ def test_thread_count_changes_no_bit(one_and_two_threads: tuple[int, int]) -> No
 
 def test_an_image_does_not_depend_on_the_others(device: torch.device) -> None:
     tensors = case((5, 3, 33, 41), 4, torch.float32, device)
-    alphas = [0.01, 0.3, 0.0, 0.1, 2.0]
+    alphas = [0.01, 0.3, 1e-6, 0.1, 2.0]
     alone = [[t[n : n + 1].clone() for t in tensors] for n in range(5)]
     settings = {"lower": 0.0, "upper": 1.0}
     ops.linf_prox_(*tensors, counts([1] * 5, device), alpha=lengths(alphas, device), **settings)
@@ -258,24 +279,19 @@ def test_what_the_bounds_cut_off_counts_in_full(module: object, device, dtype) -
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_weight_it_is_a_step_of_gradient_descent(module, device, dtype) -> None:
-    for alpha, weight in ((0.0, 1.0), (0.05, 0.0)):
-        images, origin, gradient, metric = case((2, 3, 9, 17), 7, dtype, device)
-        exact = [t.to(metric.dtype) for t in (images, origin, gradient)]
-        d = exact[0] - exact[1] + images.new_tensor(alpha, dtype=metric.dtype) * exact[2] / metric
-        expected = (exact[1] + d.clamp(0 - exact[1], 1 - exact[1])).clamp(0, 1).to(dtype)
-        moved = module.linf_prox_(
-            images,
-            origin,
-            gradient,
-            metric,
-            counts([1, 1], device),
-            alpha=lengths([alpha] * 2, device),
-            weight=weight,
-            lower=0.0,
-            upper=1.0,
-        )
-        assert moved.tolist() == [True, True]
-        assert same_bits(images, expected)
+    images, origin, gradient, metric = case((2, 3, 9, 17), 7, dtype, device)
+    exact = [t.to(metric.dtype) for t in (images, origin, gradient)]
+    d = exact[0] - exact[1] + images.new_tensor(0.05, dtype=metric.dtype) * exact[2] / metric
+    expected = (exact[1] + d.clamp(0 - exact[1], 1 - exact[1])).clamp(0, 1).to(dtype)
+    moved = module.linf_prox_(
+        *(images, origin, gradient, metric, counts([1, 1], device)),
+        alpha=0.05,
+        weight=0.0,
+        lower=0.0,
+        upper=1.0,
+    )
+    assert moved.tolist() == [True, True]
+    assert same_bits(images, expected)
 
 
 @BOTH
@@ -384,7 +400,7 @@ numbers = st.floats(-1, 1, width=32)
     st.lists(
         st.tuples(numbers, numbers, st.floats(0.0009765625, 8, width=32)), min_size=1, max_size=12
     ),
-    st.floats(0, 8),
+    st.floats(0.0009765625, 8),
 )
 @example([(0.5, 0.0, 1.0)] * 5, 1.0)
 def test_no_other_perturbation_is_better(pixels: list[tuple[float, float, float]], alpha: float):
@@ -423,6 +439,9 @@ def test_no_other_perturbation_is_better(pixels: list[tuple[float, float, float]
         ({"active": torch.ones(2)}, "active must be int32, got float32"),
         ({"alpha": torch.ones(2)}, "alpha must be float64, got float32"),
         ({"alpha": torch.ones(3).double()}, r"alpha must have shape \(2,\)"),
+        ({"alpha": 0.0}, "alpha must be a finite number above 0, got 0.0"),
+        ({"epsilon": 0.0}, "epsilon must be a number above 0, got 0.0"),
+        ({"epsilon": torch.ones(2)}, "epsilon must be float64, got float32"),
         ({"weight": -1.0}, "weight must be a finite number of at least 0, got -1.0"),
         ({"lower": 1.0, "upper": 0.0}, "lower must be below upper, got 1.0 and 0.0"),
     ],
@@ -448,9 +467,10 @@ def test_what_is_wrong_is_named(module: object, change: dict, told: str) -> None
     [
         ("origin", torch.zeros(2, 4), "origin must have the shape of images"),
         ("gradient", torch.zeros(2, 3).double(), "gradient must have the dtype of images"),
-        ("metric", torch.ones(2, 3).double(), "metric must have the dtype of images"),
+        ("metric", torch.ones(2, 3).double(), "metric must be float32"),
         ("active", counts([1]), r"active must be int32 of shape \(2\), got \(1\)"),
-        ("alpha", torch.ones(2), r"alpha must be float64 of shape \(2\)"),
+        ("alpha", torch.ones(2), r"alpha must be contiguous float64 of shape \(2\)"),
+        ("epsilon", lengths([1.0]), r"epsilon must be contiguous float64 of shape \(2\)"),
         ("images", torch.zeros(1, 3).expand(2, 3), "images must not be an expanded tensor"),
     ],
 )
@@ -462,6 +482,7 @@ def test_the_kernels_check_too(cpu_or_cuda_on_host: None, name: str, value, told
         "metric": torch.ones(2, 3),
         "active": counts([1, 1]),
         "alpha": lengths([0.1, 0.1]),
+        "epsilon": lengths([0.1, 0.1]),
     } | {name: value}
     with pytest.raises(RuntimeError, match=told):
         torch.ops.dagcore.linf_prox_(*tensors.values(), 1.0, -INF, INF)

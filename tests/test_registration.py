@@ -150,7 +150,8 @@ def prox_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple
 def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype) -> None:
     images, *others = prox_case(device, dtype)
     for bounds in ((0.0, 1.0), (-math.inf, math.inf)):
-        arguments = (lay_out(images, layout), *others, 1.0, *bounds)
+        balls = torch.full_like(others[-1], 0.05)
+        arguments = (lay_out(images, layout), *others, balls, 1.0, *bounds)
         results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -159,7 +160,7 @@ def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype
 def test_opcheck_linf_prox_of_nothing(device: torch.device) -> None:
     _, _, _, _, active, alpha = prox_case(device)
     empty = [torch.zeros(2, 3, 0, device=device) for _ in range(4)]
-    arguments = (*empty, active, alpha, 1.0, 0.0, 1.0)
+    arguments = (*empty, active, alpha, alpha, 1.0, 0.0, 1.0)
     results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -356,71 +357,76 @@ def test_compiled_out_of_range_label_is_a_negative_count(device: torch.device) -
     assert int(active[1]) < 0
 
 
-def test_cuda_graph(cuda: torch.device) -> None:
-    arguments = iteration_arguments(cuda)
-    expected = [t.clone() for t in one_iteration(*arguments)]
+def fused_losses(scores: Tensor, labels: Tensor, adversarial: Tensor) -> list[Tensor]:
+    """Losses of one class and of all, at the scores' size and enlarged, targeted and not."""
+    found = []
+    for loss in ("blended-cross-entropy", "cosine", "dlr"):
+        for other in (None, adversarial):
+            found += ops.loss_seed_bilinear(scores, labels, other, loss=loss)
+            found += ops.loss_seed(scores[:, :, :4, :6], labels[:, :4, :6], loss=loss)
+    return found
+
+
+def prox_steps(
+    images: Tensor, origin: Tensor, gradient: Tensor, active: Tensor, alpha: Tensor
+) -> list[Tensor]:
+    """Two proximal steps, the second in a ball."""
+    moved, metric = images.clone(), torch.ones_like(images)
+    written = []
+    for epsilon in (None, alpha):
+        settings = {"alpha": alpha, "epsilon": epsilon, "weight": 0.1, "lower": 0.0, "upper": 1.0}
+        written.append(ops.linf_prox_(moved, origin, gradient, metric, active, **settings))
+    return [*written, moved]
+
+
+def step_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    return (*step_case(device), torch.tensor([0.01, 0.02], device=device).double())
+
+
+CAPTURED = {
+    "an iteration": (one_iteration, iteration_arguments, 2),
+    "through the interpolation": (through_the_interpolation, bilinear_arguments, 0),
+    "losses": (fused_losses, bilinear_arguments, 0),
+    "steps": (pgd_steps, step_arguments, 2),
+    "proximal steps": (prox_steps, step_arguments, 2),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_cuda_graph(cuda: torch.device, name: str) -> None:
+    function, make, changed = CAPTURED[name]
+    arguments = make(cuda)
+    expected = [t.clone() for t in function(*arguments)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        one_iteration(*arguments)
+        function(*arguments)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = one_iteration(*arguments)
+        outputs = function(*arguments)
     for t in outputs:
         t.zero_()
     graph.replay()
     torch.cuda.synchronize()
     for got, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(got, wanted)
-    arguments[2].neg_()  # other scores in the same memory
+    arguments[changed].neg_()  # other scores or another gradient in the same memory
     graph.replay()
     torch.cuda.synchronize()
-    for got, wanted in zip(outputs, one_iteration(*arguments), strict=True):
+    for got, wanted in zip(outputs, function(*arguments), strict=True):
         assert torch.equal(got, wanted)
 
 
-def test_pgd_step_cuda_graph(cuda: torch.device) -> None:
-    arguments = (*step_case(cuda), torch.tensor([0.01, 0.02], device=cuda).double())
-    expected = [t.clone() for t in pgd_steps(*arguments)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        pgd_steps(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = pgd_steps(*arguments)
-    for t in outputs:
-        t.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for got, wanted in zip(outputs, expected, strict=True):
-        assert torch.equal(got, wanted)
-
-
-def test_bilinear_cuda_graph(cuda: torch.device) -> None:
-    arguments = bilinear_arguments(cuda)
-    expected = [t.clone() for t in through_the_interpolation(*arguments)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        through_the_interpolation(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = through_the_interpolation(*arguments)
-    for t in outputs:
-        t.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for got, wanted in zip(outputs, expected, strict=True):
-        assert torch.equal(got, wanted)
-    arguments[0].neg_()  # other scores in the same memory
-    graph.replay()
-    torch.cuda.synchronize()
-    for got, wanted in zip(outputs, through_the_interpolation(*arguments), strict=True):
-        assert torch.equal(got, wanted)
+@pytest.mark.parametrize("name", CAPTURED)
+def test_what_is_captured_reacts_to_what_is_changed(name: str) -> None:
+    """Or the test above would show nothing of replays."""
+    function, make, changed = CAPTURED[name]
+    arguments = make(torch.device("cpu"))
+    before = [t.clone() for t in function(*arguments)]
+    arguments[changed].neg_()
+    after = function(*arguments)
+    assert any(not torch.equal(*both) for both in zip(before, after, strict=True))
 
 
 def test_current_cuda_stream_is_used(cuda: torch.device) -> None:

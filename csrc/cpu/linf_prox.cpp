@@ -119,7 +119,7 @@ void prox_all(int64_t images, const ProxArgs& args) {
           const int64_t start = part % per_row * kTaskPixels;
           Row row{{}, std::min(kTaskPixels, inner - start)};
           args.walk.locate(n, part / per_row * inner + start, row.at);
-          body(n, task, static_cast<Real>(args.step_length(n)), row);
+          body(n, task, static_cast<Real>(args.alpha[n]), row);
         }
       }
     });
@@ -153,24 +153,26 @@ void prox_all(int64_t images, const ProxArgs& args) {
         }
       }
       if (args.moved[n]) {
-        searches[n].narrow<Real>(pass, total, args.weight * args.step_length(n));
+        searches[n].narrow<Real>(pass, total, args.weight * args.alpha[n]);
       }
     }
   }
   for_rows([&](int64_t n) { return args.moved[n]; },
            [&](int64_t n, int64_t, Real length, const Row& row) {
-             run_simd<update<T>>(simd, args, row, length, static_cast<Real>(searches[n].t));
+             run_simd<update<T>>(simd, args, row, length, args.largest<Real>(n, searches[n].t));
            });
 }
 
-// images, origin, gradient, metric (N, *); active, alpha (N,). Images without active targets stay
-// as they are, and so do those that the step would not move, or to where it is not finite. Returns
-// which images were moved (N,).
+// images, origin, gradient, metric (N, *); active, alpha, epsilon (N,). Images without active
+// targets stay as they are, and so do those that the step would not move, or to where it is not
+// finite. Returns which images were moved (N,).
 Tensor linf_prox(Tensor images, Tensor origin, Tensor gradient, Tensor metric, Tensor active,
-                 Tensor alpha, double weight, double lower, double upper) {
-  const Tensor moved = check_prox(images, origin, gradient, metric, active, alpha);
+                 Tensor alpha, Tensor epsilon, double weight, double lower, double upper) {
+  const Tensor moved =
+      check_prox(images, origin, gradient, metric, active, alpha, epsilon, lower, upper);
   if (images.numel() == 0) return moved;
-  const ProxArgs args(images, origin, gradient, metric, active, alpha, moved, weight, lower, upper);
+  const ProxArgs args(images, origin, gradient, metric, active, alpha, epsilon, moved, weight,
+                      lower, upper);
   for_float_type("images", images.scalar_type(),
                  [&](auto type) { prox_all<decltype(type)>(images.size(0), args); });
   return moved;

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     find_largest(const __grid_constant__ ProxArgs args, ImageBlocks blocks, Search* searches) {
   const int64_t n = blocks.image(), count = args.walk.count();
   if (!args.is_active(n)) return;
-  const auto length = static_cast<RealOf<T>>(args.step_length(n));
+  const auto length = static_cast<RealOf<T>>(args.alpha[n]);
   const int64_t step = static_cast<int64_t>(blocks.per_image) * kThreads;
   uint64_t farthest = 0, largest = 0;
   for (int64_t i = blocks.index() * kThreads + threadIdx.x; i < count; i += step) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = blocks.image(), count = args.walk.count();
   const Search& search = searches[n];
   if (!args.is_active(n) || !search.usable<Real>() || search.found) return;
-  const auto length = static_cast<Real>(args.step_length(n));
+  const auto length = static_cast<Real>(args.alpha[n]);
   const Real scale = search.scale<Real>();
   const int thread = static_cast<int>(threadIdx.x);
   const int own = thread % kDigits, part = thread / kDigits;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kDigits)
   __syncthreads();
   if (threadIdx.x > 0) return;
   args.moved[n] = true;
-  search.narrow<RealOf<T>>(pass, totals, args.weight * args.step_length(n));
+  search.narrow<RealOf<T>>(pass, totals, args.weight * args.alpha[n]);
 }
 
 template <typename T>
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
   using Real = RealOf<T>;
   const int64_t n = blocks.image(), count = args.walk.count();
   if (!args.moved[n]) return;
-  const auto length = static_cast<Real>(args.step_length(n));
-  const auto t = static_cast<Real>(searches[n].t);
+  const auto length = static_cast<Real>(args.alpha[n]);
+  const Real t = args.largest<Real>(n, searches[n].t);
   const int64_t step = static_cast<int64_t>(blocks.per_image) * kThreads;
   for (int64_t i = blocks.index() * kThreads + threadIdx.x; i < count; i += step) {
     int64_t at[kProxOperands];
@@ -154,13 +154,15 @@ void prox_all(const Tensor& images, const ProxArgs& args, const Launcher& launch
   launch(update<T>, all, kThreads, args, blocks, searches);
 }
 
-// images, origin, gradient, metric (N, *); active, alpha (N,); see the CPU's.
+// images, origin, gradient, metric (N, *); active, alpha, epsilon (N,); see the CPU's.
 Tensor linf_prox(Tensor images, Tensor origin, Tensor gradient, Tensor metric, Tensor active,
-                 Tensor alpha, double weight, double lower, double upper) {
+                 Tensor alpha, Tensor epsilon, double weight, double lower, double upper) {
   const Launcher launch("linf_prox_", images);
-  const Tensor moved = check_prox(images, origin, gradient, metric, active, alpha);
+  const Tensor moved =
+      check_prox(images, origin, gradient, metric, active, alpha, epsilon, lower, upper);
   if (images.numel() == 0) return moved;
-  const ProxArgs args(images, origin, gradient, metric, active, alpha, moved, weight, lower, upper);
+  const ProxArgs args(images, origin, gradient, metric, active, alpha, epsilon, moved, weight,
+                      lower, upper);
   for_float_type("images", images.scalar_type(),
                  [&](auto type) { prox_all<decltype(type)>(images, args, launch); });
   return moved;

@@ -29,6 +29,8 @@ BEYOND = 1e-4  # by how much a target is to be lost, in the units of the scores
 LEAST_SPREAD = 1e-8
 RATIO = Loss("dlr")  # needs the classes and labels that the ratio of scores does
 LEAST_METRIC = 1e-8
+FIRST_BALL = 0.5  # radius, in step lengths
+BALL_RATES = (0.05, 0.002)  # by which the ball shrinks and grows, at first and at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,10 @@ class ALMAProx(Attack):
 
     An augmented Lagrangian with a multiplier for each target, whose norm is made smaller by its
     proximity operator (Rony, Pesquet, Ben Ayed, CVPR 2023). The constraint of a target is that its
-    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`.
+    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`. Perturbations
+    stay in a ball that grows after each failure and shrinks after each success (Pintor et al.,
+    NeurIPS 2021), which finds smaller ones in half the steps: without it they first grow to many
+    times of what is needed, and become of a class that needs more.
 
     `Result.adversarial` is the smallest perturbation that was found to fool the share of the
     targets, with the status "converged". Where none was found it is the iterate with the fewest
@@ -67,9 +72,9 @@ class ALMAProx(Attack):
 
     alone = True
     share: float = 0.99
-    steps: int = 500
+    steps: int = 250
     alpha: float = 0.001
-    decay: float = 0.1
+    decay: float = 0.3
     mu: float = 1.0
     rho: float = 0.01
     bounds: tuple[float, float] | None = (0.0, 1.0)
@@ -201,7 +206,8 @@ class PenaltyObjective(LossObjective):
     """Penalties of the constraints that no target's `score_ratio` is above 0, to be descended.
 
     Each target has a multiplier mu, which follows the slope of its penalty, and a steepness rho,
-    which doubles where the target has neither been fooled nor come closer since the last check.
+    which doubles where the target has neither been fooled nor come closer since the last check,
+    once enough targets have been fooled at all: before, it is the ball that they wait for.
     The largest constraints, of as many targets as may be left in the end, are given up one by one.
 
     Args:
@@ -213,7 +219,7 @@ class PenaltyObjective(LossObjective):
 
     loss: Loss | UserLoss = RATIO
     tolerance: float = 0.01
-    steps: int = 500
+    steps: int = 250
     mu: float = 1.0
     rho: float = 0.01
     tells_loss = False
@@ -297,7 +303,7 @@ class PenaltyObjective(LossObjective):
         first, check = per_target(update == 0), per_target((update + 1) % CHECK == 0)
         check = check & ~first
         closer = constraint * kept <= CLOSER * checked
-        steeper = check & ~(fooled | closer)
+        steeper = check & ~(fooled | closer) & per_target(state["found"])
         rho.copy_(torch.where(steeper, STEEPER * rho, rho).clamp_(max=STEEPEST))
         checked.copy_(torch.where(check | first, constraint, checked))
         fooled.logical_and_(~check)
@@ -325,8 +331,11 @@ class ProximalStep:
 
     H is the root mean square of the gradients so far. With d = x - x_0 - alpha g / H, the
     perturbation becomes the p within the bounds that has the smallest
-    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2. Keeps the smallest that the objective's row
-    "success" says to be enough, or before there is one, that with the fewest active targets.
+    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2, and that lies in a ball. Until a p is large
+    enough the ball grows, from half a step to the whole range half way; then it is a little
+    smaller than the smallest such p, and made smaller with each success and larger with each
+    failure, by a rate that falls. Keeps the smallest p that the objective's row "success" says to
+    be enough, or before there is one, that with the fewest active targets.
 
     Args:
         steps: updates of the attack.
@@ -349,6 +358,7 @@ class ProximalStep:
             "best": start,
             "best_active": images.new_full((count,), NONE_YET, dtype=torch.int64),
             "best_size": images.new_full((count,), math.inf, dtype=torch.float64),
+            "radius": images.new_full((count,), FIRST_BALL * self.alpha, dtype=torch.float64),
             "success": no,
             "found": no,
             "found_at": images.new_full((count,), self.steps // 2, dtype=torch.int64),
@@ -377,6 +387,7 @@ class ProximalStep:
             metric.clamp_(min=LEAST_METRIC),
             going.int(),
             self._lengths(update, state["found_at"]),
+            state["radius"],
             1.0 if self.bounds is None else 1 / (upper - lower),
             lower,
             upper,
@@ -405,5 +416,22 @@ class ProximalStep:
             state[name].copy_(torch.where(where, value, state[name]))
         copy_rows(state["best"], x, better)
         found.logical_or_(better & success)
+        self._resize_ball(state)
         over = (state["updates"] >= self.steps) | (state["best_size"] == 0)
         state["done"].copy_(found & over)
+
+    def _resize_ball(self, state: State) -> None:
+        """A smaller ball where the share is fooled, a larger one elsewhere."""
+        first, last = BALL_RATES
+        turn = (state["updates"].double() * (math.pi / self.steps)).cos()
+        rate = last + (first - last) * (1 + turn) / 2
+        best, radius = state["best_size"], state["radius"]
+        smaller = torch.minimum(radius, best) * (1 - rate)
+        larger = radius * torch.where(state["found"], 1 + rate, self._growth)
+        radius.copy_(torch.where(state["success"], smaller, torch.minimum(larger, best)))
+
+    @property
+    def _growth(self) -> float:
+        """Of the ball while nothing is found, which makes it as large as the range half way."""
+        lower, upper = self.bounds or (0.0, 1.0)
+        return max((upper - lower) / (FIRST_BALL * self.alpha), 1.0) ** (2 / self.steps)

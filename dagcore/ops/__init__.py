@@ -81,7 +81,7 @@ _library.define(
 )
 _library.define(
     "linf_prox_(Tensor(a!) images, Tensor origin, Tensor gradient, Tensor metric, Tensor active, "
-    "Tensor alpha, float weight, float lower, float upper) -> Tensor moved",
+    "Tensor alpha, Tensor epsilon, float weight, float lower, float upper) -> Tensor moved",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -240,11 +240,12 @@ def _prox_fake(
     metric: Tensor,
     active: Tensor,
     alpha: Tensor,
+    epsilon: Tensor,
     weight: float,
     lower: float,
     upper: float,
 ) -> Tensor:
-    _check_one_device(images, origin, gradient, metric, active, alpha)
+    _check_one_device(images, origin, gradient, metric, active, alpha, epsilon)
     return torch.empty_like(active, dtype=torch.bool)
 
 
@@ -764,7 +765,8 @@ def linf_prox_(
     metric: Tensor,  # (N, *)
     active: Tensor,  # (N,)
     *,
-    alpha: Tensor,  # (N,)
+    alpha: float | Tensor,  # (N,)
+    epsilon: float | Tensor | None = None,  # (N,)
     weight: float = 1.0,
     lower: float | None,
     upper: float | None,
@@ -772,7 +774,8 @@ def linf_prox_(
     """Take one proximal step in place: X <- X_0 + p, the norm of the perturbation p made smaller.
 
     With d = X - X_0 + alpha g / H, p minimises alpha weight ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2
-    where lower <= X_0 + p <= upper: it is d within the bounds, no larger than a t >= 0 for which
+    where lower <= X_0 + p <= upper and ||p||_inf <= epsilon: it is d within the bounds, no larger
+    than epsilon and than a t >= 0 for which
 
         sum H_i (|d_i| - t) over the i whose |d_i| within the bounds is above t  =  alpha weight,
 
@@ -789,7 +792,8 @@ def linf_prox_(
         gradient: like `images`: g, which the images are moved along.
         metric: (N, *) float32, or float64 for float64 images: H, above 0.
         active: (N,) int32, number of active targets of each image.
-        alpha: (N,) float64, step lengths, at least 0.
+        alpha: step length above 0, a number or, for a length of each image, (N,) float64.
+        epsilon: radius of the ball around `origin`, likewise; None or infinity for none.
         weight: of the norm, at least 0.
         lower, upper: the valid range, None for no bound.
 
@@ -798,10 +802,11 @@ def linf_prox_(
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: a wrong shape, device or value.
+        ValueError: a wrong shape, device or value. On CUDA and inside torch.compile the values of
+            alpha and epsilon are not read: there an image with a wrong one is not stepped.
     """
-    low, high = checks.prox_arguments(
-        images, origin, gradient, metric, active, alpha, weight, lower, upper
+    lengths, balls, low, high = checks.prox_arguments(
+        images, origin, gradient, metric, active, alpha, epsilon, weight, lower, upper
     )
     moved: Tensor = torch.ops.dagcore.linf_prox_(
         images.detach(),
@@ -809,7 +814,8 @@ def linf_prox_(
         gradient.detach(),
         metric.detach(),
         active,
-        alpha.detach(),
+        lengths,
+        balls,
         float(weight),
         low,
         high,

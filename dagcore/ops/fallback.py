@@ -384,6 +384,7 @@ def linf_prox_(
     metric: Tensor,
     active: Tensor,
     alpha: Tensor,
+    epsilon: Tensor,
     weight: float,
     lower: float,
     upper: float,
@@ -396,12 +397,13 @@ def linf_prox_(
     h = metric.detach().reshape(x.shape)
     d = x - x0 + alpha.to(dtype)[:, None] * g / h
     inside = d.clamp(lower - x0, upper - x0)
-    moved = (active > 0) & d.isfinite().all(1) & (d != 0).any(1)
+    moved = (active > 0) & (alpha > 0) & (epsilon > 0) & d.isfinite().all(1) & (d != 0).any(1)
     # Were the k largest above t, it would be the excess of their sum over that of H.
     size, order = inside.abs().double().sort(1, descending=True)
     h = h.double().gather(1, order)
     sums = (h * d.abs().double().gather(1, order)).cumsum(1) - weight * alpha[:, None]
-    t = torch.minimum(size, sums / h.cumsum(1)).amax(1, keepdim=True).clamp(min=0).to(dtype)
+    t = torch.minimum(size, sums / h.cumsum(1)).amax(1, keepdim=True).clamp(min=0)
+    t = torch.minimum(t, epsilon[:, None]).to(dtype)
     stepped = (x0 + inside.clamp(-t, t)).clamp(lower, upper)
     images.detach().copy_(torch.where(moved[:, None], stepped, x).view(images.shape))
     return moved
