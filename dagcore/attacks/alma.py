@@ -39,10 +39,11 @@ class ALMAProx(Attack):
 
     An augmented Lagrangian with a multiplier for each target, whose norm is made smaller by its
     proximity operator (Rony, Pesquet, Ben Ayed, CVPR 2023). The constraint of a target is that its
-    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`. Perturbations
-    stay in a ball that grows after each failure and shrinks after each success (Pintor et al.,
-    NeurIPS 2021), which finds smaller ones in half the steps: without it they first grow to many
-    times of what is needed, and become of a class that needs more.
+    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`.
+
+    Perturbations stay in a ball that grows after each failure and shrinks after each success
+    (Pintor et al., NeurIPS 2021), which finds smaller ones in half the steps: without it they first
+    grow to many times of what is needed, and targets become of a class that needs more.
 
     `Result.adversarial` is the smallest perturbation that was found to fool the share of the
     targets, with the status "converged". Where none was found it is the iterate with the fewest
