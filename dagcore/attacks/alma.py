@@ -182,11 +182,11 @@ def _take_strongest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
     Faster than `max`, which does not look at several targets at once where it finds classes too.
     """
-    value = scores.amax(1)
-    count = scores.shape[1]
-    classes = torch.arange(count, dtype=scores.dtype, device=scores.device)
-    classes = classes.view(-1, *[1] * (scores.dim() - 2))
-    lowest = torch.where(scores == value[:, None], classes, count - 1).amin(1).long()
+    value, count = scores.amax(1), scores.shape[1]
+    narrow = torch.int16 if count < 2**15 else torch.int32
+    ranks = torch.arange(count, 0, -1, dtype=narrow, device=scores.device)
+    rank = ((scores == value[:, None]) * ranks.view(-1, *[1] * (scores.dim() - 2))).amax(1)
+    lowest = (count - rank.long()).clamp(max=count - 1)  # a NaN has no rank
     scores.scatter_(1, lowest[:, None], -math.inf)
     return value, lowest
 
@@ -251,10 +251,11 @@ class PenaltyObjective(LossObjective):
                 scores, labels, adversarial, align_corners=align_corners, state=state
             )
         size, low = labels.shape[1:], scores.shape
-        z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        # Maxima over classes are slow where these come last in memory.
+        z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
         if low[2:] != size:
             z = torch.ops.aten.upsample_bilinear2d(z, size, align_corners)
-        elif z.dtype == scores.dtype:
+        elif z.data_ptr() == scores.data_ptr():
             z = z.clone()
         targeted = isinstance(adversarial, Tensor)
         counted = self._counted(low[1], labels, adversarial)

@@ -38,6 +38,7 @@ class Mutation(NamedTuple):
 
 DAG, BILINEAR, STEP = "cuda/dag_seed.cu", "cuda/dag_seed_bilinear.cu", "cuda/linf_step.cu"
 LOSS, LOSS_BILINEAR = "cuda/losses.cuh", "cuda/loss_seed_bilinear.cu"
+PROX = "cuda/linf_prox.cu"
 CELLS, TARGETS, STRIDED = "cuda/bilinear.cuh", "cuda/targets.cuh", "strided.h"
 PGD, PIXELS, SUMS = "cuda/pgd_step.cu", "cuda/pixels.cuh", "cuda/sums.cuh"
 BARRIER = "  __syncthreads();\n"
@@ -268,6 +269,39 @@ MUTATIONS = (
         "aligned(args.momentum, V * sizeof(RealOf<T>)) &&",
         "",
     ),
+    # the proximity operator
+    Mutation("proximal: half a warp", PROX, "offset = 16", "offset = 8"),
+    Mutation(
+        "proximal: plain maximum", PROX, "  atomicMax(", "  *to = std::max(*to, bits); (void)("
+    ),
+    Mutation(
+        "proximal: no barrier after a tile is read",
+        PROX,
+        f"    }}\n  {BARRIER}    for (int k = part",
+        "    }\n    for (int k = part",
+    ),
+    Mutation(
+        "proximal: no barrier before the next tile",
+        PROX,
+        f"    }}\n  {BARRIER}  }}\n  mass",
+        "    }\n  }\n  mass",
+    ),
+    Mutation(
+        "proximal: no barrier before parts are added",
+        PROX,
+        f"{BARRIER}  if (part > 0) return;",
+        "  if (part > 0) return;",
+    ),
+    Mutation(
+        "proximal: no barrier before t is narrowed",
+        PROX,
+        f"{BARRIER}  if (threadIdx.x > 0) return;",
+        "  if (threadIdx.x > 0) return;",
+    ),
+    Mutation("proximal: not the last part", PROX, "k < kThreads; k +=", "k < kThreads - 64; k +="),
+    Mutation("proximal: a pixel too many", PROX, "tile + thread < count", "tile + thread <= count"),
+    Mutation("proximal: not the last block", PROX, "block < (n + 1) *", "block + 1 < (n + 1) *"),
+    Mutation("proximal: frozen images move", PROX, "if (!args.moved[n]) return;", ""),
     # limits
     Mutation(
         "sums beyond 64 bits",
