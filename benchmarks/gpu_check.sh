@@ -54,9 +54,9 @@ step build 100 env DAGCORE_CUDA="$forced" DAGCORE_PTXAS_VERBOSE=1 "$PYTHON" setu
     --inplace --force
 step info 10 "$PYTHON" -m dagcore.info ${forced:+--require-cuda-kernels}
 step resources 10 bash -c "'$PYTHON' benchmarks/resources.py <'$OUT/build.log' >'$OUT/resources.md'"
-# A process for each file, as most of their time is the host's; training is torch's own.
-step tests 140 bash -c "ls tests/test_*.py | grep -v -e test_zoo_training -e test_paper | \
-    OMP_NUM_THREADS=2 xargs -P $((($(nproc) + 1) / 2)) -n 1 '$PYTHON' -m pytest -q -p no:cacheprovider"
+# In processes of two cores each, as most of their time is the host's; training is torch's own.
+step tests 140 "$PYTHON" -m pytest -q -p no:cacheprovider -n "$((($(nproc) + 1) / 2))" \
+    --dist worksteal --ignore tests/test_zoo_training.py --ignore tests/test_paper.py
 for tool in memcheck racecheck; do
     step "sanitizer-$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 86 "$PYTHON" \
         -m pytest -q -x -p no:cacheprovider -k test_kernels tests/test_cuda.py

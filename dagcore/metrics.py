@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +96,100 @@ def mean_iou(
     for prediction, mask in zip(predictions, masks, strict=True):
         measure.update(prediction, mask)
     return measure.compute()
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstCase:
+    """What several attacks leave of a data set where each image's worst one counts.
+
+    Attributes:
+        score: over the data set.
+        choice: (N,) int64, the attack that counts for each image.
+        rounds: how often all images were gone through.
+    """
+
+    score: Score
+    choice: Tensor
+    rounds: int
+
+
+def worst_iou(
+    hits: Tensor,  # (A, N, C)
+    predicted: Tensor,  # (A, N, C)
+    true: Tensor,  # (N, C)
+    *,
+    begin: int | None = None,
+    least_gain: float = 1e-6,
+    generator: torch.Generator | None = None,
+) -> WorstCase:
+    """The worst case of the mean IoU over N images under A attacks, by SEA's greedy search.
+
+    The mean IoU is one of the whole data set, so that the worst attack of an image depends on those
+    of the others. All images begin with one attack; then, image after image, the attack is taken
+    that makes the mean IoU of the set lowest, until a round of all images gains next to nothing
+    (Croce, Singh, Hein, ECCV 2024). Exact in integers, but for the divisions; it ends where no
+    change of a single image gains more, which need not be the worst of all choices.
+
+    Args:
+        hits: pixels of each image rightly predicted to be of each class, integers.
+        predicted: those predicted to be of it, likewise.
+        true: those that are of it; void pixels count in none of the three.
+        begin: the attack that all images begin with. None: the one that leaves the lowest mean IoU,
+            so that the worst case is at most what each attack leaves.
+        least_gain: of a round, for another one: a fraction of 1, not a percentage.
+        generator: draws the order of the images in each round; None: as they are.
+
+    Raises:
+        TypeError, ValueError: the argument, what was required and what came.
+    """
+    for name, value, dims in (("hits", hits, 3), ("predicted", predicted, 3), ("true", true, 2)):
+        checks.tensor(name, value, checks.LABEL_DTYPES)
+        if value.dim() != dims:
+            raise ArgumentError(f"{name} must have {dims} dimensions, got {tuple(value.shape)}")
+    checks.shape("predicted", predicted, tuple(hits.shape), "hits")
+    checks.shape("true", true, tuple(hits.shape[1:]), "hits")
+    if bool(((hits < 0) | (hits > predicted) | (hits > true)).any()):
+        raise ArgumentError(
+            "hits must be at least 0 and at most predicted and true, which they are not"
+        )
+    attacks, images, _ = hits.shape
+    if attacks == 0:
+        raise ArgumentError("hits must be of at least one attack, got none")
+    if begin is not None:
+        checks.integer("begin", begin, at_least=0, at_most=attacks - 1)
+    checks.number("least_gain", least_gain, at_least=0)
+    checks.generator(generator)
+    # Of a class: pixels hit, and pixels predicted or true, whose quotient is its IoU.
+    h = hits.long().cpu().numpy()
+    u = (predicted.long() + true.long() - hits.long()).cpu().numpy()
+    whole = _mean_ious(h.sum(1), u.sum(1))
+    start = int(whole.argmin()) if begin is None else begin
+    choice = np.full(images, start)
+    hit, union, now, rounds = h[start].sum(0), u[start].sum(0), whole[start], 0
+    while True:
+        before, rounds = now, rounds + 1
+        order = range(images) if generator is None else torch.randperm(images, generator=generator)
+        for n in map(int, order):
+            own = choice[n]
+            all_hits, all_unions = hit - h[own, n] + h[:, n], union - u[own, n] + u[:, n]
+            means = _mean_ious(all_hits, all_unions)
+            worst = means.argmin()
+            if means[worst] < means[own]:
+                choice[n], now = worst, means[worst]
+                hit, union = all_hits[worst], all_unions[worst]
+        if not before - now > least_gain:
+            break
+    score = _score((torch.from_numpy(hit).double() / torch.from_numpy(union)).tolist())
+    return WorstCase(score, torch.from_numpy(choice), rounds)
+
+
+def _mean_ious(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
+    """Mean IoUs (A,) over the classes (A, C) that occur; NaN where none does."""
+    occur = unions > 0
+    ratios = hits / np.maximum(unions, 1)  # a class that does not occur has no hits
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = ratios.sum(1) / occur.sum(1)
+    return means
 
 
 class AveragePrecision:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from dagcore.metrics import AveragePrecision, MeanIoU, Score, mean_iou
+from dagcore.metrics import AveragePrecision, MeanIoU, Score, mean_iou, worst_iou
 
 VOID = 255
 
@@ -65,6 +66,117 @@ def test_mean_iou_refuses() -> None:
     with pytest.raises(ValueError, match="zip"):
         mean_iou([maps([0])], [], 2)
     assert math.isnan(measure.compute().mean)  # what was refused left nothing behind
+
+
+# --- the worst case of several attacks
+
+
+def seen_maps(attacks: int, images: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What attacks leave of some images, (A, N, P), and what is true, (N, P), void in parts."""
+    rng = torch.Generator().manual_seed(seed)
+    true = torch.randint(classes, (images, 12), generator=rng)
+    right = torch.rand((attacks, images, 1), generator=rng) > torch.rand(
+        (attacks, images, 12), generator=rng
+    )
+    seen = torch.where(right, true, torch.randint(classes, right.shape, generator=rng))
+    return seen, torch.where(torch.rand(true.shape, generator=rng) < 0.1, VOID, true)
+
+
+def counted(seen: Tensor, true: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    one = torch.nn.functional.one_hot
+    is_true = one(torch.where(true == VOID, classes, true), classes + 1)[..., :classes]
+    is_seen = one(seen, classes) * (true != VOID)[..., None]
+    return (is_seen * is_true).sum(-2), is_seen.sum(-2), is_true.sum(-2)
+
+
+def of_choice(choice: Tensor, seen: Tensor, true: Tensor, classes: int) -> Score:
+    picked = [seen[a, n][None] for n, a in enumerate(choice.tolist())]
+    return mean_iou(picked, list(true[:, None]), classes)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_worst_case_against_all_choices(seed: int) -> None:
+    """At most what each attack leaves, at least the worst of all choices, and no single change of
+    an image's attack makes it worse."""
+    attacks, images, classes = 3, 5, 4
+    seen, true = seen_maps(attacks, images, classes, seed)
+    found = worst_iou(*counted(seen, true, classes), least_gain=0)
+    assert found.score == of_choice(found.choice, seen, true, classes)
+    every = {
+        choice: of_choice(torch.tensor(choice), seen, true, classes).mean
+        for choice in itertools.product(range(attacks), repeat=images)
+    }
+    assert min(every.values()) <= found.score.mean
+    assert found.score.mean <= min(every[(a,) * images] for a in range(attacks))
+    for n, a in itertools.product(range(images), range(attacks)):
+        other = tuple(a if k == n else own for k, own in enumerate(found.choice.tolist()))
+        assert every[other] >= found.score.mean - 1e-9
+
+
+def test_the_worst_case_of_independent_images_is_found() -> None:
+    """Where each image has a class of its own, each takes the attack that leaves it least."""
+    true = torch.arange(4)[:, None].expand(4, 10)
+    left = torch.tensor([[9, 1, 5, 7], [2, 8, 6, 3], [4, 4, 0, 5]])
+    wrong = torch.full((), 4)
+    seen = torch.where(torch.arange(10) < left[..., None], true, wrong)
+    for begin in (None, 0, 1, 2):
+        for generator in (None, torch.Generator().manual_seed(0)):
+            found = worst_iou(*counted(seen, true, 5), begin=begin, generator=generator)
+            assert found.choice.tolist() == [1, 0, 2, 1]
+            assert found.score.per_class == pytest.approx((20, 10, 0, 30, 0))
+            assert found.score.mean == pytest.approx(12)
+
+
+def test_a_round_that_gains_too_little_is_the_last() -> None:
+    seen, true = seen_maps(3, 40, 6, 0)
+    counts = counted(seen, true, 6)
+    rounds = [worst_iou(*counts, begin=0, least_gain=gain).rounds for gain in (0, 1)]
+    assert rounds[0] > rounds[1] == 1
+    seen, true = seen_maps(5, 12, 3, 1)
+    counts = counted(seen, true, 3)
+
+    def drawn(seed: int) -> tuple[int, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(worst_iou(*counts, begin=0, generator=generator).choice.tolist())
+
+    assert len({drawn(seed) for seed in range(6)}) > 1  # the order of the images matters
+    assert drawn(3) == drawn(3)
+
+
+def test_the_worst_case_of_nothing() -> None:
+    seen, true = seen_maps(2, 3, 4, 0)
+    none = worst_iou(*counted(seen, torch.full_like(true, VOID), 4))
+    assert math.isnan(none.score.mean)
+    assert none.choice.tolist() == [0, 0, 0]
+    empty = worst_iou(*(t[..., :0, :] for t in counted(seen, true, 4)))
+    assert math.isnan(empty.score.mean)
+    assert empty.choice.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hits": torch.zeros(2, 3, 4)}, "hits must be .*, got float32"),
+        (
+            {"hits": torch.zeros(3, 4, dtype=torch.int64)},
+            r"hits must have 3 dimensions, got \(3, 4\)",
+        ),
+        ({"predicted": torch.ones(2, 3, 5).long()}, r"predicted must have shape \(2, 3, 4\)"),
+        ({"true": torch.ones(4, 4).long()}, r"true must have shape \(3, 4\)"),
+        (
+            {"true": torch.zeros(3, 4).long()},
+            "hits must be at least 0 and at most predicted and true",
+        ),
+        ({"begin": 2}, "begin must be .* 1"),
+        ({"least_gain": -1}, "least_gain must be a finite number of at least 0, got -1"),
+    ],
+)
+def test_the_worst_case_refuses(change: dict, told: str) -> None:
+    one = torch.ones(2, 3, 4).long()
+    given = {"hits": one, "predicted": 2 * one, "true": 2 * one[0], "begin": None, "least_gain": 0}
+    given |= change
+    with pytest.raises((TypeError, ValueError), match=told):
+        worst_iou(**given)
 
 
 # --- average precision
