@@ -436,4 +436,4 @@ class ProximalStep:
     def _growth(self) -> float:
         """Of the ball while nothing is found, which makes it as large as the range half way."""
         lower, upper = self.bounds or (0.0, 1.0)
-        return max((upper - lower) / (FIRST_BALL * self.alpha), 1.0) ** (2 / self.steps)
+        return math.pow(max((upper - lower) / (FIRST_BALL * self.alpha), 1.0), 2 / self.steps)
