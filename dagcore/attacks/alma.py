@@ -327,17 +327,23 @@ def _out_of_range(labels: Tensor, num_classes: int) -> Tensor:
     return (labels < 0) | (labels >= num_classes)
 
 
+def _size(images: Tensor, origin: Tensor) -> Tensor:
+    """L-infinity norms of perturbations, (N,) float64."""
+    exact = torch.promote_types(images.dtype, torch.float32)
+    return (images.to(exact) - origin.to(exact)).abs_().flatten(1).amax(1).double()
+
+
 @dataclasses.dataclass(frozen=True)
 class ProximalStep:
     """A step of gradient descent, then the proximity operator of the norm, in a diagonal metric H.
 
     H is the root mean square of the gradients so far. With d = x - x_0 - alpha g / H, the
     perturbation becomes the p within the bounds that has the smallest
-    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2, and that lies in a ball. Until a p is large
-    enough the ball grows, from half a step to the whole range half way; then it is a little
-    smaller than the smallest such p, and made smaller with each success and larger with each
-    failure, by a rate that falls. Keeps the smallest p that the objective's row "success" says to
-    be enough, or before there is one, that with the fewest active targets.
+    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2, and that lies in a ball. Until a p is enough the
+    ball grows, from half a step, or what the attack starts from, as to be the whole range half way;
+    then it is a little smaller than the smallest such p, and made smaller with each success and
+    larger with each failure, by a rate that falls. Keeps the smallest p that the objective's row
+    "success" says to be enough, or before there is one, that with the fewest active targets.
 
     Args:
         steps: updates of the attack.
@@ -360,7 +366,7 @@ class ProximalStep:
             "best": start,
             "best_active": images.new_full((count,), NONE_YET, dtype=torch.int64),
             "best_size": images.new_full((count,), math.inf, dtype=torch.float64),
-            "radius": images.new_full((count,), FIRST_BALL * self.alpha, dtype=torch.float64),
+            "radius": _size(start, images).clamp(min=FIRST_BALL * self.alpha),
             "success": no,
             "found": no,
             "found_at": images.new_full((count,), self.steps // 2, dtype=torch.int64),
@@ -405,8 +411,8 @@ class ProximalStep:
 
     def _keep_best(self, state: State, seen: Evaluation) -> None:
         """Keep the best image, and note which are done."""
-        x, exact = state["x"], state["rms"].dtype
-        size = (x.to(exact) - state["origin"].to(exact)).abs_().flatten(1).amax(1).double()
+        x = state["x"]
+        size = _size(x, state["origin"])
         active, success, found = seen.active.sum(1), state["success"], state["found"]
         fewer = ~found & (active < state["best_active"])
         better = state["running"] & torch.where(success, size < state["best_size"], fewer)

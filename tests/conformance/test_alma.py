@@ -303,6 +303,21 @@ def test_a_start_may_be_given(case):
     assert result.active[0].tolist() == hits.tolist()
 
 
+def test_from_where_another_attack_ended_it_makes_that_smaller(case):
+    """The ball is as large as the start, however small a step is."""
+    net, images, labels = case
+    first = PGD(epsilon=0.05, alpha=0.01, steps=40, tolerance=0.4, loss="margin")(
+        net, images, labels
+    )
+    assert first.converged.all()
+    attack = ALMAProx(steps=40, share=0.6, alpha=0.001)
+    result = attack(net, images, labels, start=first.adversarial)
+    assert result.converged.all()
+    assert torch.equal(result.active[0], first.left)
+    before, after = (r.perturbation.abs().flatten(1).amax(1) for r in (first, result))
+    assert bool((after < 0.75 * before).all())
+
+
 def test_a_zero_gradient_stalls_and_is_no_nan(case):
     _, images, _ = case
     flat = nn.Conv2d(3, 4, 1).double()
