@@ -78,12 +78,25 @@ struct Lanes {
   Value lane[kLanes] = {};
 };
 
-// Four and eight values, as vectors of the compiler's: by itself it makes poor code of sums across
+// Four to sixteen values, as vectors of the compiler's: by itself it makes poor code of sums across
 // lanes.
 template <typename Value>
 using Quad __attribute__((vector_size(4 * sizeof(Value)))) = Value;
 template <typename Value>
 using Oct __attribute__((vector_size(8 * sizeof(Value)))) = Value;
+template <typename Value>
+using Hex __attribute__((vector_size(16 * sizeof(Value)))) = Value;
+static_assert(kLanes == 16, "all lanes are two vectors of eight or one of sixteen");
+
+// Lanes of a, and after them of b, by their numbers.
+template <typename Index, int... kFrom, typename Vector>
+DAGCORE_INLINE void pick(const Vector& a, const Vector& b, Vector* out) {
+#if defined(__clang__)
+  *out = __builtin_shufflevector(a, b, kFrom...);
+#else
+  *out = __builtin_shuffle(a, b, Index{kFrom...});
+#endif
+}
 
 template <typename Value>
 DAGCORE_INLINE void fold(const Lanes<Value>& sum, Oct<Value>* out) {
@@ -91,18 +104,32 @@ DAGCORE_INLINE void fold(const Lanes<Value>& sum, Oct<Value>* out) {
   __builtin_memcpy(half, sum.lane, sizeof(half));
   *out = half[0] + half[1];
 }
+// Two of them, the second one after the first.
+template <typename Value>
+DAGCORE_INLINE void fold_two(const Hex<Value>& one, const Hex<Value>& two, Hex<Value>* out) {
+  using Index = Hex<IndexOf<Value>>;
+  Hex<Value> low, high;
+  pick<Index, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(one, two, &low);
+  pick<Index, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(one, two, &high);
+  *out = low + high;
+}
 
 // In each four lanes a0 + a2, b0 + b2, a1 + a3, b1 + b3.
 template <typename Value>
 DAGCORE_INLINE void zip(const Oct<Value>& a, const Oct<Value>& b, Oct<Value>* out) {
-#if defined(__clang__)
-  *out = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-         __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-#else
   using Index = Oct<IndexOf<Value>>;
-  *out = __builtin_shuffle(a, b, Index{0, 8, 1, 9, 4, 12, 5, 13}) +
-         __builtin_shuffle(a, b, Index{2, 10, 3, 11, 6, 14, 7, 15});
-#endif
+  Oct<Value> low, high;
+  pick<Index, 0, 8, 1, 9, 4, 12, 5, 13>(a, b, &low);
+  pick<Index, 2, 10, 3, 11, 6, 14, 7, 15>(a, b, &high);
+  *out = low + high;
+}
+template <typename Value>
+DAGCORE_INLINE void zip_two(const Hex<Value>& a, const Hex<Value>& b, Hex<Value>* out) {
+  using Index = Hex<IndexOf<Value>>;
+  Hex<Value> low, high;
+  pick<Index, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b, &low);
+  pick<Index, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b, &high);
+  *out = low + high;
 }
 
 template <typename Value>
@@ -120,6 +147,30 @@ DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, cons
   __builtin_memcpy(half, &all, sizeof(half));
   half[0] += half[1];
   __builtin_memcpy(total, half, sizeof(total));
+}
+
+// One vector of pixels: what each of two values of theirs, weighed by the four corners, sums up to,
+// to the same bits.
+template <typename Value>
+DAGCORE_INLINE void add_lanes(const Value (&one)[kLanes], const Value (&two)[kLanes],
+                              const Value* weights, int64_t pitch, Value (&total)[2][4]) {
+  Hex<Value> first, second, sum[4], ac, bd, all;
+  __builtin_memcpy(&first, one, sizeof(first));
+  __builtin_memcpy(&second, two, sizeof(second));
+  for (int k = 0; k < 4; ++k) {
+    Hex<Value> weight;
+    __builtin_memcpy(&weight, weights + k * pitch, sizeof(weight));
+    fold_two<Value>(weight * first, weight * second, &sum[k]);
+  }
+  zip_two<Value>(sum[0], sum[2], &ac);
+  zip_two<Value>(sum[1], sum[3], &bd);
+  zip_two<Value>(ac, bd, &all);
+  Quad<Value> part[4];
+  __builtin_memcpy(part, &all, sizeof(part));
+  part[0] += part[1];
+  part[2] += part[3];
+  __builtin_memcpy(total[0], &part[0], sizeof(total[0]));
+  __builtin_memcpy(total[1], &part[2], sizeof(total[1]));
 }
 
 // The weights of a tile's pixels at its four corners, in arrays that lie `pitch` apart. Rows of

@@ -15,7 +15,7 @@
 namespace dagcore {
 namespace {
 
-constexpr int64_t kStripBytes = 32 << 10;  // of a strip's scores, roughly
+constexpr int64_t kStripBytes = 20 << 10;  // of a strip's scores, roughly
 constexpr int kTileColumns = 16;           // at most
 // Rows of cells in a band, at least: each band keeps two rows of sums for itself, and all of them
 // together are not to take more memory than the scores.
@@ -217,11 +217,33 @@ DAGCORE_INLINE void add_strip(const Cells<T>& cells, size_t begin, size_t end,
   const LossRow<Real, Index>& row = shop.row;
   const int64_t first = shop.tiles.begin[begin], pitch = shop.tiles.pitch;
   const Real* weights = &shop.tiles.weights[first];
+  const auto classes = static_cast<Index>(cells.classes);
   for (size_t k = begin; k < end; ++k) {
     const int64_t at = shop.tiles.begin[k] - first, last = shop.tiles.begin[k + 1] - first;
     double* above = sums.above + cells.xs[k].low;
     double* below = sums.below + cells.xs[k].low;
-    for (Index c = 0; c < cells.classes; ++c, above += sums.width, below += sums.width) {
+    const auto add = [&](const Real(&total)[4]) __attribute__((always_inline)) {
+      above[0] += total[0];
+      above[1] += total[1];
+      below[0] += total[2];
+      below[1] += total[3];
+      above += sums.width;
+      below += sums.width;
+    };
+    Index c = 0;
+    // Sums across lanes are most of the work where a tile is one vector: two classes at a time.
+    for (; last - at == kLanes && c + 1 < classes; c += 2) {
+      const Real *work = strip.row(c) + at, *next = strip.row(c + 1) + at;
+      Real one[kLanes], two[kLanes], total[2][4];
+      for (int64_t j = 0; j < kLanes; ++j) {
+        one[j] = gradient_at<kLoss>(row, work[j], at + j, c);
+        two[j] = gradient_at<kLoss>(row, next[j], at + j, static_cast<Index>(c + 1));
+      }
+      add_lanes(one, two, weights + at, pitch, total);
+      add(total[0]);
+      add(total[1]);
+    }
+    for (; c < classes; ++c) {
       const Real* work = strip.row(c);
       Lanes<Real> s0, s1, s2, s3;
       for (int64_t p = at; p < last; p += kLanes) {
@@ -237,10 +259,7 @@ DAGCORE_INLINE void add_strip(const Cells<T>& cells, size_t begin, size_t end,
       }
       Real total[4];
       add_lanes(s0, s1, s2, s3, total);
-      above[0] += total[0];
-      above[1] += total[1];
-      below[0] += total[2];
-      below[1] += total[3];
+      add(total);
     }
   }
 }
