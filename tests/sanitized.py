@@ -26,6 +26,7 @@ TESTS = (
     "test_dag_seed.py",
     "test_dag_seed_bilinear.py",
     "test_argmax_bilinear.py",
+    "test_linf_prox.py",
     "test_linf_step.py",
     "test_loss_seed.py",
     "test_loss_seed_bilinear.py",
