@@ -136,11 +136,17 @@ def peers(options: argparse.Namespace) -> None:
             def kept(side: str, run: Callable[[], Tensor]) -> Callable[[], None]:
                 return lambda: found.update({side: run()})  # noqa: B023  # run at once
 
-            own = here[attack]
+            # SEA's returns the iterate with the fewest right, cospgd's loop the last one.
+            own, which = here[attack], "adversarial" if attack == "APGD" else "last"
+
+            def attacked(model: nn.Module) -> Tensor:
+                found: Tensor = getattr(own(model, images, labels), which)  # noqa: B023
+                return found
+
             sides = {
                 "peer": kept("peer", theirs),
-                "here": kept("here", lambda: own(model, images, labels).last),  # noqa: B023
-                "prepared": kept("prepared", lambda: own(fast, images, labels).last),  # noqa: B023
+                "here": kept("here", lambda: attacked(model)),  # noqa: B023
+                "prepared": kept("prepared", lambda: attacked(fast)),  # noqa: B023
             }
             times = alternate(sides, options.rounds, warmup=1)
             middle = {side: statistics.median(t) for side, t in times.items()}
@@ -233,7 +239,7 @@ def of_sea(
             return scores_of(x)
 
     def run() -> Tensor:
-        best, *_ = module.apgd_train(
+        *_, best = module.apgd_train(
             Model(),
             images,
             labels.long(),
