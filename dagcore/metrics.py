@@ -1,18 +1,19 @@
-"""How good a network is: mean intersection over union, and average precision at IoU 0.5.
+"""How good a network is: mean IoU, average precision at IoU 0.5, and kinds of detection errors.
 
-Both gather a whole data set through `update` and give percentages from `compute`.
+Each gathers a whole data set through `update`, and `compute` gives the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import checks
 from .errors import ArgumentError
@@ -221,7 +222,6 @@ class AveragePrecision:
         checks.integer("num_classes", num_classes, at_least=2)
         checks.choice("protocol", protocol, PROTOCOLS)
         self.num_classes, self.protocol = num_classes, protocol
-        self._box_iou = optional_import("torchvision.ops", "data").box_iou
         self._coco = _coco() if protocol == "coco" else None
         self._truths = [0] * num_classes
         # Per class: score of a detection, and whether it was right.
@@ -245,41 +245,17 @@ class AveragePrecision:
             difficult: (K,) bool; None where there is no difficult one.
             iscrowd: (K,) bool; None where there is no crowd.
         """
-        for key in ("boxes", "labels", "scores"):
-            if key not in prediction:
-                raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
-        found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
-        none = torch.zeros(len(labels), dtype=torch.bool)
-        difficult = none if difficult is None else difficult
-        iscrowd = none if iscrowd is None else iscrowd
-        self._check("prediction['boxes']", found, "prediction['labels']", classes)
-        self._check("boxes", boxes, "labels", labels)
-        checks.tensor("prediction['scores']", scores, checks.FLOAT_DTYPES)
-        checks.shape("prediction['scores']", scores, (len(found),), "prediction['boxes']")
-        for name, flags in (("difficult", difficult), ("iscrowd", iscrowd)):
-            checks.tensor(name, flags, (torch.bool,))
-            checks.shape(name, flags, (len(boxes),), "boxes")
-        if bool(scores.isnan().any()):
-            raise ArgumentError("prediction['scores'] must be numbers, got NaN")
-        found, boxes = found.detach().cpu().double(), boxes.detach().cpu().double()
-        classes, labels, scores, difficult, iscrowd = (
-            values.detach().cpu()
-            for values in (classes.long(), labels.long(), scores, difficult, iscrowd)
-        )
-        ignored = difficult | iscrowd
-        for label in labels[~ignored].tolist():
+        seen = _Detections(prediction, boxes, labels, difficult, iscrowd, self.num_classes)
+        for label in seen.labels[~seen.ignored].tolist():
             self._truths[label] += 1
         if self._coco is not None:
+            truth = {"boxes": seen.boxes, "labels": seen.labels, "iscrowd": seen.ignored.long()}
             self._coco.update(
-                [{"boxes": found, "labels": classes, "scores": scores}],
-                [{"boxes": boxes, "labels": labels, "iscrowd": ignored.long()}],
+                [{"boxes": seen.found, "labels": seen.classes, "scores": seen.scores}], [truth]
             )
             return
-        for label in set(classes.tolist()):
-            own, crowd = classes == label, (labels == label) & iscrowd
-            true = (labels == label) & ~iscrowd
-            in_crowd = (_share_inside(found[own], boxes[crowd]) >= 0.5).any(1)
-            self._match(label, found[own], scores[own], in_crowd, boxes[true], difficult[true])
+        for d, right in seen.judged():
+            self._found[int(seen.classes[d])].append((float(seen.scores[d]), right))
 
     def compute(self) -> Score:
         """The score of everything counted so far."""
@@ -289,41 +265,6 @@ class AveragePrecision:
             classes, values = result["classes"].reshape(-1), result["map_per_class"].reshape(-1)
             known = dict(zip(classes.tolist(), values.tolist(), strict=True))
         return _score(known[c] if count else math.nan for c, count in enumerate(self._truths))
-
-    def _check(self, boxes_name: str, boxes: Tensor, labels_name: str, labels: Tensor) -> None:
-        checks.tensor(boxes_name, boxes, checks.FLOAT_DTYPES)
-        if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ArgumentError(f"{boxes_name} must have shape (K, 4), got {tuple(boxes.shape)}")
-        checks.tensor(labels_name, labels, checks.LABEL_DTYPES)
-        checks.shape(labels_name, labels, (len(boxes),), boxes_name)
-        if len(labels) and not 0 < int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ArgumentError(
-                f"{labels_name} must lie in [1, {self.num_classes}), got {labels.tolist()}"
-            )
-
-    def _match(
-        self,
-        label: int,
-        found: Tensor,
-        scores: Tensor,
-        in_crowd: Tensor,
-        boxes: Tensor,
-        difficult: Tensor,
-    ) -> None:
-        """Judge the detections of one class in one image."""
-        overlap = self._box_iou(found, boxes)
-        taken = set()
-        for d in scores.argsort(descending=True, stable=True).tolist():
-            best = int(overlap[d].argmax()) if len(boxes) else -1
-            hit = best >= 0 and bool(overlap[d, best] >= 0.5)
-            if hit and bool(difficult[best]):
-                continue
-            right = hit and best not in taken
-            if right:
-                taken.add(best)
-            elif bool(in_crowd[d]):
-                continue
-            self._found[label].append((float(scores[d]), right))
 
     def _area(self, label: int) -> float:
         """Average precision of a class by VOC's protocol."""
@@ -339,6 +280,194 @@ class AveragePrecision:
         # Recall k / truths is at least t / 10, in integers.
         first = (max(-(-t * truths // 10), 1) for t in range(11))
         return sum(precision[k - 1] for k in first) / 11
+
+
+KINDS = ("correct", "classification", "localisation", "both", "duplicate", "background")
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorCounts:
+    """What became of the detections and the objects of a data set.
+
+    Attributes:
+        correct: detections that are right.
+        classification: those at the place of an object of another class.
+        localisation: those near an object of their class, but not at its place.
+        both: those near an object of another class.
+        duplicate: further ones at the place of an object that was found.
+        background: those that are near no object.
+        missed: objects without a correct detection, a classification or a localisation error.
+        objects: all of them, difficult ones and crowds left out.
+    """
+
+    correct: int
+    classification: int
+    localisation: int
+    both: int
+    duplicate: int
+    background: int
+    missed: int
+    objects: int
+
+    @property
+    def detections(self) -> int:
+        """All detections that count."""
+        return sum(getattr(self, kind) for kind in KINDS)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Percentages: "missed" of the objects, the others of the detections; NaN of none."""
+        parts = {kind: (getattr(self, kind), self.detections) for kind in KINDS}
+        parts["missed"] = (self.missed, self.objects)
+        return {kind: 100 * n / of if of else math.nan for kind, (n, of) in parts.items()}
+
+
+class DetectionErrors:
+    """Errors of place told apart from errors of class, in the terms of TIDE.
+
+    By its IoU with the true boxes a detection that is not correct has one of these errors, the
+    first that applies (Bolya et al., ECCV 2020):
+
+        duplicate: at least 0.5 with a box of its class, which was found already.
+        classification: at least 0.5 with a box of another class.
+        localisation: at least 0.1 with a box of its class.
+        both: at least 0.1 with a box of another class.
+        background: less than 0.1 with every box.
+
+    TIDE's own code looks for errors of localisation first, so that a detection that fits one
+    object and touches one of its own class is misplaced there, and misclassified here.
+
+    Which detections are correct, and which count neither way, is as in `AveragePrecision` with
+    VOC's protocols, except that detections below `min_score` are left out first.
+
+    Args:
+        num_classes: number of classes C, the background (0) included.
+        min_score: detections below it do not count. Average precision weighs detections by their
+            rank, and is hardly changed by the many of low score that a detector returns. In
+            counts, they would hide all others.
+    """
+
+    def __init__(self, num_classes: int, *, min_score: float = 0.5) -> None:
+        checks.integer("num_classes", num_classes, at_least=2)
+        checks.number("min_score", min_score)
+        self.num_classes, self.min_score = num_classes, min_score
+        self._counts = dict.fromkeys((*KINDS, "missed", "objects"), 0)
+
+    def update(
+        self,
+        prediction: Mapping[str, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        difficult: Tensor | None = None,
+        iscrowd: Tensor | None = None,
+    ) -> None:
+        """Count the detections in one image; see `AveragePrecision.update`."""
+        seen = _Detections(
+            prediction, boxes, labels, difficult, iscrowd, self.num_classes, self.min_score
+        )
+        met = seen.ignored.clone()  # objects that are not missed
+        for d, right in seen.judged():
+            kind, box = ("correct", seen.best[d]) if right else seen.error(d)
+            self._counts[kind] += 1
+            if kind in ("correct", "classification", "localisation"):
+                met[box] = True
+        self._counts["missed"] += int((~met).sum())
+        self._counts["objects"] += int((~seen.ignored).sum())
+
+    def compute(self) -> ErrorCounts:
+        """The counts of everything seen so far."""
+        return ErrorCounts(**self._counts)
+
+
+class _Detections:
+    """The detections in one image beside its true boxes: checked, on the CPU, and judged.
+
+    Attributes:
+        own: (D, K + 1) IoU with the true boxes of the same class; 0 for crowds, and at the end.
+        others: likewise, with those of other classes.
+        best: (D,) the box that `own` is largest for.
+    """
+
+    def __init__(
+        self,
+        prediction: Mapping[str, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        difficult: Tensor | None,
+        iscrowd: Tensor | None,
+        num_classes: int,
+        min_score: float = -math.inf,
+    ) -> None:
+        for key in ("boxes", "labels", "scores"):
+            if key not in prediction:
+                raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
+        found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
+        none = torch.zeros(len(labels), dtype=torch.bool)
+        difficult = none if difficult is None else difficult
+        iscrowd = none if iscrowd is None else iscrowd
+        _check_boxes("prediction['boxes']", found, "prediction['labels']", classes, num_classes)
+        _check_boxes("boxes", boxes, "labels", labels, num_classes)
+        checks.tensor("prediction['scores']", scores, checks.FLOAT_DTYPES)
+        checks.shape("prediction['scores']", scores, (len(found),), "prediction['boxes']")
+        for name, flags in (("difficult", difficult), ("iscrowd", iscrowd)):
+            checks.tensor(name, flags, (torch.bool,))
+            checks.shape(name, flags, (len(boxes),), "boxes")
+        if bool(scores.isnan().any()):
+            raise ArgumentError("prediction['scores'] must be numbers, got NaN")
+        kept = scores >= min_score
+        self.found, self.classes, self.scores = (
+            values[kept].detach().cpu() for values in (found.double(), classes.long(), scores)
+        )
+        self.boxes, self.labels, self.difficult, iscrowd = (
+            values.detach().cpu() for values in (boxes.double(), labels.long(), difficult, iscrowd)
+        )
+        self.ignored = self.difficult | iscrowd
+        same = self.classes[:, None] == self.labels
+        overlap = optional_import("torchvision.ops", "data").box_iou(self.found, self.boxes)
+        overlap = overlap * ~iscrowd
+        self.own, self.others = (functional.pad(overlap * of, (0, 1)) for of in (same, ~same))
+        self.best = self.own.argmax(1).tolist()
+        inside = _share_inside(self.found, self.boxes) >= 0.5
+        self.in_crowd = (inside & same & iscrowd).any(1)
+
+    def judged(self) -> Iterator[tuple[int, bool]]:
+        """The detections that count, the best score first, and whether they are right."""
+        taken = set()
+        for d in self.scores.argsort(descending=True, stable=True).tolist():
+            box = self.best[d]
+            hit = bool(self.own[d, box] >= 0.5)
+            if hit and bool(self.difficult[box]):
+                continue
+            right = hit and box not in taken
+            if right:
+                taken.add(box)
+            elif bool(self.in_crowd[d]):
+                continue
+            yield d, right
+
+    def error(self, d: int) -> tuple[str, int]:
+        """What is wrong with a detection that is not right, and the box that it is wrong at."""
+        box, other = self.best[d], int(self.others[d].argmax())
+        own, others = float(self.own[d, box]), float(self.others[d, other])
+        if own >= 0.5:
+            return "duplicate", box
+        if others >= 0.5:
+            return "classification", other
+        if own >= 0.1:
+            return "localisation", box
+        return ("both" if others >= 0.1 else "background"), other
+
+
+def _check_boxes(
+    boxes_name: str, boxes: Tensor, labels_name: str, labels: Tensor, num_classes: int
+) -> None:
+    checks.tensor(boxes_name, boxes, checks.FLOAT_DTYPES)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ArgumentError(f"{boxes_name} must have shape (K, 4), got {tuple(boxes.shape)}")
+    checks.tensor(labels_name, labels, checks.LABEL_DTYPES)
+    checks.shape(labels_name, labels, (len(boxes),), boxes_name)
+    if len(labels) and not 0 < int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ArgumentError(f"{labels_name} must lie in [1, {num_classes}), got {labels.tolist()}")
 
 
 def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dagcore.metrics import AveragePrecision, MeanIoU, Score, mean_iou, worst_iou
+from dagcore.metrics import (
+    AveragePrecision,
+    DetectionErrors,
+    ErrorCounts,
+    MeanIoU,
+    Score,
+    mean_iou,
+    worst_iou,
+)
 
 VOID = 255
 
@@ -361,3 +370,129 @@ def test_average_precision_refuses() -> None:
     with pytest.raises(ValueError, match=r"prediction\['scores'\] must be numbers, got NaN"):
         measure.update({**good, "scores": torch.tensor([math.nan])}, TRUTH[:1], ones)
     assert math.isnan(measure.compute().mean)  # what was refused left nothing behind
+
+
+# --- kinds of detection errors
+
+
+def counts(**kinds: int) -> ErrorCounts:
+    """Counts, 0 where nothing is said."""
+    return ErrorCounts(**{field.name: 0 for field in dataclasses.fields(ErrorCounts)} | kinds)
+
+
+def one(place: list[float], label: int, score: float = 0.9) -> dict[str, Tensor]:
+    return found((place, score), label=label)
+
+
+def together(*predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.cat([p[key] for p in predictions]) for key in predictions[0]}
+
+
+def errors(prediction: dict[str, Tensor], labels: list[int], **flags: Tensor) -> ErrorCounts:
+    """Of detections beside the first boxes of TRUTH with these labels."""
+    measure = DetectionErrors(4)
+    measure.update(
+        prediction, TRUTH[: len(labels)], torch.tensor(labels, dtype=torch.int64), **flags
+    )
+    return measure.compute()
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "kind", "missed"),
+    # By its right edge a detection covers part of box 0 (10 x 10, of class 1): the width tells the
+    # IoU. Box 1 is of class 2.
+    [
+        ([0.0, 0, 5, 10], 1, "correct", 1),  # 0.5
+        ([0.0, 0, 4.9, 10], 1, "localisation", 1),
+        ([0.0, 0, 1, 10], 1, "localisation", 1),  # 0.1
+        ([0.0, 0, 0.9, 10], 1, "background", 2),
+        ([0.0, 0, 5, 10], 3, "classification", 1),
+        ([0.0, 0, 5, 10], 2, "classification", 1),
+        ([0.0, 0, 4.9, 10], 3, "both", 2),
+        ([0.0, 0, 1, 10], 2, "both", 2),
+        ([0.0, 0, 0.9, 10], 3, "background", 2),
+        (MISS, 1, "background", 2),
+    ],
+)
+def test_each_kind_of_error(place: list[float], label: int, kind: str, missed: int) -> None:
+    """Box 1 is missed; box 0 too, unless the place or the class alone is wrong."""
+    assert errors(one(place, label), [1, 2]) == counts(**{kind: 1}, missed=missed, objects=2)
+
+
+def test_a_further_detection_is_a_duplicate() -> None:
+    """The best score is right, in whatever order; the box of another class there is not asked."""
+    first, second = one([0.0, 0, 6, 10], 1, 0.6), one(box(0), 1, 0.9)
+    expected = counts(correct=1, duplicate=1, objects=1)
+    assert errors(together(first, second), [1]) == expected
+    measure = DetectionErrors(4)
+    twice = TRUTH[[0, 0]]
+    measure.update(together(first, second), twice, torch.tensor([1, 2]))
+    assert measure.compute() == counts(correct=1, duplicate=1, missed=1, objects=2)
+
+
+def test_the_class_is_wrong_rather_than_the_place() -> None:
+    """Of class 1 at a box of class 2, beside one of class 1 that it overlaps by 0.2 or so."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [6, 0, 16, 10]])
+    measure = DetectionErrors(3)
+    measure.update(one(boxes[1].tolist(), 1), boxes, torch.tensor([1, 2]))
+    assert measure.compute() == counts(classification=1, missed=1, objects=2)
+
+
+def test_an_object_that_is_found_is_not_missed_for_its_errors() -> None:
+    prediction = together(one(box(0), 1), one(box(0), 2), one([0.0, 0, 3, 10], 1))
+    expected = counts(correct=1, classification=1, localisation=1, objects=1)
+    assert errors(prediction, [1]) == expected
+
+
+def test_difficult_objects_and_crowds_in_errors() -> None:
+    """Neither is missed. At a difficult box or in a crowd of its class, nothing counts."""
+    first = torch.tensor([True, False])
+    for flags in ({"difficult": first}, {"iscrowd": first}):
+        assert errors(one(box(0), 1), [1, 2], **flags) == counts(missed=1, objects=1)
+        assert errors(found(), [1, 2], **flags) == counts(missed=1, objects=1)
+    # Of another class it counts, as an error of class at a difficult object, but not at a crowd.
+    wrong = one(box(0), 3)
+    assert errors(wrong, [1, 2], difficult=first) == counts(classification=1, missed=1, objects=1)
+    assert errors(wrong, [1, 2], iscrowd=first) == counts(background=1, missed=1, objects=1)
+
+
+def test_errors_of_low_score_do_not_count() -> None:
+    prediction = together(one(box(0), 1, 0.5), one(MISS, 1, 0.49), one(box(1), 1, 0.49))
+    assert errors(prediction, [1, 1]) == counts(correct=1, missed=1, objects=2)
+    measure = DetectionErrors(4, min_score=0.0)
+    measure.update(prediction, TRUTH[:2], torch.tensor([1, 1]))
+    assert measure.compute() == counts(correct=2, background=1, objects=2)
+
+
+def test_errors_of_a_data_set() -> None:
+    """Images add up, and boxes of one are nothing to another."""
+    measure = DetectionErrors(4)
+    labels = torch.tensor([1])
+    measure.update(together(one(box(0), 1), one(box(0), 1)), TRUTH[:1], labels)
+    measure.update(one(box(0), 1), TRUTH[:1], labels)
+    measure.update(found(), TRUTH[:1], labels)
+    measure.update(one(box(0), 2), TRUTH[:0], labels[:0])
+    result = measure.compute()
+    assert result == counts(correct=2, duplicate=1, background=1, missed=1, objects=3)
+    assert result.detections == 4
+    assert result.shares == {
+        "correct": 50,
+        "classification": 0,
+        "localisation": 0,
+        "both": 0,
+        "duplicate": 25,
+        "background": 25,
+        "missed": pytest.approx(100 / 3),
+    }
+    assert all(math.isnan(share) for share in DetectionErrors(4).compute().shares.values())
+
+
+def test_detection_errors_refuse() -> None:
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        DetectionErrors(1)
+    with pytest.raises(TypeError, match="min_score must be a number, got"):
+        DetectionErrors(3, min_score="0.5")  # type: ignore[arg-type]
+    measure = DetectionErrors(3)
+    with pytest.raises(ValueError, match=r"labels must lie in \[1, 3\), got \[3\]"):
+        measure.update(found(), TRUTH[:1], torch.tensor([3]))
+    assert measure.compute() == counts()
