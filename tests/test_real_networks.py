@@ -13,8 +13,10 @@ from command_line import record
 from PIL import Image
 from support import generator
 
-from dagcore import DAG, Part, Sample, files, joint_attack, victims
+from dagcore import DAG, PGD, Part, Sample, files, joint_attack, victims
 from dagcore.__main__ import main
+from dagcore.evaluation.tog import goal_targets
+from dagcore.metrics import DetectionErrors
 from dagcore.perturbation import round_to_8_bits
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
@@ -308,3 +310,28 @@ def test_run_from_the_command_line(folder, model, what):
     kept = json.loads(line)
     assert kept["status"] == "converged"
     assert kept["active_after_rounding"] == 0
+
+
+def test_nanodet_and_togs_goals(nanodet):
+    """One look at four detections; `tests/test_tog.py` measures the goals on more images."""
+    image = of_skimage("chelsea", 416)
+    with torch.no_grad():
+        truth = nanodet.confident(nanodet.detect(image.clone())[0], 0.35, image)
+    targets = goal_targets(nanodet, image[0], truth)
+    attack = PGD(epsilon=8 / 255, alpha=2 / 255, steps=10, tolerance=None)
+    errors = {}
+    for goal, aim in targets.items():
+        measure = DetectionErrors(len(nanodet.classes) + 1, min_score=0.35)
+        goals = aim.adversarial if isinstance(aim.adversarial, str) else aim.adversarial[None]
+        result = attack(nanodet, image, aim.labels[None], goals, generator=generator(0))
+        with torch.no_grad():
+            (found,) = nanodet.detect(result.last)
+        found["labels"] += 1  # 0 is the background of the measure
+        measure.update(found, truth["boxes"], truth["labels"] + 1)
+        errors[goal] = measure.compute()
+    assert errors["vanish"].objects == 4
+    assert errors["vanish"].detections < 3
+    assert errors["mislabel"].correct <= 1
+    assert errors["mislabel"].detections > 3
+    assert errors["untargeted"].correct <= 1
+    assert errors["fabricate"].background > 8

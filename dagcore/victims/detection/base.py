@@ -183,7 +183,7 @@ class Detector(nn.Module, abc.ABC):
         with frozen(self), torch.no_grad():
             given = images.clone()  # the detector's to write into
             found = self.candidates(given, nms_threshold, max_proposals) if len(images) else []
-            self._check_candidates(found, images)
+            self.check_candidates(found, images)
             if ground_truth is None:
                 detections = self.detect(images.clone()) if len(images) else []
                 ground_truth = [self.confident(one, confidence, images) for one in detections]
@@ -215,7 +215,7 @@ class Detector(nn.Module, abc.ABC):
             adversarial_labels=draw_adversarial_labels(
                 labels,
                 adversarial,
-                self._objects(num_classes).to(labels.device),
+                self.objects(num_classes).to(labels.device),
                 background=self.background,
                 ignore_index=ignore_index,
                 generator=generator,
@@ -287,7 +287,7 @@ class Detector(nn.Module, abc.ABC):
         single = ~crowd.to(images.device).bool()
         return boxes[single], labels[single]
 
-    def _check_candidates(self, found: Sequence[tuple[Tensor, Tensor]], images: Tensor) -> None:
+    def check_candidates(self, found: Sequence[tuple[Tensor, Tensor]], images: Tensor) -> None:
         """Raise unless there are boxes (P, 4) and scores (P, C) for each image."""
         name = f"{type(self).__name__}.candidates"
         if len(found) != len(images):
@@ -306,7 +306,7 @@ class Detector(nn.Module, abc.ABC):
                     f"got {tuple(scores.shape)}"
                 )
 
-    def _objects(self, num_classes: int) -> Tensor:
+    def objects(self, num_classes: int) -> Tensor:
         """The classes of objects: not the background, nor those that a data set left unused."""
         names = self.classes or ()
         unused = {k for k, name in enumerate(names) if name == "N/A"} | {self.background}
