@@ -40,6 +40,7 @@ __all__ = [
     "__version__",
     "attacks",
     "data",
+    "evaluate",
     "freed_memory_kept",
     "joint_attack",
     "joint_stream",
@@ -56,7 +57,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`dagcore.data` and `dagcore.metrics`, imported when they are first asked for."""
+    """`dagcore.data`, `metrics` and `evaluate`, imported when they are first asked for."""
+    if name == "evaluate":
+        return importlib.import_module("dagcore.evaluation.evaluate").evaluate
     if name in ("data", "metrics"):
         return importlib.import_module(f"dagcore.{name}")
     raise AttributeError(f"module 'dagcore' has no attribute {name!r}")

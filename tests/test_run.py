@@ -764,7 +764,7 @@ def test_hidden_files_are_no_images(photos):
 
 
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
-    folder = results.Folder(tmp_path / "out")
+    folder = results.Folder(tmp_path / "out", results.NUMBERS)
     for name in ("../x", "a/../../x", "/x", ".."):
         with pytest.raises(ValueError, match="must stay below its folder"):
             folder.path("images", name, "png")
@@ -814,8 +814,8 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('datta = "photos"', "'datta' is no setting of a run: did you mean data?"),
-        ("xyz = 1", "'xyz' is no setting of a run, but"),
+        ('datta = "photos"', "'datta' is no setting: did you mean data?"),
+        ("xyz = 1", "'xyz' is no setting, but"),
         ('max_iter = "many"', "max_iter must be an integer, got 'many'"),
         ("max_iter = true", "max_iter must be an integer, got True"),
         ("strict = 1", "strict must be true or false, got 1"),

@@ -4,116 +4,34 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
-import numpy as np
+import killing
 import pytest
-from PIL import Image
+from killing import results, wait
 from support import wait_until
 
-import dagcore
-
 COUNT = 24
-# The victim's module sends its process a signal right before one of the run's files is opened to be
-# written, or is renamed. FATE says which signal, "open" or "os.rename", a part of the file's path,
-# how many of these come first, and the rank.
-VICTIM = """
-import itertools, os, signal, sys
-import torch
-from torch import nn
-from dagcore.victims import Victim
-
-def make():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1))
-    for k, layer in enumerate(net):
-        rng = torch.Generator().manual_seed(k)
-        layer.weight.data = torch.randn(layer.weight.shape, generator=rng) / 10
-        layer.bias.data.zero_()
-    return Victim(net)
-
-def hook(event, arguments):
-    if event == kind and (event == "os.rename" or (arguments[2] or 0) & os.O_ACCMODE):
-        path = str(arguments[event == "os.rename"])
-        if path.startswith(out) and place in path and next(passed) == int(first):
-            os.kill(os.getpid(), getattr(signal, name))
-
-if os.environ.get("FATE"):
-    name, kind, place, first, rank, out = os.environ["FATE"].split()
-    passed = itertools.count()
-    if os.environ.get("RANK", "0") == rank:
-        sys.addaudithook(hook)
-"""
-CHANGING = ("speed.json", ".lock")  # these tell of the processes
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with a data set, one of whose images is broken, and what a run makes of it."""
     here = tmp_path_factory.mktemp("run")
-    (here / "killed_victim.py").write_text(VICTIM)
-    (here / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for k in range(COUNT):
-        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(
-            here / "photos" / f"{k:03d}.png"
-        )
-    (here / "photos" / "007.png").write_text("broken")
+    killing.prepare(here, COUNT)
     done = wait(launch(here, "whole"))
     assert done.returncode == 0, done.stderr
     assert len(results(here / "whole")) == COUNT - 1 + COUNT - 1 + 4 + 3  # images, r, figures, rest
     return here
 
 
-ARGUMENTS = ("--data", "photos", "--model", "killed_victim:make", "--max-iter", "12")
-ARGUMENTS += ("--device", "cpu")
-
-
-def launch(here, out, *arguments, ranks=0, fate=None, **options):
-    root = os.path.dirname(os.path.dirname(dagcore.__file__))
-    program = [sys.executable, "-m"]
-    if ranks:
-        program += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        program += ["-m"]
-    command = [*program, "dagcore", "run", *ARGUMENTS, "--perturbations", *arguments]
-    return subprocess.Popen(
-        [*command, "--out", out],
-        cwd=here,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([root, str(here)]),
-            "OMP_NUM_THREADS": "1",
-            "FATE": f"{fate} {out}" if fate else "",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def launch(here, out, *arguments, **options):
+    given = ("--max-iter", "12", "--perturbations", *arguments)
+    return killing.launch("run", here, out, *given, **options)
 
 
 def images_of(names, ending):
     """The numbers of images among the names of their files."""
     return {int(name.removesuffix(ending)) for name in names if name.endswith(ending)}
-
-
-def wait(process):
-    """The process when it has ended, with what it said."""
-    try:
-        process.stdout_text, process.stderr_text = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    process.stderr = process.stderr_text
-    return process
-
-
-def results(out):
-    """The bytes of every file that is not on its way."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.name not in CHANGING
-    }
 
 
 def records(out):
@@ -170,8 +88,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
         have = len(list(out.glob("records/*.json")))
         assert before + 3 <= have < COUNT
         assert done.stderr.splitlines()[-1] == (
-            f"dagcore run: {number.name} after {have} of {COUNT} images: the same command goes on "
-            "from there"
+            f"dagcore run: {number.name} after {have} of {COUNT} images: the same command resumes"
         )
         assert "Traceback" not in done.stderr
         assert not [path for path in out.rglob(".*") if path.name != ".lock"]

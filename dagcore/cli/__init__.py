@@ -22,6 +22,7 @@ COMMANDS = {
     "Attacks": {
         "attack": "Attack images, each on its own.",
         "run": "Attack a data set into a folder, by one process or many.",
+        "evaluate": "Measure robustness by a named protocol, at worst case.",
         "demo": "Attack some photographs and a scene, and say what to look at.",
     },
     "Networks and experiments": {

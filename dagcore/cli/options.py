@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..checks import GOALS, LOSSES, NORMS, fraction
 from ..evaluation.options import ATTACKS, LEVELS, parse_size
+from ..evaluation.settings import read_toml
 
 Decorator = Callable[[Any], Any]
 
@@ -101,8 +103,8 @@ levels = click.option(
 )
 
 
-def attack(*, required: bool) -> Decorator:
-    """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
+def network(*, required: bool) -> Decorator:
+    """What is attacked, the size it takes, and the labels."""
     return all_of(
         model(required=required),
         click.option(
@@ -120,6 +122,65 @@ def attack(*, required: bool) -> Decorator:
             "(255: ignored), or the file of a single image; for detectors NAME.xml as in VOC, or "
             "one .json as in COCO.  [default: what the network sees in the clean image]",
         ),
+    )
+
+
+data_set = all_of(
+    click.option(
+        "--config",
+        type=FOLDER,
+        metavar="FILE",
+        help="Settings as TOML, by the names of the options; options on the command line "
+        "count more.",
+    ),
+    click.option(
+        "--data",
+        metavar="scenes|DIR",
+        help="The test scenes, a VOCdevkit folder, or a folder of images, to which --labels "
+        "belongs.",
+    ),
+    out("Folder for the results."),
+    click.option(
+        "--set",
+        metavar="A/B",
+        help="Of scenes FAMILY/SPLIT, of VOC YEAR/LIST.  [default: .../test]",
+    ),
+    click.option(
+        "--images", type=int, metavar="NUMBER", help="Images at the most.  [default: all]"
+    ),
+)
+
+
+def work(figures: str) -> Decorator:
+    """How work on a data set is done."""
+    return all_of(
+        click.option(
+            "--slots",
+            type=int,
+            metavar="NUMBER",
+            help="Images attacked at a time.  [default: 1 on the CPU, 8 on a GPU]",
+        ),
+        click.option(
+            "--prepare/--no-prepare", default=True, help="Attack a faster copy of the network."
+        ),
+        click.option("--figures", type=int, metavar="NUMBER", default=4, help=figures),
+        click.option("--strict", is_flag=True, help="Stop at an image that cannot be attacked."),
+    )
+
+
+def merged(context: click.Context, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings from a file, and over them those from the command line."""
+    kept = {} if config is None else read_toml(config)
+    for name, value in kept.items():
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            given[name] = value
+    return given
+
+
+def attack(*, required: bool) -> Decorator:
+    """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
+    return all_of(
+        network(required=required),
         click.option(
             "--attack",
             type=click.Choice(tuple(ATTACKS)),

@@ -24,6 +24,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ..evaluation.outcome import Outcome
+from ..evaluation.reports import tables
+from ..evaluation.robustness import told_radius
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in Python 3.10
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
+MEASURES = ("aAcc", "mIoU", "mAcc", "mAP", "mAP (COCO)")
 OUTCOMES_WIDTH = 140  # of the table of outcomes there
 LINE_SECONDS = 15  # from one plain line to the next
 
@@ -210,6 +213,32 @@ class ImageProgress(Bars):
         if summary["failed"]:
             rows.append(["passed over", f"{len(summary['failed'])}, with reasons in images.jsonl"])
         print_table(("", ""), [(Text(name, "dim"), told) for name, told in rows], heads=False)
+
+
+class EvaluationProgress(ImageProgress):
+    """How far an evaluation is, and what each attack of its protocol has left."""
+
+    def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
+        """Print the scores of each attack, and the worst case."""
+        if summary["clean"] is None:
+            return
+        measures = [name for name in MEASURES if summary["clean"].get(name) is not None]
+
+        def where(one: Mapping[str, Any]) -> str:
+            return f"{told_radius(one)}, {tables.told_view(one)}"
+
+        def row(name: str, ball: str, scores: Mapping[str, Any]) -> list[str]:
+            told = [scores.get(measure) for measure in measures]
+            return [name, ball, *("" if one is None else f"{one:.2f}" for one in told)]
+
+        rows = [row("clean", "", summary["clean"])]
+        for one in summary["results"]:
+            rows.append(row(one["attack"], where(one), one))
+        for one in summary["worst_case"]:
+            rows.append(row("worst case", where(one), one))
+        print_table(("", "", *(f">{measure}, %" for measure in measures)), rows)
+        if speed is not None:
+            print(f"{speed:.3g} images/s")
 
 
 def print_table(

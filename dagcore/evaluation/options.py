@@ -37,16 +37,24 @@ ATTACKS: dict[str, tuple[Callable[..., KnownAttack], dict[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttackOptions:
-    """The options that commands share, by their names.
+class NetworkOptions:
+    """The network, where it runs, and the seed of all random choices."""
+
+    model: str
+    weights: Path | None = None
+    size: str | None = None
+    device: str | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackOptions(NetworkOptions):
+    """How images are attacked: the options that commands share, by their names.
 
     Those that go with some attacks only are None for the others, and where they are not given the
     attack's default.
     """
 
-    model: str
-    weights: Path | None = None
-    size: str | None = None
     attack: str = "dag"
     adversarial: str | None = None
     foreground: str | None = None
@@ -63,8 +71,6 @@ class AttackOptions:
     tolerance: float = 0.0
     margin: float | None = None
     levels: str = "256"
-    device: str | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.attack not in ATTACKS:
@@ -127,7 +133,7 @@ class AttackOptions:
         return self.draws or self.aims == UNTARGETED
 
 
-def find_victim(options: AttackOptions, device: torch.device) -> Victim | Detector:
+def find_victim(options: NetworkOptions, device: torch.device) -> Victim | Detector:
     """The network that is attacked, for images of any size where it takes only one."""
     size = None if options.size is None else parse_size(options.size)
     return load(options.model, options.weights, device, size=size)

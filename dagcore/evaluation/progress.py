@@ -42,3 +42,25 @@ class ImageProgress(Protocol):
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
         """Show the summary of the run, and how many images were attacked a second."""
+
+
+class Silent:
+    """An `ImageProgress` that shows nothing."""
+
+    def __enter__(self) -> object:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, total: int, missing: int, *, silent: bool = False) -> None:
+        """Nothing."""
+
+    def watched(self, keys: Sequence[object], active: Tensor) -> None:
+        """Nothing."""
+
+    def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
+        """Nothing."""
+
+    def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
+        """Nothing."""

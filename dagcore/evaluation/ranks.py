@@ -98,7 +98,7 @@ class Torchrun(Ranks):
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
             raise ArgumentError(
-                "another process of this run has ended: the same command goes on from there"
+                "another process of this run has ended: the same command resumes"
             ) from error
         return values
 

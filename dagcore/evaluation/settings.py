@@ -1,4 +1,4 @@
-"""The settings of a run: from the command line, from a TOML file, and kept with the results."""
+"""Settings of work on a data set: from the command line or a file, and kept with the results."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import checks
 from ..errors import ArgumentError, ArgumentTypeError
-from .options import AttackOptions
+from .options import AttackOptions, NetworkOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in Python 3.10
+
 TABLES = ("made_with", "versions")  # of a kept file: what is no setting
 PATHS = ("weights", "labels", "out")
 FRACTIONS = ("gamma", "alpha", "epsilon", "tolerance", "margin")
 # These change no result, or what they stand for is compared.
-NOT_COMPARED = ("out", "strict", "figures", "weights", "device")
+NOT_COMPARED = (
+    *("out", "strict", "figures", "weights", "device"),
+    *("protocol", "check", "surrogate"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(AttackOptions):
-    """What a run attacks, and how.
+class DataSettings(NetworkOptions):
+    """A data set, and how work on it is done.
 
     Attributes:
         data: "scenes", a VOCdevkit folder, or a folder of images.
@@ -41,8 +47,7 @@ class Settings(AttackOptions):
             processes and interruptions leave every bit as it is.
         prepare: whether to attack a faster copy of the network (`victims.prepare`); it is judged
             by the network itself.
-        perturbations: whether to write them too, unrounded.
-        figures: of how many images there are pictures, spread over the data.
+        figures: of how many images there are pictures.
         strict: whether to stop at the first image that cannot be attacked.
     """
 
@@ -53,23 +58,18 @@ class Settings(AttackOptions):
     images: int | None = None
     slots: int | None = None
     prepare: bool = True
-    perturbations: bool = False
     figures: int = 4
     strict: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("images", "slots"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), at_least=1)
         checks.integer("figures", self.figures, at_least=0)
         checks.integer("seed", self.seed, at_least=0)
-        if self.goal is not None:
-            checks.choice("goal", self.goal, checks.GOALS)
-        self.build()
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Settings:
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """Settings by their names, in TOML's types.
 
         Raises:
@@ -80,7 +80,7 @@ class Settings(AttackOptions):
             if name not in known:
                 near = difflib.get_close_matches(name, known)
                 hint = f": did you mean {near[0]}?" if near else f", but {', '.join(known)}"
-                raise ArgumentError(f"{name!r} is no setting of a run{hint}")
+                raise ArgumentError(f"{name!r} is no setting{hint}")
         for name, field in known.items():
             if field.default is dataclasses.MISSING and given.get(name) is None:
                 raise ArgumentError(f"{name} must be given")
@@ -90,7 +90,26 @@ class Settings(AttackOptions):
         """Every setting in TOML's types, but those that are None and `out`."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "out"}
         values["data"] = Path(self.data)  # without what may stand at its end
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        kept = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(AttackOptions, DataSettings):
+    """What a run attacks, and how.
+
+    Attributes:
+        perturbations: whether to write them too, unrounded.
+    """
+
+    perturbations: bool = False
+
+    def __post_init__(self) -> None:
+        DataSettings.__post_init__(self)
+        super().__post_init__()
+        if self.goal is not None:
+            checks.choice("goal", self.goal, checks.GOALS)
+        self.build()
 
 
 def _value(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -98,6 +117,9 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
     name, kind = field.name, str(field.type).partition(" ")[0]
     if value is None:
         return None
+    if kind == "tuple[float,":
+        values = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        return tuple(checks.fraction(name, one) for one in values)
     if name in FRACTIONS:
         return checks.fraction(name, value)
     if name in PATHS:

@@ -7,18 +7,19 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import files
+from .. import checks, files
 from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
 from ..data.painting import FAMILIES
 from ..data.scenes import SPLITS
 from ..data.voc import unknown_voc_names
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..victims import Detector, Victim
-from .settings import Settings
+from .settings import DataSettings
 from .truth import Truth, TruthFiles, notes_on_names, size_of
 
 SUFFIXES = frozenset(
@@ -59,7 +60,7 @@ class Source(abc.ABC):
         return ""
 
 
-def source_of(settings: Settings, victim: Victim | Detector) -> Source:
+def source_of(settings: DataSettings, victim: Victim | Detector) -> Source:
     """The images that settings ask for.
 
     Raises:
@@ -110,17 +111,25 @@ def _pair(text: str, form: str) -> tuple[str, str]:
 
 
 class Examples(Source):
-    """A data set of `dagcore.data`, for a network of its classes."""
+    """A data set of `dagcore.data`, or of the user's own, for a network of its classes.
+
+    Args:
+        examples: of `dagcore.data.Example`, or of pairs (image, truth); see `Truth`.
+        names: what results are called.
+        classes: names of its classes, None where they are unknown.
+        victim: the network that they are for.
+    """
 
     def __init__(
         self,
-        examples: Scenes | VOC,
+        examples: Any,
         names: Sequence[str],
-        classes: Sequence[str],
+        classes: Sequence[str] | None,
         victim: Victim | Detector,
     ) -> None:
-        own = victim.classes
-        if own is not None and [name.lower() for name in own] != [name.lower() for name in classes]:
+        own, classes = victim.classes or (), classes or ()
+        differ = [name.lower() for name in own] != [name.lower() for name in classes]
+        if own and classes and differ:
             raise ArgumentError(
                 f"--model must have the classes of --data ({', '.join(classes[1:4])}, ...), it has "
                 f"{', '.join(own[1:4])}, ...: attack a folder of the images, without their labels"
@@ -143,12 +152,34 @@ class Examples(Source):
 
     def read(self, index: int) -> tuple[Tensor, Truth]:
         """An example's image, with its mask or its boxes."""
-        example: Example = self.examples[index]
+        example = self.examples[index]
+        if not isinstance(example, Example):
+            return self._pair(index, example)
         if self.boxes:
             truth = {name: getattr(example, name) for name in ("boxes", "labels", "difficult")}
             return example.image, truth
-        assert example.mask is not None
+        if example.mask is None:
+            raise ArgumentError(f"{self.names[index]} must have a mask, it has none")
         return example.image, torch.where(example.mask == 255, files.IGNORE, example.mask.int())
+
+    def _pair(self, index: int, example: Any) -> tuple[Tensor, Truth]:
+        """A pair of the user's own."""
+        name = f"dataset[{index}]"
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise ArgumentTypeError(
+                f"{name} must be a dagcore.data.Example or a pair (image, truth), "
+                f"got {type(example).__name__}"
+            )
+        image, truth = example
+        checks.tensor(f"the image of {name}", image, checks.FLOAT_DTYPES)
+        if image.dim() != 3 or len(image) != 3:
+            raise ArgumentError(
+                f"the image of {name} must have shape (3, H, W), got {tuple(image.shape)}"
+            )
+        if self.boxes or truth is None:
+            return image, truth
+        checks.tensor(f"the label map of {name}", truth, checks.LABEL_DTYPES)
+        return image, torch.where(truth == 255, files.IGNORE, truth.int())
 
 
 class ImageFiles(Source):

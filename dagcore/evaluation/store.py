@@ -8,7 +8,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .. import files
 from ..errors import ArgumentError
 from .kept import differences, refuse
 from .outcome import Outcome
-from .settings import NOT_COMPARED, Settings, read_toml, to_toml
+from .settings import NOT_COMPARED, DataSettings, read_toml, to_toml
 
 Record = dict[str, Any]
 
@@ -39,11 +39,6 @@ LONGEST_NAME = 255  # in bytes
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.atomic_write
 
 
-def needed(status: str) -> tuple[str, ...]:
-    """What a record must have."""
-    return ("number", "name", "reason") if status == FAILED else ("number", "name", *NUMBERS)
-
-
 def _ours(path: Path) -> bool:
     """Whether a file may be in a folder whose run was killed before it had begun."""
     return path.name == ".lock" or bool(_TEMPORARY.fullmatch(path.name))
@@ -57,10 +52,14 @@ class Folder:
     records/NUMBER.json: the numbers of an image, written last: it is done once this is there.
     images.jsonl: all records, one a line in the order of the images, once all are there.
     summary.json, speed.json: what they come to, and how fast it went.
+
+    Args:
+        out: where it is.
+        numbers: what the record of an image that was attacked must have.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, numbers: Sequence[str]) -> None:
+        self.out, self.numbers = out, numbers
         self.settings = out / "settings.toml"
         self.lines = out / "images.jsonl"
         self.summary = out / "summary.json"
@@ -108,7 +107,7 @@ class Folder:
                     path.unlink()
 
     def begin(
-        self, settings: Settings, made_with: Mapping[str, Any], versions: Mapping[str, Any]
+        self, settings: DataSettings, made_with: Mapping[str, Any], versions: Mapping[str, Any]
     ) -> list[str]:
         """Keep the settings, or see that they are those of the results that are there.
 
@@ -182,7 +181,8 @@ class Folder:
             try:
                 for line in path.read_text(encoding="utf-8").splitlines():
                     record = json.loads(line)
-                    absent = [name for name in needed(record["status"]) if name not in record]
+                    own = ("reason",) if record["status"] == FAILED else self.numbers
+                    absent = [name for name in ("number", "name", *own) if name not in record]
                     if absent or record["number"] not in range(count):
                         what = f"without {absent[0]}" if absent else f"of {count} images"
                         raise ArgumentError(f"number {record.get('number')} {what}")

@@ -178,10 +178,10 @@ def scores(
             else average_precision(records, stage, count)
         )
         found[stage] = {
-            "mean": _number(known.mean),
+            "mean": as_number(known.mean),
             "classes": {
                 (classes[c] if classes and c < len(classes) else str(c)): value
-                for c, value in enumerate(map(_number, known.per_class))
+                for c, value in enumerate(map(as_number, known.per_class))
                 if value is not None
             },
         }
@@ -202,13 +202,17 @@ def average_precision(records: Sequence[Record], stage: str, num_classes: int) -
     # The measure keeps class 0 for the background, which a detector may have anywhere.
     measure = AveragePrecision(num_classes + 1)
     for record in records:
-        found, truth = record["seen"][stage], record["truth"]
-        measure.update(
-            {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
-            *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult", "iscrowd")),
-        )
+        measure.update(*boxes_of(record["seen"][stage], record["truth"]))
     score = measure.compute()
     return Score(score.per_class[1:], score.mean)
+
+
+def boxes_of(found: Mapping[str, Any], truth: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What measures of detection count, from what a record has found and true; classes from 1."""
+    return (
+        {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
+        *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult", "iscrowd")),
+    )
 
 
 def _tensor(name: str, values: Sequence[Any]) -> Tensor:
@@ -219,7 +223,8 @@ def _tensor(name: str, values: Sequence[Any]) -> Tensor:
     return made.reshape(-1, 4) if name == "boxes" else made
 
 
-def _number(value: float) -> float | None:
+def as_number(value: float) -> float | None:
+    """A score as JSON has it: None for a NaN."""
     return None if value != value else value
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Sequence
 
 from ..evaluation.progress import Progress
+from ..evaluation.reports import pages
 from ..info import versions
 from .diagnoses import convergence, denseness, perceptibility
 from .fancy import fancy
 from .reading import findings, text, weaker
-from .reports import Report, write_text
+from .reports import Report
 from .tables import TABLES, Scores, Table, measure
 from .work import Setup
 
@@ -21,20 +21,6 @@ EXPERIMENTS: dict[str, Callable[..., Report]] = {
     "perceptibility": perceptibility,
     "fancy": fancy,
 }
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --mark: #e0930033; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-td.own { background: var(--mark); font-weight: 600; }
-td small { opacity: .65; }
-img { max-width: 100%; height: auto; background: white; }
-figure { margin: 1.2rem 0; } figcaption, .note { font-size: .85rem; opacity: .8; }
-"""
 
 
 def everything(
@@ -53,7 +39,7 @@ def everything(
     for experiment in experiments:
         reports.append(experiment(setup, counter))
         reports[-1].write(setup)
-    write_text(setup.out / "index.html", page(setup, scores, reports))
+    pages.write_text(setup.out / "index.html", page(setup, scores, reports))
     return text(findings(scores))
 
 
@@ -78,12 +64,7 @@ def page(setup: Setup, scores: Sequence[Scores], reports: Sequence[Report]) -> s
     used = ", ".join(f"{key} {value}" for key, value in versions().items() if value)
     parts.append(f'<p class="note">{html.escape(used)}</p>')
     body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>dagcore: the paper's experiments</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return pages.page("dagcore: the paper's experiments", body)
 
 
 def _data(setup: Setup) -> str:
@@ -94,12 +75,5 @@ def _data(setup: Setup) -> str:
 
 def section(setup: Setup, report: Report) -> str:
     """A report's table, and its pictures inside the page."""
-    parts = [f"<h2>{html.escape(report.title)}</h2>", report.html()]
-    for path, caption in report.pictures:
-        content = base64.b64encode((setup.out / path).read_bytes()).decode()
-        told = html.escape(caption)
-        parts.append(
-            f'<figure><img alt="{told}" src="data:image/png;base64,{content}">'
-            f"<figcaption>{told}</figcaption></figure>"
-        )
-    return "\n".join(parts)
+    pictures = [pages.picture(setup.out / path, caption) for path, caption in report.pictures]
+    return "\n".join([f"<h2>{html.escape(report.title)}</h2>", report.html(), *pictures])

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..evaluation.reports.pages import write_text
 from ..files import atomic_write
 from ..info import versions
 from .work import Setup
@@ -102,13 +103,6 @@ class Report:
             with atomic_write(setup.out / f"{self.name}.png") as temporary:
                 figure.savefig(temporary, format="png")
         return [*paths, *(setup.out / path for path, _ in self.pictures)]
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def shown(column: str, value: Any) -> str:

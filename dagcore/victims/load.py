@@ -114,7 +114,7 @@ def load(
         own = {canonical(name): make for name, make in _registered.items()}
         make = own.get(canonical(spec), partial(_torchvision, spec))
         network = make(None if weights is None else Path(weights))
-    victim = _around(network)
+    victim = around(network)
     if size is not None:
         if not isinstance(victim, (Victim, Dense)):
             raise ArgumentError(
@@ -129,7 +129,8 @@ def load(
     return victim.to(device)
 
 
-def _around(network: Any) -> Victim | Detector:
+def around(network: Any) -> Victim | Detector:
+    """The victim that a network is: itself, a `Detector`, or a `Victim` around a callable."""
     if isinstance(network, (Victim, Detector)):
         return network
     if isinstance(network, nn.Module) and is_detector(network):

@@ -1,0 +1,550 @@
+"""An evaluation: a network under all attacks of a protocol, image after image."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, files
+from ..attacks import APGD, CosPGD, Result
+from ..engine.stream import Sample
+from ..errors import ArgumentError, ArgumentTypeError
+from ..perturbation import perceptibility, round_to_8_bits
+from ..seeds import generator_of, seed_of
+from ..victims import Detector, Victim
+from ..victims.load import around, load
+from . import reports, validity
+from .figures import attack_figure
+from .kept import keep_json, read_json
+from .options import AttackOptions, KnownAttack
+from .predict import Prediction, predict
+from .progress import ImageProgress, Silent
+from .protocols import BALANCED, Entry, Protocol, find_protocol
+from .ranks import Ranks
+from .robustness import STEPS, right_of, summarise, told_radius, warnings_of
+from .run import flagged
+from .settings import DataSettings
+from .sources import Examples, Source
+from .store import FAILED, Record
+from .summary import tally
+from .targets import ImageTarget, UnfitImageError, rules_for
+from .tog import GOALS, GoalTargets, goal_targets
+from .truth import Truth
+from .validity import Finding
+from .work import SourceFor, Work, carry_out
+
+GRIDS: dict[str, tuple[int | None, ...]] = {"none": (None,), "256": (256,), "both": (None, 256)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(DataSettings):
+    """What is evaluated, and by which protocol.
+
+    Attributes:
+        protocol: its name, or a TOML file; see `protocols.find_protocol`.
+        epsilon: radii in place of the protocol's, for images in 0..1.
+        levels: "none" attacks images in memory, as most protocols do, and measures what is left
+            of that in 8-bit files too; "256" attacks them on the levels of such files; "both".
+        skip_fooled: whether an image without a right pixel is not attacked again in a larger ball
+            by the same attack: its example lies in that too.
+        check: on how many images the evaluation itself is checked; see `validity`.
+        surrogate: another network, for the check that its examples are no stronger.
+    """
+
+    protocol: str = "sea-2024"
+    epsilon: tuple[float, ...] | None = None
+    levels: str = "none"
+    skip_fooled: bool = True
+    check: int = 2
+    surrogate: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.choice("levels", self.levels, GRIDS)
+        checks.integer("check", self.check, at_least=0)
+        if self.epsilon is not None and not self.epsilon:
+            raise ArgumentError("epsilon must have at least one radius, got none")
+        for epsilon in self.epsilon or ():
+            checks.number("epsilon", epsilon, above=0)
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """An image under evaluation, and what came of it so far."""
+
+    number: int
+    name: str
+    image: Tensor
+    """(3, H, W) on the network's device."""
+    target: ImageTarget
+    notes: list[str]
+    clean: dict[str, Any]
+    truth: dict[str, Any] | None
+    """A detector's boxes, as the record has them."""
+    cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    goals: dict[str, GoalTargets] = dataclasses.field(default_factory=dict)
+    worst: tuple[int, str, Tensor] | None = None
+    """What is right in the example that leaves the least, the attack's name, and the example."""
+
+
+class Evaluation(Work):
+    """What every rank of an evaluation has."""
+
+    command = "evaluate"
+    form = 1
+    numbers = ("num_classes", "notes", "clean", "cells")
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        ranks: Ranks,
+        progress: ImageProgress,
+        *,
+        protocol: Protocol | None = None,
+        **others: Any,
+    ) -> None:
+        self.protocol = find_protocol(settings.protocol) if protocol is None else protocol
+        super().__init__(settings, ranks, progress, **others)
+        self.settings = settings
+        self.task = "detection" if isinstance(self.victim, Detector) else "segmentation"
+        self.entries = self.protocol.attacks_for(self.task)
+        if settings.epsilon is not None and not any(entry.in_a_ball for entry in self.entries):
+            raise ArgumentError(f"epsilon must be None for {self.protocol.name}, which has no ball")
+        options = AttackOptions(
+            model=settings.model,
+            weights=settings.weights,
+            size=settings.size,
+            attack="dag" if self.task == "detection" else "pgd",
+        )
+        self.rules = rules_for(options, self.attacked)
+        self.weights: Tensor | None = None
+        self.ready: Job | None = None
+
+    def made_with(self) -> dict[str, Any]:
+        """What results follow from beside the settings."""
+        record = json.dumps(self.protocol.record(), sort_keys=True)
+        return {
+            **super().made_with(),
+            "name of the protocol": self.protocol.name,
+            "digest of the protocol": hashlib.sha256(record.encode()).hexdigest(),
+        }
+
+    def probe(self) -> None:
+        """Raise where the first fit image cannot be attacked; weigh the classes."""
+        for number in range(len(self.source.names)):
+            try:
+                image, truth = self.source.read(number)
+            except (OSError, ValueError):
+                continue
+            self.in_flight = {self.source.names[number]}
+            with contextlib.suppress(UnfitImageError):
+                self.ready = self.look(number, image, truth)
+            self.in_flight.clear()
+            if self.ready is not None:
+                break
+        if any(entry.class_weights == BALANCED for entry in self.entries):
+            self.weights = self._balanced()
+
+    def _balanced(self) -> Tensor | None:
+        """1 over the pixels of each class in the data set, adding up to 1; 0 where there is none.
+
+        None where no image can be read.
+        """
+        if self.ready is None:
+            return None
+        counts = torch.zeros(self.rules.num_classes, dtype=torch.int64)
+        for number in range(len(self.source.names)):
+            with contextlib.suppress(OSError, ValueError):
+                image, truth = self.source.read(number)
+                if truth is None:
+                    truth = self._target(number, image, truth).labels.cpu()
+                assert isinstance(truth, Tensor)
+                labels = files.void_as_ignored(truth, len(counts))
+                labels = labels[(labels >= 0) & (labels < len(counts))].long()
+                counts += torch.bincount(labels, minlength=len(counts))
+        weights = torch.where(counts > 0, 1 / counts.clamp(min=1).double(), 0.0)
+        return (weights / weights.sum().clamp(min=1e-300)).float().to(self.device)
+
+    def _target(self, number: int, image: Tensor, truth: Truth) -> ImageTarget:
+        name, source = self.source.names[number], generator_of((self.settings.seed, number))
+        return self.rules.target(name, image.to(self.device), truth, source)
+
+    def look(self, number: int, image: Tensor, truth: Truth) -> Job:
+        """An image with its clean pass.
+
+        Raises:
+            ArgumentError: an image, truth or network that cannot be evaluated.
+        """
+        target = self._target(number, image, truth)
+        prediction = predict(self.victim, image.to(self.device), _size(target))
+        return Job(
+            number,
+            self.source.names[number],
+            image.to(self.device),
+            target,
+            self.source.notes(number),
+            _judged(prediction, target),
+            None if target.truth is None else flagged(target.truth),
+        )
+
+    def _jobs(self, numbers: Sequence[int]) -> Iterator[Job]:
+        for number in numbers:
+            ready, self.ready = self.ready, None
+            if ready is not None and ready.number == number:
+                yield ready
+                continue
+            self.in_flight.add(self.source.names[number])
+            try:
+                yield self.look(number, *self.source.read(number))
+            except (OSError, ArgumentError, ArgumentTypeError) as error:
+                self.in_flight.discard(self.source.names[number])
+                if self.settings.strict:
+                    raise ArgumentError(f"{self.source.names[number]}: {error}") from error
+                self.failed(number, " ".join(str(error).split()))
+
+    def attack(self, numbers: Iterator[int]) -> Iterator[str]:
+        """Attack as many images at a time as there are slots by one attack after the other."""
+        while chunk := list(islice(numbers, self.slots)):
+            jobs = list(self._jobs(chunk))
+            for levels in GRIDS[self.settings.levels]:
+                for position, entry in enumerate(self.entries):
+                    self._attack_all(jobs, entry, position, levels)
+            for job in jobs:
+                self.keep(job)
+                self.in_flight.discard(job.name)
+                yield self.line(job)
+
+    def _attack_all(
+        self, jobs: Sequence[Job], entry: Entry, position: int, levels: int | None
+    ) -> None:
+        """Run an attack on images with each of its radii."""
+        fooled: dict[int, dict[str, Any]] = {}
+        for epsilon in self.protocol.radii(entry, self.settings.epsilon):
+            for number, cell in fooled.items():
+                job = next(job for job in jobs if job.number == number)
+                job.cells.append({**cell, "epsilon": epsilon, "forward": 0, "backward": 0})
+            samples = [
+                self._sample(job, entry, position) for job in jobs if job.number not in fooled
+            ]
+            attack = entry.build(epsilon, levels, self.weights if entry.class_weights else None)
+            results = attack.stream(
+                self.attacked, samples, self.slots, callback=self.progress.watched
+            )
+            with contextlib.closing(results):  # type: ignore[type-var]  # it is a generator
+                for result in results:
+                    cell = self._cell(result, entry, attack, epsilon)
+                    if self.settings.skip_fooled and not right_of(cell, result.key.truth):
+                        fooled[result.key.number] = {**cell, "example_of": epsilon}
+
+    def _sample(self, job: Job, entry: Entry, position: int) -> Sample:
+        target = job.target
+        labels, adversarial, boxes = target.labels, target.adversarial, target.boxes
+        if self.task == "segmentation":
+            adversarial = entry.adversarial
+        elif entry.adversarial in GOALS:
+            own = self._goals(job)[entry.adversarial]
+            labels, adversarial, boxes = own.labels, own.adversarial, own.boxes
+        seed = seed_of((self.settings.seed, job.number, position))
+        return Sample(job.image, labels, adversarial, boxes, seed=seed, key=job)
+
+    def _goals(self, job: Job) -> dict[str, GoalTargets]:
+        """What TOG's goals aim at in an image, found once for all of them."""
+        if not job.goals:
+            wanted = [entry.adversarial for entry in self.entries if entry.adversarial in GOALS]
+            assert isinstance(self.attacked, Detector)
+            assert isinstance(job.target.truth, Mapping)
+            job.goals = goal_targets(
+                self.attacked,
+                job.image,
+                job.target.truth,
+                goals=wanted,
+                ignore_index=files.IGNORE,
+            )
+        return job.goals
+
+    def _cell(
+        self, result: Result, entry: Entry, attack: KnownAttack, epsilon: float | None
+    ) -> dict[str, Any]:
+        """What an attack made of an image."""
+        levels = attack.levels
+        job: Job = result.key
+        size = _size(job.target)
+        example = (result.last if entry.returns == "last" else result.adversarial)[0]
+        file = round_to_8_bits(example)
+        stages = {"file": predict(self.victim, file, size)}
+        if levels is None:
+            stages = {"memory": predict(self.victim, example, size), **stages}
+        cell: dict[str, Any] = {
+            "attack": entry.name,
+            "norm": entry.norm if entry.in_a_ball else None,
+            "epsilon": epsilon,
+            "levels": levels,
+            "status": result.status[0].value,
+            "iterations": int(result.iterations[0]),
+            "forward": int(result.iterations[0]) + 1,
+            "backward": int(result.iterations[0]),
+            "perceptibility": float(perceptibility((example - job.image)[None])[0]),
+            **{stage: _judged(seen, job.target) for stage, seen in stages.items()},
+        }
+        if self.task == "segmentation" and entry.in_a_ball:
+            cell["right_by_step"] = _by_step(result, attack)
+        job.cells.append(cell)
+        right = right_of(cell, job.truth, "file")
+        if job.worst is None or right < job.worst[0]:
+            job.worst = right, f"{entry.name}, {told_radius(cell)}", file.cpu()
+        return cell
+
+    def keep(self, job: Job) -> None:
+        """Write the worst example of an image, and its record."""
+        assert job.worst is not None
+        files.write_image(self.folder.path("images", job.name, "png"), job.worst[2])
+        record: Record = {
+            "number": job.number,
+            "name": job.name,
+            "status": "evaluated",
+            "notes": job.notes,
+            **job.target.record,
+            "targets": int((job.target.labels != files.IGNORE).sum()),
+            "right_before": int(job.target.right.sum()),
+            "worst": {"attack": job.worst[1], "right": job.worst[0]},
+            "clean": job.clean,
+            "cells": job.cells,
+        }
+        if job.truth is not None:
+            record["truth"] = job.truth
+        self.folder.write_record(job.number, record)
+
+    def line(self, job: Job) -> str:
+        """What became of an image, in short."""
+        assert job.worst is not None
+        right = right_of({"file": job.clean}, job.truth, "file")
+        what = "pixels" if self.task == "segmentation" else "objects"
+        notes = f" ({'; '.join(job.notes)})" if job.notes else ""
+        return f"{job.name}: {right} {what} right, {job.worst[0]} after {job.worst[1]}{notes}"
+
+    def finish(self, records: dict[int, Record], speed: float | None) -> list[str]:
+        """Write the summary and the report, and show it."""
+        made = list(records.values())
+        summary = summarise(made, self.protocol, self.victim.classes, self.task)
+        made_with = self.made_with()
+        same = ("digest of the weights", "names and sizes of the images")
+        summary |= {
+            "network": self.settings.model,
+            "data": self.data(),
+            **{name: made_with[name] for name in same},
+            **{name: getattr(self.settings, name) for name in ("levels", "skip_fooled", "seed")},
+            "versions": self.versions(),
+        }
+        summary["checks"] = self._checks(made)
+        summary["warnings"] = warnings_of(made, summary)
+        summary["figures"] = [self._figure(record) for record in self._worst(made)]
+        self.folder.finish(records, summary)
+        reports.write(self.folder.out, summary, records)
+        self.progress.summary(summary, speed)
+        return list(summary["warnings"])
+
+    def _checks(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Whether the evaluation itself is sound, as a few images show; kept in checks.json."""
+        done = [record for record in records if record["status"] != FAILED]
+        if self.task != "segmentation" or not self.settings.check or not done:
+            return []
+        path = self.folder.out / "checks.json"
+        of = {
+            **self.made_with(),
+            "images": self.settings.check,
+            "surrogate": self.settings.surrogate,
+            "epsilon": list(self.settings.epsilon or ()),
+        }
+        kept = read_json(path, of)
+        if kept is None:
+            kept = {"findings": [dataclasses.asdict(one) for one in self._checked(done)]}
+            keep_json(path, kept, of)
+        findings: list[dict[str, Any]] = kept["findings"]
+        return findings
+
+    def _checked(self, records: Sequence[Record]) -> list[Finding]:
+        looked = [self._again(record) for record in records[: self.settings.check]]
+        given = self.settings.surrogate
+        balls = [
+            (entry, radii[-1])
+            for entry in self.entries
+            if entry.in_a_ball and entry.norm == self.protocol.norm
+            if (radii := self.protocol.radii(entry, self.settings.epsilon))
+        ]
+        epsilon = max((radius or 0.0 for _, radius in balls), default=8 / 255)
+        return validity.check(
+            self.victim,
+            [image for image, _ in looked],
+            [target.labels for _, target in looked],
+            epsilon=epsilon,
+            norm=self.protocol.norm,
+            attack=CosPGD(
+                steps=20,
+                epsilon=epsilon,
+                alpha=epsilon / 4,
+                norm=self.protocol.norm,
+                ignore_index=files.IGNORE,
+            ),
+            surrogate=None if given is None else load(given, device=self.device),
+            seed=self.settings.seed,
+        )
+
+    def _again(self, record: Record) -> tuple[Tensor, ImageTarget]:
+        """An image that was evaluated, with its targets."""
+        image, truth = self.source.read(record["number"])
+        return image.to(self.device), self._target(record["number"], image, truth)
+
+    def _worst(self, records: Sequence[Record]) -> list[Record]:
+        """The images of which the attacks leave the smallest share of what was right."""
+        hit = [r for r in records if r["status"] != FAILED and r["right_before"]]
+        hit.sort(key=lambda r: r["worst"]["right"] / r["right_before"])
+        return hit[: self.settings.figures]
+
+    def _figure(self, record: Record) -> dict[str, str]:
+        """Draw what the worst example of an image does."""
+        name, (image, target) = record["name"], self._again(record)
+        example = files.read_image(self.folder.path("images", name, "png")).to(self.device)
+        note = f"{record['worst']['attack']}, rounded to 8 bits"
+        path = self.folder.path("figures", name, "png")
+        attack_figure(
+            path,
+            image=image,
+            adversarial=example,
+            predicted=predict(self.victim, image, _size(target)),
+            attacked=predict(self.victim, example, _size(target)),
+            classes=self.victim.classes,
+            palette=getattr(self.victim, "palette", None),
+            note=note,
+        )
+        relative = path.relative_to(self.folder.out).as_posix()
+        return {"name": name, "path": relative, "note": note}
+
+    def data(self) -> str:
+        """The data set in words."""
+        parts = [str(self.settings.data), self.settings.set or ""]
+        return " ".join(filter(None, parts))
+
+
+def _size(target: ImageTarget) -> tuple[int, int]:
+    """Rows and columns of targets, of a detector's (which has none) no more than that."""
+    height, width = target.labels.shape[-2:] if target.labels.dim() > 1 else (1, 1)
+    return height, width
+
+
+def _judged(seen: Prediction, target: ImageTarget) -> dict[str, Any]:
+    """What the network sees, as a record has it: pixels of each class, or detections."""
+    if isinstance(seen, Tensor):
+        return {"pixels": tally(seen, target.labels.cpu())}
+    return {"seen": {name: values.tolist() for name, values in seen.items()}}
+
+
+def _by_step(result: Result, attack: KnownAttack) -> dict[int, int]:
+    """Pixels that are right in the best example after so many updates, as the attack saw them.
+
+    Of shrinking balls only those in the last one, which count.
+    """
+    last = int(result.iterations[0])
+    first = attack.schedule().max_iter - attack.phases[-1][0] if isinstance(attack, APGD) else 0
+    best = result.active[first : last + 1, 0].cummin(0).values.tolist()
+    steps = sorted({first, *STEPS, last})
+    return {step: best[step - first] for step in steps if first <= step <= last}
+
+
+def run_evaluation(settings: EvaluationSettings, progress: ImageProgress) -> int:
+    """Evaluate a network on a data set; what was done before with the same settings is kept.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped it.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
+    """
+    return carry_out(lambda ranks: Evaluation(settings, ranks, progress))
+
+
+def evaluate(
+    model: Any,
+    dataset: Any,
+    protocol: str | Path | Protocol = "sea-2024",
+    *,
+    out: str | Path,
+    epsilon: float | Sequence[float] | None = None,
+    progress: ImageProgress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure the robustness of a network by a named protocol; `dagcore evaluate` in Python.
+
+    What an earlier call with the same arguments has put into the folder is not done again, so that
+    a call that was interrupted resumes. Under torchrun all processes share the work.
+
+    Args:
+        model: a network's name (see `dagcore.victims.load`), or the network: a callable from
+            images (N, 3, H, W) in [0, 1] to scores (N, C, *T), a `dagcore.victims.Victim` or
+            `Detector`. It stays where it is and as it is.
+        dataset: "scenes", a folder (see `dagcore evaluate --data`), or a sequence: of
+            `dagcore.data.Example`, or of pairs (image, truth), an image (3, H, W) floating point
+            in [0, 1], its truth a label map (H, W) of integers, 255 ignored, or for detectors
+            "boxes" (K, 4) and "labels" (K,).
+        protocol: its name, a TOML file, or a `Protocol`; see `dagcore.evaluation.protocols`.
+        out: folder of the results; see `dagcore evaluate`.
+        epsilon: radii in place of the protocol's, for images in [0, 1].
+        progress: hears of every image; None: nothing is shown.
+        settings: others of `EvaluationSettings`: `levels`, `images`, `slots`, `seed`, ...
+
+    Returns:
+        What summary.json holds: the scores of each attack, and the worst case, in percent.
+
+    Raises:
+        TypeError, ValueError, OSError: the argument, what was required and what came.
+    """
+    radii = [epsilon] if isinstance(epsilon, (int, float)) else epsilon
+    found = find_protocol(protocol)
+    given = {**settings, "out": Path(out), "epsilon": radii, "protocol": found.name}
+    others: dict[str, Any] = {}
+    if isinstance(model, (str, Path)):
+        given["model"] = str(model)
+    else:
+        others["victim"] = victim = around(model)
+        given["model"] = str(getattr(model, "name", type(model).__name__))
+        given.setdefault("device", str(next(victim.parameters(), torch.empty(0)).device))
+    if isinstance(dataset, (str, Path)):
+        given["data"] = str(dataset)
+    else:
+        given["data"] = type(dataset).__name__
+        others["source_for"] = _source_for(dataset)
+
+    def make(ranks: Ranks) -> Evaluation:
+        return Evaluation(made, ranks, progress or Silent(), protocol=found, silent=True, **others)
+
+    made = EvaluationSettings.of(given)
+    if carry_out(make):
+        raise KeyboardInterrupt
+    summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
+    return summary
+
+
+def _source_for(dataset: Any) -> SourceFor:
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ArgumentTypeError(
+            "dataset must be a name, a folder or a sequence of examples, "
+            f"got {type(dataset).__name__}"
+        )
+    names = getattr(dataset, "keys", None)
+    if not isinstance(names, Sequence):
+        names = [f"{k:06d}" for k in range(len(dataset))]
+
+    def source_for(settings: DataSettings, victim: Victim | Detector) -> Source:
+        return Examples(
+            dataset, names[: settings.images], getattr(dataset, "classes", None), victim
+        )
+
+    return source_for

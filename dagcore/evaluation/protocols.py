@@ -1,0 +1,359 @@
+"""Protocols: which attacks a number for robustness stands for, by a name that has a version."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks, files
+from ..attacks import DAG, BallAttack
+from ..errors import ArgumentError, ArgumentTypeError
+from ..labels import KINDS
+from ..losses import UNTARGETED, Loss
+from .options import ATTACKS, KnownAttack
+from .settings import read_toml
+from .tog import GOALS
+
+TASKS = ("segmentation", "detection")
+# Settings of an entry; others are its attack's.
+OWN = ("name", "attack", "task", "adversarial", "epsilon", "class_weights", "returns")
+BALANCED = "balanced"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An attack of a protocol.
+
+    Attributes:
+        name: what results call it.
+        attack: its kind: "dag", "pgd", "segpgd", "cospgd" or "apgd".
+        task: what networks it is for, "segmentation" or "detection"; None: both.
+        adversarial: how adversarial labels are chosen; for detectors a goal of TOG's as well.
+        epsilon: radii of its own, in place of the protocol's; of DAG none.
+        class_weights: "balanced" weighs the loss of a target by how rare its class is: 1 over its
+            number of pixels in the data set, all weights adding up to 1; None: all classes alike.
+        returns: which iterate counts, the "best", which has the fewest targets as they were, or
+            the "last".
+        settings: of the attack, by the names of its arguments.
+    """
+
+    name: str
+    attack: str
+    task: str | None = "segmentation"
+    adversarial: str = UNTARGETED
+    epsilon: tuple[float, ...] | None = None
+    class_weights: str | None = None
+    returns: str = "best"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.choice("attack", self.attack, ATTACKS)
+        if self.task is not None:
+            checks.choice("task", self.task, TASKS)
+        checks.choice("returns", self.returns, ("best", "last"))
+        checks.choice("adversarial", self.adversarial, (UNTARGETED, *KINDS, *GOALS))
+        if self.class_weights is not None:
+            checks.choice("class_weights", self.class_weights, (BALANCED,))
+            if not isinstance(self.settings.get("loss"), str):
+                raise ArgumentError(f"class_weights go with a loss by name, {self.name!r} has none")
+        for epsilon in self.epsilon or ():
+            checks.number("epsilon", epsilon, above=0)
+        self.build(1.0 if self.in_a_ball else None)
+
+    @property
+    def in_a_ball(self) -> bool:
+        """Whether it has a radius."""
+        return self.attack != "dag"
+
+    @property
+    def norm(self) -> str:
+        """Of its ball."""
+        return str(self.settings.get("norm", "linf"))
+
+    def build(
+        self,
+        epsilon: float | None,
+        levels: int | None = None,
+        class_weights: Tensor | None = None,  # (C,)
+    ) -> KnownAttack:
+        """The attack within a radius.
+
+        Raises:
+            TypeError, ValueError: settings that it does not have, or out of their range.
+        """
+        kind, _ = ATTACKS[self.attack]
+        known = inspect.signature(kind).parameters
+        settings = dict(self.settings)
+        for name in settings:
+            if name not in known or name in ("levels", "ignore_index", "bounds", "epsilon"):
+                allowed = ", ".join([*OWN, *(k for k in known if k not in OWN)])
+                raise ArgumentError(f"{name!r} is no setting of {self.attack}, but {allowed}")
+        if class_weights is not None:
+            settings["loss"] = Loss(settings["loss"], class_weights=class_weights)
+        if self.in_a_ball:
+            settings["epsilon"] = epsilon
+        made = kind(**settings, levels=levels, ignore_index=files.IGNORE)
+        assert isinstance(made, (DAG, BallAttack))
+        return made
+
+    def record(self) -> dict[str, Any]:
+        """Everything that its results follow from, ready for JSON."""
+        radii = None if self.epsilon is None else list(self.epsilon)
+        return {**dataclasses.asdict(self), "epsilon": radii, "settings": dict(self.settings)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The attacks that a number for robustness stands for.
+
+    Attributes:
+        name: with a version; numbers of other versions are not to be compared.
+        title: what it is, and where it comes from.
+        attacks: in their order, those of each task with names of their own.
+        epsilon: radii, for images in 0..1; none for attacks without a ball.
+        norm: of the balls that these are of.
+        begin: the attack that the search for the worst case mean IoU begins with.
+    """
+
+    name: str
+    title: str = ""
+    attacks: tuple[Entry, ...]
+    epsilon: tuple[float, ...] = (8 / 255,)
+    norm: str = "linf"
+    begin: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("norm", self.norm, checks.NORMS)
+        for epsilon in self.epsilon:
+            checks.number("epsilon", epsilon, above=0)
+        if not self.attacks:
+            raise ArgumentError("attacks must have at least one entry, got none")
+        for task in TASKS:
+            names = [entry.name for entry in self._of(task)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ArgumentError(f"attacks must have names of their own, {twice[0]!r} has two")
+        if self.begin is not None:
+            checks.choice("begin", self.begin, [entry.name for entry in self.attacks])
+        for entry in self.attacks:
+            if entry.in_a_ball and not self.radii(entry):
+                raise ArgumentError(
+                    f"attacks: {entry.name} must have an epsilon in the norm {entry.norm}, which "
+                    f"those of the protocol are not in"
+                )
+
+    def _of(self, task: str) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.attacks if entry.task in (None, task))
+
+    def attacks_for(self, task: str) -> tuple[Entry, ...]:
+        """The attacks on networks for a task."""
+        found = self._of(task)
+        if not found:
+            raise ArgumentError(f"protocol {self.name} must have attacks for {task}, it has none")
+        return found
+
+    def radii(self, entry: Entry, given: Sequence[float] | None = None) -> tuple[float | None, ...]:
+        """The radii of an attack in rising order, (None,) where it has no ball.
+
+        Those that users give take the place of the protocol's, in its norm.
+        """
+        if not entry.in_a_ball:
+            return (None,)
+        shared = entry.norm == self.norm
+        radii = given if given is not None and shared else entry.epsilon
+        return tuple(sorted(set((self.epsilon if shared else ()) if radii is None else radii)))
+
+    def record(self) -> dict[str, Any]:
+        """Everything that its results follow from, ready for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "epsilon": list(self.epsilon),
+            "attacks": [entry.record() for entry in self.attacks],
+        }
+
+
+def _sea(name: str, loss: str, class_weights: str | None = None) -> Entry:
+    settings = {"loss": loss, "steps": 300, "radii": "shrinking", "track": "cross-entropy"}
+    return Entry(name=name, attack="apgd", class_weights=class_weights, settings=settings)
+
+
+def _three(steps: int, **settings: Any) -> tuple[Entry, ...]:
+    """PGD, SegPGD and CosPGD of so many steps."""
+    kinds = {"PGD": "pgd", "SegPGD": "segpgd", "CosPGD": "cospgd"}
+    return tuple(
+        Entry(name=name, attack=attack, settings={"steps": steps, **settings})
+        for name, attack in kinds.items()
+    )
+
+
+def _renamed(entries: Sequence[Entry], ending: str, **changes: Any) -> tuple[Entry, ...]:
+    return tuple(dataclasses.replace(e, name=f"{e.name}{ending}", **changes) for e in entries)
+
+
+SEA = Protocol(
+    name="sea-2024",
+    title=(
+        "Segmentation Ensemble Attack (Croce, Singh, Hein: Towards Reliable Evaluation and Fast "
+        "Training of Robust Semantic Segmentation Models, ECCV 2024): Auto-PGD on three losses, "
+        "300 steps in shrinking balls, random start, steps judged by cross-entropy"
+    ),
+    attacks=(
+        _sea("MCE-bal", "masked-cross-entropy", BALANCED),
+        _sea("MCE", "masked-cross-entropy"),
+        _sea("JS", "jensen-shannon"),
+    ),
+    epsilon=(4 / 255, 8 / 255),
+    begin="MCE-bal",
+)
+
+SEMSEGBENCH = Protocol(
+    name="semsegbench-2025",
+    title=(
+        "SemSegBench (Agnihotri et al., 2025): PGD, SegPGD and CosPGD, 20 steps from a random "
+        "start, in an L-infinity ball of 8/255 with steps of 0.01 and an L2 ball of 64/255 with "
+        "steps of 0.1"
+    ),
+    attacks=(
+        *_three(20, alpha=0.01),
+        *_renamed(_three(20, alpha=0.1, norm="l2"), " L2", epsilon=(64 / 255,)),
+    ),
+)
+
+COSPGD = Protocol(
+    name="cospgd-2024",
+    title=(
+        "CosPGD's comparison (Agnihotri, Jung, Keuper, ICML 2024): PGD, SegPGD and CosPGD of 3 to "
+        "100 steps of 0.01 in an L-infinity ball of 0.03"
+    ),
+    attacks=tuple(
+        entry
+        for steps in (3, 5, 10, 20, 40, 100)
+        for entry in _renamed(_three(steps, alpha=0.01), f"-{steps}")
+    ),
+    epsilon=(0.03,),
+)
+
+TOG = Protocol(
+    name="detection-tog-2020",
+    title=(
+        "TOG's four attacks on detectors (Chow et al.: Adversarial Objectness Gradient Attacks in "
+        "Real-time Object Detection Systems, 2020): 10 steps of 2/255 in an L-infinity ball of "
+        "8/255 from a random start, on the detector's dense targets"
+    ),
+    attacks=tuple(
+        Entry(
+            name=goal,
+            attack="pgd",
+            task="detection",
+            adversarial=goal,
+            returns="last",
+            settings={"steps": 10, "alpha": 2 / 255, "tolerance": None},
+        )
+        for goal in GOALS
+    ),
+)
+
+DAG_2017 = Protocol(
+    name="dag-2017",
+    title=(
+        "Dense Adversary Generation (Xie et al., ICCV 2017): steps of 0.5/255 until no target is "
+        "right, 200 at the most for segmentation and 150 for detection, towards the classes of a "
+        "random permutation, in no ball"
+    ),
+    attacks=tuple(
+        Entry(
+            name="DAG",
+            attack="dag",
+            task=task,
+            adversarial="permutation",
+            settings={"max_iter": updates},
+        )
+        for task, updates in (("segmentation", 200), ("detection", 150))
+    ),
+    epsilon=(),
+)
+
+PROTOCOLS = {one.name: one for one in (SEA, SEMSEGBENCH, COSPGD, TOG, DAG_2017)}
+
+
+def find_protocol(given: str | Path | Protocol) -> Protocol:
+    """A protocol by its name, or from a TOML file of one's own.
+
+    The file has `name`, and may have `title`, `epsilon`, `norm` and `begin`; each of its tables
+    `[[attacks]]` has `name` and `attack`, and may have what else `Entry` has, and the arguments of
+    the attack. Numbers may be written as fractions: "8/255".
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: no such protocol, or what is wrong in the file.
+    """
+    if isinstance(given, Protocol):
+        return given
+    if str(given) in PROTOCOLS:
+        return PROTOCOLS[str(given)]
+    path = Path(given)
+    if path.suffix != ".toml":
+        allowed = ", ".join(PROTOCOLS)
+        raise ArgumentError(f"protocol must be one of {allowed} or a file .toml, got {given!s}")
+    content = read_toml(path)
+    try:
+        return _read(content)
+    except (ArgumentTypeError, ArgumentError) as error:
+        raise type(error)(f"protocol {path}: {error}") from error
+
+
+def _read(content: Mapping[str, Any]) -> Protocol:
+    known = ("name", "title", "epsilon", "norm", "begin", "attacks")
+    for name in content:
+        if name not in known:
+            raise ArgumentError(f"{name!r} is no setting of a protocol, but {', '.join(known)}")
+    for name in ("name", "attacks"):
+        if name not in content:
+            raise ArgumentError(f"{name} must be given")
+    for name in ("name", "title", "norm", "begin"):
+        if not isinstance(content.get(name, ""), str):
+            raise ArgumentTypeError(f"{name} must be text, got {content[name]!r}")
+    if content["name"] in PROTOCOLS:
+        raise ArgumentError(f"name must not be that of another protocol, got {content['name']}")
+    tables = content["attacks"]
+    if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
+        raise ArgumentTypeError(f"attacks must be tables [[attacks]], got {tables!r}")
+    more = {name: content[name] for name in ("title", "norm", "begin") if name in content}
+    if "epsilon" in content:
+        more["epsilon"] = _radii(content["epsilon"])
+    entries = [_entry(one, content.get("norm")) for one in tables]
+    return Protocol(name=content["name"], attacks=tuple(entries), **more)
+
+
+def _entry(table: Mapping[str, Any], norm: str | None) -> Entry:
+    name = table.get("name")
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"attacks must each have a name, got {name!r}")
+    if "attack" not in table:
+        raise ArgumentError(f"attacks: {name} must have an attack, of {checks.names(ATTACKS)}")
+    own = {key: table[key] for key in OWN if key in table}
+    settings = {key: _number(value) for key, value in table.items() if key not in OWN}
+    if "epsilon" in own:
+        own["epsilon"] = _radii(own["epsilon"])
+    if norm is not None and own["attack"] != "dag":
+        settings.setdefault("norm", norm)
+    try:
+        return Entry(**own, settings=settings)
+    except (ArgumentTypeError, ArgumentError) as error:
+        raise type(error)(f"attacks: {name}: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """A fraction in text as a number, everything else as it is."""
+    if isinstance(value, str) and value[:1].isdigit():
+        return checks.fraction("a number", value)
+    return value
+
+
+def _radii(given: Any) -> tuple[float, ...]:
+    values = given if isinstance(given, list) else [given]
+    return tuple(checks.fraction("epsilon", value) for value in values)

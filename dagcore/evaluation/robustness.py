@@ -1,0 +1,273 @@
+"""What the records of an evaluation come to: scores of each attack, and the worst case."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..metrics import AveragePrecision, DetectionErrors, Score, iou, worst_iou
+from .protocols import Protocol
+from .store import FAILED, Record
+from .summary import as_number, boxes_of, warning_of_labels
+
+STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 50, 70, 100, 140, 200, 300, 500, 700, 1000)
+"""After how many updates it is told what is right so far."""
+STAGES = ("memory", "file")
+
+Cell = Mapping[str, Any]
+"""What an attack made of an image, or of all images: see `evaluate.Evaluation`."""
+Key = tuple[str, Any, Any, Any]
+
+
+def told_radius(cell: Cell) -> str:
+    """The ball of an attack in words."""
+    epsilon, norm = cell["epsilon"], cell["norm"]
+    if epsilon is None:
+        return "no ball"
+    steps = epsilon * 255
+    near = round(2 * steps) / 2
+    told = f"{near:g}/255" if abs(steps - near) < 1e-6 else f"{epsilon:.4g}"
+    return told if norm == "linf" else f"{told} in {str(norm).upper()}"
+
+
+def right_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = None) -> int:
+    """Pixels, or true objects, that the network has right."""
+    judged = cell[next(name for name in STAGES if name in cell) if stage is None else stage]
+    if "pixels" in judged:
+        return sum(counts[0] for counts in judged["pixels"].values())
+    assert truth is not None
+    found = judged["seen"]
+    errors = DetectionErrors(2 + max([0, *truth["labels"], *found["labels"]]))
+    errors.update(*boxes_of(found, truth))
+    return errors.compute().correct
+
+
+def summarise(
+    records: Sequence[Record], protocol: Protocol, classes: Sequence[str] | None, task: str
+) -> dict[str, Any]:
+    """The summary of an evaluation, from the records of all its images."""
+    done = [record for record in records if record["status"] != FAILED]
+    summary: dict[str, Any] = {
+        "protocol": protocol.record(),
+        "task": task,
+        "images": len(records),
+        "evaluated": len(done),
+        "failed": [
+            {key: record[key] for key in ("number", "name", "reason")}
+            for record in records
+            if record["status"] == FAILED
+        ],
+    }
+    if not done:
+        return {**summary, "classes": [], "clean": None, "results": [], "worst_case": []}
+    count = max(record["num_classes"] for record in done)
+    names = [_name(c, classes) for c in range(count)]
+    clean = [{**record["clean"], "truth": record.get("truth")} for record in done]
+    score = segmentation_scores if task == "segmentation" else detection_scores
+    results = []
+    for key, stage, cells in _groups(done):
+        attack, norm, epsilon, levels = key
+        judged = [
+            {**cell[stage], "truth": record.get("truth")}
+            for record, cell in zip(done, cells, strict=True)
+        ]
+        results.append(
+            {
+                **{"attack": attack, "norm": norm, "epsilon": epsilon, "levels": levels},
+                "stage": stage,
+                **score(judged, names),
+                "iterations": _mean(cell["iterations"] for cell in cells),
+                "perceptibility": _mean(cell["perceptibility"] for cell in cells),
+                "forward": _mean(cell["forward"] for cell in cells),
+                "backward": _mean(cell["backward"] for cell in cells),
+                "examples_of_smaller_balls": sum("example_of" in cell for cell in cells),
+                **_by_step(cells),
+            }
+        )
+    return {
+        **summary,
+        "classes": names,
+        "clean": score(clean, names),
+        "results": results,
+        "worst_case": worst_cases(done, protocol, names) if task == "segmentation" else [],
+        "cost": {
+            "clean passes per image": 2,  # of the network that is attacked, and of the one judged
+            "forward": _mean(sum(c["forward"] for c in r["cells"]) for r in done),
+            "backward": _mean(sum(c["backward"] for c in r["cells"]) for r in done),
+            "judging": _mean(sum(stage in c for c in r["cells"] for stage in STAGES) for r in done),
+        },
+    }
+
+
+def _groups(records: Sequence[Record]) -> Iterator[tuple[Key, str, list[Cell]]]:
+    """What each attack made of every image, in the order of the protocol."""
+    for k, first in enumerate(records[0]["cells"]):
+        cells = [record["cells"][k] for record in records]
+        key = (first["attack"], first["norm"], first["epsilon"], first["levels"])
+        for stage in STAGES:
+            if stage in first:
+                yield key, stage, cells
+
+
+def _by_step(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The share of pixels that are right after so many updates, in percent, of all images.
+
+    An image that has stopped keeps what it had.
+    """
+    known = [
+        {int(step): right for step, right in cell.get("right_by_step", {}).items()}
+        for cell in cells
+    ]
+    total = sum(true for cell in cells for _, _, true in _counts(cell))
+    if not all(known) or not total:
+        return {}
+    first = max(min(one) for one in known)
+    steps = sorted({step for one in known for step in one if step >= first})
+    shares = {}
+    for step in steps:
+        right = sum(one[max(k for k in one if k <= step)] for one in known)
+        shares[step] = 100 * right / total
+    return {"right_by_step": shares}
+
+
+def _counts(cell: Cell) -> list[list[int]]:
+    """Pixels of each class rightly seen, seen, and true; none of a detector."""
+    judged = next(cell[stage] for stage in STAGES if stage in cell)
+    return list(judged.get("pixels", {}).values())
+
+
+def tables(judged: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor:
+    """Pixels of each class rightly seen, seen, and true: (N, C, 3) int64."""
+    found = torch.zeros(len(judged), num_classes, 3, dtype=torch.int64)
+    for n, one in enumerate(judged):
+        for c, counts in one["pixels"].items():
+            found[n, int(c)] = torch.tensor(counts)
+    return found
+
+
+def segmentation_scores(
+    judged: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    """aAcc, mAcc, mIoU in percent, over all pixels; aAcc also as the mean over images."""
+    counts = tables(judged, len(names))
+    hits, seen, true = counts.sum(0).unbind(1)
+    overlap = iou(hits, seen, true)
+    accuracy = [
+        100 * h / t if t else None for h, t in zip(hits.tolist(), true.tolist(), strict=True)
+    ]
+    known = [value for value in accuracy if value is not None]
+    return {
+        "aAcc": _share(int(hits.sum()), int(true.sum())),
+        "mIoU": as_number(overlap.mean),
+        "mAcc": sum(known) / len(known) if known else None,
+        "aAcc of images": _image_mean(counts[:, :, 0].sum(1), counts[:, :, 2].sum(1)),
+        "per_class": {
+            name: {"IoU": as_number(overlap.per_class[c]), "Acc": accuracy[c]}
+            for c, name in enumerate(names)
+            if as_number(overlap.per_class[c]) is not None
+        },
+    }
+
+
+def _image_mean(hits: Tensor, true: Tensor) -> float | None:
+    counted = true > 0
+    shares = hits[counted].double() / true[counted]
+    return 100 * float(shares.mean()) if len(shares) else None
+
+
+def detection_scores(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Mean average precision in percent as in VOC and COCO at IoU 0.5, and kinds of errors."""
+    count = len(names) + 1  # class 0 is kept for the background, which a detector may have anywhere
+    measures: dict[str, Any] = {
+        "mAP": AveragePrecision(count),
+        "mAP (COCO)": AveragePrecision(count, protocol="coco"),
+    }
+    errors = DetectionErrors(count)
+    for one in judged:
+        for measure in (*measures.values(), errors):
+            measure.update(*boxes_of(one["seen"], one["truth"]))
+    scores = {name: measure.compute() for name, measure in measures.items()}
+    voc: Score = scores["mAP"]
+    return {
+        **{name: as_number(score.mean) for name, score in scores.items()},
+        "errors": dataclasses.asdict(errors.compute()),
+        "per_class": {
+            name: {"AP": as_number(voc.per_class[c + 1])}
+            for c, name in enumerate(names)
+            if as_number(voc.per_class[c + 1]) is not None
+        },
+    }
+
+
+def worst_cases(
+    records: Sequence[Record], protocol: Protocol, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Of all attacks in the same ball, the worst for each image, and for the mean IoU of all."""
+    balls: dict[tuple[Any, Any, Any, str], dict[str, Tensor]] = {}
+    for (attack, norm, epsilon, levels), stage, cells in _groups(records):
+        counts = tables([cell[stage] for cell in cells], len(names))
+        balls.setdefault((norm, epsilon, levels, stage), {})[attack] = counts
+    found = []
+    for (norm, epsilon, levels, stage), of_attacks in balls.items():
+        attacks = list(of_attacks)
+        hits, seen, true = torch.stack(list(of_attacks.values())).unbind(3)  # (A, N, C)
+        right, least = hits.sum(2), hits.sum(2).min(0)
+        pixels = true[0].sum(1)
+        begins = {None, None if protocol.begin not in attacks else attacks.index(protocol.begin)}
+        searches = [
+            worst_iou(hits, seen, true[0], begin=begin) for begin in sorted(begins, key=str)
+        ]
+        worst = min(searches, key=lambda search: search.score.mean)
+        choice = worst.choice.tolist()
+        found.append(
+            {
+                **{"norm": norm, "epsilon": epsilon, "levels": levels, "stage": stage},
+                "attacks": attacks,
+                "aAcc": _share(int(least.values.sum()), int(pixels.sum())),
+                "aAcc of images": _image_mean(least.values, pixels),
+                "mIoU": as_number(worst.score.mean),
+                "rounds": worst.rounds,
+                "images won, aAcc": _won(attacks, right.argmin(0).tolist()),
+                "images won, mIoU": _won(attacks, choice),
+                "per_class": {
+                    name: {"IoU": as_number(worst.score.per_class[c])}
+                    for c, name in enumerate(names)
+                    if as_number(worst.score.per_class[c]) is not None
+                },
+            }
+        )
+    return found
+
+
+def _won(attacks: Sequence[str], choice: Sequence[int]) -> dict[str, int]:
+    return {name: choice.count(k) for k, name in enumerate(attacks)}
+
+
+def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:
+    """What users should know of the evaluation."""
+    done = [record for record in records if record["status"] != FAILED]
+    warnings = [told] if (told := warning_of_labels(done)) is not None else []
+    unlabelled = sum(not record["labelled"] for record in done)
+    if unlabelled:
+        warnings.append(
+            f"{unlabelled} of {len(done)} images have no labels: what the network sees in the "
+            "clean image stands for them, so that its clean score is 100 %"
+        )
+    return warnings
+
+
+def _name(c: int, classes: Sequence[str] | None) -> str:
+    return classes[c] if classes and c < len(classes) else str(c)
+
+
+def _share(part: int, of: int) -> float | None:
+    return 100 * part / of if of else None
+
+
+def _mean(values: Any) -> float:
+    known = list(values)
+    return float(sum(known) / len(known))

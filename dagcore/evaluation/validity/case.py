@@ -1,0 +1,174 @@
+"""What is checked: a network with images and an attack, and what several checks look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...attacks import PGD, BallAttack
+from ...engine import ScoreModel
+from ...losses import cross_entropy
+from ...ops import argmax_bilinear
+from ...seeds import generator_of, seed_of
+
+DRAWS = 10  # random points of the ball of each image
+MAP = 32  # cells: larger score maps are pooled to so many a side where they serve as features
+
+
+class Batch(NamedTuple):
+    """Images of one size."""
+
+    images: Tensor  # (N, 3, H, W)
+    labels: Tensor  # (N, h, w) int64
+
+
+class Noise(NamedTuple):
+    """What the network makes of random points of the ball around the images of a batch."""
+
+    right: Tensor
+    """(DRAWS, N), how many pixels are right."""
+    features: Tensor
+    """(DRAWS, N, D), pooled scores."""
+
+
+@dataclasses.dataclass(eq=False)
+class Case:
+    """What is checked; accuracies are in percent of all pixels that count."""
+
+    victim: Any
+    batches: list[Batch]
+    attack: BallAttack
+    surrogate: Any
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.scores_of = ScoreModel(self.victim)
+        self.counted = sum(int(self.counts(batch).sum()) for batch in self.batches)
+
+    @property
+    def steps(self) -> int:
+        """Of the attack."""
+        return int(self.attack.steps)  # type: ignore[attr-defined]  # PGD's and APGD's
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Which pixels count, (N, h, w)."""
+        return batch.labels != self.attack.ignore_index
+
+    def seen(self, scores: Tensor, batch: Batch) -> Tensor:
+        """The class that wins at each pixel, (N, h, w)."""
+        height, width = batch.labels.shape[1:]
+        return argmax_bilinear(scores, (height, width), align_corners=self.scores_of.align_corners)
+
+    def right(self, scores: Tensor, batch: Batch) -> Tensor:
+        """How many pixels of each image are right, (N,)."""
+        hits = (self.seen(scores, batch) == batch.labels) & self.counts(batch)
+        return hits.flatten(1).sum(1)
+
+    def accuracy(self, right: Sequence[Tensor]) -> float:
+        """Of right pixels (N,) of each batch."""
+        return 100 * sum(int(one.sum()) for one in right) / self.counted
+
+    def look(self, images: Tensor, batch: Batch) -> Tensor:
+        """Scores of images in place of a batch's own, without a graph."""
+        with torch.no_grad():
+            return self.scores_of(images, batch.labels)
+
+    def loss(self, leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The cross-entropy, summed over the pixels, and the scores."""
+        scores = self.scores_of(leaf, batch.labels)
+        loss = cross_entropy(
+            scores,
+            batch.labels,
+            ignore_index=self.attack.ignore_index,
+            align_corners=self.scores_of.align_corners,
+            reduction="sum",
+        )
+        return loss, scores
+
+    def gradient(self, images: Tensor, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """The gradient of the cross-entropy, None if there is none, and the scores."""
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, scores = self.loss(leaf, batch)
+            if not loss.requires_grad:
+                return None, scores.detach()
+            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        return gradient, scores.detach()
+
+    @functools.cached_property
+    def _clean(self) -> list[tuple[Tensor | None, Tensor]]:
+        return [self.gradient(batch.images, batch) for batch in self.batches]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there are gradients."""
+        return all(gradient is not None for gradient, _ in self._clean)
+
+    @property
+    def clean_scores(self) -> list[tuple[Batch, Tensor]]:
+        """Each batch with the scores of its images."""
+        return list(zip(self.batches, (scores for _, scores in self._clean), strict=True))
+
+    @property
+    def clean_gradients(self) -> list[tuple[Batch, Tensor]]:
+        """Each batch with the gradients at its images, where there are any."""
+        known = zip(self.batches, self._clean, strict=True)
+        return [(batch, gradient) for batch, (gradient, _) in known if gradient is not None]
+
+    @functools.cached_property
+    def clean(self) -> float:
+        """Accuracy on the images."""
+        return self.accuracy([self.right(scores, batch) for batch, scores in self.clean_scores])
+
+    def points(self, batch: Batch, draw: int) -> Tensor:
+        """A random point of the ball around each image of a batch."""
+        ball = PGD(epsilon=self.attack.epsilon, norm=self.attack.norm)
+        made = [
+            ball.random_point(image, seed_of((self.seed, k)), draw)
+            for k, image in enumerate(batch.images)
+        ]
+        return torch.stack([point for point in made if point is not None])
+
+    @functools.cached_property
+    def noise(self) -> list[Noise]:
+        """Of each batch."""
+        found = []
+        for batch in self.batches:
+            scores = [self.look(self.points(batch, draw), batch) for draw in range(DRAWS)]
+            right = torch.stack([self.right(one, batch) for one in scores])
+            found.append(Noise(right, torch.stack([pooled(one) for one in scores])))
+        return found
+
+    def attacked(self, network: Any = None, **changes: Any) -> tuple[list[Tensor], float]:
+        """Images of each batch after the attack, with changes to it, and their accuracy.
+
+        On the victim, or on another network.
+        """
+        attack = dataclasses.replace(self.attack, **changes)
+        network = self.victim if network is None else network
+        results = [
+            attack(network, *batch, generator=generator_of(self.seed)) for batch in self.batches
+        ]
+        left = self.accuracy([result.left for result in results])
+        return [result.adversarial for result in results], left
+
+    @functools.cached_property
+    def own(self) -> float:
+        """Accuracy under the attack as it is."""
+        return self.attacked()[1]
+
+    def stride(self, factor: float) -> dict[str, float]:
+        """The setting that makes the attack's steps so many times as long."""
+        return {"alpha": factor * self.attack.alpha} if isinstance(self.attack, PGD) else {}
+
+
+def pooled(scores: Tensor) -> Tensor:
+    """A score map (N, C, h, w) as features (N, D) float32, of `MAP` by `MAP` cells at the most."""
+    height, width = (min(side, MAP) for side in scores.shape[2:])
+    return functional.adaptive_avg_pool2d(scores.float(), (height, width)).flatten(1)

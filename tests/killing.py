@@ -1,0 +1,96 @@
+"""Commands that work on a data set, in processes of their own that a signal hits where it hurts."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+import dagcore
+
+# The victim's module sends its process a signal right before one of the run's files is opened to be
+# written, or is renamed. FATE says which signal, "open" or "os.rename", a part of the file's path,
+# how many of these come first, and the rank.
+VICTIM = """
+import itertools, os, signal, sys
+import torch
+from torch import nn
+from dagcore.victims import Victim
+
+def make():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1))
+    for k, layer in enumerate(net):
+        rng = torch.Generator().manual_seed(k)
+        layer.weight.data = torch.randn(layer.weight.shape, generator=rng) / 10
+        layer.bias.data.zero_()
+    return Victim(net)
+
+def hook(event, arguments):
+    if event == kind and (event == "os.rename" or (arguments[2] or 0) & os.O_ACCMODE):
+        path = str(arguments[event == "os.rename"])
+        if path.startswith(out) and place in path and next(passed) == int(first):
+            os.kill(os.getpid(), getattr(signal, name))
+
+if os.environ.get("FATE"):
+    name, kind, place, first, rank, out = os.environ["FATE"].split()
+    passed = itertools.count()
+    if os.environ.get("RANK", "0") == rank:
+        sys.addaudithook(hook)
+"""
+CHANGING = ("speed.json", ".lock")  # these tell of the processes
+
+
+def prepare(here, count):
+    """Put a data set into a folder, one of whose images is broken, and a victim."""
+    (here / "killed_victim.py").write_text(VICTIM)
+    (here / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(
+            here / "photos" / f"{k:03d}.png"
+        )
+    (here / "photos" / "007.png").write_text("broken")
+
+
+def launch(command, here, out, *arguments, ranks=0, fate=None, **options):
+    """Start a command on the data set."""
+    root = os.path.dirname(os.path.dirname(dagcore.__file__))
+    program = [sys.executable, "-m"]
+    if ranks:
+        program += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        program += ["-m"]
+    given = ["--data", "photos", "--model", "killed_victim:make", "--device", "cpu", *arguments]
+    return subprocess.Popen(
+        [*program, "dagcore", command, *given, "--out", out],
+        cwd=here,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([root, str(here)]),
+            "OMP_NUM_THREADS": "1",
+            "FATE": f"{fate} {out}" if fate else "",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait(process):
+    """The process when it has ended, with what it said."""
+    try:
+        process.stdout_text, process.stderr_text = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    process.stderr = process.stderr_text
+    return process
+
+
+def results(out):
+    """The bytes of every file that is not on its way."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.name not in CHANGING
+    }

@@ -1,0 +1,499 @@
+"""`dagcore evaluate`: protocols, what each attack leaves, the worst case, and what is kept."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import dagcore
+from dagcore import APGD, DAG, PGD, CosPGD
+from dagcore.__main__ import main
+from dagcore.data import Scenes
+from dagcore.evaluation.protocols import PROTOCOLS, Entry, Protocol, find_protocol
+from dagcore.losses import Loss
+from dagcore.metrics import worst_iou
+from dagcore.perturbation import round_to_8_bits
+from dagcore.seeds import seed_of
+from dagcore.zoo import load
+
+CLASSES = 4
+EPSILON = (1 / 255, 4 / 255)
+SHORT = Protocol(
+    name="short",
+    attacks=(
+        Entry(
+            name="MCE-bal",
+            attack="apgd",
+            class_weights="balanced",
+            settings={"loss": "masked-cross-entropy", "steps": 6, "radii": "shrinking"},
+        ),
+        Entry(name="CosPGD", attack="cospgd", settings={"steps": 5, "alpha": 1 / 255}),
+        Entry(
+            name="PGD L2",
+            attack="pgd",
+            epsilon=(0.5,),
+            settings={"norm": "l2", "steps": 4, "alpha": 0.2},
+        ),
+    ),
+    epsilon=EPSILON,
+    begin="MCE-bal",
+)
+
+
+def network() -> nn.Module:
+    """Kinds of local contrast, of which an attack can make any of any other."""
+    net = nn.Conv2d(3, CLASSES, 3, padding=1, bias=False)
+    weight = torch.randn(net.weight.shape, generator=torch.Generator().manual_seed(0))
+    net.weight.data = weight - weight.mean((1, 2, 3), keepdim=True)
+    return net
+
+
+def examples(count: int = 5, size: tuple[int, int] = (12, 17)):
+    """Images with what the network sees in a noisy copy for labels, some of them void."""
+    rng = torch.Generator().manual_seed(7)
+    found = []
+    for _ in range(count):
+        image = torch.randint(256, (3, *size), generator=rng).float() / 255
+        noise = 0.05 * torch.randn(image.shape, generator=rng)
+        with torch.no_grad():
+            labels = network()((image + noise)[None])[0].argmax(0)
+        labels[0, :3] = 255
+        found.append((image, labels))
+    return found
+
+
+def counts(net, image, labels):
+    """Pixels rightly seen, seen, and true, of each class."""
+    with torch.no_grad():
+        seen = net(image[None])[0].argmax(0)
+    counted = labels != 255
+    seen, labels = seen[counted], labels[counted]
+    table = [torch.bincount(x, minlength=CLASSES) for x in (seen[seen == labels], seen, labels)]
+    return torch.stack(table, 1)
+
+
+def scores(tables):
+    """aAcc, mIoU and mAcc in percent, written out."""
+    hits, seen, true = sum(tables).double().unbind(1)
+    unions = seen + true - hits
+    return (
+        100 * float(hits.sum() / true.sum()),
+        100 * float((hits / unions)[unions > 0].mean()),
+        100 * float((hits / true)[true > 0].mean()),
+    )
+
+
+def measured(one):
+    return one["aAcc"], one["mIoU"], one["mAcc"]
+
+
+def evaluate(out, **settings):
+    given = {"protocol": SHORT, "check": 0, **settings}
+    return dagcore.evaluate(network(), examples(), out=out, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    return out, evaluate(out)
+
+
+def of(summary, attack, epsilon, stage, levels=None):
+    (found,) = (
+        one
+        for one in summary["results"]
+        if (one["attack"], one["epsilon"], one["stage"], one["levels"])
+        == (attack, epsilon, stage, levels)
+    )
+    return found
+
+
+def by_hand(attack, position):
+    """What an attack leaves of every image in memory and in 8 bits."""
+    net, tables = network(), {"memory": [], "file": []}
+    for number, (image, labels) in enumerate(examples()):
+        sample = dagcore.Sample(image, labels, "untargeted", seed=seed_of((0, number, position)))
+        (result,) = attack.stream(net, [sample], 1)
+        tables["memory"].append(counts(net, result.adversarial[0], labels))
+        tables["file"].append(counts(net, round_to_8_bits(result.adversarial)[0], labels))
+    return tables
+
+
+def balanced():
+    of_class = sum(counts(network(), image, labels)[:, 2] for image, labels in examples())
+    weights = 1 / of_class.double()
+    return (weights / weights.sum()).float()
+
+
+def test_scores_are_those_of_each_attack_run_by_hand(whole):
+    _, summary = whole
+    clean = [counts(network(), *example) for example in examples()]
+    assert measured(summary["clean"]) == pytest.approx(scores(clean))
+    loss = Loss("masked-cross-entropy", class_weights=balanced())
+    for epsilon in EPSILON:
+        for position, (name, attack) in enumerate(
+            {
+                "MCE-bal": APGD(loss=loss, steps=6, radii="shrinking", epsilon=epsilon),
+                "CosPGD": CosPGD(steps=5, alpha=1 / 255, epsilon=epsilon),
+            }.items()
+        ):
+            for stage, tables in by_hand(attack, position).items():
+                assert measured(of(summary, name, epsilon, stage)) == pytest.approx(scores(tables))
+    for stage, tables in by_hand(PGD(norm="l2", epsilon=0.5, steps=4, alpha=0.2), 2).items():
+        assert measured(of(summary, "PGD L2", 0.5, stage)) == pytest.approx(scores(tables))
+
+
+def test_the_worst_case_is_that_of_all_attacks_in_a_ball(whole):
+    out, summary = whole
+    records = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    tables = torch.zeros(2, len(records), CLASSES, 3, dtype=torch.int64)
+    for n, record in enumerate(records):
+        cells = [c for c in record["cells"] if c["epsilon"] == EPSILON[1]]
+        assert [cell["attack"] for cell in cells] == ["MCE-bal", "CosPGD"]
+        for a, cell in enumerate(cells):
+            for c, row in cell["memory"]["pixels"].items():
+                tables[a, n, int(c)] = torch.tensor(row)
+    (worst,) = (
+        w for w in summary["worst_case"] if w["epsilon"] == EPSILON[1] and w["stage"] == "memory"
+    )
+    hits, seen, true = tables.unbind(3)
+    least = hits.sum(2).min(0).values
+    assert worst["aAcc"] == pytest.approx(100 * float(least.sum() / true[0].sum()))
+    best = worst_iou(hits, seen, true[0]).score.mean
+    assert worst["mIoU"] <= best + 1e-9
+    for one in summary["results"]:
+        for ball in summary["worst_case"]:
+            if all(one[key] == ball[key] for key in ("norm", "epsilon", "levels", "stage")):
+                assert ball["aAcc"] <= one["aAcc"] + 1e-9
+                assert ball["mIoU"] <= one["mIoU"] + 1e-9
+    assert sum(worst["images won, aAcc"].values()) == len(records)
+    assert len(summary["worst_case"]) == 6  # three balls, in memory and in 8 bits
+
+
+def test_accuracy_falls_with_the_radius_and_with_steps(whole):
+    _, summary = whole
+    for name in ("MCE-bal", "CosPGD"):
+        small, large = (of(summary, name, epsilon, "memory") for epsilon in EPSILON)
+        assert summary["clean"]["aAcc"] > small["aAcc"] > large["aAcc"]
+        shares = list(large["right_by_step"].values())
+        assert shares == sorted(shares, reverse=True)
+        assert shares[-1] == pytest.approx(large["aAcc"])
+    assert list(of(summary, "CosPGD", EPSILON[0], "memory")["right_by_step"]) == list("01235")
+    # SEA tells of the last of its shrinking balls alone: 2 of its 6 steps are in it.
+    assert list(of(summary, "MCE-bal", EPSILON[0], "memory")["right_by_step"]) == list("4578")
+
+
+def test_the_folder_holds_the_worst_example_of_each_image(whole):
+    out, _ = whole
+    records = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    for record, (image, labels) in zip(records, examples(), strict=True):
+        pixels = np.array(Image.open(out / "images" / f"{record['name']}.png"))
+        kept = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        right = [sum(row[0] for row in cell["file"]["pixels"].values()) for cell in record["cells"]]
+        assert record["worst"]["right"] == min(right)
+        assert int(counts(network(), kept, labels)[:, 0].sum()) == min(right)
+        assert float((kept - image).abs().max()) > 0
+
+
+def test_passes_are_counted(tmp_path):
+    passes = []
+    net = network()
+    net.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    settings = {"check": 0, "prepare": False, "figures": 0}
+    summary = dagcore.evaluate(net, examples(2), SHORT, out=tmp_path / "out", **settings)
+    cost = summary["cost"]
+    told = cost["forward"] + cost["clean passes per image"] + cost["judging"]
+    assert len(passes) == 2 * told
+    assert sum(passes) >= 2 * cost["backward"] > 0
+
+
+def test_an_evaluation_that_was_stopped_gives_the_same_bytes(whole, tmp_path):
+    out, _ = whole
+
+    class Stops:
+        def __init__(self, after):
+            self.left = after
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def begin(self, *_, **__):
+            pass
+
+        def watched(self, *_):
+            pass
+
+        def finished(self, *_, **__):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+        def summary(self, *_):
+            pass
+
+    again = tmp_path / "again"
+    for after in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(again, progress=Stops(after))
+    assert not (again / "summary.json").exists()
+    evaluate(again)
+    assert contents(again) == contents(out)
+    evaluate(again)  # nothing is done any more
+    assert contents(again) == contents(out)
+
+
+def contents(out):
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in ("speed.json", ".lock")
+    }
+
+
+def test_images_without_a_right_pixel_are_not_attacked_again(tmp_path):
+    radii = (0.6, 0.9)
+    large_steps = Entry(name="CosPGD", attack="cospgd", settings={"steps": 20, "alpha": 0.2})
+    own = dataclasses.replace(SHORT, attacks=(large_steps,), begin=None)
+    skipped = evaluate(tmp_path / "skipped", protocol=own, epsilon=radii)
+    every = evaluate(tmp_path / "every", protocol=own, epsilon=radii, skip_fooled=False)
+    small, large = (of(skipped, "CosPGD", e, "memory") for e in radii)
+    assert small["examples_of_smaller_balls"] == 0
+    assert large["examples_of_smaller_balls"] > 0
+    assert large["forward"] < of(every, "CosPGD", radii[1], "memory")["forward"]
+    assert of(every, "CosPGD", radii[1], "memory")["examples_of_smaller_balls"] == 0
+    assert of(every, "CosPGD", radii[0], "memory") == small
+    assert large["aAcc"] <= small["aAcc"]
+
+
+def test_both_levels_attack_memory_and_files(tmp_path, whole):
+    own = dataclasses.replace(SHORT, attacks=SHORT.attacks[1:2], begin=None)
+    both = evaluate(tmp_path / "out", protocol=own, levels="both")
+    for epsilon in EPSILON:
+        of(both, "CosPGD", epsilon, "file", 256)
+        alone = of(whole[1], "CosPGD", epsilon, "memory")
+        assert of(both, "CosPGD", epsilon, "memory")["forward"] == alone["forward"]
+    for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines():
+        for cell in json.loads(line)["cells"]:
+            assert ("memory" in cell) == (cell["levels"] is None)
+
+
+def test_the_network_is_as_it_was(tmp_path):
+    net = network().train()
+    net.add_module("norm", nn.BatchNorm2d(CLASSES))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    dagcore.evaluate(net, examples(2), SHORT, out=tmp_path / "out", check=0)
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_slots_give_the_scores_of_images_alone(whole, tmp_path):
+    together = evaluate(tmp_path / "out", slots=3)
+    for one, other in zip(whole[1]["results"], together["results"], strict=True):
+        assert measured(one) == pytest.approx(measured(other), abs=0.5)
+
+
+def test_dag_has_no_ball(tmp_path):
+    summary = evaluate(tmp_path / "out", protocol="dag-2017")
+    (found,) = (one for one in summary["results"] if one["stage"] == "memory")
+    assert (found["attack"], found["epsilon"], found["norm"]) == ("DAG", None, None)
+    assert found["aAcc"] < summary["clean"]["aAcc"] - 20
+    with pytest.raises(ValueError, match="epsilon must be None for dag-2017, which has no ball"):
+        evaluate(tmp_path / "other", protocol="dag-2017", epsilon=0.1)
+
+
+def test_detectors_under_togs_goals(tmp_path):
+    summary = dagcore.evaluate(
+        load("FR-ZF-07"),
+        Scenes("07", "test", count=2),
+        "detection-tog-2020",
+        out=tmp_path / "out",
+        check=0,
+    )
+    goals = ["vanish", "mislabel", "fabricate", "untargeted"]
+    assert [one["attack"] for one in summary["results"][::2]] == goals
+    clean, left = summary["clean"], {goal: of(summary, goal, 8 / 255, "memory") for goal in goals}
+    assert clean["mAP"] > 50
+    for goal in ("vanish", "mislabel", "untargeted"):
+        assert left[goal]["mAP"] < clean["mAP"] - 30
+    assert left["vanish"]["errors"]["missed"] > clean["errors"]["missed"]
+    assert left["mislabel"]["errors"]["classification"] > clean["errors"]["classification"]
+    assert left["fabricate"]["errors"]["background"] > clean["errors"]["background"]
+
+
+def test_other_settings_are_refused(whole):
+    out, _ = whole
+    with pytest.raises(ValueError, match="results of other settings: seed was 0 and is 1"):
+        evaluate(out, seed=1)
+    with pytest.raises(ValueError, match="name of the protocol was 'short' and is 'cospgd-2024'"):
+        evaluate(out, protocol="cospgd-2024")
+    attacks = [dataclasses.replace(SHORT.attacks[0], name="other"), *SHORT.attacks[1:]]
+    with pytest.raises(ValueError, match="digest of the protocol was"):
+        evaluate(out, protocol=dataclasses.replace(SHORT, attacks=tuple(attacks), begin=None))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "maps").mkdir()
+    for k, (image, labels) in enumerate(examples(2)):
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{k}.png")
+        Image.fromarray(labels.byte().numpy()).save(tmp_path / "maps" / f"{k}.png")
+    (tmp_path / "photos" / "broken.png").write_text("broken")
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\nepsilon = ["1/255", 0.02]\n[[attacks]]\nname = "PGD-3"\nattack = "pgd"\n'
+        'steps = 3\nalpha = "1/255"\n'
+    )
+    (tmp_path / "evaluated_victim.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef make():\n"
+        "    torch.manual_seed(0)\n    return nn.Conv2d(3, 4, 3, padding=1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["evaluate", "--data", "photos", "--labels", "maps", "--protocol", "own.toml"]
+    command += ["--model", "evaluated_victim:make", "--out", "out", "--check", "0"]
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert "PGD-3" in told.out
+    assert "worst case" in told.out
+    assert "0.02, in memory" in told.out
+    assert "broken: passed over" in told.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["images"], summary["evaluated"]) == (3, 2)
+    assert [one["epsilon"] for one in summary["results"][::2]] == [1 / 255, 0.02]
+    assert main([*command, "--epsilon", "2/255"]) == 2
+    assert "epsilon was not set and is [0.00784" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_warned_of(tmp_path):
+    pairs = [(image, None) for image, _ in examples(2)]
+    with pytest.warns(RuntimeWarning, match="2 of 2 images have no labels"):
+        summary = dagcore.evaluate(
+            network(), pairs, dataclasses.replace(SHORT), out=tmp_path / "out", check=0
+        )
+    assert summary["clean"]["aAcc"] == 100
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (3, "dataset must be a name, a folder or a sequence of examples, got int"),
+        ([torch.zeros(3, 4, 4)], r"dataset\[0\] must be .* a pair \(image, truth\), got Tensor"),
+        ([(torch.zeros(4, 4), None)], r"image of dataset\[0\] must have shape \(3, H, W\)"),
+        ([(torch.zeros(3, 4, 4), torch.zeros(4, 4))], r"label map of dataset\[0\] must be uint8"),
+    ],
+)
+def test_data_that_are_none(dataset, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        dagcore.evaluate(network(), dataset, SHORT, out=tmp_path / "out", check=0)
+
+
+# ---- protocols
+
+
+def test_sea_is_three_losses_in_shrinking_balls():
+    sea = PROTOCOLS["sea-2024"]
+    assert sea.epsilon == (4 / 255, 8 / 255)
+    assert [(e.name, e.settings["loss"], e.class_weights) for e in sea.attacks] == [
+        ("MCE-bal", "masked-cross-entropy", "balanced"),
+        ("MCE", "masked-cross-entropy", None),
+        ("JS", "jensen-shannon", None),
+    ]
+    for entry in sea.attacks:
+        attack = entry.build(8 / 255)
+        assert attack.phases == ((90, 16 / 255), (90, 12 / 255), (120, 8 / 255))
+        assert (attack.track, attack.random_start, attack.norm) == ("cross-entropy", True, "linf")
+        assert attack.schedule().max_iter + 1 == 303  # evaluations: 909 of all three
+
+
+def test_the_other_protocols():
+    bench = PROTOCOLS["semsegbench-2025"]
+    built = [(entry, entry.build(1.0)) for entry in bench.attacks]
+    known = [(e.name, attack.alpha, attack.steps, *bench.radii(e)) for e, attack in built]
+    assert known == [
+        *((name, 0.01, 20, 8 / 255) for name in ("PGD", "SegPGD", "CosPGD")),
+        *((name, 0.1, 20, 64 / 255) for name in ("PGD L2", "SegPGD L2", "CosPGD L2")),
+    ]
+    assert [e.norm for e in bench.attacks] == ["linf"] * 3 + ["l2"] * 3
+    assert bench.radii(bench.attacks[3], (0.5,)) == (64 / 255,)  # users give L-infinity's
+    cospgd = PROTOCOLS["cospgd-2024"]
+    assert cospgd.epsilon == (0.03,)
+    assert sorted({e.build(0.03).steps for e in cospgd.attacks}) == [3, 5, 10, 20, 40, 100]
+    assert {e.build(0.03).alpha for e in cospgd.attacks} == {0.01}
+    tog = PROTOCOLS["detection-tog-2020"].attacks_for("detection")
+    assert [e.adversarial for e in tog] == ["vanish", "mislabel", "fabricate", "untargeted"]
+    assert {(e.build(1.0).alpha, e.build(1.0).steps) for e in tog} == {(2 / 255, 10)}
+    (dag,) = PROTOCOLS["dag-2017"].attacks_for("detection")
+    assert dag.build(None) == DAG(gamma=0.5 / 255, max_iter=150, ignore_index=-1)
+    with pytest.raises(ValueError, match="sea-2024 must have attacks for detection, it has none"):
+        PROTOCOLS["sea-2024"].attacks_for("detection")
+
+
+def test_a_protocol_of_ones_own(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'name = "own-2026"\ntitle = "Mine"\nepsilon = ["1/255", 0.01]\nbegin = "b"\n'
+        '[[attacks]]\nname = "a"\nattack = "pgd"\nalpha = "0.5/255"\nmomentum = 0.9\n'
+        '[[attacks]]\nname = "b"\nattack = "apgd"\nloss = "dlr"\nnorm = "l2"\nepsilon = 2\n'
+    )
+    own = find_protocol(path)
+    assert (own.name, own.title, own.begin) == ("own-2026", "Mine", "b")
+    first, second = own.attacks
+    assert own.radii(first) == (1 / 255, 0.01)
+    assert own.radii(second, (0.3,)) == (2.0,)
+    assert first.build(0.01) == PGD(alpha=0.5 / 255, momentum=0.9, epsilon=0.01, ignore_index=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epsilon = 1", "name must be given"),
+        ('name = "a"', "attacks must be given"),
+        ('name = "sea-2024"\nattacks = []', "name must not be that of another protocol"),
+        ('name = "a"\nattacks = []', "attacks must have at least one entry, got none"),
+        ('name = "a"\nattacks = 3', r"attacks must be tables \[\[attacks\]\], got 3"),
+        ('name = "a"\nsteps = 3\nattacks = []', "'steps' is no setting of a protocol"),
+        ('name = "a"\n[[attacks]]\nattack = "pgd"', "attacks must each have a name, got None"),
+        ('name = "a"\n[[attacks]]\nname = "b"', "b must have an attack, of dag"),
+        ('name = "a"\n[[attacks]]\nname = "b"\nattack = "x"', "attack must be 'dag'"),
+        (
+            'name = "a"\n[[attacks]]\nname = "b"\nattack = "pgd"\nstepps = 3',
+            "attacks: b: 'stepps' is no setting of pgd, but name",
+        ),
+        (
+            'name = "a"\n[[attacks]]\nname = "b"\nattack = "pgd"\nalpha = -1',
+            "attacks: b: alpha must be a finite number above 0",
+        ),
+        (
+            'name = "a"\n[[attacks]]\nname = "b"\nattack = "pgd"\nnorm = "l2"',
+            "attacks: b must have an epsilon in the norm l2",
+        ),
+        (
+            'name = "a"\n' + 2 * '[[attacks]]\nname = "b"\nattack = "pgd"\n',
+            "attacks must have names of their own, 'b' has two",
+        ),
+        (
+            'name = "a"\n[[attacks]]\nname = "b"\nattack = "cospgd"\nclass_weights = "balanced"',
+            "class_weights go with a loss by name",
+        ),
+    ],
+)
+def test_faults_of_a_protocol_are_named(tmp_path, text, message):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises((TypeError, ValueError), match=message):
+        find_protocol(path)
+
+
+def test_protocols_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"protocol must be one of sea-2024, .* got sea-2023"):
+        find_protocol("sea-2023")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_protocol(tmp_path / "none.toml")
