@@ -28,7 +28,7 @@ from dagcore.evaluation.protocols import PROTOCOLS
 from dagcore.evaluation.robustness import told_radius
 from dagcore.victims import Victim
 
-RADII = {"zoo": (0.5 / 255, 1 / 255, 2 / 255), "real": (0.25 / 255, 0.5 / 255, 1 / 255)}
+RADII = {"zoo": (0.5 / 255, 1 / 255, 2 / 255), "real": (0.05 / 255, 0.1 / 255, 0.25 / 255)}
 """In place of the protocols' own."""
 SHORT = {"sea-2024": 1, "cospgd-2024": 1}
 """Protocols that take so long that only the middle one of these radii is used."""
@@ -48,7 +48,7 @@ class Tell(Silent):
         print(f"{self.what}: {what}", flush=True)
 
 
-def real_examples(size: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def real_examples() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The annotated photographs, with their masks."""
     found = []
     for name in ("bird", "dog"):
