@@ -14,6 +14,7 @@ from dagcore import APGD, DAG, PGD, CosPGD
 from dagcore.__main__ import main
 from dagcore.data import Scenes
 from dagcore.evaluation.protocols import PROTOCOLS, Entry, Protocol, find_protocol
+from dagcore.evaluation.robustness import warnings_of
 from dagcore.losses import Loss
 from dagcore.metrics import worst_iou
 from dagcore.perturbation import round_to_8_bits
@@ -294,6 +295,58 @@ def test_the_network_is_as_it_was(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+class Counting(nn.Module):
+    """A network that keeps a buffer of how often it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, x):
+        self.asked += 1
+        return self.network(x)
+
+
+def test_a_network_that_changes_is_told_of(tmp_path):
+    with pytest.warns(RuntimeWarning, match="Counting has changed its weights or buffers"):
+        dagcore.evaluate(
+            Counting(), examples(1), SHORT, out=tmp_path / "out", check=0, prepare=False
+        )
+
+
+class Rounding(nn.Module):
+    def forward(self, x):
+        return (8 * x).round() / 8
+
+
+class Rounded(nn.Module):
+    """A network with a part whose gradient is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.fewer = Rounding()
+        self.network = network()
+
+    def forward(self, x):
+        return self.network(self.fewer(x))
+
+
+def test_what_is_unsound_is_in_the_report(tmp_path, whole):
+    sound = evaluate(tmp_path / "sound", check=1)
+    assert {one["verdict"] for one in sound["checks"]} <= {"passed", "skipped"}
+    assert sound["results"] == whole[1]["results"]
+    found = dagcore.evaluate(
+        Rounded(), examples(1), SHORT, out=tmp_path / "out", check=1, prepare=False
+    )
+    flagged = {one["name"]: one["text"] for one in found["checks"] if one["verdict"] == "flagged"}
+    assert "zero-gradient" in flagged
+    assert "fewer" in flagged["non-differentiable"]
+    assert "non-differentiable" in (tmp_path / "out" / "report.html").read_text()
+    kept = json.loads((tmp_path / "out" / "checks.json").read_text())
+    assert kept["findings"] == found["checks"]
+
+
 def test_slots_give_the_scores_of_images_alone(whole, tmp_path):
     together = evaluate(tmp_path / "out", slots=3)
     for one, other in zip(whole[1]["results"], together["results"], strict=True):
@@ -379,6 +432,24 @@ def test_images_without_labels_are_warned_of(tmp_path):
             network(), pairs, dataclasses.replace(SHORT), out=tmp_path / "out", check=0
         )
     assert summary["clean"]["aAcc"] == 100
+
+
+def warned(**changes):
+    one = {"attack": "PGD", "norm": "linf", "levels": None, "stage": "memory", "iterations": 20}
+    other = {"epsilon": 1 / 255, "aAcc": 40.0, "right_by_step": {0: 90.0, 10: 41.0, 20: 40.0}}
+    results = [{**one, **other}, {**one, **other, "epsilon": 2 / 255, **changes}]
+    return warnings_of([], {"task": "segmentation", "results": results})
+
+
+def test_results_that_contradict_each_other_are_told():
+    assert warned(aAcc=30.0) == []
+    assert warned(aAcc=40.5) == []
+    (rising,) = warned(aAcc=45.0)
+    assert rising.startswith("PGD leaves 45.0 % of the pixels right at 2/255 and 40.0 % at 1/255")
+    (unfinished,) = warned(right_by_step={0: 90.0, 5: 60.0, 14: 47.0, 20: 40.0})
+    assert "PGD at 2/255 leaves 60.0 % of the pixels right after 5 updates and 40.0 %" in unfinished
+    (lost,) = warned(epsilon=0.25 / 255)
+    assert "(0.25/255) are lost when images are rounded" in lost
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from .targets import ImageTarget, UnfitImageError, rules_for
 from .tog import GOALS, GoalTargets, goal_targets
 from .truth import Truth
 from .validity import Finding
-from .work import SourceFor, Work, carry_out
+from .work import SourceFor, Work, carry_out, digest
 
 GRIDS: dict[str, tuple[int | None, ...]] = {"none": (None,), "256": (256,), "both": (None, 256)}
 
@@ -346,6 +346,11 @@ class Evaluation(Work):
         }
         summary["checks"] = self._checks(made)
         summary["warnings"] = warnings_of(made, summary)
+        if digest(self.victim) != self.digest:
+            summary["warnings"].append(
+                f"{self.settings.model} has changed its weights or buffers while it was attacked, "
+                "so that results depend on the order of the images"
+            )
         summary["figures"] = [self._figure(record) for record in self._worst(made)]
         self.folder.finish(records, summary)
         reports.write(self.folder.out, summary, records)

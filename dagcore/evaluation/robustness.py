@@ -17,6 +17,8 @@ from .summary import as_number, boxes_of, warning_of_labels
 STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 50, 70, 100, 140, 200, 300, 500, 700, 1000)
 """After how many updates it is told what is right so far."""
 STAGES = ("memory", "file")
+RISE = 1.0  # points of accuracy that a larger ball may leave more: attacks begin at random points
+UNFINISHED = 5.0  # points of accuracy that the second half of the updates may take
 
 Cell = Mapping[str, Any]
 """What an attack made of an image, or of all images: see `evaluate.Evaluation`."""
@@ -28,9 +30,9 @@ def told_radius(cell: Cell) -> str:
     epsilon, norm = cell["epsilon"], cell["norm"]
     if epsilon is None:
         return "no ball"
-    steps = epsilon * 255
-    near = round(2 * steps) / 2
-    told = f"{near:g}/255" if abs(steps - near) < 1e-6 else f"{epsilon:.4g}"
+    told, levels = f"{epsilon:.4g}", f"{epsilon * 255:.4g}"
+    if float(told) != epsilon and abs(float(levels) / 255 - epsilon) < 1e-9:
+        told = f"{levels}/255"
     return told if norm == "linf" else f"{told} in {str(norm).upper()}"
 
 
@@ -257,7 +259,58 @@ def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[s
             f"{unlabelled} of {len(done)} images have no labels: what the network sees in the "
             "clean image stands for them, so that its clean score is 100 %"
         )
+    if summary["task"] == "segmentation":
+        in_memory = [one for one in summary["results"] if one["stage"] == "memory"]
+        warnings += [*_rising(in_memory), *_unfinished(in_memory), *_below_a_level(in_memory)]
     return warnings
+
+
+def _rising(results: Sequence[Cell]) -> Iterator[str]:
+    """Attacks that leave more in a larger ball."""
+    for smaller in results:
+        for larger in results:
+            same = all(smaller[key] == larger[key] for key in ("attack", "norm", "levels"))
+            if not same or smaller["epsilon"] is None or smaller["epsilon"] >= larger["epsilon"]:
+                continue
+            if (larger["aAcc"] or 0.0) > (smaller["aAcc"] or 0.0) + RISE:
+                yield (
+                    f"{larger['attack']} leaves {larger['aAcc']:.1f} % of the pixels right at "
+                    f"{told_radius(larger)} and {smaller['aAcc']:.1f} % at "
+                    f"{told_radius(smaller)}: its steps do not suit its radius"
+                )
+
+
+def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
+    """Balls whose longest attack was still getting on in the second half of its updates."""
+    for ball in dict.fromkeys((one["norm"], one["epsilon"], one["levels"]) for one in results):
+        inside = [
+            one
+            for one in results
+            if (one["norm"], one["epsilon"], one["levels"]) == ball and one.get("right_by_step")
+        ]
+        if not inside:
+            continue
+        longest = max(inside, key=lambda one: one["iterations"])
+        by_step = longest["right_by_step"]
+        first, last = min(by_step), max(by_step)
+        half = max(step for step in by_step if step <= (first + last) / 2)
+        if by_step[half] - by_step[last] > UNFINISHED:
+            yield (
+                f"{longest['attack']} at {told_radius(longest)} leaves {by_step[half]:.1f} % of "
+                f"the pixels right after {half} updates and {by_step[last]:.1f} % after {last}: "
+                "more updates would leave fewer"
+            )
+
+
+def _below_a_level(results: Sequence[Cell]) -> Iterator[str]:
+    """Balls that 8-bit files do not resolve."""
+    radii = {one["epsilon"]: told_radius(one) for one in results if one["norm"] == "linf"}
+    small = [told for epsilon, told in radii.items() if epsilon < 0.5 / 255]
+    if small:
+        yield (
+            f"changes of less than half a level of an 8-bit file ({', '.join(small)}) are lost "
+            "when images are rounded"
+        )
 
 
 def _name(c: int, classes: Sequence[str] | None) -> str:

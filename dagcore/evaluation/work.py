@@ -77,6 +77,7 @@ class Work(abc.ABC):
         self.device = find_device(own or settings.device)
         self.silent = silent
         self.victim = find_victim(settings, self.device) if victim is None else victim
+        self.digest = digest(self.victim)
         self.source = source_for(settings, self.victim)
         self.attacked = self._prepared()
         self.slots = settings.slots or (1 if self.device.type == "cpu" else 8)
@@ -120,7 +121,7 @@ class Work(abc.ABC):
             "form of the records": self.form,
             "images": len(self.source.names),
             "names and sizes of the images": self.source.digest(),
-            "digest of the weights": digest(self.victim),
+            "digest of the weights": self.digest,
         }
 
     def versions(self) -> dict[str, Any]:
