@@ -4,7 +4,7 @@
 
 The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
 The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
-linf_step_ and pgd_step_ is `clone` of the images. loss_seed stands beside the same loss by
+linf_step_, pgd_step_ and linf_prox_ is `clone` of the images. loss_seed stands beside the same loss by
 autograd, in the fastest PyTorch, loss_seed_bilinear beside that and interpolate, pgd_step_ beside
 the same step for the whole batch in PyTorch. What a margin or levels cost is timed against the
 native side alone, in rows of their own. Ratios above 1 mean that the other side is slower than the
@@ -429,3 +429,38 @@ def test_pgd_step(
     on_levels = side(dagcore.ops.pgd_step_, **bounds, grid=origin.clone(), levels=256)
     times = alternate({"native": native, "on levels": on_levels}, 31, device=rows.device)
     rows.add("pgd_step_", f"{case}, alone", times)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_linf_prox(benchmark: BenchmarkFixture, rows: Rows, count: int) -> None:
+    """Steps of a perturbation of 4/255 that shrinks; the floor is `clone` of the images."""
+    generator = torch.Generator().manual_seed(0)
+    shape, active = (count, 3, 512, 512), torch.ones(count, dtype=torch.int32, device=rows.device)
+    origin = torch.rand(shape, generator=generator).to(rows.device)
+    noise = (torch.rand(shape, generator=generator) - 0.5) * 8 / 255
+    begin = (origin + noise.to(rows.device)).clamp(0, 1)
+    gradient = torch.randn(shape, generator=generator).to(rows.device)
+    metric = 1 + torch.rand(shape, generator=generator).to(rows.device)
+
+    def side(step: Callable[..., object]) -> Callable[[], object]:
+        images = begin.clone()
+
+        def run() -> object:
+            images.copy_(begin)
+            return step(
+                images,
+                origin,
+                gradient,
+                metric,
+                active,
+                alpha=1e-3,
+                weight=1e4,
+                lower=0.0,
+                upper=1.0,
+            )
+
+        return run
+
+    others = {"reference": side(dagcore.reference.linf_prox_), "floor": lambda: origin.clone()}
+    case = "x".join(map(str, shape))
+    compare(benchmark, rows, "linf_prox_", case, side(dagcore.ops.linf_prox_), others, rounds=7)
