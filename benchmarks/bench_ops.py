@@ -3,12 +3,11 @@
     python -m pytest benchmarks/bench_ops.py [--device cuda] [--save ops-cpu]
 
 The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
-The floor of dag_seed and loss_seed is `clone` of the scores (read once, write once); that of
-linf_step_, pgd_step_ and linf_prox_ is `clone` of the images. loss_seed stands beside the same loss by
-autograd, in the fastest PyTorch, loss_seed_bilinear beside that and interpolate, pgd_step_ beside
-the same step for the whole batch in PyTorch. What a margin or levels cost is timed against the
-native side alone, in rows of their own. Ratios above 1 mean that the other side is slower than the
-native one.
+linf_step_, pgd_step_ and linf_prox_ is `clone` of the images. loss_seed stands beside the same loss
+by autograd, in the fastest PyTorch, loss_seed_bilinear beside that and interpolate, pgd_step_
+beside the same step for the whole batch in PyTorch. What a margin or levels cost is timed against
+the native side alone, in rows of their own. Ratios above 1 mean that the other side is slower than
+the native one.
 """
 
 from __future__ import annotations

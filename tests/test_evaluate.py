@@ -14,7 +14,7 @@ from dagcore import APGD, DAG, PGD, CosPGD
 from dagcore.__main__ import main
 from dagcore.data import Scenes
 from dagcore.evaluation.protocols import PROTOCOLS, Entry, Protocol, find_protocol
-from dagcore.evaluation.robustness import warnings_of
+from dagcore.evaluation.robustness import warnings_of, worst_cases
 from dagcore.losses import Loss
 from dagcore.metrics import worst_iou
 from dagcore.perturbation import round_to_8_bits
@@ -41,7 +41,6 @@ SHORT = Protocol(
         ),
     ),
     epsilon=EPSILON,
-    begin="MCE-bal",
 )
 
 
@@ -261,7 +260,7 @@ def contents(out):
 def test_images_without_a_right_pixel_are_not_attacked_again(tmp_path):
     radii = (0.6, 0.9)
     large_steps = Entry(name="CosPGD", attack="cospgd", settings={"steps": 20, "alpha": 0.2})
-    own = dataclasses.replace(SHORT, attacks=(large_steps,), begin=None)
+    own = dataclasses.replace(SHORT, attacks=(large_steps,))
     skipped = evaluate(tmp_path / "skipped", protocol=own, epsilon=radii)
     every = evaluate(tmp_path / "every", protocol=own, epsilon=radii, skip_fooled=False)
     small, large = (of(skipped, "CosPGD", e, "memory") for e in radii)
@@ -274,7 +273,7 @@ def test_images_without_a_right_pixel_are_not_attacked_again(tmp_path):
 
 
 def test_both_levels_attack_memory_and_files(tmp_path, whole):
-    own = dataclasses.replace(SHORT, attacks=SHORT.attacks[1:2], begin=None)
+    own = dataclasses.replace(SHORT, attacks=SHORT.attacks[1:2])
     both = evaluate(tmp_path / "out", protocol=own, levels="both")
     for epsilon in EPSILON:
         of(both, "CosPGD", epsilon, "file", 256)
@@ -332,12 +331,20 @@ class Rounded(nn.Module):
         return self.network(self.fewer(x))
 
 
-def test_what_is_unsound_is_in_the_report(tmp_path, whole):
-    sound = evaluate(tmp_path / "sound", check=1)
-    assert {one["verdict"] for one in sound["checks"]} <= {"passed", "skipped"}
-    assert sound["results"] == whole[1]["results"]
+SOUND = Protocol(
+    name="sound",
+    attacks=(Entry(name="CosPGD", attack="cospgd", settings={"steps": 20, "alpha": 1 / 255}),),
+    epsilon=4 / 255,
+)
+
+
+def test_what_is_unsound_is_in_the_report(tmp_path):
+    sound = evaluate(tmp_path / "sound", protocol=SOUND, check=1)
+    verdicts = {one["name"]: one["verdict"] for one in sound["checks"]}
+    assert verdicts.pop("transfer-stronger") == "skipped"
+    assert set(verdicts.values()) == {"passed"}
     found = dagcore.evaluate(
-        Rounded(), examples(1), SHORT, out=tmp_path / "out", check=1, prepare=False
+        Rounded(), examples(1), SOUND, out=tmp_path / "out", check=1, prepare=False
     )
     flagged = {one["name"]: one["text"] for one in found["checks"] if one["verdict"] == "flagged"}
     assert "zero-gradient" in flagged
@@ -345,6 +352,132 @@ def test_what_is_unsound_is_in_the_report(tmp_path, whole):
     assert "non-differentiable" in (tmp_path / "out" / "report.html").read_text()
     kept = json.loads((tmp_path / "out" / "checks.json").read_text())
     assert kept["findings"] == found["checks"]
+
+
+def test_the_checks_are_of_the_protocols_own_attack(tmp_path):
+    tiny = {"steps": 3, "alpha": 1e-6, "random_start": False}
+    weak = dataclasses.replace(
+        SOUND, attacks=(Entry(name="PGD", attack="pgd", settings=tiny),), name="weak"
+    )
+    found = evaluate(tmp_path / "out", protocol=weak, check=1)
+    assert "unbounded-attack" in {o["name"] for o in found["checks"] if o["verdict"] == "flagged"}
+    again = evaluate(tmp_path / "out", protocol=weak, check=2)
+    assert again["checks"] != found["checks"]
+
+
+def test_another_network_is_tried_for_transfer(tmp_path, monkeypatch):
+    (tmp_path / "surrogates.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def make(classes=4):\n    torch.manual_seed(0)\n"
+        "    return nn.Conv2d(3, classes, 3, padding=1)\n\n"
+        "def five():\n    return make(5)\n\ndef broken():\n    return lambda x: x[9]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = "surrogates:make"
+    found = evaluate(tmp_path / "out", protocol=SOUND, check=1, surrogate=spec)
+    verdicts = {one["name"]: one["verdict"] for one in found["checks"]}
+    assert verdicts["transfer-stronger"] == "passed"
+    for given, message in (
+        ("nonsense", "--surrogate nonsense: model must be"),
+        ("surrogates:five", "--surrogate must have 4 classes like --model, .* has 5"),
+        ("surrogates:broken", "--surrogate surrogates:broken failed with IndexError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path / "none", protocol=SOUND, surrogate=given)
+
+
+def test_images_that_are_void_are_not_checked(tmp_path):
+    (image, labels), *others = examples(3)
+    data = [(image, torch.full_like(labels, 255)), *others]
+    summary = dagcore.evaluate(network(), data, SOUND, out=tmp_path / "out", check=1)
+    assert {one["verdict"] for one in summary["checks"]} == {"passed", "skipped"}
+
+
+@pytest.mark.filterwarnings("ignore:CosPGD at 4/255 leaves")
+def test_other_data_and_other_networks_are_refused(tmp_path):
+    def negative(x):
+        return -network()(x)
+
+    out, data = tmp_path / "out", examples(2)
+    with torch.no_grad():
+        dagcore.evaluate(lambda x: network()(x), data, SOUND, out=out, check=0, prepare=False)
+    with pytest.raises(ValueError, match="names and sizes of the images was"):
+        dagcore.evaluate(lambda x: network()(x), data[::-1], SOUND, out=out, check=0, prepare=False)
+    with pytest.raises(ValueError, match="first image was"):
+        dagcore.evaluate(negative, data, SOUND, out=out, check=0, prepare=False)
+    again = Scenes("07", "train", count=1)
+    dagcore.evaluate(load("FCN-Alex"), again, SOUND, out=tmp_path / "scenes", check=0)
+    again = Scenes("07", "test", count=1)
+    with pytest.raises(ValueError, match="names and sizes of the images was"):
+        dagcore.evaluate(load("FCN-Alex"), again, SOUND, out=tmp_path / "scenes", check=0)
+
+
+class Threshold(nn.Module):
+    """Two classes, by whether an image is lighter than a level that no file has."""
+
+    def forward(self, x):
+        lighter = (x.mean(1, keepdim=True) - 100.6 / 255) * 200
+        return torch.cat([lighter, -lighter], 1)
+
+
+def test_what_is_fooled_in_memory_alone_is_attacked_again(tmp_path):
+    image = torch.full((3, 6, 6), 101 / 255)
+    pgd = Entry(name="PGD", attack="pgd", settings={"steps": 10})
+    own = dataclasses.replace(SOUND, attacks=(pgd,), epsilon=(0.45 / 255, 4 / 255))
+    data = [(image, torch.zeros(6, 6, dtype=torch.long))]
+    settings = {"check": 0, "prepare": False}
+    with pytest.warns(RuntimeWarning, match="are lost when images are rounded"):
+        found = dagcore.evaluate(Threshold(), data, own, out=tmp_path / "out", **settings)
+    small, large = own.balls
+    assert of(found, "PGD", small, "memory")["aAcc"] == 0
+    assert of(found, "PGD", small, "file")["aAcc"] == 100
+    assert of(found, "PGD", large, "file")["aAcc"] == 0
+
+
+def test_the_last_iterate_counts_where_a_protocol_says_so(tmp_path):
+    wild = {"steps": 6, "alpha": 0.5}
+    both = tuple(
+        Entry(name=returns, attack="pgd", returns=returns, settings=wild)
+        for returns in ("best", "last")
+    )
+    own = dataclasses.replace(SOUND, attacks=both, epsilon=0.1)
+    summary = evaluate(tmp_path / "out", protocol=own)
+    tables = []
+    for number, (image, labels) in enumerate(examples()):
+        sample = dagcore.Sample(image, labels, "untargeted", seed=seed_of((0, number, 1)))
+        attack = PGD(**wild, epsilon=0.1)
+        (result,) = attack.stream(network(), [sample], 1)
+        tables.append(counts(network(), result.last[0], labels))
+    assert measured(of(summary, "last", 0.1, "memory")) == pytest.approx(scores(tables))
+    assert of(summary, "best", 0.1, "memory")["aAcc"] < scores(tables)[0]
+    assert "right_by_step" not in of(summary, "last", 0.1, "memory")
+
+
+def test_the_search_for_the_worst_case_is_begun_with_each_attack():
+    hits = [[[0, 2], [4, 0]], [[3, 0], [0, 3]]]  # attacks x images x classes
+    seen = [[[0, 5], [7, 1]], [[5, 0], [0, 8]]]
+    true = [[3, 2], [5, 3]]
+    records = [
+        {
+            "cells": [
+                {
+                    **{"attack": f"{a}", "norm": "linf", "epsilon": 0.1, "levels": 256},
+                    "file": {
+                        "pixels": {
+                            f"{c}": [hits[a][n][c], seen[a][n][c], true[n][c]] for c in range(2)
+                        }
+                    },
+                }
+                for a in range(2)
+            ]
+        }
+        for n in range(2)
+    ]
+    given = [torch.tensor(one) for one in (hits, seen, true)]
+    each = [worst_iou(*given, begin=begin).score.mean for begin in (0, 1)]
+    assert each == pytest.approx([26.923, 19.231], abs=1e-3)  # the second is the true one
+    (found,) = worst_cases(records, ["0", "1"])
+    assert found["mIoU"] == pytest.approx(each[1])
 
 
 def test_slots_give_the_scores_of_images_alone(whole, tmp_path):
@@ -389,7 +522,7 @@ def test_other_settings_are_refused(whole):
         evaluate(out, protocol="cospgd-2024")
     attacks = [dataclasses.replace(SHORT.attacks[0], name="other"), *SHORT.attacks[1:]]
     with pytest.raises(ValueError, match="digest of the protocol was"):
-        evaluate(out, protocol=dataclasses.replace(SHORT, attacks=tuple(attacks), begin=None))
+        evaluate(out, protocol=dataclasses.replace(SHORT, attacks=tuple(attacks)))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -510,12 +643,12 @@ def test_the_other_protocols():
 def test_a_protocol_of_ones_own(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(
-        'name = "own-2026"\ntitle = "Mine"\nepsilon = ["1/255", 0.01]\nbegin = "b"\n'
+        'name = "own-2026"\ntitle = "Mine"\nepsilon = ["1/255", 0.01]\n'
         '[[attacks]]\nname = "a"\nattack = "pgd"\nalpha = "0.5/255"\nmomentum = 0.9\n'
         '[[attacks]]\nname = "b"\nattack = "apgd"\nloss = "dlr"\nnorm = "l2"\nepsilon = 2\n'
     )
     own = find_protocol(path)
-    assert (own.name, own.title, own.begin) == ("own-2026", "Mine", "b")
+    assert (own.name, own.title) == ("own-2026", "Mine")
     first, second = own.attacks
     assert own.radii(first) == (1 / 255, 0.01)
     assert own.radii(second, (0.3,)) == (2.0,)
@@ -530,13 +663,13 @@ def test_a_protocol_of_ones_own(tmp_path):
         ('name = "sea-2024"\nattacks = []', "name must not be that of another protocol"),
         ('name = "a"\nattacks = []', "attacks must have at least one entry, got none"),
         ('name = "a"\nattacks = 3', r"attacks must be tables \[\[attacks\]\], got 3"),
-        ('name = "a"\nsteps = 3\nattacks = []', "'steps' is no setting of a protocol"),
+        ('name = "a"\nsteps = 3\nattacks = []', "'steps' is not a setting of a protocol"),
         ('name = "a"\n[[attacks]]\nattack = "pgd"', "attacks must each have a name, got None"),
         ('name = "a"\n[[attacks]]\nname = "b"', "b must have an attack, of dag"),
         ('name = "a"\n[[attacks]]\nname = "b"\nattack = "x"', "attack must be 'dag'"),
         (
             'name = "a"\n[[attacks]]\nname = "b"\nattack = "pgd"\nstepps = 3',
-            "attacks: b: 'stepps' is no setting of pgd, but name",
+            "attacks: b: 'stepps' is not a setting of pgd; it has name",
         ),
         (
             'name = "a"\n[[attacks]]\nname = "b"\nattack = "pgd"\nalpha = -1',
@@ -548,7 +681,7 @@ def test_a_protocol_of_ones_own(tmp_path):
         ),
         (
             'name = "a"\n' + 2 * '[[attacks]]\nname = "b"\nattack = "pgd"\n',
-            "attacks must have names of their own, 'b' has two",
+            "attacks must have different names, two are called 'b'",
         ),
         (
             'name = "a"\n[[attacks]]\nname = "b"\nattack = "cospgd"\nclass_weights = "balanced"',

@@ -85,7 +85,7 @@ def entry(name, attack, **more):
 def common(task, attacks, classes, results, worst, **more):
     protocol = {"name": f"own {NAME}", "title": "Ours & theirs", "attacks": attacks}
     return {
-        "protocol": {**protocol, "epsilon": [4 / 255, 8 / 255], "norm": "linf", "begin": None},
+        "protocol": {**protocol, "epsilon": [4 / 255, 8 / 255], "norm": "linf"},
         "task": task,
         "images": 3,
         "evaluated": 2,
@@ -151,7 +151,7 @@ def segmentation(attacks=None, norm="linf", **more):
 def detections(score, wrong_place, wrong_class, **more):
     errors = {"correct": 5, "localisation": wrong_place, "classification": wrong_class}
     errors |= {"missed": 3, "objects": 9}
-    means = {"mAP": score, "mAP (COCO)": score + 1}
+    means = {"mAP": score, "AP50 (COCO)": score + 1}
     return {**means, "errors": errors, "per_class": {"cat": {"AP": score}}, **more}
 
 
@@ -359,8 +359,8 @@ def test_a_nested_bar_shows_the_shorter_over_the_longer():
 
 def test_results_of_detection(tmp_path):
     page, text = written(tmp_path, detection(), {})
-    assert "clean mAP 80.5 % mAP (COCO) 81.5 %" in page.text
-    assert "lowest of the attacks, 8/255 mAP 12.5 % mAP (COCO) 13.5 %" in page.text
+    assert "clean mAP 80.5 % AP50 (COCO) 81.5 %" in page.text
+    assert "lowest of the attacks, 8/255 mAP 12.5 % AP50 (COCO) 13.5 %" in page.text
     memory = [row for row in page.table("attack", "mAP") if row[0] == "8/255, in memory"]
     counts = ["10.0", "11.0", "10.0"]
     assert memory == [

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Row = Sequence[str]
 
 PLAIN_WIDTH = 120  # where stdout is no terminal
-MEASURES = ("aAcc", "mIoU", "mAcc", "mAP", "mAP (COCO)")
+MEASURES = ("aAcc", "mIoU", "mAcc", "mAP", "AP50 (COCO)")
 OUTCOMES_WIDTH = 140  # of the table of outcomes there
 LINE_SECONDS = 15  # from one plain line to the next
 

@@ -6,21 +6,25 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks, files
 from ..attacks import APGD, CosPGD, Result
+from ..engine import ScoreModel, frozen
 from ..engine.stream import Sample
 from ..errors import ArgumentError, ArgumentTypeError
+from ..losses import UNTARGETED
 from ..perturbation import perceptibility, round_to_8_bits
 from ..seeds import generator_of, seed_of
-from ..victims import Detector, Victim
+from ..victims import Detector
 from ..victims.load import around, load
 from . import reports, validity
 from .figures import attack_figure
@@ -28,20 +32,31 @@ from .kept import keep_json, read_json
 from .options import AttackOptions, KnownAttack
 from .predict import Prediction, predict
 from .progress import ImageProgress, Silent
-from .protocols import BALANCED, Entry, Protocol, find_protocol
+from .protocols import Entry, Protocol, find_protocol, radii_of
 from .ranks import Ranks
-from .robustness import STEPS, right_of, summarise, told_radius, warnings_of
+from .robustness import (
+    STAGES,
+    STEPS,
+    Cell,
+    Summary,
+    right_of,
+    summarise,
+    told_radius,
+    warnings_of,
+    worst_images,
+)
 from .run import flagged
 from .settings import DataSettings
-from .sources import Examples, Source
+from .sources import Examples
 from .store import FAILED, Record
 from .summary import tally
-from .targets import ImageTarget, UnfitImageError, rules_for
-from .tog import GOALS, GoalTargets, goal_targets
+from .targets import ImageTarget, TargetRules, UnfitImageError, rules_for
+from .tog import GOALS, goal_targets
 from .truth import Truth
 from .validity import Finding
 from .work import SourceFor, Work, carry_out, digest
 
+CHECKED_STEPS = 40  # updates of the attack that is checked: the checks run it ten times
 GRIDS: dict[str, tuple[int | None, ...]] = {"none": (None,), "256": (256,), "both": (None, 256)}
 
 
@@ -91,9 +106,13 @@ class Job:
     truth: dict[str, Any] | None
     """A detector's boxes, as the record has them."""
     cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    goals: dict[str, GoalTargets] = dataclasses.field(default_factory=dict)
+    aims: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Labels, adversarial labels and boxes by how the latter are chosen, of detectors."""
     worst: tuple[int, str, Tensor] | None = None
     """What is right in the example that leaves the least, the attack's name, and the example."""
+
+    def __repr__(self) -> str:
+        return repr(self.name)
 
 
 class Evaluation(Work):
@@ -113,21 +132,49 @@ class Evaluation(Work):
         **others: Any,
     ) -> None:
         self.protocol = find_protocol(settings.protocol) if protocol is None else protocol
-        super().__init__(settings, ranks, progress, **others)
         self.settings = settings
+        super().__init__(settings, ranks, progress, **others)
         self.task = "detection" if isinstance(self.victim, Detector) else "segmentation"
         self.entries = self.protocol.attacks_for(self.task)
-        if settings.epsilon is not None and not any(entry.in_a_ball for entry in self.entries):
-            raise ArgumentError(f"epsilon must be None for {self.protocol.name}, which has no ball")
-        options = AttackOptions(
-            model=settings.model,
-            weights=settings.weights,
-            size=settings.size,
-            attack="dag" if self.task == "detection" else "pgd",
-        )
-        self.rules = rules_for(options, self.attacked)
+        balls = [entry for entry in self.entries if entry.in_a_ball]
+        if settings.epsilon is not None:
+            if not balls:
+                raise ArgumentError(
+                    f"epsilon must be None for {self.protocol.name}, which has no ball"
+                )
+            if not any(entry.norm == self.protocol.norm for entry in balls):
+                raise ArgumentError(
+                    f"epsilon must be None for {self.protocol.name}, which has no attack in its "
+                    f"norm, {self.protocol.norm}"
+                )
+        self.rules = self._rules("vanish" if self.task == "detection" else UNTARGETED)
+        self.surrogate = self._surrogate()
         self.weights: Tensor | None = None
         self.ready: Job | None = None
+        self.first: dict[str, Any] | None = None
+
+    def _rules(self, adversarial: str) -> TargetRules:
+        """What attacks aim at, where adversarial labels are chosen so."""
+        options = AttackOptions(
+            model=self.settings.model,
+            weights=self.settings.weights,
+            size=self.settings.size,
+            attack="pgd" if adversarial == UNTARGETED else "dag",
+            adversarial=adversarial,
+        )
+        return rules_for(options, self.attacked)
+
+    def _surrogate(self) -> Any:
+        """The other network, for the check of transfer."""
+        given = self.settings.surrogate
+        if given is None:
+            return None
+        if self.task == "detection":
+            raise ArgumentError("--surrogate goes with segmentation only")
+        try:
+            return load(given, device=self.device)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise ArgumentError(f"--surrogate {given}: {error}") from error
 
     def made_with(self) -> dict[str, Any]:
         """What results follow from beside the settings."""
@@ -136,7 +183,18 @@ class Evaluation(Work):
             **super().made_with(),
             "name of the protocol": self.protocol.name,
             "digest of the protocol": hashlib.sha256(record.encode()).hexdigest(),
+            **({} if self.has_weights or self.first is None else {"first image": self._first()}),
         }
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the network can be told by them."""
+        return isinstance(self.victim, nn.Module) and any(True for _ in self.victim.parameters())
+
+    def _first(self) -> str:
+        """What a network without weights sees in the first image, by which it can be told."""
+        assert self.first is not None
+        return hashlib.sha256(json.dumps(self.first).encode()).hexdigest()
 
     def probe(self) -> None:
         """Raise where the first fit image cannot be attacked; weigh the classes."""
@@ -145,31 +203,46 @@ class Evaluation(Work):
                 image, truth = self.source.read(number)
             except (OSError, ValueError):
                 continue
-            self.in_flight = {self.source.names[number]}
+            self.in_flight.add(self.source.names[number])
             with contextlib.suppress(UnfitImageError):
                 self.ready = self.look(number, image, truth)
-            self.in_flight.clear()
+            self.in_flight.discard(self.source.names[number])
             if self.ready is not None:
                 break
-        if any(entry.class_weights == BALANCED for entry in self.entries):
-            self.weights = self._balanced()
+        self.first = None if self.ready is None else self.ready.clean
+        if self.ready is not None and self.surrogate is not None:
+            self._check_surrogate(self.ready)
 
-    def _balanced(self) -> Tensor | None:
+    def _check_surrogate(self, job: Job) -> None:
+        """Raise unless the other network has as many classes."""
+        try:
+            with frozen(self.surrogate), torch.no_grad():
+                scores = ScoreModel(self.surrogate)(job.image[None], job.target.labels[None])
+        except Exception as error:  # a network fails in any way at all
+            raise ArgumentError(
+                f"--surrogate {self.settings.surrogate} failed with {type(error).__name__}: {error}"
+            ) from error
+        if scores.shape[1] != self.rules.num_classes:
+            raise ArgumentError(
+                f"--surrogate must have {self.rules.num_classes} classes like --model, "
+                f"{self.settings.surrogate} has {scores.shape[1]}"
+            )
+
+    def _balanced(self) -> Tensor:
         """1 over the pixels of each class in the data set, adding up to 1; 0 where there is none.
 
-        None where no image can be read.
+        Images that cannot be attacked do not count.
         """
-        if self.ready is None:
-            return None
         counts = torch.zeros(self.rules.num_classes, dtype=torch.int64)
-        for number in range(len(self.source.names)):
-            with contextlib.suppress(OSError, ValueError):
+        for number, name in enumerate(self.source.names):
+            with contextlib.suppress(OSError, ValueError, ArgumentTypeError):
                 image, truth = self.source.read(number)
                 if truth is None:
                     truth = self._target(number, image, truth).labels.cpu()
+                self.rules.check(name, image.to(self.device), truth)
                 assert isinstance(truth, Tensor)
                 labels = files.void_as_ignored(truth, len(counts))
-                labels = labels[(labels >= 0) & (labels < len(counts))].long()
+                labels = labels[labels != files.IGNORE].long()
                 counts += torch.bincount(labels, minlength=len(counts))
         weights = torch.where(counts > 0, 1 / counts.clamp(min=1).double(), 0.0)
         return (weights / weights.sum().clamp(min=1e-300)).float().to(self.device)
@@ -204,7 +277,9 @@ class Evaluation(Work):
                 continue
             self.in_flight.add(self.source.names[number])
             try:
-                yield self.look(number, *self.source.read(number))
+                job = self.look(number, *self.source.read(number))
+                self._check(job)
+                yield job
             except (OSError, ArgumentError, ArgumentTypeError) as error:
                 self.in_flight.discard(self.source.names[number])
                 if self.settings.strict:
@@ -215,6 +290,8 @@ class Evaluation(Work):
         """Attack as many images at a time as there are slots by one attack after the other."""
         while chunk := list(islice(numbers, self.slots)):
             jobs = list(self._jobs(chunk))
+            if jobs and self.weights is None and any(e.class_weights for e in self.entries):
+                self.weights = self._balanced()
             for levels in GRIDS[self.settings.levels]:
                 for position, entry in enumerate(self.entries):
                     self._attack_all(jobs, entry, position, levels)
@@ -222,6 +299,15 @@ class Evaluation(Work):
                 self.keep(job)
                 self.in_flight.discard(job.name)
                 yield self.line(job)
+
+    def _check(self, job: Job) -> None:
+        """Raise where an image cannot be attacked as it is."""
+        for levels in GRIDS[self.settings.levels]:
+            entry = self.entries[0]
+            attack = entry.build(self.protocol.radii(entry, self.settings.epsilon)[0], levels)
+            image = job.image[None]
+            attack.check_pixels("image", image)
+            attack.fitted("image", image)
 
     def _attack_all(
         self, jobs: Sequence[Job], entry: Entry, position: int, levels: int | None
@@ -242,34 +328,53 @@ class Evaluation(Work):
             with contextlib.closing(results):  # type: ignore[type-var]  # it is a generator
                 for result in results:
                     cell = self._cell(result, entry, attack, epsilon)
-                    if self.settings.skip_fooled and not right_of(cell, result.key.truth):
+                    if self._is_fooled(cell):
                         fooled[result.key.number] = {**cell, "example_of": epsilon}
 
+    def _is_fooled(self, cell: Cell) -> bool:
+        """Whether a larger ball cannot leave fewer pixels right, in memory nor in the file.
+
+        A detector's mAP also counts what is found where nothing is.
+        """
+        if not self.settings.skip_fooled or self.task == "detection":
+            return False
+        return not any(right_of(cell, None, stage) for stage in STAGES if stage in cell)
+
     def _sample(self, job: Job, entry: Entry, position: int) -> Sample:
-        target = job.target
-        labels, adversarial, boxes = target.labels, target.adversarial, target.boxes
-        if self.task == "segmentation":
-            adversarial = entry.adversarial
-        elif entry.adversarial in GOALS:
-            own = self._goals(job)[entry.adversarial]
-            labels, adversarial, boxes = own.labels, own.adversarial, own.boxes
+        labels, adversarial, boxes = job.target.labels, entry.aims, None
+        if self.task == "detection":
+            labels, adversarial, boxes = self._aims(job, entry)
         seed = seed_of((self.settings.seed, job.number, position))
         return Sample(job.image, labels, adversarial, boxes, seed=seed, key=job)
 
-    def _goals(self, job: Job) -> dict[str, GoalTargets]:
-        """What TOG's goals aim at in an image, found once for all of them."""
-        if not job.goals:
-            wanted = [entry.adversarial for entry in self.entries if entry.adversarial in GOALS]
+    def _aims(self, job: Job, entry: Entry) -> tuple[Any, ...]:
+        """Labels, adversarial labels and boxes of a detector, found once for each way."""
+        of_tog = entry.attack != "dag" and entry.aims in GOALS
+        if of_tog and entry.aims not in job.aims:
+            wanted = {e.aims for e in self.entries if e.attack != "dag" and e.aims in GOALS}
             assert isinstance(self.attacked, Detector)
             assert isinstance(job.target.truth, Mapping)
-            job.goals = goal_targets(
-                self.attacked,
+            job.aims |= {
+                name: (goal.labels, goal.adversarial, goal.boxes)
+                for name, goal in goal_targets(
+                    self.attacked,
+                    job.image,
+                    job.target.truth,
+                    goals=[name for name in GOALS if name in wanted],
+                    ignore_index=files.IGNORE,
+                ).items()
+            }
+        key = entry.aims if of_tog else f"{entry.aims} of DAG"
+        if key not in job.aims:
+            target = self._rules(entry.aims).target(
+                job.name,
                 job.image,
                 job.target.truth,
-                goals=wanted,
-                ignore_index=files.IGNORE,
+                generator_of((self.settings.seed, job.number)),
             )
-        return job.goals
+            job.aims[key] = (target.labels, target.adversarial, target.boxes)
+        found: tuple[Any, ...] = job.aims[key]
+        return found
 
     def _cell(
         self, result: Result, entry: Entry, attack: KnownAttack, epsilon: float | None
@@ -295,7 +400,7 @@ class Evaluation(Work):
             "perceptibility": float(perceptibility((example - job.image)[None])[0]),
             **{stage: _judged(seen, job.target) for stage, seen in stages.items()},
         }
-        if self.task == "segmentation" and entry.in_a_ball:
+        if entry.aims == UNTARGETED and entry.returns == "best" and self.task == "segmentation":
             cell["right_by_step"] = _by_step(result, attack)
         job.cells.append(cell)
         right = right_of(cell, job.truth, "file")
@@ -306,6 +411,7 @@ class Evaluation(Work):
     def keep(self, job: Job) -> None:
         """Write the worst example of an image, and its record."""
         assert job.worst is not None
+        counted = job.target.labels != files.IGNORE
         files.write_image(self.folder.path("images", job.name, "png"), job.worst[2])
         record: Record = {
             "number": job.number,
@@ -313,8 +419,8 @@ class Evaluation(Work):
             "status": "evaluated",
             "notes": job.notes,
             **job.target.record,
-            "targets": int((job.target.labels != files.IGNORE).sum()),
-            "right_before": int(job.target.right.sum()),
+            "targets": int(counted.sum()),
+            "right_before": int((job.target.right & counted).sum()),
             "worst": {"attack": job.worst[1], "right": job.worst[0]},
             "clean": job.clean,
             "cells": job.cells,
@@ -344,22 +450,24 @@ class Evaluation(Work):
             **{name: getattr(self.settings, name) for name in ("levels", "skip_fooled", "seed")},
             "versions": self.versions(),
         }
-        summary["checks"] = self._checks(made)
+        summary["checks"] = self._checks(made, summary)
         summary["warnings"] = warnings_of(made, summary)
         if digest(self.victim) != self.digest:
             summary["warnings"].append(
                 f"{self.settings.model} has changed its weights or buffers while it was attacked, "
                 "so that results depend on the order of the images"
             )
-        summary["figures"] = [self._figure(record) for record in self._worst(made)]
+        worst = worst_images(made, self.settings.figures)
+        summary["figures"] = [self._figure(record) for record in worst]
+        self.folder.keep_only("figures", [one["path"] for one in summary["figures"]])
         self.folder.finish(records, summary)
         reports.write(self.folder.out, summary, records)
         self.progress.summary(summary, speed)
         return list(summary["warnings"])
 
-    def _checks(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+    def _checks(self, records: Sequence[Record], summary: Summary) -> list[dict[str, Any]]:
         """Whether the evaluation itself is sound, as a few images show; kept in checks.json."""
-        done = [record for record in records if record["status"] != FAILED]
+        done = [r for r in records if r["status"] != FAILED and r["targets"]]
         if self.task != "segmentation" or not self.settings.check or not done:
             return []
         path = self.folder.out / "checks.json"
@@ -368,38 +476,53 @@ class Evaluation(Work):
             "images": self.settings.check,
             "surrogate": self.settings.surrogate,
             "epsilon": list(self.settings.epsilon or ()),
+            "attack": (strongest := self._strongest(summary)),
         }
         kept = read_json(path, of)
         if kept is None:
-            kept = {"findings": [dataclasses.asdict(one) for one in self._checked(done)]}
+            found = self._checked(done[: self.settings.check], strongest)
+            kept = {"findings": [dataclasses.asdict(one) for one in found]}
             keep_json(path, kept, of)
         findings: list[dict[str, Any]] = kept["findings"]
         return findings
 
-    def _checked(self, records: Sequence[Record]) -> list[Finding]:
-        looked = [self._again(record) for record in records[: self.settings.check]]
-        given = self.settings.surrogate
-        balls = [
-            (entry, radii[-1])
+    def _strongest(self, summary: Summary) -> tuple[str, float | None]:
+        """The untargeted attack that leaves the fewest pixels in a largest ball, and its radius."""
+        inside = [
+            one
             for entry in self.entries
-            if entry.in_a_ball and entry.norm == self.protocol.norm
-            if (radii := self.protocol.radii(entry, self.settings.epsilon))
+            if entry.aims == UNTARGETED
+            for one in summary["results"]
+            if one["attack"] == entry.name
+            if one["epsilon"] == self.protocol.radii(entry, self.settings.epsilon)[-1]
         ]
-        epsilon = max((radius or 0.0 for _, radius in balls), default=8 / 255)
+        if not inside:
+            return "CosPGD", 8 / 255
+        least = min(inside, key=lambda one: one["aAcc"])
+        return least["attack"], least["epsilon"]
+
+    def _checked(
+        self, records: Sequence[Record], strongest: tuple[str, float | None]
+    ) -> list[Finding]:
+        """Check an attack on some images, with at most `CHECKED_STEPS` updates."""
+        name, epsilon = strongest
+        assert epsilon is not None
+        looked = [self._again(record) for record in records]
+        entry = next((entry for entry in self.entries if entry.name == name), None)
+        attack: Any = CosPGD(epsilon=epsilon, alpha=epsilon / 4, ignore_index=files.IGNORE)
+        if entry is not None:
+            if entry.class_weights and self.weights is None:
+                self.weights = self._balanced()
+            attack = entry.build(epsilon, None, self.weights if entry.class_weights else None)
+            attack = dataclasses.replace(attack, steps=min(attack.steps, CHECKED_STEPS))
         return validity.check(
             self.victim,
             [image for image, _ in looked],
             [target.labels for _, target in looked],
             epsilon=epsilon,
-            norm=self.protocol.norm,
-            attack=CosPGD(
-                steps=20,
-                epsilon=epsilon,
-                alpha=epsilon / 4,
-                norm=self.protocol.norm,
-                ignore_index=files.IGNORE,
-            ),
-            surrogate=None if given is None else load(given, device=self.device),
+            norm=attack.norm,
+            attack=attack,
+            surrogate=self.surrogate,
             seed=self.settings.seed,
         )
 
@@ -407,12 +530,6 @@ class Evaluation(Work):
         """An image that was evaluated, with its targets."""
         image, truth = self.source.read(record["number"])
         return image.to(self.device), self._target(record["number"], image, truth)
-
-    def _worst(self, records: Sequence[Record]) -> list[Record]:
-        """The images of which the attacks leave the smallest share of what was right."""
-        hit = [r for r in records if r["status"] != FAILED and r["right_before"]]
-        hit.sort(key=lambda r: r["worst"]["right"] / r["right_before"])
-        return hit[: self.settings.figures]
 
     def _figure(self, record: Record) -> dict[str, str]:
         """Draw what the worst example of an image does."""
@@ -440,7 +557,7 @@ class Evaluation(Work):
 
 
 def _size(target: ImageTarget) -> tuple[int, int]:
-    """Rows and columns of targets, of a detector's (which has none) no more than that."""
+    """Rows and columns of the label map; a detector has none, and (1, 1) stands for that."""
     height, width = target.labels.shape[-2:] if target.labels.dim() > 1 else (1, 1)
     return height, width
 
@@ -511,13 +628,21 @@ def evaluate(
     Raises:
         TypeError, ValueError, OSError: the argument, what was required and what came.
     """
-    radii = [epsilon] if isinstance(epsilon, (int, float)) else epsilon
+    radii = None if epsilon is None else list(radii_of(epsilon))
     found = find_protocol(protocol)
+    named = (str, Path)
+    unused = [] if isinstance(model, named) else ["weights", "size"]
+    unused += [] if isinstance(dataset, named) else ["labels", "set"]
+    for name in settings:
+        if name in unused:
+            raise ArgumentError(f"{name} goes with the name of a network or of a data set only")
     given = {**settings, "out": Path(out), "epsilon": radii, "protocol": found.name}
     others: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
         given["model"] = str(model)
     else:
+        if not callable(model):
+            raise ArgumentTypeError(f"model must be a name or a callable, got {model!r}")
         others["victim"] = victim = around(model)
         given["model"] = str(getattr(model, "name", type(model).__name__))
         given.setdefault("device", str(next(victim.parameters(), torch.empty(0)).device))
@@ -531,25 +656,25 @@ def evaluate(
         return Evaluation(made, ranks, progress or Silent(), protocol=found, silent=True, **others)
 
     made = EvaluationSettings.of(given)
-    if carry_out(make):
-        raise KeyboardInterrupt
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if carry_out(make):
+            raise KeyboardInterrupt
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
     return summary
 
 
 def _source_for(dataset: Any) -> SourceFor:
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    is_sequence = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, Mapping) or not is_sequence:
         raise ArgumentTypeError(
             "dataset must be a name, a folder or a sequence of examples, "
             f"got {type(dataset).__name__}"
         )
-    names = getattr(dataset, "keys", None)
-    if not isinstance(names, Sequence):
-        names = [f"{k:06d}" for k in range(len(dataset))]
-
-    def source_for(settings: DataSettings, victim: Victim | Detector) -> Source:
-        return Examples(
-            dataset, names[: settings.images], getattr(dataset, "classes", None), victim
-        )
-
-    return source_for
+    if not len(dataset):
+        raise ArgumentError("dataset must have at least one example, got none")
+    return lambda settings, victim: Examples.of(dataset, victim, settings.images)

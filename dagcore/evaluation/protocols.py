@@ -15,6 +15,7 @@ from ..attacks import DAG, BallAttack
 from ..errors import ArgumentError, ArgumentTypeError
 from ..labels import KINDS
 from ..losses import UNTARGETED, Loss
+from ..victims.detection.targets import ADVERSARIAL_KINDS
 from .options import ATTACKS, KnownAttack
 from .settings import read_toml
 from .tog import GOALS
@@ -33,20 +34,23 @@ class Entry:
         name: what results call it.
         attack: its kind: "dag", "pgd", "segpgd", "cospgd" or "apgd".
         task: what networks it is for, "segmentation" or "detection"; None: both.
-        adversarial: how adversarial labels are chosen; for detectors a goal of TOG's as well.
-        epsilon: radii of its own, in place of the protocol's; of DAG none.
+        adversarial: how adversarial labels are chosen: for segmentation as `Attack.__call__` has
+            it, for detectors a goal of TOG's (`tog.GOALS`) or, for DAG's loss, as
+            `Detector.dense_targets` has it. None: "permutation" for DAG, else "untargeted".
+        epsilon: one or more radii of its own, in place of the protocol's. DAG has a ball only
+            where they are given.
         class_weights: "balanced" weighs the loss of a target by how rare its class is: 1 over its
             number of pixels in the data set, all weights adding up to 1; None: all classes alike.
-        returns: which iterate counts, the "best", which has the fewest targets as they were, or
-            the "last".
+        returns: which iterate counts: the "best", which has the fewest active targets, or the
+            "last".
         settings: of the attack, by the names of its arguments.
     """
 
     name: str
     attack: str
     task: str | None = "segmentation"
-    adversarial: str = UNTARGETED
-    epsilon: tuple[float, ...] | None = None
+    adversarial: str | None = None
+    epsilon: float | Sequence[float] | None = None
     class_weights: str | None = None
     returns: str = "best"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -56,23 +60,49 @@ class Entry:
         if self.task is not None:
             checks.choice("task", self.task, TASKS)
         checks.choice("returns", self.returns, ("best", "last"))
-        checks.choice("adversarial", self.adversarial, (UNTARGETED, *KINDS, *GOALS))
+        if self.epsilon is not None:
+            object.__setattr__(self, "epsilon", radii_of(self.epsilon))
+        if self.adversarial is None:
+            default = KINDS[0] if self.attack == "dag" else UNTARGETED
+            object.__setattr__(self, "adversarial", default)
         if self.class_weights is not None:
             checks.choice("class_weights", self.class_weights, (BALANCED,))
             if not isinstance(self.settings.get("loss"), str):
                 raise ArgumentError(f"class_weights go with a loss by name, {self.name!r} has none")
-        for epsilon in self.epsilon or ():
-            checks.number("epsilon", epsilon, above=0)
-        self.build(1.0 if self.in_a_ball else None)
+            if self.task != "segmentation":
+                raise ArgumentError(f"class_weights go with segmentation, got task {self.task!r}")
+        made = self.build(1.0 if self.in_a_ball else None)
+        for task in TASKS if self.task is None else (self.task,):
+            self._check_aim(task, made)
+
+    def _check_aim(self, task: str, made: KnownAttack) -> None:
+        """Raise unless adversarial labels can be chosen so for a task."""
+        if task == "segmentation":
+            made.check_kind(self.adversarial)
+            return
+        of_dag = self.attack == "dag" or self.settings.get("loss") == "dag"
+        allowed = (*ADVERSARIAL_KINDS, "runner-up") if of_dag else GOALS
+        checks.choice("adversarial", self.adversarial, allowed)
+
+    @property
+    def aims(self) -> str:
+        """How adversarial labels are chosen: `adversarial` once it has been filled in."""
+        assert self.adversarial is not None
+        return self.adversarial
+
+    @property
+    def balls(self) -> tuple[float, ...]:
+        """Radii of its own."""
+        return () if self.epsilon is None else radii_of(self.epsilon)
 
     @property
     def in_a_ball(self) -> bool:
         """Whether it has a radius."""
-        return self.attack != "dag"
+        return self.attack != "dag" or self.epsilon is not None
 
     @property
     def norm(self) -> str:
-        """Of its ball."""
+        """The norm of its ball."""
         return str(self.settings.get("norm", "linf"))
 
     def build(
@@ -92,7 +122,7 @@ class Entry:
         for name in settings:
             if name not in known or name in ("levels", "ignore_index", "bounds", "epsilon"):
                 allowed = ", ".join([*OWN, *(k for k in known if k not in OWN)])
-                raise ArgumentError(f"{name!r} is no setting of {self.attack}, but {allowed}")
+                raise ArgumentError(f"{name!r} is not a setting of {self.attack}; it has {allowed}")
         if class_weights is not None:
             settings["loss"] = Loss(settings["loss"], class_weights=class_weights)
         if self.in_a_ball:
@@ -103,7 +133,7 @@ class Entry:
 
     def record(self) -> dict[str, Any]:
         """Everything that its results follow from, ready for JSON."""
-        radii = None if self.epsilon is None else list(self.epsilon)
+        radii = list(self.balls) or None
         return {**dataclasses.asdict(self), "epsilon": radii, "settings": dict(self.settings)}
 
 
@@ -112,34 +142,31 @@ class Protocol:
     """The attacks that a number for robustness stands for.
 
     Attributes:
-        name: with a version; numbers of other versions are not to be compared.
+        name: with a version, such as a year; do not compare numbers across versions.
         title: what it is, and where it comes from.
         attacks: in their order, those of each task with names of their own.
-        epsilon: radii, for images in 0..1; none for attacks without a ball.
-        norm: of the balls that these are of.
-        begin: the attack that the search for the worst case mean IoU begins with.
+        epsilon: one or more radii, for images in 0..1; empty for attacks without a ball.
+        norm: the norm that these radii are in.
     """
 
     name: str
     title: str = ""
     attacks: tuple[Entry, ...]
-    epsilon: tuple[float, ...] = (8 / 255,)
+    epsilon: float | Sequence[float] = (8 / 255,)
     norm: str = "linf"
-    begin: str | None = None
 
     def __post_init__(self) -> None:
         checks.choice("norm", self.norm, checks.NORMS)
-        for epsilon in self.epsilon:
-            checks.number("epsilon", epsilon, above=0)
+        object.__setattr__(self, "epsilon", radii_of(self.epsilon))
         if not self.attacks:
             raise ArgumentError("attacks must have at least one entry, got none")
         for task in TASKS:
             names = [entry.name for entry in self._of(task)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ArgumentError(f"attacks must have names of their own, {twice[0]!r} has two")
-        if self.begin is not None:
-            checks.choice("begin", self.begin, [entry.name for entry in self.attacks])
+                raise ArgumentError(
+                    f"attacks must have different names, two are called {twice[0]!r}"
+                )
         for entry in self.attacks:
             if entry.in_a_ball and not self.radii(entry):
                 raise ArgumentError(
@@ -165,16 +192,29 @@ class Protocol:
         if not entry.in_a_ball:
             return (None,)
         shared = entry.norm == self.norm
-        radii = given if given is not None and shared else entry.epsilon
-        return tuple(sorted(set((self.epsilon if shared else ()) if radii is None else radii)))
+        radii = given if given is not None and shared else entry.balls
+        return tuple(sorted(set(radii or (self.balls if shared else ()))))
+
+    @property
+    def balls(self) -> tuple[float, ...]:
+        """The radii."""
+        return radii_of(self.epsilon)
 
     def record(self) -> dict[str, Any]:
         """Everything that its results follow from, ready for JSON."""
         return {
             **dataclasses.asdict(self),
-            "epsilon": list(self.epsilon),
+            "epsilon": list(self.balls),
             "attacks": [entry.record() for entry in self.attacks],
         }
+
+
+def radii_of(epsilon: Any) -> tuple[float, ...]:
+    """One or more radii as a tuple; raise unless they are numbers above 0."""
+    radii = tuple(epsilon) if isinstance(epsilon, (list, tuple)) else (epsilon,)
+    for radius in radii:
+        checks.number("epsilon", radius, above=0)
+    return radii
 
 
 def _sea(name: str, loss: str, class_weights: str | None = None) -> Entry:
@@ -208,7 +248,6 @@ SEA = Protocol(
         _sea("JS", "jensen-shannon"),
     ),
     epsilon=(4 / 255, 8 / 255),
-    begin="MCE-bal",
 )
 
 SEMSEGBENCH = Protocol(
@@ -284,7 +323,7 @@ PROTOCOLS = {one.name: one for one in (SEA, SEMSEGBENCH, COSPGD, TOG, DAG_2017)}
 def find_protocol(given: str | Path | Protocol) -> Protocol:
     """A protocol by its name, or from a TOML file of one's own.
 
-    The file has `name`, and may have `title`, `epsilon`, `norm` and `begin`; each of its tables
+    The file has `name`, and may have `title`, `epsilon` and `norm`; each of its tables
     `[[attacks]]` has `name` and `attack`, and may have what else `Entry` has, and the arguments of
     the attack. Numbers may be written as fractions: "8/255".
 
@@ -293,12 +332,16 @@ def find_protocol(given: str | Path | Protocol) -> Protocol:
     """
     if isinstance(given, Protocol):
         return given
+    if not isinstance(given, (str, Path)):
+        raise ArgumentTypeError(
+            f"protocol must be a name, a TOML file or a Protocol, got {type(given).__name__}"
+        )
     if str(given) in PROTOCOLS:
         return PROTOCOLS[str(given)]
     path = Path(given)
     if path.suffix != ".toml":
         allowed = ", ".join(PROTOCOLS)
-        raise ArgumentError(f"protocol must be one of {allowed} or a file .toml, got {given!s}")
+        raise ArgumentError(f"protocol must be one of {allowed} or a TOML file, got {given!s}")
     content = read_toml(path)
     try:
         return _read(content)
@@ -307,14 +350,16 @@ def find_protocol(given: str | Path | Protocol) -> Protocol:
 
 
 def _read(content: Mapping[str, Any]) -> Protocol:
-    known = ("name", "title", "epsilon", "norm", "begin", "attacks")
+    known = ("name", "title", "epsilon", "norm", "attacks")
     for name in content:
         if name not in known:
-            raise ArgumentError(f"{name!r} is no setting of a protocol, but {', '.join(known)}")
+            raise ArgumentError(
+                f"{name!r} is not a setting of a protocol; it has {', '.join(known)}"
+            )
     for name in ("name", "attacks"):
         if name not in content:
             raise ArgumentError(f"{name} must be given")
-    for name in ("name", "title", "norm", "begin"):
+    for name in ("name", "title", "norm"):
         if not isinstance(content.get(name, ""), str):
             raise ArgumentTypeError(f"{name} must be text, got {content[name]!r}")
     if content["name"] in PROTOCOLS:
@@ -322,7 +367,7 @@ def _read(content: Mapping[str, Any]) -> Protocol:
     tables = content["attacks"]
     if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
         raise ArgumentTypeError(f"attacks must be tables [[attacks]], got {tables!r}")
-    more = {name: content[name] for name in ("title", "norm", "begin") if name in content}
+    more = {name: content[name] for name in ("title", "norm") if name in content}
     if "epsilon" in content:
         more["epsilon"] = _radii(content["epsilon"])
     entries = [_entry(one, content.get("norm")) for one in tables]
@@ -336,21 +381,21 @@ def _entry(table: Mapping[str, Any], norm: str | None) -> Entry:
     if "attack" not in table:
         raise ArgumentError(f"attacks: {name} must have an attack, of {checks.names(ATTACKS)}")
     own = {key: table[key] for key in OWN if key in table}
-    settings = {key: _number(value) for key, value in table.items() if key not in OWN}
-    if "epsilon" in own:
-        own["epsilon"] = _radii(own["epsilon"])
-    if norm is not None and own["attack"] != "dag":
-        settings.setdefault("norm", norm)
     try:
+        settings = {key: _number(key, value) for key, value in table.items() if key not in OWN}
+        if "epsilon" in own:
+            own["epsilon"] = _radii(own["epsilon"])
+        if norm is not None and own["attack"] != "dag":
+            settings.setdefault("norm", norm)
         return Entry(**own, settings=settings)
     except (ArgumentTypeError, ArgumentError) as error:
         raise type(error)(f"attacks: {name}: {error}") from error
 
 
-def _number(value: Any) -> Any:
+def _number(name: str, value: Any) -> Any:
     """A fraction in text as a number, everything else as it is."""
-    if isinstance(value, str) and value[:1].isdigit():
-        return checks.fraction("a number", value)
+    if isinstance(value, str) and value.lstrip("+-.")[:1].isdigit():
+        return checks.fraction(name, value)
     return value
 
 

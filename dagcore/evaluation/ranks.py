@@ -70,6 +70,8 @@ class Torchrun(Ranks):
     as torch expects it, but no tensor for it to send.
     """
 
+    calls = itertools.count()  # the store keeps what earlier ones in this process have counted
+
     def __init__(self) -> None:
         super().__init__()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -77,7 +79,7 @@ class Torchrun(Ranks):
         distributed.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
-        self._store = PrefixStore("dagcore", store)
+        self._store = PrefixStore(f"dagcore {next(self.calls)}", store)
 
     def claim(self) -> int:
         """The next number that no rank has claimed, from 0."""

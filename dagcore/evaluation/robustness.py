@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..metrics import AveragePrecision, DetectionErrors, Score, iou, worst_iou
+from ..metrics import AveragePrecision, DetectionErrors, ErrorCounts, Score, iou, worst_iou
 from .protocols import Protocol
 from .store import FAILED, Record
 from .summary import as_number, boxes_of, warning_of_labels
@@ -18,10 +18,13 @@ STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 50, 70, 100, 140, 200, 300, 500, 
 """After how many updates it is told what is right so far."""
 STAGES = ("memory", "file")
 RISE = 1.0  # points of accuracy that a larger ball may leave more: attacks begin at random points
+FEW_STEPS = 4  # with which nothing can be said of the second half
 UNFINISHED = 5.0  # points of accuracy that the second half of the updates may take
 
 Cell = Mapping[str, Any]
 """What an attack made of an image, or of all images: see `evaluate.Evaluation`."""
+Summary = Mapping[str, Any]
+"""What summary.json holds."""
 Key = tuple[str, Any, Any, Any]
 
 
@@ -42,10 +45,33 @@ def right_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = No
     if "pixels" in judged:
         return sum(counts[0] for counts in judged["pixels"].values())
     assert truth is not None
-    found = judged["seen"]
+    return _errors(judged["seen"], truth).correct
+
+
+def _errors(found: Mapping[str, Any], truth: Mapping[str, Any]) -> ErrorCounts:
+    """The detections in one image by their errors."""
     errors = DetectionErrors(2 + max([0, *truth["labels"], *found["labels"]]))
     errors.update(*boxes_of(found, truth))
-    return errors.compute().correct
+    return errors.compute()
+
+
+def right_when_clean(record: Record) -> tuple[int, int]:
+    """Pixels, or true objects, that are right in the clean image, and all that count."""
+    judged, truth = record["clean"], record.get("truth")
+    if truth is None:
+        counts = judged["pixels"].values()
+        return sum(right for right, _, _ in counts), sum(true for _, _, true in counts)
+    errors = _errors(judged["seen"], truth)
+    return errors.correct, errors.objects
+
+
+def worst_images(records: Iterable[Record], count: int) -> list[Record]:
+    """Images of which the least is left, as a share of what was right when clean."""
+    found = []
+    for record in records:
+        if "worst" in record and (right := right_when_clean(record)[0]):
+            found.append((record["worst"]["right"] / right, record["number"], record))
+    return [record for *_, record in sorted(found, key=lambda one: one[:2])[:count]]
 
 
 def summarise(
@@ -67,7 +93,7 @@ def summarise(
     if not done:
         return {**summary, "classes": [], "clean": None, "results": [], "worst_case": []}
     count = max(record["num_classes"] for record in done)
-    names = [_name(c, classes) for c in range(count)]
+    names = _names(count, classes)
     clean = [{**record["clean"], "truth": record.get("truth")} for record in done]
     score = segmentation_scores if task == "segmentation" else detection_scores
     results = []
@@ -95,9 +121,10 @@ def summarise(
         "classes": names,
         "clean": score(clean, names),
         "results": results,
-        "worst_case": worst_cases(done, protocol, names) if task == "segmentation" else [],
+        "worst_case": worst_cases(done, names) if task == "segmentation" else [],
         "cost": {
-            "clean passes per image": 2,  # of the network that is attacked, and of the one judged
+            # Of the network that is attacked, and of the one that judges; for what TOG aims at.
+            "clean passes per image": 2 if task == "segmentation" else 3,
             "forward": _mean(sum(c["forward"] for c in r["cells"]) for r in done),
             "backward": _mean(sum(c["backward"] for c in r["cells"]) for r in done),
             "judging": _mean(sum(stage in c for c in r["cells"] for stage in STAGES) for r in done),
@@ -186,7 +213,7 @@ def detection_scores(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) 
     count = len(names) + 1  # class 0 is kept for the background, which a detector may have anywhere
     measures: dict[str, Any] = {
         "mAP": AveragePrecision(count),
-        "mAP (COCO)": AveragePrecision(count, protocol="coco"),
+        "AP50 (COCO)": AveragePrecision(count, protocol="coco"),
     }
     errors = DetectionErrors(count)
     for one in judged:
@@ -205,10 +232,11 @@ def detection_scores(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) 
     }
 
 
-def worst_cases(
-    records: Sequence[Record], protocol: Protocol, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Of all attacks in the same ball, the worst for each image, and for the mean IoU of all."""
+def worst_cases(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of all attacks in the same ball, the worst for each image, and for the mean IoU of all.
+
+    The search for the latter is begun with each attack, and the lowest result counts.
+    """
     balls: dict[tuple[Any, Any, Any, str], dict[str, Tensor]] = {}
     for (attack, norm, epsilon, levels), stage, cells in _groups(records):
         counts = tables([cell[stage] for cell in cells], len(names))
@@ -219,10 +247,7 @@ def worst_cases(
         hits, seen, true = torch.stack(list(of_attacks.values())).unbind(3)  # (A, N, C)
         right, least = hits.sum(2), hits.sum(2).min(0)
         pixels = true[0].sum(1)
-        begins = {None, None if protocol.begin not in attacks else attacks.index(protocol.begin)}
-        searches = [
-            worst_iou(hits, seen, true[0], begin=begin) for begin in sorted(begins, key=str)
-        ]
+        searches = [worst_iou(hits, seen, true[0], begin=k) for k in range(len(attacks))]
         worst = min(searches, key=lambda search: search.score.mean)
         choice = worst.choice.tolist()
         found.append(
@@ -260,8 +285,12 @@ def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[s
             "clean image stands for them, so that its clean score is 100 %"
         )
     if summary["task"] == "segmentation":
-        in_memory = [one for one in summary["results"] if one["stage"] == "memory"]
-        warnings += [*_rising(in_memory), *_unfinished(in_memory), *_below_a_level(in_memory)]
+        views = {
+            (one["attack"], one["norm"], one["epsilon"], one["levels"]): one
+            for one in reversed(summary["results"])
+        }
+        first = list(reversed(views.values()))  # in memory, where that is measured
+        warnings += [*_rising(first), *_unfinished(first), *_below_a_level(first)]
     return warnings
 
 
@@ -281,7 +310,7 @@ def _rising(results: Sequence[Cell]) -> Iterator[str]:
 
 
 def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
-    """Balls whose longest attack was still getting on in the second half of its updates."""
+    """Balls whose longest attack made progress in the second half of its updates."""
     for ball in dict.fromkeys((one["norm"], one["epsilon"], one["levels"]) for one in results):
         inside = [
             one
@@ -293,6 +322,8 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
         longest = max(inside, key=lambda one: one["iterations"])
         by_step = longest["right_by_step"]
         first, last = min(by_step), max(by_step)
+        if last - first < FEW_STEPS:
+            continue
         half = max(step for step in by_step if step <= (first + last) / 2)
         if by_step[half] - by_step[last] > UNFINISHED:
             yield (
@@ -305,7 +336,7 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
 def _below_a_level(results: Sequence[Cell]) -> Iterator[str]:
     """Balls that 8-bit files do not resolve."""
     radii = {one["epsilon"]: told_radius(one) for one in results if one["norm"] == "linf"}
-    small = [told for epsilon, told in radii.items() if epsilon < 0.5 / 255]
+    small = [told for epsilon, told in radii.items() if epsilon and epsilon < 0.5 / 255]
     if small:
         yield (
             f"changes of less than half a level of an 8-bit file ({', '.join(small)}) are lost "
@@ -313,8 +344,11 @@ def _below_a_level(results: Sequence[Cell]) -> Iterator[str]:
         )
 
 
-def _name(c: int, classes: Sequence[str] | None) -> str:
-    return classes[c] if classes and c < len(classes) else str(c)
+def _names(count: int, classes: Sequence[str] | None) -> list[str]:
+    """Names of classes, their numbers where there are none, each once."""
+    given = list(classes or ())
+    names = [given[c] if c < len(given) else str(c) for c in range(count)]
+    return [f"{name} ({c})" if names.count(name) > 1 else name for c, name in enumerate(names)]
 
 
 def _share(part: int, of: int) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -87,15 +87,12 @@ def source_of(settings: DataSettings, victim: Victim | Detector) -> Source:
                 f"--set must be one of {', '.join(FAMILIES)} / one of {', '.join(SPLITS)}, "
                 f"got {settings.set}"
             )
-        scenes = Scenes(family, split, count=settings.images or SCENES)
-        # A name must not cost the drawing of a scene.
-        names = [f"{family}-{split}-{scenes.seed}-{k:06d}" for k in range(len(scenes))]
-        source = Examples(scenes, names, SCENE_CLASSES, victim)
+        source = Examples.of(Scenes(family, split, count=settings.images or SCENES), victim)
     elif is_voc:
         task = "detection" if isinstance(victim, Detector) else "segmentation"
         year, name = _pair(settings.set or "2007/test", "YEAR/LIST, such as 2007/test")
         voc = VOC(root, task, sets=[(year, name)])
-        source = Examples(voc, voc.keys, VOC_CLASSES, victim)
+        source = Examples.of(voc, victim)
     else:
         source = ImageFolder(root, settings.labels, victim)
     if settings.images is not None:
@@ -137,10 +134,24 @@ class Examples(Source):
         self.examples, self.names = examples, list(names)
         self.boxes = isinstance(victim, Detector)
 
+    @classmethod
+    def of(cls, dataset: Any, victim: Victim | Detector, most: int | None = None) -> Examples:
+        """At most so many examples of a data set, by names that do not cost reading them."""
+        numbers = range(len(dataset))[:most]
+        if isinstance(dataset, Scenes):
+            stem = f"{dataset.family}-{dataset.split}-{dataset.seed}"
+            names = [f"{stem}-{dataset.first + k:06d}" for k in numbers]
+            return cls(dataset, names, SCENE_CLASSES, victim)
+        if isinstance(dataset, VOC):
+            return cls(dataset, dataset.keys[:most], VOC_CLASSES, victim)
+        return cls(dataset, [f"{k:06d}" for k in numbers], None, victim)
+
     def fingerprint(self, index: int) -> str:
-        """The sizes of VOC's files; scenes have none."""
+        """The sizes of VOC's files, a hash of what is no file; scenes have their names."""
+        if isinstance(self.examples, Scenes):
+            return " ".join(map(str, self.examples.size))
         if not isinstance(self.examples, VOC):
-            return ""
+            return self._hash(index)
         paths = self.examples.files(index)
         return " ".join(str(path.stat().st_size) for path in paths if path.is_file())
 
@@ -162,6 +173,38 @@ class Examples(Source):
             raise ArgumentError(f"{self.names[index]} must have a mask, it has none")
         return example.image, torch.where(example.mask == 255, files.IGNORE, example.mask.int())
 
+    def _hash(self, index: int) -> str:
+        """The pixels and the truth of an example in one number."""
+        try:
+            image, truth = self.read(index)
+        except (OSError, ValueError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        total = hashlib.sha256()
+        values = truth.items() if isinstance(truth, Mapping) else [("labels", truth)]
+        for name, value in [("image", image), *values]:
+            total.update(name.encode())
+            if isinstance(value, Tensor):
+                total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                total.update(raw.numpy().tobytes())
+        return total.hexdigest()
+
+    def _boxes(self, name: str, truth: Any) -> Truth:
+        """True boxes of the user's own."""
+        if not isinstance(truth, Mapping) or not {"boxes", "labels"} <= set(truth):
+            raise ArgumentError(
+                f"the truth of {name} must have 'boxes' and 'labels', got {type(truth).__name__}"
+                + (f" of {sorted(truth)}" if isinstance(truth, Mapping) else "")
+            )
+        kinds = {"boxes": checks.FLOAT_DTYPES, "labels": checks.LABEL_DTYPES}
+        flags = (torch.bool, *checks.LABEL_DTYPES)
+        found = {}
+        for key in ("boxes", "labels", "difficult", "iscrowd"):
+            if key in truth:
+                checks.tensor(f"{key!r} of {name}", truth[key], kinds.get(key, flags))
+                found[key] = truth[key] if key in kinds else truth[key].bool()
+        return found
+
     def _pair(self, index: int, example: Any) -> tuple[Tensor, Truth]:
         """A pair of the user's own."""
         name = f"dataset[{index}]"
@@ -176,9 +219,15 @@ class Examples(Source):
             raise ArgumentError(
                 f"the image of {name} must have shape (3, H, W), got {tuple(image.shape)}"
             )
-        if self.boxes or truth is None:
-            return image, truth
+        if truth is None:
+            return image, None
+        if self.boxes:
+            return image, self._boxes(name, truth)
         checks.tensor(f"the label map of {name}", truth, checks.LABEL_DTYPES)
+        if truth.numel() and int(truth.min()) < 0:
+            raise ArgumentError(
+                f"the label map of {name} must hold classes, 255 is ignored, got {int(truth.min())}"
+            )
         return image, torch.where(truth == 255, files.IGNORE, truth.int())
 
 

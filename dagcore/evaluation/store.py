@@ -8,7 +8,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,12 @@ class Folder:
         path = self.out / kind / f"{name}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def keep_only(self, kind: str, paths: Collection[str]) -> None:
+        """Remove the files of a kind that are none of these paths in the folder."""
+        for path in (self.out / kind).rglob("*.png"):
+            if path.relative_to(self.out).as_posix() not in paths:
+                path.unlink()
 
     def check_name(self, name: str) -> None:
         """Raise ValueError for a name that leads out of the folder, or that is too long."""

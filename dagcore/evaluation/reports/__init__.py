@@ -15,6 +15,8 @@ from .exports import Summary
 from .page import as_html
 from .pages import Table
 
+IMAGES = "names and sizes of the images"  # a hash, in a summary
+
 
 def write(
     out: Path,
@@ -125,12 +127,10 @@ def _differing(first: Summary, second: Summary) -> Iterator[str]:
         yield pages.markdown(f"the protocols differ, {names[0]} and {names[1]}")
     elif first["protocol"] != second["protocol"]:
         yield pages.markdown(f"the protocols named {names[0]} differ in their settings")
-    for key, what in (
-        ("data", "the data sets differ"),
-        ("evaluated", "the numbers of images differ"),
-    ):
-        if first[key] != second[key]:
-            yield pages.markdown(f"{what}, {first[key]} and {second[key]}")
+    if first.get(IMAGES, first["data"]) != second.get(IMAGES, second["data"]):
+        yield pages.markdown(f"the data sets differ, {first['data']} and {second['data']}")
+    if first["evaluated"] != second["evaluated"]:
+        yield f"the numbers of images differ, {first['evaluated']} and {second['evaluated']}"
 
 
 def _side_by_side(first: Summary, second: Summary) -> str:

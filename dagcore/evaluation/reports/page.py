@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..robustness import told_radius
+from ..robustness import told_radius, worst_images
 from ..store import Record
 from . import charts, pages, tables
 from .charts import Line, line_chart
@@ -188,7 +188,7 @@ def _images(
     records: Mapping[int, Record],
     figures: Sequence[Mapping[str, str]],
 ) -> Iterator[Section]:
-    worst = tables.worst_images(records.values(), WORST_IMAGES)
+    worst = worst_images(records.values(), len(figures) or WORST_IMAGES)
     if worst:
         parts = [tables.images_table(worst).html()]
         if figures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..robustness import told_radius
+from ..robustness import right_when_clean, told_radius
 from ..store import Record
 from .charts import nested_bar, stacked_bar
 from .exports import Summary, entries_of, first_view, with_defaults
@@ -14,7 +14,7 @@ from .pages import Table
 Row = Mapping[str, Any]
 """Clean scores, those of an attack in a ball, or a worst case."""
 
-MEASURES = {"segmentation": ("aAcc", "mIoU"), "detection": ("mAP", "mAP (COCO)")}
+MEASURES = {"segmentation": ("aAcc", "mIoU"), "detection": ("mAP", "AP50 (COCO)")}
 OTHERS = {"segmentation": ("mAcc", "aAcc of images"), "detection": ()}
 NORMS = {"linf": "L-infinity", "l2": "L2"}
 NOTHING = "-"
@@ -262,33 +262,13 @@ def reused_line(summary: Summary) -> str:
     )
 
 
-def worst_images(records: Iterable[Record], count: int) -> list[Record]:
-    """Images that the least is left of, as a share of what there is to be right about."""
-    done = [record for record in records if _total(record)]
-    done.sort(key=lambda one: (one["worst"]["right"] / _total(one), one["number"]))
-    return done[:count]
-
-
-def _total(record: Record) -> int:
-    """True pixels, or true objects, of an image."""
-    if "worst" not in record:
-        return 0
-    if "pixels" in record["clean"]:
-        return sum(true for _, _, true in record["clean"]["pixels"].values())
-    return len(record["truth"]["labels"])
-
-
 def images_table(records: Sequence[Record]) -> Table:
     """The worst example of each of some images."""
-    head, rows = ["image", "worst attack"], []
+    head, rows = ["image", "worst attack", "right when clean, %", "right after it, %"], []
     for one in records:
-        shares = {"right after it, %": one["worst"]["right"]}
-        if "pixels" in one["clean"]:
-            hits = sum(right for right, _, _ in one["clean"]["pixels"].values())
-            shares = {"right when clean, %": hits, **shares}
-        told = [number(100 * right / _total(one)) for right in shares.values()]
+        clean, of = right_when_clean(one)
+        told = [number(100 * right / of) for right in (clean, one["worst"]["right"])]
         rows.append([one["name"], one["worst"]["attack"], *told])
-        head[2:] = shares
     return Table(head, rows, words=2)
 
 
