@@ -55,20 +55,26 @@ def prepare(here, count):
 
 def launch(command, here, out, *arguments, ranks=0, fate=None, **options):
     """Start a command on the data set."""
-    root = os.path.dirname(os.path.dirname(dagcore.__file__))
-    program = [sys.executable, "-m"]
+    program = ["-m"]
     if ranks:
         program += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         program += ["-m"]
     given = ["--data", "photos", "--model", "killed_victim:make", "--device", "cpu", *arguments]
+    fate = f"{fate} {out}" if fate else ""
+    return start(here, [*program, "dagcore", command, *given, "--out", out], fate, **options)
+
+
+def start(here, arguments, fate="", **options):
+    """Start Python in a folder."""
+    root = os.path.dirname(os.path.dirname(dagcore.__file__))
     return subprocess.Popen(
-        [*program, "dagcore", command, *given, "--out", out],
+        [sys.executable, *arguments],
         cwd=here,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([root, str(here)]),
             "OMP_NUM_THREADS": "1",
-            "FATE": f"{fate} {out}" if fate else "",
+            "FATE": fate,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -80,6 +80,32 @@ def test_two_ranks_give_the_same_bytes(here):
     assert (speed["processes"], speed["images"]) == (2, COUNT - 1)
 
 
+TWICE = """
+import sys
+import torch
+import dagcore
+from dagcore.evaluation.protocols import find_protocol
+
+torch.manual_seed(0)
+net = torch.nn.Conv2d(3, 4, 3, padding=1)
+rng = torch.Generator().manual_seed(0)
+images = [torch.rand(3, 8, 8, generator=rng) for _ in range(5)]
+data = [(image, torch.randint(0, 4, (8, 8), generator=rng)) for image in images]
+for name in "ab":
+    out = f"{sys.argv[1]}-{name}"
+    print(dagcore.evaluate(net, data, "two.toml", out=out, check=0)["evaluated"], flush=True)
+"""
+
+
+def test_one_program_evaluates_twice_under_torchrun(here):
+    (here / "twice.py").write_text(TWICE)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = killing.wait(killing.start(here, [*torchrun, "twice.py", "twice"]))
+    assert done.returncode == 0, done.stderr
+    assert "".join(done.stdout_text.split()) == "5555"  # of two evaluations in two processes
+    assert results(here / "twice-a") == results(here / "twice-b")
+
+
 def test_a_run_is_no_evaluation(here):
     assert wait(killing.launch("run", here, "run", "--max-iter", "1")).returncode == 0
     done = wait(launch(here, "run"))

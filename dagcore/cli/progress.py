@@ -237,6 +237,11 @@ class EvaluationProgress(ImageProgress):
         for one in summary["worst_case"]:
             rows.append(row("worst case", where(one), one))
         print_table(("", "", *(f">{measure}, %" for measure in measures)), rows)
+        if summary["failed"]:
+            print(
+                f"{len(summary['failed'])} of {summary['images']} images passed over, with reasons "
+                "in report.html"
+            )
         if speed is not None:
             print(f"{speed:.3g} images/s")
 

@@ -257,6 +257,7 @@ class Evaluation(Work):
         Raises:
             ArgumentError: an image, truth or network that cannot be evaluated.
         """
+        self._check(self.source.names[number], image)
         target = self._target(number, image, truth)
         prediction = predict(self.victim, image.to(self.device), _size(target))
         return Job(
@@ -277,9 +278,7 @@ class Evaluation(Work):
                 continue
             self.in_flight.add(self.source.names[number])
             try:
-                job = self.look(number, *self.source.read(number))
-                self._check(job)
-                yield job
+                yield self.look(number, *self.source.read(number))
             except (OSError, ArgumentError, ArgumentTypeError) as error:
                 self.in_flight.discard(self.source.names[number])
                 if self.settings.strict:
@@ -300,14 +299,16 @@ class Evaluation(Work):
                 self.in_flight.discard(job.name)
                 yield self.line(job)
 
-    def _check(self, job: Job) -> None:
-        """Raise where an image cannot be attacked as it is."""
+    def _check(self, name: str, image: Tensor) -> None:
+        """Raise where an image (3, H, W) cannot be attacked as it is."""
+        entry = self.entries[0]
         for levels in GRIDS[self.settings.levels]:
-            entry = self.entries[0]
             attack = entry.build(self.protocol.radii(entry, self.settings.epsilon)[0], levels)
-            image = job.image[None]
-            attack.check_pixels("image", image)
-            attack.fitted("image", image)
+            try:
+                attack.check_pixels("images", image[None])
+                attack.fitted("images", image[None])
+            except ArgumentError as error:
+                raise UnfitImageError(f"{name}: {error}") from error
 
     def _attack_all(
         self, jobs: Sequence[Job], entry: Entry, position: int, levels: int | None
@@ -452,6 +453,12 @@ class Evaluation(Work):
         }
         summary["checks"] = self._checks(made, summary)
         summary["warnings"] = warnings_of(made, summary)
+        flagged = [one["name"] for one in summary["checks"] if one["verdict"] == validity.FLAGGED]
+        if flagged:
+            summary["warnings"].append(
+                f"{len(flagged)} checks of the evaluation are flagged, so that it may not be "
+                f"believed: {', '.join(flagged)}"
+            )
         if digest(self.victim) != self.digest:
             summary["warnings"].append(
                 f"{self.settings.model} has changed its weights or buffers while it was attacked, "
@@ -480,7 +487,9 @@ class Evaluation(Work):
         }
         kept = read_json(path, of)
         if kept is None:
-            found = self._checked(done[: self.settings.check], strongest)
+            checked = done[: self.settings.check]
+            self.tell("note", f"checking the evaluation on {len(checked)} images")
+            found = self._checked(checked, strongest)
             kept = {"findings": [dataclasses.asdict(one) for one in found]}
             keep_json(path, kept, of)
         findings: list[dict[str, Any]] = kept["findings"]
@@ -574,10 +583,10 @@ def _by_step(result: Result, attack: KnownAttack) -> dict[int, int]:
 
     Of shrinking balls only those in the last one, which count.
     """
-    last = int(result.iterations[0])
+    last = int(result.iterations[0])  # 2 more than SEA's steps: a change of radius is one
     first = attack.schedule().max_iter - attack.phases[-1][0] if isinstance(attack, APGD) else 0
     best = result.active[first : last + 1, 0].cummin(0).values.tolist()
-    steps = sorted({first, *STEPS, last})
+    steps = sorted({first, *STEPS, (first + last) // 2, last})
     return {step: best[step - first] for step in steps if first <= step <= last}
 
 
@@ -611,7 +620,8 @@ def evaluate(
     Args:
         model: a network's name (see `dagcore.victims.load`), or the network: a callable from
             images (N, 3, H, W) in [0, 1] to scores (N, C, *T), a `dagcore.victims.Victim` or
-            `Detector`. It stays where it is and as it is.
+            `Detector`. It stays where it is and as it is. Reports call it by its attribute
+            `name`, or else its class.
         dataset: "scenes", a folder (see `dagcore evaluate --data`), or a sequence: of
             `dagcore.data.Example`, or of pairs (image, truth), an image (3, H, W) floating point
             in [0, 1], its truth a label map (H, W) of integers, 255 ignored, or for detectors

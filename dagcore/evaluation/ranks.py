@@ -70,16 +70,17 @@ class Torchrun(Ranks):
     as torch expects it, but no tensor for it to send.
     """
 
-    calls = itertools.count()  # the store keeps what earlier ones in this process have counted
+    calls = itertools.count()  # the store keeps what earlier ones in this process have left
 
     def __init__(self) -> None:
         super().__init__()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, self.rank, self.world = next(iter(rendezvous("env://")))
+        whole, self.rank, self.world = next(iter(rendezvous("env://")))
+        store = PrefixStore(f"dagcore {next(self.calls)}", whole)
         distributed.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
-        self._store = PrefixStore(f"dagcore {next(self.calls)}", store)
+        self._store = PrefixStore("images", store)
 
     def claim(self) -> int:
         """The next number that no rank has claimed, from 0."""

@@ -290,7 +290,13 @@ def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[s
             for one in reversed(summary["results"])
         }
         first = list(reversed(views.values()))  # in memory, where that is measured
-        warnings += [*_rising(first), *_unfinished(first), *_below_a_level(first)]
+        warnings += [*_rising(first), *_unfinished(first)]
+    warnings += _of_levels(summary["results"])
+    large = {told_radius(one) for one in summary["results"] if (one["epsilon"] or 0.0) >= 1}
+    if any(one["norm"] == "linf" and (one["epsilon"] or 0.0) >= 1 for one in summary["results"]):
+        warnings.append(
+            f"a radius of {', '.join(sorted(large))} allows any image: is /255 missing?"
+        )
     return warnings
 
 
@@ -333,14 +339,26 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
             )
 
 
-def _below_a_level(results: Sequence[Cell]) -> Iterator[str]:
-    """Balls that 8-bit files do not resolve."""
-    radii = {one["epsilon"]: told_radius(one) for one in results if one["norm"] == "linf"}
-    small = [told for epsilon, told in radii.items() if epsilon and epsilon < 0.5 / 255]
+def _of_levels(results: Sequence[Cell]) -> Iterator[str]:
+    """Balls that 8-bit files do not resolve, or that rounding leads out of."""
+    rounded = [one for one in results if one["stage"] == "file" and one["levels"] is None]
+    radii = {told_radius(one): one["epsilon"] for one in rounded if one["norm"] == "linf"}
+    small = [told for told, epsilon in radii.items() if epsilon < 0.5 / 255]
     if small:
         yield (
             f"changes of less than half a level of an 8-bit file ({', '.join(small)}) are lost "
             "when images are rounded"
+        )
+    between = [
+        told
+        for told, epsilon in radii.items()
+        if told not in small and abs(epsilon * 255 - round(epsilon * 255)) > 1e-4
+    ]
+    between += sorted({told_radius(one) for one in rounded if one["norm"] == "l2"})
+    if between:
+        yield (
+            f"rounding to 8 bits may lead out of balls of radius {', '.join(between)}: --levels "
+            "256 attacks files within them"
         )
 
 

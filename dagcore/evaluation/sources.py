@@ -107,6 +107,11 @@ def _pair(text: str, form: str) -> tuple[str, str]:
     return first, second
 
 
+def plain(name: str) -> str:
+    """A class's name as names are compared: torchvision's background is __background__."""
+    return name.lower().strip("_")
+
+
 class Examples(Source):
     """A data set of `dagcore.data`, or of the user's own, for a network of its classes.
 
@@ -125,7 +130,7 @@ class Examples(Source):
         victim: Victim | Detector,
     ) -> None:
         own, classes = victim.classes or (), classes or ()
-        differ = [name.lower() for name in own] != [name.lower() for name in classes]
+        differ = [plain(name) for name in own] != [plain(name) for name in classes]
         if own and classes and differ:
             raise ArgumentError(
                 f"--model must have the classes of --data ({', '.join(classes[1:4])}, ...), it has "
