@@ -48,7 +48,7 @@ def main() -> None:
         model = load_network(name) if real else zoo.load(name).eval()
         data: Any = real_examples() if real else Scenes("07", "test", count=options.images)
         pairs = [one if real else (one.image, one.mask) for one in data]
-        pairs = [(image, torch.where(y < 0, 255, y.long())) for image, y in pairs]
+        pairs = [(image, y.long()) for image, y in pairs]
         epsilon = RADII.get(name, 1 / 255)
         ours = evaluated(model, pairs, epsilon, options.steps)
         plain = plainly(model, pairs, epsilon, options.steps)

@@ -53,7 +53,8 @@ def real_examples() -> list[tuple[torch.Tensor, torch.Tensor]]:
     found = []
     for name in ("bird", "dog"):
         image = files.read_image(REAL / "photos" / f"{name}.png")
-        found.append((image, files.read_label_map(REAL / "photos" / f"{name}.labels.png")))
+        labels = files.read_label_map(REAL / "photos" / f"{name}.labels.png")
+        found.append((image, torch.where(labels == files.IGNORE, 255, labels)))
     return found
 
 
