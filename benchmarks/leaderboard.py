@@ -106,17 +106,20 @@ def main() -> None:
     save(options.save, "cpu", rows, record, command, NOTE)
 
 
+KEPT = ("attack", "norm", "epsilon", "levels", "stage")
+KEPT += ("aAcc", "mIoU", "mAcc", "mAP", "AP50 (COCO)", "errors", "iterations")
+
+
 def shortened(summary: dict[str, Any]) -> dict[str, Any]:
     """What of a summary is kept in the repository."""
-    kept = ("task", "evaluated", "clean", "results", "worst_case", "cost", "seed")
+
+    def scores(one: dict[str, Any]) -> dict[str, Any]:
+        return {key: one[key] for key in KEPT if key in one}
+
     return {
-        name: [
-            {key: value for key, value in one.items() if key not in ("per_class",)}
-            for one in summary[name]
-        ]
-        if isinstance(summary[name], list)
-        else summary[name]
-        for name in kept
+        **{name: summary[name] for name in ("task", "evaluated", "cost", "seed")},
+        "clean": scores(summary["clean"]),
+        **{name: list(map(scores, summary[name])) for name in ("results", "worst_case")},
     }
 
 
