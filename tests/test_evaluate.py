@@ -13,6 +13,7 @@ import dagcore
 from dagcore import APGD, DAG, PGD, CosPGD
 from dagcore.__main__ import main
 from dagcore.data import Scenes
+from dagcore.evaluation import validity
 from dagcore.evaluation.protocols import PROTOCOLS, Entry, Protocol, find_protocol
 from dagcore.evaluation.robustness import warnings_of, worst_cases
 from dagcore.losses import Loss
@@ -357,6 +358,14 @@ def test_what_is_unsound_is_in_the_report(tmp_path):
     assert "non-differentiable" in (tmp_path / "out" / "report.html").read_text()
     kept = json.loads((tmp_path / "out" / "checks.json").read_text())
     assert kept["findings"] == found["checks"]
+
+
+def test_checks_that_were_made_are_kept(tmp_path, monkeypatch):
+    found = evaluate(tmp_path / "out", protocol=SOUND, check=1)
+    monkeypatch.setattr(validity, "check", None)
+    assert evaluate(tmp_path / "out", protocol=SOUND, check=1)["checks"] == found["checks"]
+    with pytest.raises(TypeError):
+        evaluate(tmp_path / "out", protocol=SOUND, check=2)
 
 
 def test_the_checks_are_of_the_protocols_own_attack(tmp_path):

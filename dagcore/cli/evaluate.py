@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ..evaluation import faults, reports
-from ..evaluation.evaluate import GRIDS, EvaluationSettings, run_evaluation
+from ..evaluation.evaluate import run_evaluation
+from ..evaluation.evaluator import GRIDS, EvaluationSettings
 from ..evaluation.protocols import PROTOCOLS
 from . import options
 from .progress import EvaluationProgress
