@@ -100,7 +100,7 @@ class Job:
     """A detector's boxes, as the record has them."""
     cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     aims: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Labels, adversarial labels and boxes by how the latter are chosen, of detectors."""
+    """Of detectors: labels, adversarial labels and boxes, by how the second are chosen."""
     worst: tuple[int, str, Tensor] | None = None
     """What is right in the example that leaves the least, the attack's name, and the example."""
 
@@ -190,7 +190,7 @@ class Evaluation(Work):
         return hashlib.sha256(json.dumps(self.first).encode()).hexdigest()
 
     def probe(self) -> None:
-        """Raise where the first fit image cannot be attacked; weigh the classes."""
+        """Raise where the first fit image cannot be attacked; its clean pass is kept."""
         for number in range(len(self.source.names)):
             try:
                 image, truth = self.source.read(number)
@@ -265,11 +265,11 @@ class Evaluation(Work):
 
     def _jobs(self, numbers: Sequence[int]) -> Iterator[Job]:
         for number in numbers:
+            self.in_flight.add(self.source.names[number])
             ready, self.ready = self.ready, None
             if ready is not None and ready.number == number:
                 yield ready
                 continue
-            self.in_flight.add(self.source.names[number])
             try:
                 yield self.look(number, *self.source.read(number))
             except (OSError, ArgumentError, ArgumentTypeError) as error:
@@ -446,11 +446,11 @@ class Evaluation(Work):
         }
         summary["checks"] = findings(self, made, summary)
         summary["warnings"] = warnings_of(made, summary)
-        flagged = [one["name"] for one in summary["checks"] if one["verdict"] == validity.FLAGGED]
-        if flagged:
+        doubtful = [one["name"] for one in summary["checks"] if one["verdict"] == validity.FLAGGED]
+        if doubtful:
             summary["warnings"].append(
-                f"{len(flagged)} checks of the evaluation are flagged, so that it may not be "
-                f"believed: {', '.join(flagged)}"
+                f"{len(doubtful)} checks of the evaluation are flagged, so that it may not be "
+                f"believed: {', '.join(doubtful)}"
             )
         if digest(self.victim) != self.digest:
             summary["warnings"].append(
