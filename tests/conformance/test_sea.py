@@ -10,7 +10,7 @@ from dagcore import APGD
 from dagcore.evaluation.protocols import PROTOCOLS
 from dagcore.seeds import seed_of
 
-CLASSES, EPSILON = 4, 0.1
+CLASSES, EPSILON = 4, 26 / 255
 
 
 def network() -> nn.Module:
