@@ -334,7 +334,8 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="keep the table in benchmarks/results")
     options = parser.parse_args()
     options.steps = options.steps or (20 if options.what == "order" else 5)
-    options.command = " ".join(["python benchmarks/bench_losses.py", *sys.argv[1:]])
+    given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    options.command = " ".join(["python benchmarks/bench_losses.py", *given])
     {"iteration": iteration, "peers": peers, "order": order}[options.what](options)
 
 

@@ -106,20 +106,21 @@ def main() -> None:
     save(options.save, "cpu", rows, record, command, NOTE)
 
 
-KEPT = ("attack", "norm", "epsilon", "levels", "stage")
-KEPT += ("aAcc", "mIoU", "mAcc", "mAP", "AP50 (COCO)", "errors", "iterations")
-
-
 def shortened(summary: dict[str, Any]) -> dict[str, Any]:
-    """What of a summary is kept in the repository."""
+    """What of a summary is kept in the repository: mIoU, or mAP, of each attack in memory."""
+    measure = "mIoU" if summary["task"] == "segmentation" else "mAP"
 
-    def scores(one: dict[str, Any]) -> dict[str, Any]:
-        return {key: one[key] for key in KEPT if key in one}
+    def scores(name: str) -> dict[str, float]:
+        return {
+            f"{one.get('attack', 'worst case')}, {told_radius(one)}": round(one[measure], 2)
+            for one in summary[name]
+            if one["stage"] == "memory"
+        }
 
     return {
-        **{name: summary[name] for name in ("task", "evaluated", "cost", "seed")},
-        "clean": scores(summary["clean"]),
-        **{name: list(map(scores, summary[name])) for name in ("results", "worst_case")},
+        **{name: summary[name] for name in ("evaluated", "cost", "seed")},
+        f"clean {measure}": summary["clean"][measure],
+        measure: {**scores("results"), **scores("worst_case")},
     }
 
 
