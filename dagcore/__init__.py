@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import attacks, labels, losses, ops, perturbation, reference, victims, zoo
+from . import attacks, defences, labels, losses, ops, perturbation, reference, victims, zoo
 from .attacks import (
     APGD,
     DAG,
@@ -40,6 +40,7 @@ __all__ = [
     "__version__",
     "attacks",
     "data",
+    "defences",
     "evaluate",
     "freed_memory_kept",
     "joint_attack",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...defences import Defence
 from ..summary import warning_of_labels
 from .case import DRAWS, Batch, Case
 from .modules import ZERO, random_modules, without_gradient
@@ -79,6 +80,8 @@ def stochastic_forward(case: Case) -> Seen:
         worst = max(worst, difference / max(spread, 1e-30))
         differs = case.seen(first, batch) != case.seen(again, batch)
         changed += int((differs & case.counts(batch)).sum())
+    if isinstance(case.victim, Defence) and case.victim.random:
+        return _drawing(case.victim)
     modules = []
     if worst > SAME and isinstance(case.victim, nn.Module):
         batch = case.batches[0]
@@ -95,6 +98,18 @@ def stochastic_forward(case: Case) -> Seen:
             "pixels changed": 100 * changed / case.counted,
             "modules": modules,
         },
+    )
+
+
+def _drawing(defence: Defence) -> Seen:
+    """What is to be said of a defence that draws by what the images show: the same for the same."""
+    layers = [one for one in defence.layers if any(view.random for view in one.views)]
+    fewest = min(one.draws for one in layers)
+    return Seen(
+        fewest == 1,
+        f"the defence is random: {'; '.join(one.described() for one in layers)}",
+        "the attack must follow the mean over many draws: attack what its method adaptive() gives",
+        {"draws": fewest, "modules": [one.described() for one in layers]},
     )
 
 
@@ -208,6 +223,8 @@ def non_differentiable(case: Case) -> Seen:
     modules = [_named(case.victim, name) for name in ends]
     if not modules and case.differentiable:
         text = "every module lets gradients through"
+        if isinstance(case.victim, Defence):
+            text += f" ({case.victim.gradient})"
         text = (
             text if module else "the scores have a gradient; a function has no modules to look at"
         )
