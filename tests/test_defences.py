@@ -1,7 +1,9 @@
 """Defences: what they do, how gradients pass them, and that every attack takes them."""
 
 import io
+import runpy
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 import dagcore
 from dagcore import DAG, PGD, defences, victims, zoo
 from dagcore.data import Scenes
-from dagcore.defences import draws
+from dagcore.defences import draws, training
 from dagcore.defences.transforms import Fixed, ResizePad
 from dagcore.evaluation.validity import check
 
@@ -352,3 +354,89 @@ def test_what_is_refused(network, detector):
     assert defences.jpeg(one_stage).has_own_targets
     with pytest.raises(TypeError, match="which has targets of its own"):
         defences.resize_pad(one_stage)
+
+
+def test_batches_to_train_on(network):
+    """The first images are attacked in eval mode; neither weights nor statistics change."""
+    network = nn.Sequential(nn.BatchNorm2d(3), network).train()
+    x = images(5)
+    labels = torch.randint(5, (5, *SIZE), generator=generator(4))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    attack = PGD(epsilon=0.02, alpha=0.01, steps=3)
+    mixed = training.attacked(attack, network, x, labels, share=0.6, generator=generator(5))
+    change = (mixed - x).abs().amax((1, 2, 3))
+    assert (change[:3] > 0.005).all()
+    assert change[:3].max() <= 0.02 + 1e-6
+    assert torch.equal(mixed[3:], x[3:])
+    assert not mixed.requires_grad
+    assert network.training
+    assert network[0].training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    again = training.attacked(attack, network, x, labels, share=0.6, generator=generator(5))
+    assert torch.equal(again, mixed)
+    alone = attack(network, x[:3], labels[:3], generator=generator(5)).adversarial
+    assert torch.equal(alone, mixed[:3])
+    assert torch.equal(training.attacked(attack, network, x, labels, share=0), x)
+    everything = training.attacked(attack, network, x, labels, share=1, generator=generator(5))
+    assert ((everything - x).abs().amax((1, 2, 3)) > 0.005).all()
+    for given, message in (
+        ({"share": 1.2}, r"share must be at most 1, got 1\.2"),
+        ({"labels": labels[:2]}, r"images must have shape \(N, 3, H, W\) and an entry of labels"),
+        ({"attack": "pgd"}, "attack must be an Attack, got str"),
+    ):
+        arguments = {"attack": attack, "model": network, "images": x, "labels": labels, **given}
+        with pytest.raises((TypeError, ValueError), match=message):
+            training.attacked(**arguments)
+
+
+def test_inner_attacks():
+    found = {name: training.inner(name, 8 / 255, 4) for name in training.INNER}
+    assert [type(one).__name__ for one in found.values()] == ["PGD", "SegPGD", "DAG"]
+    for one in found.values():
+        assert one.epsilon == 8 / 255
+    assert found["pgd"].alpha == found["dag"].gamma == pytest.approx(5 / 255)
+    assert found["segpgd"].steps == found["dag"].max_iter == 4
+    for arguments, message in (
+        (("fgsm", 0.1, 1), "adversarial must be 'pgd', 'segpgd' or 'dag', got 'fgsm'"),
+        (("pgd", 0, 1), "epsilon must be a finite number above 0, got 0"),
+        (("pgd", 0.1, 0), "steps must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.inner(*arguments)
+
+
+def test_training_makes_robust():
+    """Of a strong feature, wrong at times, and a weak one that never is, it takes the first."""
+    labels = torch.randint(2, (4, *SIZE), generator=generator(6))
+    strong = torch.where(torch.rand(labels.shape, generator=generator(7)) < 0.1, 1 - labels, labels)
+    x = torch.stack([0.44 + 0.12 * strong, 0.465 + 0.07 * labels, torch.full(labels.shape, 0.5)], 1)
+    attack = PGD(epsilon=0.04, alpha=0.02, steps=4)
+    right = {}
+    for share in (0, 1):
+        torch.manual_seed(1)
+        network = victims.Victim(nn.Conv2d(3, 2, 1), mean=[0.5] * 3, std=[0.05] * 3)
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+        for step in range(200):
+            mixed = training.attacked(
+                attack, network, x, labels, share=share, generator=generator(step)
+            )
+            loss = dagcore.losses.cross_entropy(network(mixed), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        result = attack(network, x, labels, generator=generator(9))
+        clean = int((network(x).argmax(1) == labels).sum())
+        right[share] = (clean / labels.numel(), int(result.left.sum()) / labels.numel())
+    assert right[0][0] > 0.99
+    assert right[0][1] < 0.5
+    assert right[1][0] == pytest.approx(0.9, abs=0.02)
+    assert right[1][1] > 0.85
+
+
+def test_the_example_trains(capsys):
+    path = Path(__file__).parents[1] / "examples" / "robust_training.py"
+    module = runpy.run_path(str(path))
+    assert not module["train"](2, batch=2).training
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
