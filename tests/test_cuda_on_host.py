@@ -6,7 +6,9 @@ More of the ops' tests run there too, see `cuda_on_host` in conftest.py.
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
+from pathlib import Path
 
 import cuda_on_host
 import pytest
@@ -106,3 +108,14 @@ def test_misuse_is_found(order: str, kernel: str) -> None:
 def test_correct_use_is_let_be(order: str, kernel: str) -> None:
     done = misuse(kernel, order)
     assert done.returncode == 0, done
+
+
+def test_mutations_are_of_the_kernels_as_they_are() -> None:
+    """Each breaks a line that is there once: `mutations.py` is run on demand, and would rot."""
+    script = Path(__file__).with_name("cuda_on_host") / "mutations.py"
+    known = runpy.run_path(str(script))
+    assert len(known["MUTATIONS"]) >= 70
+    for mutation in known["MUTATIONS"]:
+        content = (known["ROOT"] / "csrc" / mutation.file).read_text()
+        assert content.count(mutation.line) == 1, mutation.name
+        assert (mutation.mutant == mutation.line) == (mutation.name == "nothing")

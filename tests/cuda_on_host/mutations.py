@@ -232,7 +232,7 @@ MUTATIONS = (
     # dense losses
     Mutation(
         "dense: no barrier before losses are summed",
-        LOSS,
+        SUMS,
         "values[threadIdx.x] = value;\n" + BARRIER,
         "values[threadIdx.x] = value;\n",
     ),
