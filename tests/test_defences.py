@@ -285,8 +285,10 @@ def test_undefended_and_layers(network):
         "JPEG of quality 60: straight-through (BPDA); resized at random to 0.9 to 1 and padded: "
         "exact, expected over 1 draw (EOT); noise of 0.03: exact, expected over 1 draw (EOT)"
     )
-    assert defended.adaptive(3).victim.draws == 3
-    assert defended.victim.draws == 1
+    assert [one.draws for one in defended.adaptive(3).layers] == [1, 3, 1]
+    assert [one.seed for one in defended.adaptive(3).layers] == [0, 1, 1]
+    assert [one.draws for one in defended.layers] == [1, 1, 1]
+    assert "noise of 0.03: exact, expected over 1 draw (EOT)" in defended.adaptive(3).gradient
     assert not defences.jpeg(network).random
 
 

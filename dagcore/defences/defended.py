@@ -69,9 +69,10 @@ class Defence:
     def adaptive(self, draws: int = 8, seed: int = 1) -> Any:
         """The same defences as an attacker knows them who does not know what will be drawn.
 
-        Scores and gradients of random transforms are means over `draws` draws from a seed of the
-        attacker's own (Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018). Attack
-        this, and measure the defence itself.
+        Scores and gradients are means over `draws` draws from a seed of the attacker's own (Athalye
+        et al., Synthesizing Robust Adversarial Examples, ICML 2018): of the first random transform;
+        those that come after draw once for each of these. Attack this, and measure the defence
+        itself.
 
         Raises:
             ValueError: draws below 1, or the seed of the defence itself.
@@ -84,7 +85,7 @@ class Defence:
         if any(view.random for view in self.views):
             if seed == self.seed:
                 raise ArgumentError(f"seed must not be the defence's own, got {seed}")
-            own.draws, own.seed = draws, seed
+            own.draws, own.seed, draws = draws, seed, 1
         if isinstance(self.victim, Defence):
             own.victim = self.victim.adaptive(draws, seed)
         return own

@@ -104,12 +104,12 @@ def stochastic_forward(case: Case) -> Seen:
 def _drawing(defence: Defence) -> Seen:
     """What is to be said of a defence that draws by what the images show: the same for the same."""
     layers = [one for one in defence.layers if any(view.random for view in one.views)]
-    fewest = min(one.draws for one in layers)
+    most = max(one.draws for one in layers)  # those after draw once for each of these
     return Seen(
-        fewest == 1,
+        most == 1,
         f"the defence is random: {'; '.join(one.described() for one in layers)}",
         "the attack must follow the mean over many draws: attack what its method adaptive() gives",
-        {"draws": fewest, "modules": [one.described() for one in layers]},
+        {"draws": most, "modules": [one.described() for one in layers]},
     )
 
 
