@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -245,7 +246,7 @@ def together(views: Sequence[Tensor]) -> Tensor:
     if len(views) == 1:
         return views[0]
     logs = torch.stack([scores.log_softmax(1) for scores in views])
-    return logs.logsumexp(0)
+    return logs.logsumexp(0) - math.log(len(views))
 
 
 def merged(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

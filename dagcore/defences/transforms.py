@@ -165,7 +165,7 @@ class Noise(Transform):
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """Noisy images."""
-        drawn = draws.normal(keys, images[0].numel()).view(images.shape)
+        drawn = draws.normal(keys, images.shape[1:].numel()).view(images.shape)
         return (images + self.std * drawn.to(images)).clamp(0, 1)
 
 
