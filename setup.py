@@ -1,6 +1,6 @@
 """Builds dagcore's native module. Every decision is printed; the environment switches:
 
-DAGCORE_NATIVE=0         no native code: everything runs on the PyTorch reference
+DAGCORE_NATIVE=0         no native code: everything runs in PyTorch, more slowly
 DAGCORE_CUDA=1 | 0       CUDA kernels or an error | none; unset: where nvcc and a CUDA torch are
 DAGCORE_SANITIZE=1       CPU kernels with address and undefined-behaviour checks: `make sanitize`
 DAGCORE_PTXAS_VERBOSE=1  print registers and spills of each CUDA kernel: see benchmarks/resources.py
@@ -167,6 +167,8 @@ def native_extension() -> dict[str, object]:
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
+        # Before torch's libraries, which hand out symbols of C++'s own library without a version.
+        libraries=["stdc++"] if sys.platform == "linux" else [],
         depends=["setup.py", *sorted(p.as_posix() for p in Path("csrc").rglob("*.[ch]*"))],
     )
     log(f"building for torch {torch.__version__} and later")
