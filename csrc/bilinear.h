@@ -1,5 +1,5 @@
-// Bilinear enlargement without enlarging: which low-resolution cell a pixel lies in, with what
-// weights. The same on every device.
+// Bilinear interpolation without enlarging: the low-resolution cell of a pixel, and its weights.
+// The same on every device.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ struct Source {
   double weight;
 };
 
-// As torch.nn.functional.interpolate places pixels, in double precision.
+// Places pixels as torch.nn.functional.interpolate does, in double precision.
 DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool align_corners) {
   if (from == to) return {pixel, pixel, 0};
   double at = 0;
@@ -33,7 +33,8 @@ DAGCORE_INLINE Source source_of(int64_t pixel, int64_t from, int64_t to, bool al
   return {low, low < from - 1 ? low + 1 : low, weight < 1 ? weight : 1};
 }
 
-// The weights of a pixel's corners, those above first; `v` and `u` weigh what is below and right.
+// The weights of a pixel's four corners, the upper ones first. `v` is the weight of the lower row,
+// `u` that of the right column.
 template <typename Real>
 DAGCORE_INLINE void corner_weights(double v, double u, Real (&weights)[4]) {
   weights[0] = static_cast<Real>((1 - v) * (1 - u));
@@ -43,7 +44,7 @@ DAGCORE_INLINE void corner_weights(double v, double u, Real (&weights)[4]) {
 }
 
 // The value of a class at a pixel. Every operation is monotone in the corners, rounding included,
-// which is what lets `dominated` rule classes out without evaluating them.
+// so `dominated` can rule classes out without evaluating them.
 template <typename Real>
 DAGCORE_INLINE Real blend(const Real (&weights)[4], const Real (&scores)[4]) {
   return ((product(weights[0], scores[0]) + product(weights[1], scores[1])) +
@@ -51,10 +52,10 @@ DAGCORE_INLINE Real blend(const Real (&weights)[4], const Real (&scores)[4]) {
          product(weights[3], scores[3]);
 }
 
-// Whether a class whose largest corner is `most` loses everywhere in a cell, by the margin at
-// least, to one whose smallest corner is `floor`. The slack, some twenty units in the last place
-// and a few of the smallest numbers there are, is more than rounding can move either of the two
-// values, so that they cannot even tie. False if anything is not finite.
+// Whether a class whose largest corner is `most` loses everywhere in a cell, by at least the
+// margin, to one whose smallest corner is `floor`. The slack, some twenty units in the last place
+// and a few of the smallest numbers there are, exceeds what rounding can change in either value, so
+// that they cannot even tie. False if anything is not finite.
 template <typename Real>
 DAGCORE_INLINE bool dominated(Real most, Real floor, Real margin = 0) {
   constexpr Real kUnit = std::numeric_limits<Real>::epsilon() / 2;

@@ -1,4 +1,4 @@
-// What argument checks are made of, for callers that come past the Python wrappers: each message
+// Building blocks of argument checks, for callers that bypass the Python wrappers. Each message
 // names the argument, what was required and what came.
 #pragma once
 
@@ -50,7 +50,7 @@ inline void check_class_count(const Tensor& scores) {
   STD_TORCH_CHECK(scores.size(1) < (int64_t{1} << 31), "scores must have fewer than 2^31 classes");
 }
 
-// The value of an enumeration that is counted from 0, whose names are `known`.
+// Returns the enumerator of this name; `known` lists the names of the values from 0 on.
 template <typename Enum, size_t kCount>
 Enum value_named(const char* argument, const std::string& name,
                  const char* const (&known)[kCount]) {

@@ -1,4 +1,4 @@
-// The part of dag_seed that is the same on every device: checks, and how to walk the targets.
+// The device-independent part of dag_seed: checks, and the walk over the targets.
 #pragma once
 
 #include "seed.h"
@@ -8,7 +8,7 @@ namespace dagcore {
 
 enum SeedOperand { kScores, kSeed, kLabels, kAdversarial, kSeedOperands };
 
-// What the kernels work on; the walk is over the targets of one image.
+// Arguments of the kernels; the walk covers the targets of one image.
 struct SeedArgs : Targets {
   const void* scores;
   void* seed;

@@ -1,4 +1,4 @@
-// The part of dag_seed_bilinear that is the same on every device: checks, and where labels lie.
+// The device-independent part of dag_seed_bilinear: checks, and the score maps.
 #pragma once
 
 #include "bilinear.h"

@@ -13,10 +13,10 @@ template <>
 struct FloatFormat<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kLowest = -87.0f;  // of exp, which is below it as good as 0
-  // ln 2 as a sum whose first part has zeros to spare: its product with an exponent is exact.
+  static constexpr float kLowest = -87.0f;  // exp counts as 0 below this
+  // ln 2 as a sum. The first part ends in zeros, so its product with an exponent is exact.
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.1219444e-4f;
-  static constexpr int kExpTerms = 7, kLogTerms = 5;  // what is left out is below half an ulp
+  static constexpr int kExpTerms = 7, kLogTerms = 5;  // omitted terms are below half an ulp
 };
 template <>
 struct FloatFormat<double> {
@@ -29,8 +29,8 @@ struct FloatFormat<double> {
 
 constexpr double factorial(int n) { return n == 0 ? 1 : n * factorial(n - 1); }
 
-// 1/k! + x/(k+1)! + ... + x^(last-k)/last!, two terms at a time: each waits for half as many
-// operations as one by one.
+// 1/k! + x/(k+1)! + ... + x^(last-k)/last!, two terms at a time, which halves the chain of
+// dependent operations.
 template <int k, int last, typename Real>
 DAGCORE_INLINE Real exp_series(Real x, Real square) {
   constexpr Real term = static_cast<Real>(1 / factorial(k));
@@ -57,8 +57,8 @@ DAGCORE_INLINE Real atanh_series(Real x) {
   }
 }
 
-// e^x = power * (1 + rest) for x <= 0; for what is below every normal number, and for NaN, power is
-// 0.
+// e^x = power * (1 + rest) for x <= 0. power is 0 for NaN, and where e^x is below every normal
+// number.
 template <typename Real>
 struct Exponential {
   Real power, rest;
@@ -67,7 +67,7 @@ struct Exponential {
     using Format = FloatFormat<Real>;
     using Bits = typename Format::Bits;
     constexpr Real kLog2E = static_cast<Real>(1.44269504088896340736);
-    // Added to a small number it rounds it to an integer, which is then in the lowest bits.
+    // Adding this to a small number rounds it to an integer, in the lowest bits of the sum.
     constexpr Real kRounder = static_cast<Real>(int64_t{3} << (Format::kMantissa - 1));
     const bool counts = x >= Format::kLowest;
     const Real kept = counts ? x : Real{0};
@@ -95,7 +95,7 @@ DAGCORE_INLINE Real expm1_nonpositive(Real x) {
   return (exponential.power - 1) + product(exponential.power, exponential.rest);
 }
 
-// ln x for finite x >= 1; some number for any other.
+// ln x for finite x >= 1; an arbitrary number otherwise.
 template <typename Real>
 DAGCORE_INLINE Real log_from_one(Real x) {
   using Format = FloatFormat<Real>;
@@ -104,7 +104,7 @@ DAGCORE_INLINE Real log_from_one(Real x) {
   const Bits bits = bit_cast<Bits>(x);
   const Bits exponent = (bits - bit_cast<Bits>(kRootHalf)) >> Format::kMantissa;
   const Real fraction = bit_cast<Real>(bits - (exponent << Format::kMantissa));
-  const Real ratio = (fraction - 1) / (fraction + 1);  // ln of the fraction is twice its atanh
+  const Real ratio = (fraction - 1) / (fraction + 1);  // ln(fraction) is 2 atanh(ratio)
   const Real tail =
       product(product(ratio, ratio), atanh_series<1, Format::kLogTerms>(product(ratio, ratio)));
   const Real log = product(Real{2}, ratio + product(ratio, tail));

@@ -1,8 +1,9 @@
-// The part of linf_prox_ that is the same on every device: checks, one pixel, the search for t.
+// The device-independent part of linf_prox_: checks, one pixel, the search for t.
 //
-// The excess, the sum of H (|d| - t) over the pixels whose |p| is above t, falls with t. |p| is
-// made an integer key, linear from 0 to the largest. t is found digit by digit of its key: each
-// pass sums H and H |d| of the pixels that share all digits so far, apart for each next digit.
+// The excess, the sum of H (|d| - t) over the pixels whose |p| is above t, falls as t rises. |p| is
+// mapped linearly to an integer key, from 0 to the largest. The key of t is found digit by digit:
+// each pass sums H and H |d| over the pixels that share all digits so far, separately for each
+// value of the next digit.
 #pragma once
 
 #include <limits>
@@ -21,9 +22,9 @@ constexpr int kPasses = sizeof(Real) == 8 ? 8 : 4;  // digits of a key
 template <typename Real>
 using KeyOf = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
 
-// images, origin, gradient (N, *) of one dtype; metric (N, *) float32, or of float64 images,
-// float64; active (N,) int32; alpha, epsilon (N,) float64. Returns which images have moved, (N,)
-// bool, none so far.
+// images, origin, gradient (N, *) of one dtype; metric (N, *) float32, or float64 for float64
+// images; active (N,) int32; alpha, epsilon (N,) float64. Returns flags (N,) bool of images that
+// have moved, all false at first.
 inline Tensor check_prox(const Tensor& images, const Tensor& origin, const Tensor& gradient,
                          const Tensor& metric, const Tensor& active, const Tensor& alpha,
                          const Tensor& epsilon, double lower, double upper) {
@@ -34,13 +35,13 @@ inline Tensor check_prox(const Tensor& images, const Tensor& origin, const Tenso
   return torch::stable::new_zeros(images, {images.size(0)}, ScalarType::Bool);
 }
 
-// A pixel of d = x - x_0 + alpha g / H: as it is, and within the bounds.
+// A pixel of d = x - x_0 + alpha g / H: unclipped, and clipped to the bounds.
 template <typename Real>
 struct Perturbed {
   Real free, inside;
 };
 
-// What the kernels work on; the walk is over the pixels of one image.
+// Arguments of the kernels; the walk covers the pixels of one image.
 struct ProxArgs {
   void* images;
   const void *origin, *gradient, *metric;
@@ -68,17 +69,17 @@ struct ProxArgs {
         upper(upper),
         walk({images, origin, gradient, metric}) {}
 
-  // Whether an image is to be moved, as far as that is known without its pixels.
+  // Whether to move an image, as far as that is known without its pixels.
   DAGCORE_INLINE bool is_active(int64_t n) const {
     return active[n * active_stride] > 0 && is_positive(alpha[n]) && epsilon[n] > 0;
   }
-  // The largest |p| of an image of which the search has found t.
+  // The limit of |p| in an image, given the t that the search has found.
   template <typename Real>
   DAGCORE_INLINE Real largest(int64_t n, double t) const {
     return static_cast<Real>(t < epsilon[n] ? t : epsilon[n]);
   }
 
-  // The pixel that lies at these places; `length` is the image's step length.
+  // The pixel at these positions; `length` is the step length of the image.
   template <typename T, typename Real>
   DAGCORE_INLINE Perturbed<Real> perturbed(const int64_t (&at)[kProxOperands], Real length) const {
     const Real x = Pixel<T>::load(static_cast<const T*>(images)[at[kProxImages]]);
@@ -91,7 +92,7 @@ struct ProxArgs {
   DAGCORE_INLINE Real metric_at(const int64_t (&at)[kProxOperands]) const {
     return static_cast<const Real*>(metric)[at[kProxMetric]];
   }
-  // Writes x_0 + p where p is the pixel of d, at most t.
+  // Writes x_0 + p, where p is d clipped to the bounds and to [-t, t].
   template <typename T, typename Real>
   DAGCORE_INLINE void put(const int64_t (&at)[kProxOperands], Perturbed<Real> d, Real t) const {
     const Real moved = start<T>(at) + clip(d.inside, -t, t);
@@ -111,13 +112,13 @@ struct Excess {
   double mass, moment;  // of H, and of H |d|
 };
 
-// What is known of an image's t; zero at first.
+// State of the search for an image's t; zero at first.
 struct Search {
   uint64_t farthest, largest;  // bits of the largest |d|, and of that within the bounds
   Excess above;                // of the pixels whose first digits are above those of t
   int64_t prefix;              // first digits of t
   double t;
-  int64_t found;  // whether t is there
+  int64_t found;  // whether t is known
 
   // Whether the image can be moved.
   template <typename Real>
@@ -125,7 +126,7 @@ struct Search {
     const Real most = as_real<Real>(farthest);
     return most > 0 && most - most == 0;
   }
-  // Of keys; infinite where all |p| are too small for one.
+  // Factor from |p| to keys; infinite if all |p| are too small for one.
   template <typename Real>
   DAGCORE_INLINE Real scale() const {
     return last_key<Real>() / as_real<Real>(largest);
@@ -135,7 +136,7 @@ struct Search {
     const Real scaled = size * scale;
     return static_cast<KeyOf<Real>>(scaled < last_key<Real>() ? scaled : last_key<Real>());
   }
-  // The next digit of a pixel's key; -1 where those before are not t's.
+  // The next digit of a pixel's key; -1 if its earlier digits differ from those of t.
   template <typename Real>
   DAGCORE_INLINE int digit(KeyOf<Real> key, int pass) const {
     const int below = kDigitBits * (kPasses<Real> - 1 - pass);
@@ -143,7 +144,7 @@ struct Search {
                                                 : -1;
   }
 
-  // Settles the next digit, from the sums over the pixels that have each of its values.
+  // Fixes the next digit, given the sums over the pixels with each of its values.
   template <typename Real>
   DAGCORE_INLINE void narrow(int pass, const Excess* sums, double wanted) {
     const double limit = scale<Real>();
@@ -162,7 +163,7 @@ struct Search {
       sum.moment += sums[value].moment;
       const int64_t next = prefix * kDigits + value;
       const double edge = static_cast<double>(next) * width;
-      // Past the first pass the last value is it, whatever rounding has made of the sums.
+      // After the first pass, the last value must be it, whatever rounding has done to the sums.
       if (!(sum.moment - edge * sum.mass > wanted) && (value > 0 || pass == 0)) continue;
       prefix = next;
       if (pass + 1 < kPasses<Real>) return;

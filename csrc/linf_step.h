@@ -1,4 +1,4 @@
-// The part of linf_step_ that is the same on every device: output, what the kernels work on.
+// The device-independent part of linf_step_: outputs, and the arguments of the kernels.
 #pragma once
 
 #include <tuple>
@@ -7,11 +7,11 @@
 
 namespace dagcore {
 
-// What linf_step_ tells of its images: their norms (N,), float32 or, of float64 images, float64;
-// and whether they have moved, (N,) bool.
+// Outputs of linf_step_: the norms (N,), float32 or float64 for float64 images, and whether each
+// image has moved, (N,) bool.
 using LinfOutputs = std::tuple<Tensor, Tensor>;
 
-// The outputs, zero so far.
+// The outputs, zero at first.
 inline LinfOutputs linf_outputs(const Tensor& images) {
   const bool wide = images.scalar_type() == ScalarType::Double;
   return {torch::stable::new_zeros(images, {images.size(0)},

@@ -1,4 +1,4 @@
-// One target of a dense loss: the loss, and what its gradient is made of. Included by every device.
+// One target of a dense loss: the loss, and the terms of its gradient. Included by every device.
 #pragma once
 
 #include <cmath>
@@ -30,15 +30,16 @@ constexpr const char* kLosses[] = {"cross-entropy",
                                    "masked-spherical",
                                    "dlr"};  // in the same order
 
-// Losses whose gradient lies at a few classes of a target; others have one at every class.
+// Losses whose gradient lies at only a few classes of a target; that of the others lies at all.
 constexpr bool is_sparse(Loss loss) {
   return loss == Loss::margin || loss == Loss::dag || loss == Loss::dlr;
 }
-// How many of a target's largest scores a loss looks at.
+// Number of a target's largest scores that a loss needs.
 constexpr int tops_of(Loss loss) { return loss == Loss::dlr ? 4 : is_sparse(loss) ? 2 : 1; }
 constexpr int terms_of(Loss loss) { return loss == Loss::dlr ? 5 : 2; }
 
-// Classes whose features are summed before their sum is added to the whole: fewer roundings.
+// Number of classes whose features are summed first, before they are added to the whole: this
+// rounds less.
 constexpr int kSummed = 16;
 
 template <typename Real>
@@ -47,14 +48,14 @@ struct LossRule {
   Real blend, q, kappa;
 };
 
-// Dense: the gradient is scale * feature + (at_aim at the label that the loss is of). Features are
-// e^(z - max z), or for masked_spherical z / max |z|.
+// Dense: the gradient is scale * feature, plus at_aim at the label that the loss is about. Features
+// are e^(z - max z), or z / max |z| for masked_spherical.
 template <typename Real>
 struct Dense {
   Real loss, scale, at_aim;
 };
 
-// `behind` is the label's score less the largest; `sum` and `squares` are over the features.
+// `behind` is the label's score minus the largest; `sum` and `squares` are over the features.
 template <Loss kLoss, typename Real>
 DAGCORE_INLINE Dense<Real> softmax_loss(LossRule<Real> rule, Real behind, Real sum, Real squares,
                                         bool right) {
@@ -119,7 +120,7 @@ DAGCORE_INLINE Real value_at(const Terms<Real, Index, kTerms>& terms, Index c) {
   return value;
 }
 
-// The largest scores with their classes, the first of equals first; classes below 0 do not exist.
+// The largest scores with their classes, the first of equals first. Negative classes do not exist.
 template <typename Real, typename Index, int kTops>
 struct Tops {
   Real score[kTops];
@@ -146,8 +147,8 @@ struct Tops {
   }
 };
 
-// `own` and `aim` are the scores of the label and of the adversarial label; for dag without one
-// that is the strongest other class.
+// `own` and `aim` are the scores of the label and of the adversarial label; dag without adversarial
+// labels takes the strongest other class.
 template <Loss kLoss, typename Real, typename Index>
 DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(LossRule<Real> rule,
                                                  const Tops<Real, Index, 2>& top, Index label,
@@ -171,7 +172,7 @@ DAGCORE_INLINE Terms<Real, Index, 2> margin_loss(LossRule<Real> rule,
           {one, -one}};
 }
 
-// Untargeted, the third largest score stands for the mean of the third and fourth.
+// If untargeted, the third largest score replaces the mean of the third and fourth.
 template <typename Real, typename Index>
 DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Real, Index, 4>& top,
                                               Index label, Index adversarial, Real own, Real aim) {
@@ -181,7 +182,7 @@ DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Re
   const Index lowest = rule.targeted ? top.at[3] : top.at[2];
   const Real lowest_score = rule.targeted ? top.score[3] : top.score[2];
   const Real above = rival_score - own;
-  // The differences are exact where the scores are close, and so the quotient is large.
+  // The differences are exact where the scores are close, which is where the quotient is large.
   const Real spread = (top.score[0] - top.score[2]) + (top.score[0] - lowest_score);
   const Real below = product(spread, Real(0.5)) + Real(1e-12);
   const bool finite = (above - above == 0) & (below - below == 0);
@@ -192,7 +193,7 @@ DAGCORE_INLINE Terms<Real, Index, 5> dlr_loss(LossRule<Real> rule, const Tops<Re
       loss, {rival, label, top.at[0], top.at[2], lowest}, {one, -one, -(half + half), half, half}};
 }
 
-// What cannot be held becomes the largest finite number; a NaN stays one.
+// Values that the dtype cannot hold become its largest finite number; a NaN stays a NaN.
 template <typename T, typename Real>
 DAGCORE_INLINE T store_seed(Real value) {
   constexpr Real kMost = std::is_same_v<T, Half>       ? Real(65504)

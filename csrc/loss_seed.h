@@ -1,4 +1,4 @@
-// The part of loss_seed that is the same on every device: checks, and how to walk the targets.
+// The device-independent part of loss_seed: checks, and the walk over the targets.
 #pragma once
 
 #include "loss.h"
@@ -26,7 +26,7 @@ struct LossTargets {
   }
 };
 
-// What the kernels of loss_seed work on; the walk is over the targets of one image.
+// Arguments of the kernels of loss_seed; the walk covers the targets of one image.
 struct LossArgs : LossTargets {
   const void* scores;
   void* seed;
@@ -34,19 +34,19 @@ struct LossArgs : LossTargets {
   Walk<kLossOperands> walk;
 };
 
-// scores (N, C, *T), labels and adversarial (N, *T), whose shapes are the op's to check, blend
-// (N,), class_weights (C,)
+// scores (N, C, *T), labels and adversarial (N, *T), whose shapes the op checks, blend (N,),
+// class_weights (C,)
 struct LossCall {
   Tensor scores, labels;
-  Tensor adversarial;  // where there are none: labels, not read as adversarial ones
+  Tensor adversarial;  // labels if there are none, not read as adversarial ones
   std::optional<Tensor> blend, class_weights;
   Loss loss;
   bool targeted;
   double q, kappa;
   int64_t ignore_index;
   Tensor seed;  // laid out like scores
-  Tensor sums;  // (N,) double, zero so far
-  Tensor hits;  // (N,) int32, zero so far
+  Tensor sums;  // (N,) double, zero at first
+  Tensor hits;  // (N,) int32, zero at first
 
   LossCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
            const std::string& loss, const std::optional<Tensor>& blend, double q, double kappa,

@@ -1,5 +1,4 @@
-// The part of loss_seed_bilinear that is the same on every device: checks, and which gradients are
-// cut.
+// The device-independent part of loss_seed_bilinear: checks, and the clipping of gradients.
 #pragma once
 
 #include "bilinear.h"
@@ -22,8 +21,7 @@ struct BilinearLossCall : LossCall {
   ScoreMaps maps() const { return {scores, labels.size(1), labels.size(2), align_corners}; }
 };
 
-// A part of a pixel's gradient that can be weighed and summed: one that is so large that the sums
-// may not be finite is cut.
+// Clips a part of a pixel's gradient, so that weighted sums of such parts stay finite.
 template <typename Real>
 DAGCORE_INLINE Real summable(Real part) {
   constexpr Real kMost = std::numeric_limits<Real>::max() / (1 << 16);

@@ -1,15 +1,15 @@
-// The part of pgd_step_ that is the same on every device: checks, what a step has to know of an
-// image before its pixels can be moved, and how each is.
+// The device-independent part of pgd_step_: checks, what a step must know about an image before it
+// can move the pixels, and how it moves each.
 //
-// Of an image x with the origin o, where the direction d is the gradient, or with momentum
-// m <- decay m + gradient / ||gradient||_1:
+// For an image x with the origin o, the direction d is the gradient, or with momentum m <- decay m
+// + gradient / ||gradient||_1:
 //
 //   v = x + alpha sign(d), or x + alpha d / ||d||_2
 //   z = the projection of v
-//   y = x + share (z - x) + (1 - share) (x - previous), of APGD, which is projected too
+//   y = x + share (z - x) + (1 - share) (x - previous), for APGD, then projected too
 //
-// A projection in L2 needs the norm of what it projects, so that a step is up to five
-// passes, and two more where what is shown of it must lie in an L2 ball.
+// A projection in L2 needs the norm of what it projects, so a step takes up to five passes, and two
+// more if the image on the levels must lie in an L2 ball.
 #pragma once
 
 #include <limits>
@@ -24,17 +24,17 @@ constexpr const char* kNorms[] = {"linf", "l2"};  // in the same order
 
 enum PgdOperand { kMomentum = kStepOperands, kPrevious, kPgdOperands };
 
-// The sums over an image's pixels that a step needs, in the order in which it takes them in.
+// The sums over an image's pixels that a step needs, in the order in which it learns them.
 enum PgdSum {
   kGradientSum,    // ||gradient||_1, for momentum
   kDirectionSum,   // ||d||_2^2; in L-infinity 0 if d is, infinite if d is not finite, else above 0
   kBallSum,        // ||v - o||_2^2
   kSecondBallSum,  // ||y - o||_2^2
-  kPgdSums         // none, but all that are needed are known
+  kPgdSums         // not a sum: all that are needed are known
 };
 
-// kDirectionSum in L-infinity, of pixels of which `largest` are the bits of the largest magnitude.
-// Of momentum it says only whether they are 0, so that not all have to be looked at.
+// kDirectionSum in L-infinity, where `largest` holds the bits of the largest magnitude. With
+// momentum it only says whether all pixels are 0, so that not all need to be read.
 template <typename Real>
 DAGCORE_INLINE double direction_sum(typename Pixel<Real>::Bits largest, bool momentum) {
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -42,7 +42,7 @@ DAGCORE_INLINE double direction_sum(typename Pixel<Real>::Bits largest, bool mom
   return largest == 0 ? 0 : momentum || finite ? 1 : kInfinity;
 }
 
-// How the pixels of one image move. Numbers are a double where a norm still has to be taken in.
+// How the pixels of one image move. Numbers are double if a norm still has to be applied to them.
 template <typename Real>
 struct PgdStep {
   double alpha, epsilon;
@@ -51,7 +51,7 @@ struct PgdStep {
   Real shrink, second_shrink;  // of v - o and y - o, 1 within the ball
   bool l2, momentum;
 
-  // Takes a sum in; returns whether the image can still be stepped.
+  // Takes in a sum; returns whether the image can still be stepped.
   DAGCORE_INLINE bool learn(int which, double sum) {
     if (which == kGradientSum) {
       inverse = sum == 0 ? Real{0} : static_cast<Real>(1 / sum);
@@ -89,7 +89,7 @@ struct PgdStep {
 };
 
 struct PgdArgs : StepArgs<kPgdOperands> {
-  void *momentum, *previous;              // null where there is none
+  void *momentum, *previous;              // null if there is none
   const double *alpha, *epsilon, *share;  // (N,); share is null without `previous`
   double decay, lower, upper;
   bool l2;
@@ -122,7 +122,7 @@ struct PgdArgs : StepArgs<kPgdOperands> {
                                    : false;
   }
 
-  // What is known of image n without its pixels; returns whether it is to be stepped.
+  // Sets up the step of image n, as far as possible without its pixels; returns whether to step it.
   template <typename Real>
   DAGCORE_INLINE bool begin(int64_t n, PgdStep<Real>* step) const {
     const double part = share ? share[n] : 1.0;
@@ -146,8 +146,8 @@ struct PgdArgs : StepArgs<kPgdOperands> {
   }
 };
 
-// images, origin, gradient, previous, grid (N, *); momentum (N, *), float32 or, of float64 images,
-// float64; active (N,) int32; alpha, epsilon, share (N,) float64.
+// images, origin, gradient, previous, grid (N, *); momentum (N, *), float32 or float64 for float64
+// images; active (N,) int32; alpha, epsilon, share (N,) float64.
 inline void check_pgd_step(const Tensor& images, const Tensor& origin, const Tensor& gradient,
                            const Tensor& active, const Tensor& alpha, const Tensor& epsilon,
                            double lower, double upper, const std::optional<Tensor>& momentum,

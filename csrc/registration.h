@@ -1,10 +1,10 @@
-// How a kernel becomes known to torch: one line at the end of an op's file,
-// DAGCORE_REGISTER(CPU, "op", function).
+// Registers a kernel with torch by one line at the end of an op's file: DAGCORE_REGISTER(CPU, "op",
+// function).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
-// Where the kernels of csrc/cuda are registered: elsewhere if they are compiled for the host.
+// Where the kernels of csrc/cuda are registered; another place if they are compiled for the host.
 #ifndef DAGCORE_CUDA_KEY
 #define DAGCORE_CUDA_KEY CUDA
 #endif
@@ -12,7 +12,7 @@
 #define DAGCORE_LIBRARY dagcore
 #endif
 
-// The arguments expand before torch's macro makes names of them.
+// Expands the arguments before torch's macro builds names from them.
 #define DAGCORE_IMPLEMENTATIONS(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 
 #define DAGCORE_REGISTER(key, op, function) \

@@ -1,4 +1,4 @@
-// Low-resolution scores and the enlarged map that reads them: what every bilinear op starts from.
+// Low-resolution scores and the size of the enlarged map: the input of every bilinear op.
 #pragma once
 
 #include "checks.h"
@@ -13,7 +13,7 @@ inline const Tensor& checked_score_maps(const Tensor& scores) {
   return scores;
 }
 
-// A map of labels, or another one of the same size.
+// Checks a map of labels, or another one of the same size.
 inline void check_map(const char* name, const Tensor& given, const Tensor& labels,
                       const Tensor& scores) {
   STD_TORCH_CHECK(

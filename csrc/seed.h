@@ -1,4 +1,4 @@
-// What the seed ops share on every device: labels of any integer type, checks, outputs, the choice
+// Shared by the seed ops on every device: labels of any integer type, checks, outputs, the choice
 // of a kernel.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace dagcore {
 
-// uint8, int32 or int64 labels; where a target's label lies is the caller's.
+// uint8, int32 or int64 labels; the caller knows where a target's label lies.
 struct LabelSource {
   const void* data;
   ScalarType type;
@@ -32,7 +32,7 @@ inline void check_labels(const char* name, const Tensor& labels, const Tensor& s
                   name, " must be uint8, int32 or int64");
 }
 
-// Scores (N, C, *T), with a class.
+// Checks scores (N, C, *T), which must have a class.
 inline const Tensor& with_classes(const Tensor& scores) {
   STD_TORCH_CHECK(scores.dim() >= 2, "scores must have shape (N, C, *targets), got ",
                   shape(scores));
@@ -40,7 +40,7 @@ inline const Tensor& with_classes(const Tensor& scores) {
   return scores;
 }
 
-// Labels (N, *T) of scores (N, C, *T).
+// Checks labels (N, *T) of scores (N, C, *T).
 inline void check_target_shape(const char* name, const Tensor& labels, const Tensor& scores) {
   bool fits = labels.dim() == scores.dim() - 1;
   for (int64_t d = 0; fits && d < labels.dim(); ++d) {
@@ -55,25 +55,25 @@ struct Targets {
   LabelSource labels, adversarial;
   LabelRule rule;
   Objective objective;
-  bool runner_up;    // in place of the adversarial labels
-  double margin;     // a target counts until it is won by as much
+  bool runner_up;    // instead of adversarial labels
+  double margin;     // a target is active until it is won by this much
   uint32_t* active;  // (N,)
 
-  // Whether each target's score of its own label has to be looked up.
+  // Whether the score of each target's own label must be looked up.
   DAGCORE_INLINE bool measures_label() const { return margin > 0 && objective == Objective::leave; }
 };
 
-// scores (N, C, *), already known to have these dimensions and a class; labels and adversarial
-// (N, *T), whose shapes are the op's to check
+// scores (N, C, *), which must have these dimensions and a class; labels and adversarial (N, *T),
+// whose shapes the op checks
 struct SeedCall {
   Tensor scores, labels;
-  Tensor adversarial;  // where the runner-up is asked for: labels, not read as adversarial ones
+  Tensor adversarial;  // labels for the runner-up, not read as adversarial ones
   bool runner_up;
   Objective objective;
   LabelRule rule;
   double margin;
   Tensor seed;    // laid out like scores
-  Tensor active;  // (N,) int32, zero so far
+  Tensor active;  // (N,) int32, zero at first
 
   SeedCall(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& adversarial,
            const std::string& objective, int64_t ignore_index, double margin)
@@ -105,7 +105,7 @@ struct SeedCall {
             static_cast<uint32_t*>(active.mutable_data_ptr())};
   }
 
-  // Calls kernel(T{}, whether the second class is looked for, as a constant) if there are targets.
+  // Calls kernel(T{}, a constant that says whether to find the second class) if there are targets.
   template <typename Kernel>
   std::tuple<Tensor, Tensor> run(const Kernel& kernel) {
     if (labels.numel() == 0) return {torch::stable::zero_(seed), active};

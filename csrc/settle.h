@@ -1,4 +1,4 @@
-// The part of settle_ that is the same on every device: checks, and what becomes of one image.
+// The device-independent part of settle_: checks, and the update of one image.
 #pragma once
 
 #include <initializer_list>
@@ -8,16 +8,16 @@
 
 namespace dagcore {
 
-enum Status : int8_t { kConverged, kBudget, kStalled };  // as in dagcore/engine/loop.py
+enum Status : int8_t { kConverged, kBudget, kStalled };  // as in dagcore/ops/fallback.py
 
-// The rows of N images at K networks, and what their last evaluation and step have shown.
+// The rows of N images at K networks, and the results of their last evaluation and step.
 struct SettleArgs {
   bool *running, *may_move;
   int64_t *updates, *stuck;
   int8_t* status;
   int32_t* history;                   // (N, max_iter + 1, K)
   const int32_t* active;              // (N, K)
-  const bool *wanted, *done, *moved;  // done: null where that is what is not wanted
+  const bool *wanted, *done, *moved;  // done: null if images that want no step are
   int64_t max_iter, patience, networks;
   int32_t* counts;  // (N, K)
 
@@ -49,7 +49,7 @@ struct SettleCall {
 
   int64_t images() const { return running.numel(); }
 
-  // Also makes what the counts go into, like `active`.
+  // Also allocates the counts, like `active`.
   SettleArgs args(Tensor* counts) const {
     const int64_t n = images(), k = active.dim() == 2 ? active.size(1) : 0;
     STD_TORCH_CHECK(max_iter >= 0 && patience >= 1, "max_iter and patience must be at least 0 and ",

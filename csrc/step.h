@@ -121,8 +121,8 @@ DAGCORE_INLINE double radius_in_levels(double epsilon, int64_t levels, double lo
   return epsilon * static_cast<double>(levels - 1) / (upper - lower) * kRounding;
 }
 
-// The levels that results lie on, of which there are `last` + 1 from `lower` on: those of an 8-bit
-// file. Images are steered by a shadow between the levels and shown at the nearest level.
+// The levels that results lie on, such as those of an 8-bit file: `last` + 1 levels from `lower`
+// on. Steps accumulate in a shadow between the levels, which is shown at the nearest level.
 template <typename Real>
 struct Grid {
   Real lower, width, last, per_unit;
@@ -137,7 +137,7 @@ struct Grid {
     reach = static_cast<Real>(std::floor(radius_in_levels(epsilon, levels, lower, upper)));
   }
 
-  // The nearest level, the even one of two.
+  // The nearest level; ties go to the even one.
   DAGCORE_INLINE Real nearest(Real value) const {
     constexpr Real kRound = Real{1.5} / std::numeric_limits<Real>::epsilon();
     return (product(value - lower, per_unit) + kRound) - kRound;
@@ -145,12 +145,12 @@ struct Grid {
   DAGCORE_INLINE Real at(Real level) const { return lower + level * width / last; }
 };
 
-// Where a shadow lies as seen from the level of its origin.
+// Position of a shadow relative to the level of its origin.
 template <typename Real>
 struct Offset {
   Real middle, side;  // the origin's level; 1 or -1
-  int32_t whole;      // the levels between the two, at most those that there are on that side,
-  Real rest;          // and what the shadow is beyond them, of a level
+  int32_t whole;      // whole levels between the two, at most those that exist on that side,
+  Real rest;          // and the fraction of a level beyond them
 
   DAGCORE_INLINE Offset(Real shadow, Real origin, Grid<Real> grid)
       : middle(clip(grid.nearest(origin), Real{0}, grid.last)) {
@@ -159,26 +159,26 @@ struct Offset {
     const Real room = away < 0 ? middle : grid.last - middle;
     Real distance = side * away;
     distance = distance <= room ? distance : room;
-    whole = distance >= 0 ? static_cast<int32_t>(distance) : 0;  // not of a NaN
+    whole = distance >= 0 ? static_cast<int32_t>(distance) : 0;  // false for NaN
     rest = distance - static_cast<Real>(whole);
   }
 
-  // The level at which it is shown, if more than `threshold` of a level counts as a whole one.
+  // The level at which it is shown, if a rest above `threshold` counts as a whole level.
   DAGCORE_INLINE Real level(Real threshold) const {
     return middle + side * static_cast<Real>(whole + static_cast<int32_t>(rest > threshold));
   }
 };
 
-// In an L2 ball a shadow is shown at the first of these thresholds at which the ball has room for
-// the image: at 1/2, the nearest levels, or at up to 1, those towards the origin, which are within
-// the ball as the shadow is.
+// In an L2 ball a shadow is shown at the first of these thresholds that keeps the image in the
+// ball. 1/2 gives the nearest levels; above it, more pixels move towards the origin. At 1 all do,
+// so the image is in the ball if the shadow is.
 constexpr int kThresholds = 9;
 template <typename Real>
 DAGCORE_INLINE Real threshold_at(int k) {
   return static_cast<Real>(8 + k) / 16;
 }
 
-// The first threshold for which the sum of squared distances, in levels, is that of the ball.
+// The first threshold at which the sum of squared distances, in levels, fits the ball.
 template <typename Real>
 DAGCORE_INLINE Real threshold_within(const uint64_t* squares, double radius) {
   int k = 0;
@@ -186,8 +186,8 @@ DAGCORE_INLINE Real threshold_within(const uint64_t* squares, double radius) {
   return threshold_at<Real>(k);
 }
 
-// gamma / norm, or 0 where the image must stay as it is: the norm is 0, not finite, or so small
-// that the quotient overflows.
+// gamma / norm, or 0 if the image must stay: the norm is 0, not finite, or so small that the
+// quotient overflows.
 template <typename Real>
 DAGCORE_INLINE Real step_scale(Real gamma, Real norm) {
   const Real scale = gamma / norm;
@@ -202,7 +202,7 @@ DAGCORE_INLINE Real step_pixel(Real image, Real origin, Real gradient, Real scal
   return clip(inside, step.lower, step.upper);
 }
 
-// What is shown of a shadow.
+// The value at which a shadow is shown.
 template <bool kBall, typename Real>
 DAGCORE_INLINE Real show_pixel(Real shadow, Real origin, Grid<Real> grid) {
   Real level = grid.nearest(shadow);

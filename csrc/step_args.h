@@ -1,4 +1,4 @@
-// What the steps share on every device: checks, and what their kernels work on.
+// Shared by the steps on every device: checks, and the arguments of their kernels.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ inline void check_step(const Tensor& images, const Tensor& origin, const Tensor&
   }
 }
 
-// A number for each image.
+// Checks a tensor with one number per image.
 inline void check_number(const char* name, const Tensor& tensor, const Tensor& images) {
   check_same_device(name, tensor, "images", images);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
@@ -44,7 +44,7 @@ inline void check_number(const char* name, const Tensor& tensor, const Tensor& i
                   shape(tensor));
 }
 
-// Pixels as steps compute with them.
+// Checks a tensor of pixels in the precision in which steps compute.
 inline void check_real(const char* name, const Tensor& tensor, const Tensor& images) {
   const bool wide = images.scalar_type() == ScalarType::Double;
   check_same_device(name, tensor, "images", images);
@@ -59,8 +59,8 @@ DAGCORE_INLINE bool is_positive(Real value) {  // and finite
   return value > 0 && value - value == 0;
 }
 
-// The tensors of a step, K of them, which begin with the operands above; the walk is over the
-// pixels of one image.
+// The K tensors of a step, beginning with the operands above; the walk covers the pixels of one
+// image.
 template <int K>
 struct StepArgs {
   void *images, *shown;  // shown: the images on the grid; the images themselves without one

@@ -1,5 +1,5 @@
-// One target of the attack: which class wins, whether the target still counts, what to seed where.
-// Included by the CPU loops and by the CUDA kernels, so that both compute the same thing.
+// One target of the attack: which class wins, whether the target is still active, what to seed
+// where. Included by the CPU loops and by the CUDA kernels, so that both compute the same thing.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -31,11 +31,11 @@ DAGCORE_INLINE Real product(Real a, Real b) {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// What an attack wants of a target. The ops take it by name, so that a further objective changes no
+// The goal of an attack at a target. Ops take it by name, so that a new objective changes no
 // schema.
 enum class Objective : int {
-  leave,  // the argmax is to be any class but the label
-  reach,  // the argmax is to be the adversarial label
+  leave,  // the argmax should be any class but the label
+  reach,  // the argmax should be the adversarial label
 };
 constexpr const char* kObjectives[] = {"leave", "reach"};  // in the same order
 
@@ -89,7 +89,7 @@ using IndexOf = typename Score<Real>::Index;
 
 // Labels as the kernels see them: a class index, or one of these.
 constexpr int kUncounted = -1;   // ignored, or nothing to gain: never active
-constexpr int kOutOfRange = -2;  // an error of the caller's: reported through the counts
+constexpr int kOutOfRange = -2;  // an error by the caller, reported through the counts
 
 struct LabelRule {
   int64_t classes;
@@ -107,7 +107,7 @@ DAGCORE_INLINE int64_t read_adversarial(int64_t label, LabelRule rule) {
   return label == rule.ignore_index ? kUncounted : kOutOfRange;
 }
 
-// Whether the labels of a target, as read above, are an error of the caller's.
+// Whether the labels of a target, as read above, are an error by the caller.
 template <typename Index>
 DAGCORE_INLINE bool is_out_of_range(Index label, Index adversarial) {
   return (label == kOutOfRange) | ((label >= 0) & (adversarial == kOutOfRange));
@@ -121,9 +121,9 @@ struct Verdict {
   Index minus;
 };
 
-// `label` and `adversarial` come from read_label and read_adversarial, `top` is the argmax. `near`:
-// less than the margin lies between the winner and the label (leave), or `second` (reach), so that
-// a target that is won already still counts.
+// `label` and `adversarial` come from read_label and read_adversarial, `top` is the argmax. `near`
+// says that less than the margin lies between the winner and the label (leave) or `second` (reach),
+// so that a target that is already won stays active.
 template <typename Index>
 DAGCORE_INLINE Verdict<Index> judge(Objective objective, Index label, Index adversarial, Index top,
                                     bool top_is_nan, bool near = false, Index second = kUncounted) {

@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`dagcore.data`, `metrics` and `evaluate`, imported when they are first asked for."""
+    """Import `dagcore.data`, `metrics` and `evaluate` on first access."""
     if name == "evaluate":
         return importlib.import_module("dagcore.evaluation.evaluate").evaluate
     if name in ("data", "metrics"):

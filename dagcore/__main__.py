@@ -1,4 +1,4 @@
-"""The command `dagcore`, also `python -m dagcore`."""
+"""The `dagcore` command, also run by `python -m dagcore`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (sys.argv's if None); return the exit status."""
+    """Run a command line (sys.argv if None), and return the exit status."""
     try:
         from . import cli
     except ModuleNotFoundError as error:

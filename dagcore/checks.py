@@ -29,13 +29,13 @@ LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = sys.float_info.max
 INT64 = torch.iinfo(torch.int64)
-MOST_LEVELS = 2**17  # of a step: a perturbation has twice as many as its images
-MOST_PIXELS = 2**31 - 1  # of a side
-MOST_DIMS = 16  # of targets or pixels: what the native loops hold
+MOST_LEVELS = 2**17  # per step: a perturbation has twice as many levels as its images
+MOST_PIXELS = 2**31 - 1  # per side
+MOST_DIMS = 16  # dimensions of targets or pixels that the native loops support
 
 
 def names(items: Iterable[object]) -> str:
-    """Items as a readable list: "a, b or c"."""
+    """Format items as a readable list: "a, b or c"."""
     *first, last = (str(item).removeprefix("torch.") for item in items)
     return f"{', '.join(first)} or {last}" if first else last
 
@@ -68,13 +68,13 @@ def shape(name: str, value: Tensor, required: tuple[int, ...], why: str) -> None
 
 
 def most_dims(name: str, what: str, count: int) -> None:
-    """Raise unless there are no more dimensions than the native loops can hold."""
+    """Raise if there are more dimensions than the native loops support."""
     if count > MOST_DIMS:
         raise ArgumentError(f"{name} must have at most {MOST_DIMS} {what}, got {count}")
 
 
 def at_hand(value: Tensor) -> bool:
-    """Whether a tensor's values can be read without waiting for a device."""
+    """Return whether a tensor's values can be read without waiting for a device."""
     return value.device.type == "cpu"
 
 
@@ -99,7 +99,7 @@ def number(
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ArgumentError(f"{name} must be a number that a float can hold, got {shown(value)}")
     fits = (above is None or value > above) and (at_least is None or value >= at_least)
-    is_number = value == value if infinite else abs(value) <= LARGEST  # not for a NaN
+    is_number = value == value if infinite else abs(value) <= LARGEST  # false for NaN
     if not (fits and is_number):
         kind = "a number" if infinite else "a finite number"
         bound = "" if above is None else f" above {above:g}"
@@ -108,7 +108,7 @@ def number(
 
 
 def fraction(name: str, value: object) -> float:
-    """A number, also written as a fraction: 0.5/255; raise if it is anything else."""
+    """Return a number, which may be written as a fraction like 0.5/255; raise for anything else."""
     if isinstance(value, str):
         top, slash, bottom = value.partition("/")
         try:
@@ -125,7 +125,7 @@ def fraction(name: str, value: object) -> float:
 def integer(
     name: str, value: object, *, at_least: int = INT64.min, at_most: int = INT64.max
 ) -> None:
-    """Raise unless `value` is an integer, at least `at_least` and at most `at_most`."""
+    """Raise unless `value` is an integer from `at_least` to `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name} must be an integer, got {value!r}")
     if value < at_least:
@@ -141,13 +141,13 @@ def boolean(name: str, value: object) -> None:
 
 
 def generator(value: object) -> None:
-    """Raise unless `value` is a source of randomness, or None."""
+    """Raise unless `value` is a torch.Generator or None."""
     if value is not None and not isinstance(value, torch.Generator):
         raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
 
 
 def bounds(value: object) -> None:
-    """Raise unless `value` is (lower, upper), finite and a finite distance apart."""
+    """Raise unless `value` is a pair (lower, upper) of finite numbers a finite distance apart."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ArgumentError(f"bounds must be (lower, upper) or None, got {value!r}")
     for name, bound in zip(("bounds[0]", "bounds[1]"), value, strict=True):
@@ -157,7 +157,7 @@ def bounds(value: object) -> None:
 
 
 def shown(value: int) -> str:
-    """An integer for a message, of any length: Python refuses to print the longest."""
+    """Format an integer of any length for a message: Python refuses to print the longest."""
     bits = value.bit_length()
     return str(value) if bits < 1000 else f"an integer of {bits} bits"
 
@@ -174,7 +174,7 @@ def seed_arguments(
 ) -> Tensor | None:
     """Check the arguments of a seed op; return the adversarial labels, or None for the runner-up.
 
-    With `bilinear`, labels may be of any size (N, H, W). Their values are not read here: see
+    With `bilinear`, labels (N, H, W) may have any size. Their values are not read here: see
     `label_range`.
     """
     _class_scores(scores)
@@ -214,8 +214,8 @@ def loss_arguments(
 ) -> Tensor | None:
     """Check the arguments of a loss op; return the adversarial labels.
 
-    None stands for the runner-up where the loss is "dag", and for an untargeted loss elsewhere.
-    With `bilinear`, labels may be of any size (N, H, W).
+    None stands for the runner-up if the loss is "dag", and for an untargeted loss otherwise. With
+    `bilinear`, labels (N, H, W) may have any size.
     """
     _class_scores(scores)
     choice("loss", loss, LOSSES)
@@ -244,7 +244,7 @@ def loss_arguments(
 
 
 def _blend(blend: float | Tensor, scores: Tensor) -> None:
-    """Raise unless blend lies between 0 and 1; the values of a tensor are read on the CPU alone."""
+    """Raise unless blend lies between 0 and 1; the values of a tensor are read only on the CPU."""
     if not isinstance(blend, Tensor):
         blend_weight(blend)
         return
@@ -268,14 +268,14 @@ def _within_one(blend: float) -> None:
 
 
 def tolerance(value: object) -> None:
-    """Raise unless `value` is a fraction of targets that may be left."""
+    """Raise unless `value` is a fraction of the targets, from 0 to below 1."""
     number("tolerance", value)
     if not 0 <= value < 1:  # type: ignore[operator]
         raise ArgumentError(f"tolerance must be a fraction in [0, 1), got {value}")
 
 
 def loss_numbers(q: float, kappa: float) -> None:
-    """Raise unless the numbers of a loss are within their limits."""
+    """Raise unless the parameters of a loss are within their limits."""
     number("q", q)
     if not q <= 1:
         raise ArgumentError(f"q must be at most 1, got {q}")
@@ -283,7 +283,7 @@ def loss_numbers(q: float, kappa: float) -> None:
 
 
 def loss_classes(loss: str, num_classes: int, *, targeted: bool) -> None:
-    """Raise unless scores have as many classes as a loss looks at."""
+    """Raise unless the scores have as many classes as the loss needs."""
     least = (4 if targeted else 3) if loss == "dlr" else 1
     if num_classes < least:
         kind = "targeted 'dlr'" if targeted else "'dlr'"
@@ -293,7 +293,7 @@ def loss_classes(loss: str, num_classes: int, *, targeted: bool) -> None:
 
 
 def _class_scores(scores: Tensor) -> None:
-    """Raise unless scores have a shape (N, C, *T) that the native loops can walk."""
+    """Raise unless scores have a shape (N, C, *T) that the native loops support."""
     tensor("scores", scores, FLOAT_DTYPES)
     if scores.dim() < 2 or scores.shape[1] < 1:
         raise ArgumentError(
@@ -304,7 +304,7 @@ def _class_scores(scores: Tensor) -> None:
 
 
 def _target_shape(scores: Tensor, labels: Tensor, bilinear: bool) -> tuple[tuple[int, ...], str]:
-    """The shape that maps of labels must have, and of what. Raises unless bilinear labels fit."""
+    """Return the shape required of label maps, and what it has to match; check bilinear labels."""
     if not bilinear:
         return (scores.shape[0], *scores.shape[2:]), f"scores {tuple(scores.shape)}"
     score_maps(scores)
@@ -320,15 +320,15 @@ def _target_shape(scores: Tensor, labels: Tensor, bilinear: bool) -> tuple[tuple
 def _label_map(
     name: str, labels: Tensor, expected: tuple[int, ...], why: str, scores: Tensor
 ) -> None:
-    """Raise unless labels have a dtype that is read, the expected shape, and the scores' device."""
+    """Raise unless labels have a supported dtype, the expected shape, and the scores' device."""
     tensor(name, labels, LABEL_DTYPES)
     shape(name, labels, expected, why)
     device(name, labels, "scores", scores)
 
 
 def overlaps(value: Tensor) -> bool:
-    """Whether two elements of a tensor may share their memory."""
-    span = 0  # of the dimensions so far, from the smallest stride up
+    """Return whether two elements of a tensor may share memory."""
+    span = 0  # extent of the dimensions so far, from the smallest stride up
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
             if stride <= span:
@@ -348,7 +348,7 @@ def score_maps(scores: Tensor) -> None:
 
 
 def map_size(size: object) -> tuple[int, int]:
-    """(height, width) of an enlarged map; raise if it is anything else."""
+    """Return (height, width) of an enlarged map; raise for anything else."""
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise ArgumentError(f"size must be (height, width), got {size!r}")
     for name, extent in zip(("size[0]", "size[1]"), size, strict=True):
@@ -371,7 +371,7 @@ def label_range(name: str, labels: Tensor, num_classes: int, ignore_index: int) 
 def target_labels(
     num_classes: int, labels: Tensor, adversarial_labels: Tensor | None, ignore_index: int
 ) -> None:
-    """Raise for a label of a target that counts and is out of range. Reads values."""
+    """Raise if a label of a target that counts is out of range. Reads values: synchronises."""
     label_range("labels", labels, num_classes, ignore_index)
     if adversarial_labels is None:
         return
@@ -382,7 +382,7 @@ def target_labels(
 
 
 def callback(value: object) -> None:
-    """Raise unless `value` can be called, or is None."""
+    """Raise unless `value` is callable or None."""
     if value is not None and not callable(value):
         raise ArgumentTypeError(f"callback must be callable, got {type(value).__name__}")
 
@@ -399,7 +399,7 @@ def step_arguments(
     grid: Tensor | None,
     levels: int | None,
 ) -> tuple[float, float, float]:
-    """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite where None."""
+    """Check the arguments of `linf_step_`; return (lower, upper, epsilon), infinite for None."""
     _step_tensors(images, origin, gradient, active, grid, levels)
     number("gamma", gamma, above=0)
     low, high = _step_bounds(lower, upper)
@@ -430,7 +430,7 @@ def pgd_arguments(
 ) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     """Check the arguments of `pgd_step_`; return (alpha, epsilon, share, lower, upper).
 
-    The first three are float64 tensors (N,), and bounds are infinite where None.
+    The first three are float64 tensors (N,); bounds that are None become infinite.
     """
     _step_tensors(images, origin, gradient, active, grid, levels)
     choice("norm", norm, NORMS)
@@ -469,7 +469,7 @@ def _step_tensors(
     grid: Tensor | None,
     levels: int | None,
 ) -> None:
-    """Raise unless the tensors of a step go together."""
+    """Raise unless the tensors of a step match."""
     tensor("images", images, FLOAT_DTYPES)
     if images.dim() < 1:
         raise ArgumentError("images must have a batch dimension, got a scalar")
@@ -489,7 +489,7 @@ def _step_tensors(
 
 
 def _like_images(name: str, value: object, images: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless a value is a tensor of the dtype with the images' shape and device."""
+    """Raise unless `value` is a tensor of this dtype with the shape and device of the images."""
     tensor(name, value, (dtype,))
     assert isinstance(value, Tensor)
     shape(name, value, tuple(images.shape), "images")
@@ -506,9 +506,9 @@ def _of_each_image(
     at_most: float | None = None,
     infinite: bool = False,
 ) -> Tensor:
-    """A number of each image, (N,) float64; raise unless each is within its limits.
+    """Return one number per image, (N,) float64; raise unless each is within its limits.
 
-    Values on a GPU are not read, which would wait for it.
+    Values on a GPU are not read, as that would wait for it.
     """
     given = [value]
     if isinstance(value, Tensor):
@@ -526,7 +526,7 @@ def _of_each_image(
 
 
 def _step_bounds(lower: float | None, upper: float | None) -> tuple[float, float]:
-    """The valid range, infinite where None; raise unless it is one."""
+    """Return the valid range, infinite for None; raise unless lower is below upper."""
     low = -math.inf if lower is None else lower
     high = math.inf if upper is None else upper
     number("lower", low, infinite=True)
@@ -537,7 +537,7 @@ def _step_bounds(lower: float | None, upper: float | None) -> tuple[float, float
 
 
 def _check_grid(grid: Tensor, levels: object, low: float, high: float) -> None:
-    """Raise unless what is shown can be written, at so many levels between the bounds."""
+    """Raise unless the grid can be written, with this number of levels between the bounds."""
     _written("grid", grid)
     level_count("levels", levels, MOST_LEVELS)
     if not math.isfinite(high - low):
@@ -545,10 +545,10 @@ def _check_grid(grid: Tensor, levels: object, low: float, high: float) -> None:
 
 
 def _apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise if a tensor that is written is known to have memory in common with another."""
+    """Raise if a tensor that is written is known to share memory with another."""
     for other_name, other in others.items():
         if not torch.compiler.is_compiling() and value.numel() and share(value, other):
-            raise ArgumentError(f"{name} must have memory of its own, got that of {other_name}")
+            raise ArgumentError(f"{name} must not share memory with {other_name}")
 
 
 def prox_arguments(
@@ -565,7 +565,7 @@ def prox_arguments(
 ) -> tuple[Tensor, Tensor, float, float]:
     """Check the arguments of `linf_prox_`; return (alpha, epsilon, lower, upper).
 
-    The first two are float64 tensors (N,), and bounds are infinite where None.
+    The first two are float64 tensors (N,); bounds that are None become infinite.
     """
     _step_tensors(images, origin, gradient, active, None, None)
     _like_images("metric", metric, images, torch.promote_types(images.dtype, torch.float32))
@@ -580,15 +580,15 @@ def _written(name: str, value: Tensor) -> None:
     """Raise unless a tensor can be written in place."""
     if value.numel() and overlaps(value):
         raise ArgumentError(f"{name} must not be an expanded tensor: it is written in place")
-    # The imaginary part of a conjugate, say: torch cannot write to it through an op.
+    # For example the imaginary part of a conjugate: torch cannot write to it through an op.
     if not torch.compiler.is_compiling() and value.is_neg():
         raise ArgumentError(f"{name} must not be a negated view: it is written in place")
 
 
 def share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are known to have memory in common."""
+    """Return whether two tensors are known to share memory."""
     if one.device != other.device or not one.data_ptr():
-        return False  # a tensor without memory, as for tracing
+        return False  # a tensor without memory, as in tracing
     if not (one.is_contiguous() and other.is_contiguous()):
         return one.data_ptr() == other.data_ptr()
     first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
@@ -596,5 +596,5 @@ def share(one: Tensor, other: Tensor) -> bool:
 
 
 def level_count(name: str, levels: object, at_most: int = 2**16) -> None:
-    """Raise unless images can have so many levels."""
+    """Raise unless images can have this number of levels."""
     integer(name, levels, at_least=2, at_most=at_most)

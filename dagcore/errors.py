@@ -1,13 +1,13 @@
-"""Errors of what a caller has given, which commands tell in one line.
+"""Errors for wrong arguments, which commands report in one line.
 
-Every message names the argument, what was required and what came. Any other error is a fault of the
-program, or of a user's own code that it runs.
+Every message names the argument, what was required and what came. Any other error is a bug in the
+program, or in the user's own code that it runs.
 """
 
 
 class ArgumentError(ValueError):
-    """A value that cannot be taken."""
+    """An argument with an invalid value."""
 
 
 class ArgumentTypeError(TypeError):
-    """A value of a wrong type or dtype."""
+    """An argument of a wrong type or dtype."""

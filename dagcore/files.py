@@ -1,4 +1,4 @@
-"""Image files in, finished files out: what is written is there whole or not at all."""
+"""Reading image files, and writing files that are complete or absent, never partial."""
 
 from __future__ import annotations
 
@@ -18,49 +18,50 @@ from torch import Tensor
 
 from .errors import ArgumentError
 
-IGNORE = -1  # in label maps once read, so that 255 can be a class of a large network
+IGNORE = -1  # the ignore label after reading, so that 255 can be a class
 
-# Of Pillow's formats none that starts another program (EPS), or does not tell its depth (AVIF).
+# Pillow's formats without those that start another program (EPS) or hide their depth (AVIF).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-LOSSY = ("JPEG", "MPO")  # a photograph's JPEG with a second picture in it is an MPO
-MAX_PIXELS = 2**26  # of an image: a small file can claim to be of any size
+LOSSY = ("JPEG", "MPO")  # a JPEG photograph with a second picture inside is an MPO
+MAX_PIXELS = 2**26  # per image: a small file can claim any size
 
 
 def read_image(path: Path) -> Tensor:
-    """An 8-bit image as (3, H, W) float32 in [0, 1]; grey ones become RGB, alpha is dropped.
+    """Read an 8-bit image as (3, H, W) float32 in [0, 1]; grey becomes RGB, alpha is dropped.
 
-    It is upright, as the camera has noted in the file. Of an animation it is the first frame.
+    The image is rotated upright according to its EXIF data. Of an animation, the first frame is
+    read.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no such image, or one of more than MAX_PIXELS.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not such an image, or has more than MAX_PIXELS.
     """
     image = decode(path)
     if image.mode.startswith(("I", "F")):
         raise ArgumentError(f"{path} must have 8 bits per channel, got mode {image.mode}")
     if "transparency" in image.info:
-        image = image.convert("RGBA")  # from a palette to RGB at once Pillow would warn
+        image = image.convert("RGBA")  # Pillow warns if a palette becomes RGB directly
     pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
 def probe_image(path: Path) -> None:
-    """Raise where the file of an image is missing or none, from its first bytes; see `read_image`.
+    """Raise if an image file is missing or is not an image, by its first bytes; see `read_image`.
 
-    What is broken further on shows when it is decoded.
+    Damage further on only shows when it is decoded.
     """
     _open(path, load=False)
 
 
 def read_label_map(path: Path) -> Tensor:
-    """A palette or grey image as (H, W) int32 class indices.
+    """Read a palette or grey image as (H, W) int32 class indices.
 
-    Values are those in the file, of 1, 2, 4, 8 or 16 bits. 255 of 8 bits and 65535 of 16 are the
-    ignore label, and come back as IGNORE. (255 of 16 bits may be a class: see `void_as_ignored`.)
+    The values are those in the file, of 1, 2, 4, 8 or 16 bits. The ignore label, 255 in 8 bits and
+    65535 in 16, becomes IGNORE. (255 in 16 bits may be a class: see `void_as_ignored`.)
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no such image, one of more than MAX_PIXELS, or a JPEG.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not such an image, has more than MAX_PIXELS, or is a JPEG.
     """
     image, largest = _open(path, load=True)
     if image.format in LOSSY:
@@ -84,32 +85,32 @@ def read_label_map(path: Path) -> Tensor:
 
 
 def void_as_ignored(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels with 255 as IGNORE, unless it is a class: void in a file of 16 bits may be either."""
+    """Replace 255 by IGNORE unless it is a class: in 16-bit files, void may be either."""
     return labels if num_classes > 255 else torch.where(labels == 255, IGNORE, labels)
 
 
 def frame_count(path: Path) -> int:
-    """The number of frames of an image file that can be read, of which the first is."""
+    """Return the number of frames of an image file; 1 if they cannot be counted."""
     with _opened(path) as image:
         try:
             return int(getattr(image, "n_frames", 1))
-        except Exception:  # what is behind the first frame is not read, and may be broken
+        except Exception:  # later frames are not read, and may be broken
             return 1
 
 
 def composed(name: str) -> str:
-    """A name whose accents are one with their letters (NFC), however a file system has them."""
+    """Return a name with accents composed (NFC), whatever form the file system stores."""
     return unicodedata.normalize("NFC", name)
 
 
 def decode(path: Path) -> Image.Image:
-    """An image file as Pillow reads it, upright; errors as for `read_image`."""
+    """Decode an image file with Pillow, upright; raises as `read_image` does."""
     return _open(path, load=True)[0]
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """An image file, not decoded yet; what Pillow thinks of the camera's notes is not told."""
+    """Open an image file without decoding it; Pillow's warnings about its EXIF data are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with Image.open(path, formats=FORMATS) as image:
@@ -117,28 +118,28 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
 
 
 def _open(path: Path, *, load: bool) -> tuple[Image.Image, int]:
-    """An image, and the largest value that its file has room for."""
+    """Return an image, and the largest value that its file can hold."""
     try:
         with _opened(path) as image:
             pixels, largest = image.width * image.height, _largest(image)
-            # Of 16 bits a colour Pillow reads the upper 8 only.
+            # Of 16 bits per colour, Pillow reads only the upper 8.
             cut = not image.mode.startswith(("I", "F")) and largest > 255
             if pixels <= MAX_PIXELS and not cut:
                 if load:
                     image.load()
-                    with contextlib.suppress(Exception):  # broken notes cost no image
+                    with contextlib.suppress(Exception):  # broken EXIF data does not cost the image
                         ImageOps.exif_transpose(image, in_place=True)
                 return image, largest
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except UnidentifiedImageError as error:
         raise ArgumentError(
-            f"{path} cannot be read as an image: it is of none of the formats {', '.join(FORMATS)}"
+            f"{path} cannot be read as an image: its format is none of {', '.join(FORMATS)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        claimed = re.search(r"\((\d+) pixels\)", str(error))  # Pillow has a limit of its own
+        claimed = re.search(r"\((\d+) pixels\)", str(error))  # Pillow has its own limit
         pixels = int(claimed.group(1)) if claimed else 0
-    except Exception as error:  # bytes that are no image fail in any way at all
+    except Exception as error:  # arbitrary bytes may raise anything
         raise ArgumentError(f"{path} cannot be read as an image: {error}") from error
     if pixels <= MAX_PIXELS and pixels:
         raise ArgumentError(f"{path} must have 8 bits per channel, got more")
@@ -148,7 +149,7 @@ def _open(path: Path, *, load: bool) -> tuple[Image.Image, int]:
 
 
 def _largest(image: ImageFile.ImageFile) -> int:
-    """The largest value that the file of an image, not decoded yet, has room for."""
+    """Return the largest value that an image file, not decoded yet, can hold."""
     for _, _, _, how in image.tile:
         if image.format == "PPM" and isinstance(how, tuple) and isinstance(how[-1], int):
             return how[-1]
@@ -168,11 +169,12 @@ def write_image(path: Path, image: Tensor) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place once the block has ended well.
+    """Yield a temporary file beside `path` that replaces it when the block ends without an error.
 
-    It is on the disk before it takes it: not even a power cut leaves half a file.
+    The file is flushed to disk before it replaces `path`, so even a power cut leaves no partial
+    file.
     """
-    # As long as a name may be, the temporary one is no longer.
+    # Hashed, so that the temporary name is never longer than a file name may be.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     temporary = path.with_name(f".{os.getpid()}-{digest}.part")
     try:
@@ -194,10 +196,10 @@ def _flush(path: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder for the output; raise where nothing can be written to it."""
+    """Create the output folder; raise if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+        raise OSError(f"--out {out} cannot be created as a folder: {error.strerror}") from error
     if not os.access(out, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out} must be a folder that can be written to")
+        raise PermissionError(f"--out {out} must be a writable folder")

@@ -18,7 +18,7 @@ BACKENDS = ("CPU", "CUDA")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on."""
     built = native.built_for()
     return {
         "dagcore": __version__,
@@ -32,22 +32,22 @@ def versions() -> dict[str, str | None]:
 
 
 def registered(op: str, backend: str) -> bool:
-    """Whether an op has a native kernel on a backend ("CPU" or "CUDA")."""
+    """Return whether an op has a native kernel on a backend ("CPU" or "CUDA")."""
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"dagcore::{op}", backend)
     return found
 
 
 def facts() -> dict[str, str]:
-    """Everything `dagcore info` prints, by name."""
+    """Return everything that `dagcore info` prints, by name."""
     found = {name: version or "none" for name, version in versions().items()}
     for backend in BACKENDS:
         native_ops = [op for op in ops.OPS if registered(op, backend)]
         others = [op for op in ops.OPS if op not in native_ops]
-        rest = f"; on the reference: {', '.join(others)}" if others else ""
+        rest = f"; in PyTorch: {', '.join(others)}" if others else ""
         found[f"native ops on {backend}"] = (", ".join(native_ops) or "none") + rest
     module = native.module
     if module is None:
-        found["native module"] = "not built: everything runs on the PyTorch reference"
+        found["native module"] = "not built: everything runs in PyTorch, more slowly"
     else:
         found["native module"] = "loaded"
         found["SIMD in use"] = f"{module.simd_in_use()} (supported: {module.simd_supported()})"
@@ -58,7 +58,7 @@ def facts() -> dict[str, str]:
 
 
 def gpus() -> str:
-    """The GPUs that torch sees."""
+    """Describe the GPUs that torch sees."""
     if not torch.cuda.is_available():
         return "none"
     built = None if native.module is None else native.module.cuda_architectures
@@ -71,7 +71,7 @@ def gpus() -> str:
 
 
 def coverage(architectures: str, capability: tuple[int, int]) -> str:
-    """How kernels run on a GPU that were built for architectures, as "8.0;9.0+PTX".
+    """Describe how kernels built for `architectures`, such as "8.0;9.0+PTX", run on a GPU.
 
     Code runs on every later GPU of its generation (the number before the point); PTX is compiled
     for any later GPU when a kernel is first launched.
@@ -86,7 +86,7 @@ def coverage(architectures: str, capability: tuple[int, int]) -> str:
 
 
 def show(require_cuda_kernels: bool = False) -> int:
-    """Print the facts; the exit status is 1 if CUDA kernels are required and not there."""
+    """Print the facts; return 1 if CUDA kernels are required but missing, else 0."""
     found = facts()
     width = max(map(len, found))
     for name, value in found.items():
@@ -99,7 +99,7 @@ def show(require_cuda_kernels: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m dagcore.info`."""
+    """Run `python -m dagcore.info`."""
     parser = argparse.ArgumentParser(prog="python -m dagcore.info", description=__doc__)
     parser.add_argument(
         "--require-cuda-kernels",

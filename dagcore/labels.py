@@ -23,21 +23,22 @@ def assign(
     *,
     look: bool = True,
 ) -> Tensor | str:
-    """The adversarial labels of an attack: given ones as they are, others drawn.
+    """Return the adversarial labels of an attack: given ones unchanged, others drawn.
 
     Args:
-        adversarial_labels: (N, *T) integers, returned unchanged, or one of "permutation" (each
-            image's classes permuted at random, none to itself), "random" (each target a class of
-            its own, never its label) or "runner-up" (returned unchanged: looked up as scores come).
+        adversarial_labels: (N, *T) integers, returned unchanged, or one of "permutation" (the
+            classes of each image permuted at random, none to itself), "random" (a random class for
+            each target, never its label) or "runner-up" (returned unchanged: it is resolved from
+            the scores).
         labels: (N, *T) uint8, int32 or int64.
         num_classes: C.
-        ignore_index: targets of this label keep it.
-        generator: source of randomness; torch's global one if None.
-        look: whether to look for labels out of range, for which a GPU is waited for. Without, they
-            get some class as well.
+        ignore_index: targets with this label keep it.
+        generator: source of randomness; the global one of torch if None.
+        look: whether to look for labels out of range, which waits for a GPU. If not, such labels
+            get an arbitrary class.
 
     Returns:
-        (N, *T), of the dtype of `labels` where that can hold C classes, or "runner-up".
+        (N, *T), with the dtype of `labels` if it can hold C classes, or "runner-up".
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -77,7 +78,7 @@ def draw(
     num_classes: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """A class other than its own for each of `true`, int64 in 0..C-1: "permutation" or "random"."""
+    """Draw another class for each of `true`, int64 in 0..C-1, by "permutation" or "random"."""
     if kind == "permutation":
         tables = [derangement(num_classes, generator) for _ in range(len(true))]
         if not tables:
@@ -90,17 +91,17 @@ def draw(
 
 
 def _beside(drawn: Tensor, other: Tensor) -> Tensor:
-    """Numbers on another tensor's device, without waiting for it."""
+    """Move numbers to the device of another tensor, without waiting for it."""
     if checks.at_hand(drawn) and other.device.type == "cuda":
         return drawn.pin_memory().to(other.device, non_blocking=True)
     return drawn.to(other.device)
 
 
 def derangement(num_classes: int, generator: torch.Generator | None = None) -> Tensor:
-    """A permutation of the classes without fixed points, uniform among them: (C,) int64.
+    """Draw uniformly a permutation of the classes without fixed points: (C,) int64.
 
     Raises:
-        TypeError, ValueError: a generator that is none, or fewer than two classes.
+        TypeError, ValueError: a wrong generator, or fewer than two classes.
     """
     checks.integer("num_classes", num_classes, at_least=2, at_most=checks.MOST_PIXELS)
     checks.generator(generator)
@@ -113,19 +114,19 @@ def derangement(num_classes: int, generator: torch.Generator | None = None) -> T
 
 
 def pattern(name: str, height: int, width: int) -> Tensor:
-    """A pattern to paint, as in the paper's geometric examples: (height, width) bool.
+    """Return a pattern to paint, as in the geometric examples of the paper: (height, width) bool.
 
     Args:
-        name: "circle", "square", "stripes", "text:WORDS" or "mask:FILE", an image file whose
-            non-zero pixels are the pattern, fitted to the size by its nearest pixels.
+        name: "circle", "square", "stripes", "text:WORDS" or "mask:FILE". The non-zero pixels of the
+            image file are the pattern; it is resized with nearest-neighbour interpolation.
         height: in targets.
         width: in targets.
 
     Raises:
         TypeError: a name or a size of a wrong type.
-        ValueError: an unknown name, a text that has nothing to show, a size below 1, or a mask file
-            that cannot be read as an image.
-        FileNotFoundError: a mask file that is not there.
+        ValueError: an unknown name, a text without visible characters, a size below 1, or a mask
+            file that cannot be read as an image.
+        FileNotFoundError: the mask file does not exist.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError(f"pattern must be a string, got {type(name).__name__}")
@@ -153,7 +154,7 @@ def pattern(name: str, height: int, width: int) -> Tensor:
 
 
 def paint(mask: Tensor, foreground: int, background: int | Tensor) -> Tensor:
-    """Labels that are `foreground` inside a mask and `background` (a class or a map) outside.
+    """Return labels that are `foreground` inside a mask and `background` outside.
 
     Args:
         mask: (*T) bool.
@@ -181,7 +182,7 @@ def _text(words: str, height: int, width: int) -> Tensor:
         (0, 0), words, font=font
     )
     if right <= left or bottom <= top or not words.strip():
-        raise ArgumentError(f"pattern 'text:WORDS' must have words to show, got {words!r}")
+        raise ArgumentError(f"pattern 'text:WORDS' must have visible characters, got {words!r}")
     ink = Image.new("L", (round(right - left), round(bottom - top)))
     ImageDraw.Draw(ink).text((-left, -top), words, fill=255, font=font)
     scale = 0.9 * min(width / ink.width, height / ink.height)

@@ -1,7 +1,7 @@
-"""Dense losses by name, and the objectives of attacks: what counts at the scores, what to seed.
+"""Dense losses by name, and the objectives of attacks, which count targets and seed gradients.
 
-A `Loss` is what `PGD` and `APGD` take, and a function that networks can be trained with:
-``dagcore.losses.jensen_shannon(scores, labels)``. The formulas are in `dagcore.ops.loss_seed`.
+`PGD` and `APGD` take a `Loss`. It is also a function that can train networks:
+`dagcore.losses.jensen_shannon(scores, labels)`. The formulas are in `dagcore.ops.loss_seed`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from .errors import ArgumentError, ArgumentTypeError
 from .labels import assign
 
 UNTARGETED = "untargeted"
-"""What stands for adversarial labels where a loss has none."""
+"""Stands for adversarial labels where a loss has none."""
 REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-    """A dense loss, computed with its gradient in one pass over the scores.
+    """A dense loss, computed together with its gradient in one pass over the scores.
 
     Args:
-        name: one of `dagcore.ops.loss_seed`'s.
-        blend: of "blended-cross-entropy", from 0 to 1.
-        q: of "tsallis", at most 1.
-        kappa: of "margin" and "dag", in the units of the scores, at least 0.
-        class_weights: (C,) floating point; a target's loss is multiplied by that of its label.
+        name: one of the names of `dagcore.ops.loss_seed`.
+        blend: weight of "blended-cross-entropy", from 0 to 1.
+        q: parameter of "tsallis", at most 1.
+        kappa: parameter of "margin" and "dag", in the units of the scores, at least 0.
+        class_weights: (C,) floating point; a target's loss is multiplied by the weight of its
+            label.
 
     Raises:
-        TypeError, ValueError: a name or a number that is none of these.
+        TypeError, ValueError: an unknown name, or a number out of its range.
     """
 
     name: str
@@ -66,24 +67,24 @@ class Loss:
         align_corners: bool = False,
         reduction: str = "mean",
     ) -> Tensor:
-        """The loss, with its gradient to the scores for a backward pass: to be ascended by attacks.
+        """Return the loss, which attacks maximise and which supports a backward pass to the scores.
 
         Args:
             scores: (N, C, *T) before softmax, or maps (N, C, h, w) of another size than the labels,
-                which are read through bilinear interpolation.
+                which are interpolated bilinearly.
             labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
             adversarial_labels: (N, *T) likewise, for a targeted loss; see `dagcore.ops.loss_seed`.
             ignore_index: the label of targets that never count.
             align_corners: as for `torch.nn.functional.interpolate`.
-            reduction: "mean" over the targets that are not ignored (NaN where there are none),
-                "sum" over all, or "none": the sums of each image.
+            reduction: "mean" over the targets that are not ignored (NaN if there are none), "sum"
+                over all, or "none" for the sum of each image.
 
         Returns:
             float32, or float64 for float64 scores: a scalar, or (N,) for "none".
 
         Raises:
-            TypeError, ValueError: as `dagcore.ops.loss_seed`.
-            RuntimeError: where it is differentiated twice.
+            TypeError, ValueError: as for `dagcore.ops.loss_seed`.
+            RuntimeError: on a second derivative.
         """
         checks.choice("reduction", reduction, REDUCTIONS)
         sums = cast(
@@ -105,7 +106,7 @@ class Loss:
         ignore_index: int,
         align_corners: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Seed, sums of the losses and hits: what `dagcore.ops.loss_seed` returns."""
+        """Return what `dagcore.ops.loss_seed` returns: seed, sums of the losses, and hits."""
         settings: dict[str, Any] = {
             "loss": self.name,
             "blend": self.blend,
@@ -133,8 +134,8 @@ masked_spherical = Loss("masked-spherical")
 dlr = Loss("dlr")
 
 UserLoss = Callable[..., Tensor]
-"""A loss of one's own in plain PyTorch: (scores (N, C, *T), labels (N, *T)), and adversarial labels
-(N, *T) where they are given, -> (N,) or (N, *T), to be ascended."""
+"""A user-defined loss in plain PyTorch, to be maximised: it maps scores (N, C, *T) and labels
+(N, *T), and adversarial labels (N, *T) if they are given, to values (N,) or (N, *T)."""
 
 
 class _Fused(torch.autograd.Function):
@@ -163,14 +164,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (seed,) = ctx.saved_tensors
-        # Where a graph is asked for, there is one: whose backward pass says what is wrong.
+        # If a graph is asked for, build one, whose backward pass raises a clear error.
         seed = seed.detach().requires_grad_(torch.is_grad_enabled())
         scaled = _Once.apply(seed, gradients[0])
         return scaled, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
-    """A seed times the gradient of each image's loss, with no derivative of its own."""
+    """A seed times the gradient of each image's loss, without a derivative of its own."""
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, gradient: Tensor) -> Tensor:
@@ -179,24 +180,24 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "a loss of dagcore.losses can be differentiated once only: its seed is computed with "
-            "it, without a graph"
+            "a loss of dagcore.losses can be differentiated only once: its gradient comes with it, "
+            "without a graph"
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossObjective:
-    """A dense loss, summed over the targets, to be ascended.
+    """A dense loss, summed over the targets, to be maximised.
 
-    A target is active while its argmax is its label; with a targeted loss until its argmax is its
+    A target is active while its argmax is its label, or for a targeted loss until its argmax is its
     adversarial label.
 
     Args:
-        loss: by its name, as a `Loss`, or one of the user's own.
+        loss: a name, a `Loss`, or a user-defined loss.
         ignore_index: label of the targets that never count.
-        blend_steps: updates in which the blend of "blended-cross-entropy" rises from 0 to 1/2, as
-            SegPGD has it; None: it stays.
-        track: the loss that is told in place of the one that goes up; None: that itself.
+        blend_steps: number of updates in which the blend of "blended-cross-entropy" rises from 0 to
+            1/2, as in SegPGD; None: the blend is constant.
+        track: the loss to report instead of `loss`; None: `loss` itself.
     """
 
     loss: Loss | UserLoss
@@ -207,12 +208,12 @@ class LossObjective:
 
     @property
     def default(self) -> str:
-        """How adversarial labels are chosen where nobody says it."""
+        """How adversarial labels are chosen by default."""
         return "permutation" if self.is_dag else UNTARGETED
 
     @property
     def is_dag(self) -> bool:
-        """Whether the loss always has adversarial labels, and counts as it does without."""
+        """Whether the loss is "dag", which has adversarial labels but counts as if untargeted."""
         return isinstance(self.loss, Loss) and self.loss.name == "dag"
 
     def check_kind(self, wanted: str) -> None:
@@ -227,7 +228,7 @@ class LossObjective:
         num_classes: int,
         generator: torch.Generator | None,
     ) -> Tensor | str:
-        """Adversarial labels, given or drawn; "untargeted" where there are none."""
+        """Return adversarial labels, given or drawn; "untargeted" if there are none."""
         weights = self.loss.class_weights if isinstance(self.loss, Loss) else None
         if weights is not None:
             checks.shape("class_weights", weights, (num_classes,), f"{num_classes} classes")
@@ -250,12 +251,12 @@ class LossObjective:
         return wanted
 
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
-        """Number of targets that are not ignored, (N,) int64."""
+        """Count the targets that are not ignored, (N,) int64."""
         counted = self._counted(num_classes, labels, adversarial)
         return counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
 
     def begin(self, labels: Tensor) -> State:
-        """No state of its own."""
+        """Return no state."""
         return {}
 
     def _counted(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
@@ -273,7 +274,7 @@ class LossObjective:
         align_corners: bool,
         state: State,
     ) -> Seed:
-        """The loss's gradient at the scores, active targets, and the loss."""
+        """Return the gradient of the loss at the scores, the active targets, and the loss."""
         scores = scores.detach()
         if self.track is not None:
             settings: Any = {"align_corners": align_corners, "state": state}
@@ -300,7 +301,7 @@ class LossObjective:
             None if weights is None else weights.detach().to(real).contiguous(),
             self.ignore_index,
         )
-        # Past the wrappers' checks: arguments were checked as the images came.
+        # Bypass the checks of the wrappers: arguments were checked on arrival.
         if scores.shape[2:] == labels.shape[1:]:
             seed, sums, active = torch.ops.dagcore.loss_seed(scores, labels, *rule)
         else:
@@ -314,7 +315,7 @@ class LossObjective:
                 height, width = labels.shape[1:]
                 winner = torch.ops.dagcore.argmax_bilinear(scores, height, width, align_corners)
             away = self.active(scores.shape[1], labels, given, winner)
-            away = torch.where(sums.isnan(), away.clamp(min=1), away)  # a NaN is no success
+            away = torch.where(sums.isnan(), away.clamp(min=1), away)  # a NaN is not a success
             active = torch.where(active < 0, active, away)  # below 0: a label out of range
         return Seed(seed, active, sums)
 
@@ -325,7 +326,7 @@ class LossObjective:
         adversarial: Tensor | str | None,  # (N, *T)
         winner: Tensor,  # (N, *T)
     ) -> Tensor:
-        """Active targets (N,) int32 where these classes win."""
+        """Count the active targets, (N,) int32, given the winning classes."""
         if isinstance(adversarial, Tensor) and not self.is_dag:
             active = self._counted(num_classes, labels, adversarial)
             active = active & (winner != adversarial.long())
@@ -336,7 +337,7 @@ class LossObjective:
     def _users(
         self, scores: Tensor, labels: Tensor, aims: Tensor | None, align_corners: bool
     ) -> Seed:
-        """The gradient of the user's own loss, by autograd."""
+        """Return the gradient of a user-defined loss, by autograd."""
         with torch.enable_grad():
             leaf = scores.requires_grad_()
             high = leaf
@@ -360,7 +361,7 @@ class LossObjective:
         best, winner = high.detach().max(1)
         active = self.active(scores.shape[1], labels, aims, winner)
         broken = best.isnan().reshape(len(best), -1).any(1)
-        active = torch.where(broken, active.clamp(min=1), active)  # a NaN is no success
+        active = torch.where(broken, active.clamp(min=1), active)  # a NaN is not a success
         return Seed(seed, active, sums.detach())
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
@@ -370,10 +371,10 @@ class LossObjective:
 
 
 def named(loss: str | Loss | UserLoss, name: str = "loss") -> Loss | UserLoss:
-    """A loss by its name, or as it is.
+    """Return the loss of this name, or a loss unchanged.
 
     Raises:
-        TypeError, ValueError: no loss.
+        TypeError, ValueError: not a loss.
     """
     if isinstance(loss, str):
         checks.choice(name, loss, checks.LOSSES)
@@ -388,13 +389,14 @@ def named(loss: str | Loss | UserLoss, name: str = "loss") -> Loss | UserLoss:
 
 @dataclasses.dataclass(frozen=True)
 class DAGObjective:
-    """Dense Adversary Generation's: f_l' - f_l, summed over the active targets.
+    """The objective of Dense Adversary Generation: f_l' - f_l, summed over the active targets.
 
     Args:
-        goal: "leave": a target is active while its label wins; "reach": until its adversarial
-            label does.
+        goal: "leave": a target is active while its label wins; "reach": until its adversarial label
+            wins.
         ignore_index: label of the targets that never count.
-        margin: by how much a target must be won to count no more, in the units of the scores.
+        margin: lead by which a target must be won to be no longer active, in the units of the
+            scores.
     """
 
     goal: str = "leave"
@@ -410,9 +412,10 @@ class DAGObjective:
         num_classes: int,
         generator: torch.Generator | None,
     ) -> Tensor | str:
-        """Adversarial labels, given or drawn; see `dagcore.labels.assign`.
+        """Return adversarial labels, given or drawn; see `dagcore.labels.assign`.
 
-        Labels out of range are looked for where that waits for no device; `seed` tells of them too.
+        Labels out of range are looked for only if that does not wait for a device; `seed` reports
+        them too.
         """
         return assign(
             self.default if wanted is None else wanted,
@@ -424,9 +427,9 @@ class DAGObjective:
         )
 
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
-        """Number of targets that count, (N,) int64.
+        """Count the targets that count, (N,) int64.
 
-        They are not ignored and, for "leave", not meant for their own label.
+        They are not ignored and, for "leave", their adversarial label is not their label.
         """
         labels, ignored = labels.long(), self.ignore_index  # a uint8 would be compared modulo 256
         counted = labels != ignored
@@ -441,7 +444,7 @@ class DAGObjective:
         return counted.flatten(1).sum(1) if counted.dim() > 1 else counted.long()
 
     def begin(self, labels: Tensor) -> State:
-        """No state of its own."""
+        """Return no state."""
         return {}
 
     def seed(
@@ -453,14 +456,14 @@ class DAGObjective:
         align_corners: bool,
         state: State | None = None,
     ) -> Seed:
-        """+1 at the adversarial label of each active target, -1 at its label; their number.
+        """Return the seed, +1 at adversarial labels and -1 at labels, and the active targets.
 
-        A number below 0 tells of a label that is out of range.
+        A negative number of active targets reports a label out of range.
         """
         given = adversarial if isinstance(adversarial, Tensor) else None
         rule = self.goal, self.ignore_index, float(self.margin)
         scores = scores.detach()
-        # Past the wrappers' checks: arguments were checked as the images came.
+        # Bypass the checks of the wrappers: arguments were checked on arrival.
         if scores.shape[2:] == labels.shape[1:]:
             seed, active = torch.ops.dagcore.dag_seed(scores, labels, given, *rule)
         else:

@@ -1,6 +1,6 @@
-"""How good a network is: mean IoU, average precision at IoU 0.5, and kinds of detection errors.
+"""Measures of networks: mean IoU, average precision at IoU 0.5, and kinds of detection errors.
 
-Each gathers a whole data set through `update`, and `compute` gives the result.
+Each measure collects a data set through `update`, and returns the result from `compute`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Score:
     """A score per class and their mean, in percent.
 
     Attributes:
-        per_class: (C,), NaN for a class that has no score.
-        mean: over the classes that have one; NaN where none has.
+        per_class: (C,), NaN for classes without a score.
+        mean: mean over the classes that have a score; NaN if none has.
     """
 
     per_class: tuple[float, ...]
@@ -45,14 +45,14 @@ def _score(per_class: Iterable[float]) -> Score:
 class MeanIoU:
     """Intersection over union of each class, and their mean: the measure of VOC's segmentation.
 
-    As in VOC's development kit one confusion matrix counts the pixels of the whole data set, void
-    ones left out, and the background is a class like any other. A class that occurs neither in the
+    As in VOC's development kit, one confusion matrix counts the pixels of the whole data set except
+    void pixels, and the background is a class like any other. A class that occurs neither in the
     truth nor in a prediction has no score and does not count in the mean. (The kit divides 0 by 0
-    there; in VOC's own sets every class occurs.)
+    in that case. In VOC's own sets, every class occurs.)
 
     Args:
-        num_classes: number of classes C, the background included.
-        void: the value in masks that counts for nothing.
+        num_classes: number of classes C, including the background.
+        void: value of the pixels in masks that do not count.
     """
 
     def __init__(self, num_classes: int, *, void: int = VOID) -> None:
@@ -64,7 +64,7 @@ class MeanIoU:
         self.num_classes, self.void = num_classes, void
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
-        """Count predicted classes against true ones, integers (*shape) both."""
+        """Count predicted classes against true classes, integers of the same shape."""
         for name, value in (("predictions", predictions), ("masks", masks)):
             checks.tensor(name, value, checks.LABEL_DTYPES)
         checks.shape("predictions", predictions, tuple(masks.shape), "masks")
@@ -78,13 +78,13 @@ class MeanIoU:
         self._confusion.update(predictions, masks)
 
     def compute(self) -> Score:
-        """The score of everything counted so far."""
+        """Return the score of everything counted so far."""
         confusion = self._confusion.confmat.double()
         return iou(confusion.diag(), confusion.sum(0), confusion.sum(1))
 
 
 def iou(hits: Tensor, predicted: Tensor, true: Tensor) -> Score:
-    """The score from pixels of each class (C,): rightly predicted, predicted, and true."""
+    """Return the score from the correct, the predicted and the true pixels of each class (C,)."""
     hits, predicted, true = hits.double(), predicted.double(), true.double()
     return _score((hits / (predicted + true - hits)).tolist())
 
@@ -92,7 +92,7 @@ def iou(hits: Tensor, predicted: Tensor, true: Tensor) -> Score:
 def mean_iou(
     predictions: Iterable[Tensor], masks: Iterable[Tensor], num_classes: int, *, void: int = VOID
 ) -> Score:
-    """`MeanIoU` of predicted maps against masks, (H, W) each, of any sizes."""
+    """Return the `MeanIoU` of predicted maps against masks, (H, W) each, of any sizes."""
     measure = MeanIoU(num_classes, void=void)
     for prediction, mask in zip(predictions, masks, strict=True):
         measure.update(prediction, mask)
@@ -101,12 +101,12 @@ def mean_iou(
 
 @dataclasses.dataclass(frozen=True)
 class WorstCase:
-    """What several attacks leave of a data set where each image's worst one counts.
+    """The worst case of several attacks on a data set, with one attack chosen for each image.
 
     Attributes:
-        score: over the data set.
-        choice: (N,) int64, the attack that counts for each image.
-        rounds: how often all images were gone through.
+        score: score of the data set.
+        choice: (N,) int64, index of the attack chosen for each image.
+        rounds: number of passes over all images.
     """
 
     score: Score
@@ -123,25 +123,27 @@ def worst_iou(
     least_gain: float = 1e-6,
     generator: torch.Generator | None = None,
 ) -> WorstCase:
-    """The worst case of the mean IoU over N images under A attacks, by SEA's greedy search.
+    """Search the worst case of the mean IoU of N images under A attacks, as SEA does.
 
-    The mean IoU is one of the whole data set, so that the worst attack of an image depends on those
-    of the others. All images begin with one attack; then, image after image, the attack is taken
-    that makes the mean IoU of the set lowest, until a round of all images gains next to nothing
-    (Croce, Singh, Hein, ECCV 2024). Exact in integers, but for the divisions; it ends where no
-    change of a single image gains more, which need not be the worst of all choices.
+    The mean IoU is a score of the whole data set, so the worst attack on an image depends on the
+    attacks chosen for the others. This is SEA's greedy search (Croce, Singh, Hein, ECCV 2024). All
+    images begin with one attack. Then each image in turn takes the attack that gives the lowest
+    mean IoU of the data set. The search ends when a round over all images gains almost nothing.
+    Then no change of a single image gains more, but other choices of attacks may be worse still.
+    Counts are exact integers, and only divisions round.
 
     Args:
-        hits: pixels of each image rightly predicted to be of each class, integers.
-        predicted: those predicted to be of it, likewise.
-        true: those that are of it; void pixels count in none of the three.
-        begin: the attack that all images begin with. None: the one that leaves the lowest mean IoU,
-            so that the worst case is at most what each attack leaves.
-        least_gain: of a round, for another one: a fraction of 1, not a percentage.
-        generator: draws the order of the images in each round; None: as they are.
+        hits: correctly predicted pixels of each image and class, integers.
+        predicted: predicted pixels of each image and class, integers.
+        true: true pixels of each image and class, integers. Void pixels count in none of the three.
+        begin: attack that all images begin with. None takes the one with the lowest mean IoU, so
+            that the worst case is at most the mean IoU under each attack.
+        least_gain: gain in a round that leads to another round, as a fraction of 1.
+        generator: draws the order of the images in each round. None keeps their order.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: if an argument is invalid. The message names it, what was required
+            and what was given.
     """
     for name, value, dims in (("hits", hits, 3), ("predicted", predicted, 3), ("true", true, 2)):
         checks.tensor(name, value, checks.LABEL_DTYPES)
@@ -149,9 +151,13 @@ def worst_iou(
             raise ArgumentError(f"{name} must have {dims} dimensions, got {tuple(value.shape)}")
     checks.shape("predicted", predicted, tuple(hits.shape), "hits")
     checks.shape("true", true, tuple(hits.shape[1:]), "hits")
-    if bool(((hits < 0) | (hits > predicted) | (hits > true)).any()):
+    wrong = (hits < 0) | (hits > predicted) | (hits > true)
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
         raise ArgumentError(
-            "hits must be at least 0 and at most predicted and true, which they are not"
+            "hits must be at least 0 and at most predicted and true, got "
+            f"{int(hits[place])} hits, {int(predicted[place])} predicted and "
+            f"{int(true[place[1:]])} true at {place}"
         )
     attacks, images, _ = hits.shape
     if attacks == 0:
@@ -160,7 +166,7 @@ def worst_iou(
         checks.integer("begin", begin, at_least=0, at_most=attacks - 1)
     checks.number("least_gain", least_gain, at_least=0)
     checks.generator(generator)
-    # Of a class: pixels hit, and pixels predicted or true, whose quotient is its IoU.
+    # Intersection and union of each class, whose quotient is its IoU.
     h = hits.long().cpu().numpy()
     u = (predicted.long() + true.long() - hits.long()).cpu().numpy()
     whole = _mean_ious(h.sum(1), u.sum(1))
@@ -185,7 +191,7 @@ def worst_iou(
 
 
 def _mean_ious(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
-    """Mean IoUs (A,) over the classes (A, C) that occur; NaN where none does."""
+    """Return the mean IoUs (A,) over the classes (A, C) that occur; NaN if none does."""
     occur = unions > 0
     ratios = hits / np.maximum(unions, 1)  # a class that does not occur has no hits
     with np.errstate(invalid="ignore"):
@@ -196,25 +202,24 @@ def _mean_ious(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
 class AveragePrecision:
     """Average precision of each class at an IoU of at least 0.5, and their mean (mAP).
 
-    Protocols:
-        "voc2007": the mean of the best precision at recalls of 0, 0.1, ..., 1 and above.
-        "voc2010": the area under that curve, every recall counted (VOC 2010 and later).
-        "coco": at recalls of 0, 0.01, ..., 1, by pycocotools through torchmetrics; the 100
-            detections of highest score in each image.
+    - "voc2007": the mean of the best precision at or above recalls of 0, 0.1, ..., 1.
+    - "voc2010": the area under that curve, over all recalls (VOC 2010 and later).
+    - "coco": the mean at recalls of 0, 0.01, ..., 1, by pycocotools through torchmetrics, of the
+      100 detections with the highest scores in each image.
 
-    VOC: detections come in the order of their scores, those of equal score in the order in which
-    they were given; each belongs to the true box of its class that it overlaps most, and is
-    right if it is the first one there. One that belongs to a difficult box counts neither way. COCO
-    lets a detection look for a box that is still free, and treats difficult boxes as crowds.
+    VOC sorts detections by their scores, and keeps the given order of equal scores. Each detection
+    belongs to the true box of its class that it overlaps most, and is correct if it is the first
+    one there. A detection that belongs to a difficult box is ignored. COCO lets a detection take
+    another box that is still free, and treats difficult boxes as crowds.
 
-    A crowd is a region to ignore, in every protocol: a detection that is not right, and has at
-    least half of its own area in a crowd of its class, counts neither way, however many do.
+    In every protocol, a crowd is a region to ignore. All detections that are not correct and have
+    at least half of their own area in a crowd of their class are ignored.
 
-    A class without a true box other than difficult ones and crowds has no score and does not count
-    in the mean.
+    A class that only has difficult boxes and crowds, or no true box at all, has no score and does
+    not count in the mean.
 
     Args:
-        num_classes: number of classes C, the background (0, which has no score) included.
+        num_classes: number of classes C, including the background (0), which has no score.
         protocol: "voc2007", "voc2010" or "coco".
     """
 
@@ -224,7 +229,7 @@ class AveragePrecision:
         self.num_classes, self.protocol = num_classes, protocol
         self._coco = _coco() if protocol == "coco" else None
         self._truths = [0] * num_classes
-        # Per class: score of a detection, and whether it was right.
+        # For each class: scores of the detections, and whether they are correct.
         self._found: list[list[tuple[float, bool]]] = [[] for _ in range(num_classes)]
 
     def update(
@@ -238,12 +243,12 @@ class AveragePrecision:
         """Count the detections in one image.
 
         Args:
-            prediction: as torchvision's detectors return it: "boxes" (D, 4), left, top, right,
-                bottom in pixels; "labels" (D,) integers; "scores" (D,).
-            boxes: the true ones (K, 4).
-            labels: (K,) integers.
-            difficult: (K,) bool; None where there is no difficult one.
-            iscrowd: (K,) bool; None where there is no crowd.
+            prediction: detections as returned by torchvision's detectors: "boxes" (D, 4), left,
+                top, right, bottom in pixels; "labels" (D,) integers; "scores" (D,).
+            boxes: true boxes (K, 4).
+            labels: classes of the true boxes, (K,) integers.
+            difficult: (K,) bool; None if no box is difficult.
+            iscrowd: (K,) bool; None if no box is a crowd.
         """
         seen = _Detections(prediction, boxes, labels, difficult, iscrowd, self.num_classes)
         for label in seen.labels[~seen.ignored].tolist():
@@ -258,7 +263,7 @@ class AveragePrecision:
             self._found[int(seen.classes[d])].append((float(seen.scores[d]), right))
 
     def compute(self) -> Score:
-        """The score of everything counted so far."""
+        """Return the score of everything counted so far."""
         known = {c: self._area(c) for c, count in enumerate(self._truths) if count}
         if self._coco is not None and known:
             result = self._coco.compute()
@@ -267,7 +272,7 @@ class AveragePrecision:
         return _score(known[c] if count else math.nan for c, count in enumerate(self._truths))
 
     def _area(self, label: int) -> float:
-        """Average precision of a class by VOC's protocol."""
+        """Return the average precision of a class by VOC's protocols."""
         truths, found = self._truths[label], sorted(self._found[label], key=lambda f: -f[0])
         # Precision where the k-th true box is found, then the best at that recall or above.
         ranks = [rank for rank, (_, right) in enumerate(found, start=1) if right]
@@ -287,17 +292,17 @@ KINDS = ("correct", "classification", "localisation", "both", "duplicate", "back
 
 @dataclasses.dataclass(frozen=True)
 class ErrorCounts:
-    """What became of the detections and the objects of a data set.
+    """Numbers of detections in a data set by kind of error, and of missed and all objects.
 
     Attributes:
-        correct: detections that are right.
-        classification: those at the place of an object of another class.
-        localisation: those near an object of their class, but not at its place.
-        both: those near an object of another class.
-        duplicate: further ones at the place of an object that was found.
-        background: those that are near no object.
+        correct: detections that are correct.
+        classification: detections at the place of an object of another class.
+        localisation: detections near an object of their class, but not at its place.
+        both: detections near an object of another class.
+        duplicate: further detections at the place of an object that was found.
+        background: detections that are near no object.
         missed: objects without a correct detection, a classification or a localisation error.
-        objects: all of them, difficult ones and crowds left out.
+        objects: all objects except difficult ones and crowds.
     """
 
     correct: int
@@ -311,40 +316,41 @@ class ErrorCounts:
 
     @property
     def detections(self) -> int:
-        """All detections that count."""
+        """Number of detections that count."""
         return sum(getattr(self, kind) for kind in KINDS)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Percentages: "missed" of the objects, the others of the detections; NaN of none."""
+        """Percentages: "missed" of the objects, the others of the detections; NaN if none count."""
         parts = {kind: (getattr(self, kind), self.detections) for kind in KINDS}
         parts["missed"] = (self.missed, self.objects)
         return {kind: 100 * n / of if of else math.nan for kind, (n, of) in parts.items()}
 
 
 class DetectionErrors:
-    """Errors of place told apart from errors of class, in the terms of TIDE.
+    """Detections counted by kind of error, such as wrong place or wrong class, as in TIDE.
 
-    By its IoU with the true boxes a detection that is not correct has one of these errors, the
-    first that applies (Bolya et al., ECCV 2020):
+    A detection that is not correct has the first of these errors that applies to its IoU with the
+    true boxes (Bolya et al., ECCV 2020):
 
-        duplicate: at least 0.5 with a box of its class, which was found already.
+        duplicate: at least 0.5 with a box of its class that was found already.
         classification: at least 0.5 with a box of another class.
         localisation: at least 0.1 with a box of its class.
         both: at least 0.1 with a box of another class.
         background: less than 0.1 with every box.
 
-    TIDE's own code looks for errors of localisation first, so that a detection that fits one
-    object and touches one of its own class is misplaced there, and misclassified here.
+    TIDE's own code looks for localisation errors first. So a detection that fits an object of
+    another class and touches one of its own class is a localisation error there, and a
+    classification error here.
 
-    Which detections are correct, and which count neither way, is as in `AveragePrecision` with
-    VOC's protocols, except that detections below `min_score` are left out first.
+    `AveragePrecision` with VOC's protocols defines which detections are correct and which are
+    ignored, except that detections below `min_score` are left out first.
 
     Args:
-        num_classes: number of classes C, the background (0) included.
-        min_score: detections below it do not count. Average precision weighs detections by their
-            rank, and is hardly changed by the many of low score that a detector returns. In
-            counts, they would hide all others.
+        num_classes: number of classes C, including the background (0).
+        min_score: minimum score of detections that count. Average precision weighs detections by
+            their rank, so the many detections with low scores hardly change it. In counts, they
+            would hide all others.
     """
 
     def __init__(self, num_classes: int, *, min_score: float = 0.5) -> None:
@@ -375,17 +381,17 @@ class DetectionErrors:
         self._counts["objects"] += int((~seen.ignored).sum())
 
     def compute(self) -> ErrorCounts:
-        """The counts of everything seen so far."""
+        """Return the counts of everything counted so far."""
         return ErrorCounts(**self._counts)
 
 
 class _Detections:
-    """The detections in one image beside its true boxes: checked, on the CPU, and judged.
+    """The detections and the true boxes of one image, checked and on the CPU.
 
     Attributes:
-        own: (D, K + 1) IoU with the true boxes of the same class; 0 for crowds, and at the end.
-        others: likewise, with those of other classes.
-        best: (D,) the box that `own` is largest for.
+        own: (D, K + 1), IoU with the true boxes of the same class; 0 for crowds and at the end.
+        others: (D, K + 1), the same for the true boxes of other classes.
+        best: (D,), index of the box with the largest `own`.
     """
 
     def __init__(
@@ -431,7 +437,7 @@ class _Detections:
         self.in_crowd = (inside & same & iscrowd).any(1)
 
     def judged(self) -> Iterator[tuple[int, bool]]:
-        """The detections that count, the best score first, and whether they are right."""
+        """Yield the detections that count, best score first, and whether they are correct."""
         taken = set()
         for d in self.scores.argsort(descending=True, stable=True).tolist():
             box = self.best[d]
@@ -446,7 +452,7 @@ class _Detections:
             yield d, right
 
     def error(self, d: int) -> tuple[str, int]:
-        """What is wrong with a detection that is not right, and the box that it is wrong at."""
+        """Return the error of a detection that is not correct, and the box that it concerns."""
         box, other = self.best[d], int(self.others[d].argmax())
         own, others = float(self.own[d, box]), float(self.others[d, other])
         if own >= 0.5:
@@ -471,7 +477,7 @@ def _check_boxes(
 
 
 def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
-    """The share of the area of boxes (D, 4) that lies in each of regions (K, 4): (D, K)."""
+    """Return the shares (D, K) of the area of boxes (D, 4) that lie in regions (K, 4)."""
     corner = torch.maximum(boxes[:, None, :2], regions[:, :2])
     sides = (torch.minimum(boxes[:, None, 2:], regions[:, 2:]) - corner).clamp(min=0)
     return sides.prod(2) / (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]

@@ -1,4 +1,4 @@
-"""Packages of the extras."""
+"""Imports of the packages of the extras."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def optional_import(module: str, extra: str) -> Any:
-    """Import an optional package; where it is missing, say which extra has it."""
+    """Import an optional package; if it is missing, raise an error that names its extra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Working with perturbations: adding, permuting, measuring and rounding them."""
+"""Adding, permuting, measuring and rounding perturbations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .levels import nearest, value
 
 
 def combine(*perturbations: Tensor) -> Tensor:
-    """The sum of perturbations of one shape: the paper's ensembles, such as r_5 + r_7.
+    """Return the sum of perturbations of one shape, such as the paper's ensemble r_5 + r_7.
 
     Raises:
-        TypeError: a member that is no floating-point tensor.
-        ValueError: none given, or of different shapes or devices.
+        TypeError: a perturbation that is not a floating-point tensor.
+        ValueError: no perturbations, or different shapes or devices.
     """
     if not perturbations:
         raise ArgumentError("perturbations must have at least one member, got none")
@@ -32,9 +32,9 @@ def combine(*perturbations: Tensor) -> Tensor:
 
 
 def permute(perturbation: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Rows and columns in a random order, (N, C, H, W), another order for each image.
+    """Shuffle the rows and columns of each image's perturbation (N, C, H, W) at random.
 
-    The paper's control: the same values, without their spatial structure.
+    This is the paper's control: the same values without their spatial structure.
     """
     _check_maps(perturbation)
     checks.generator(generator)
@@ -49,9 +49,9 @@ def permute(perturbation: Tensor, generator: torch.Generator | None = None) -> T
 
 
 def fit(perturbation: Tensor, size: Sequence[int]) -> Tensor:
-    """The upper left part of a perturbation (N, C, H, W), zero beyond its edge: (N, C, *size).
+    """Return the upper left part of a perturbation (N, C, H, W), padded with zeros: (N, C, *size).
 
-    A universal perturbation, for an image of another size.
+    This fits a universal perturbation to an image of another size.
     """
     height, width = checks.map_size(size)
     _check_maps(perturbation)
@@ -70,15 +70,16 @@ def _check_maps(perturbation: Tensor) -> None:
 
 
 def value_range(images: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
-    """The width of the valid range of each clean image, (N,) float64.
+    """Return the width of the valid range of each clean image, (N,) float64.
 
-    It is that of the bounds. Without bounds it is told from each image's own values: 1 where they
-    lie in [0, 1], 2 in [-1, 1], 255 where they are spread over more than 8, as of 8-bit images
-    with or without a mean subtracted; else, as of images in units of a deviation, their spread.
+    If there are bounds, it is their width. Without bounds, it is inferred from the values of each
+    image: 1 if they lie in [0, 1], 2 if they lie in [-1, 1], and 255 if they span more than 8, as
+    in 8-bit images with or without a subtracted mean. Otherwise it is their span, as for images in
+    units of a standard deviation.
 
     Args:
         images: (N, *) clean images.
-        bounds: (lower, upper), None where there are none.
+        bounds: (lower, upper), None if there are none.
     """
     width = images.new_ones(len(images), dtype=torch.float64)
     if bounds is not None:
@@ -92,12 +93,12 @@ def value_range(images: Tensor, bounds: tuple[float, float] | None = None) -> Te
 
 
 def perceptibility(perturbation: Tensor, value_range: float | Tensor = 1.0) -> Tensor:
-    """The paper's p = sqrt(1/K sum_k ||r_k||_2^2) over the K pixels, (N, C, H, W) -> (N,).
+    """Return the paper's p = sqrt(1/K sum_k ||r_k||_2^2) over the K pixels of each image, (N,).
 
     Args:
         perturbation: (N, C, *pixels).
-        value_range: width of the images' range (255 for 0..255), also of each image, (N,): p is a
-            fraction of it.
+        value_range: width of the range of the images (255 for 0..255), or one for each image, (N,);
+            p is a fraction of it.
     """
     checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() < 2:
@@ -117,9 +118,9 @@ def perceptibility(perturbation: Tensor, value_range: float | Tensor = 1.0) -> T
 
 
 def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Images as they come back from an 8-bit file: `round_to_levels` with 256 levels.
+    """Return images as they are read back from an 8-bit file: `round_to_levels` with 256 levels.
 
-    `DAG.count_active` tells how many targets still hold for them.
+    `DAG.count_active` then counts the targets that are still active.
     """
     return round_to_levels(images, 256, bounds)
 
@@ -127,10 +128,10 @@ def round_to_8_bits(images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) ->
 def round_to_levels(
     images: Tensor, levels: int, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
-    """Each value at the nearest of `levels` evenly from one bound to the other.
+    """Round each value to the nearest of `levels` evenly spaced values between the bounds.
 
-    With bounds (0, 1) and (0, 255) and 256 levels, the values are those that an 8-bit file is read
-    as: `x / 255` and `x`.
+    With 256 levels and bounds (0, 1) or (0, 255), the values are those read from an 8-bit file:
+    `x / 255` or `x`.
 
     Args:
         images: (N, *) floating point.

@@ -1,4 +1,4 @@
-"""Processes side by side, which end with the one that has started them."""
+"""Pools of processes that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -29,9 +29,9 @@ def pool(
     *,
     threads: int | None = None,
 ) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes of some threads each; what still runs when the block fails is ended.
+    """Open a pool of spawned processes; if the block fails, terminate those that still run.
 
-    They share the cores if `threads` is None.
+    Each process has `threads` threads; if that is None, the processes share the cores.
     """
     executor = ProcessPoolExecutor(
         jobs,
@@ -57,7 +57,7 @@ def _begin(threads: int, initializer: Callable[..., object] | None, initargs: An
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its processes, which would wait for it forever."""
+    """Exit once the parent is killed: it cannot end its processes, which would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

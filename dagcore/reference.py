@@ -1,4 +1,4 @@
-"""Dense Adversary Generation in plain PyTorch: the oracle of the native code, and its baseline."""
+"""Dense Adversary Generation in plain PyTorch: the reference and baseline of the native code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .labels import assign
 
 
 class Trace(NamedTuple):
-    """What the attack leaves behind, for N images and at most M updates."""
+    """The result of the attack, for N images and at most M updates."""
 
     images: Tensor  # (N, *) attacked images
     iterations: Tensor  # (N,) int32, updates applied
     status: list[str]  # N of "converged", "budget" or "stalled"
     active: Tensor  # (M + 1, N) int32, active targets at each evaluation, -1 once stopped
-    targets: Tensor  # (N,) int32, those that count
+    targets: Tensor  # (N,) int32, number of targets that count
     adversarial_labels: Tensor | str  # (N, *T), or "runner-up"
 
 
@@ -45,10 +45,10 @@ def dag(
     boxes: Tensor | None = None,  # (N, *)
     start: Tensor | None = None,  # (N, *)
 ) -> Trace:
-    """Algorithm 1, for each image of a batch on its own. Arguments as for `dagcore.DAG`.
+    """Run Algorithm 1 for each image of a batch on its own. Arguments are those of `dagcore.DAG`.
 
     `scores_of` maps images (N, *) to scores (N, C, *T), or to smaller maps (N, C, h, w) that are
-    enlarged to the labels. Where there are boxes, it is called with those as well.
+    enlarged to the size of the labels. If there are boxes, they are its second argument.
     """
     lower, upper = bounds or (None, None)
     begin = images if start is None else start
@@ -63,7 +63,7 @@ def dag(
     iterations = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     status = ["budget"] * len(x)
     history = torch.full((max_iter + 1, len(x)), -1, dtype=torch.int32, device=x.device)
-    live = torch.arange(len(x), device=x.device)  # the images that still run
+    live = torch.arange(len(x), device=x.device)  # images that still run
     total = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     l_adv = adversarial_labels
 
@@ -136,7 +136,7 @@ def dag_seed(
     ignore_index: int = 255,
     margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What `dagcore.ops.dag_seed` computes, by autograd. Same arguments, results and errors."""
+    """Compute `dagcore.ops.dag_seed` by autograd. Same arguments, results and errors."""
     adversarial = checks.seed_arguments(
         scores, labels, adversarial_labels, goal, ignore_index, margin
     )
@@ -160,7 +160,7 @@ def verdicts(
     ignore_index: int,
     margin: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each target seeds, (N, *T): the class of +1, the class of -1, whether it is active."""
+    """Return what each target seeds, (N, *T): the class of +1, that of -1, whether it is active."""
     counted = _counted(scores.shape[1], labels, adversarial, ignore_index)
     true = torch.where(counted, labels, 0).long()
     top, winner = scores.max(dim=1)
@@ -171,13 +171,13 @@ def verdicts(
     if goal == "leave":
         held = (winner == true) | top.isnan() | _within(margin, top, scores, true)
         return plus, true, counted & (plus != true) & held
-    rival = _runner_up(scores, plus)  # the strongest class but the adversarial label
+    rival = _runner_up(scores, plus)  # the strongest class except the adversarial label
     near = (winner == plus) & (rival != plus) & _within(margin, top, scores, rival)
     return plus, torch.where(near, rival, winner), counted & ((winner != plus) | top.isnan() | near)
 
 
 def _within(margin: float, top: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
-    """Whether the scores of classes (N, *T) are less than a margin behind the largest."""
+    """Return whether the scores of classes (N, *T) are less than a margin behind the largest."""
     real = norm_dtype(scores)
     lead = top.to(real) - scores.gather(1, classes.unsqueeze(1)).squeeze(1).to(real)
     return lead < _representable(margin, real)
@@ -195,7 +195,7 @@ def loss_seed(
     class_weights: Tensor | None = None,  # (C,)
     ignore_index: int = 255,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `dagcore.ops.loss_seed` computes, by autograd in float64. Same arguments and errors."""
+    """Compute `dagcore.ops.loss_seed` by autograd in float64. Same arguments and errors."""
     adversarial = checks.loss_arguments(
         scores, labels, adversarial_labels, loss, blend, q, kappa, class_weights, ignore_index
     )
@@ -246,7 +246,7 @@ def _softmax_loss(
     q: float,
     targeted: bool,
 ) -> Tensor:
-    """The losses of p_aim, (N, *T) float64; for a targeted one `aim` is the adversarial label."""
+    """Return the losses of p_aim, (N, *T) float64; `aim` is the adversarial label if targeted."""
     ln_p = _at(z.log_softmax(1), aim)
     if loss == "jensen-shannon":
         ln_p = ln_p.clamp(min=-700)  # where the loss is flat, and p above 0
@@ -281,7 +281,7 @@ def _margin_loss(
     kappa: float,
     targeted: bool,
 ) -> Tensor:
-    """The losses "margin" and "dag", (N, *T) float64; the scores as given say what counts."""
+    """Return "margin" or "dag", (N, *T) float64; the original scores decide which targets count."""
     aims = loss == "margin" and targeted
     own = aim if aims else label
     top, winner = scores.max(1)
@@ -297,7 +297,7 @@ def _margin_loss(
 
 
 def _spherical_loss(z: Tensor, aim: Tensor, counts: Tensor) -> Tensor:
-    """z_aim / |z| where a target counts, (N, *T) float64."""
+    """Return z_aim / |z| for the targets that count, else 0, (N, *T) float64."""
     size = torch.linalg.vector_norm(z.detach(), dim=1)
     counts = counts & (size > 0) & size.isfinite()
     z = torch.where(counts.unsqueeze(1), z, 1)
@@ -305,7 +305,7 @@ def _spherical_loss(z: Tensor, aim: Tensor, counts: Tensor) -> Tensor:
 
 
 def _dlr_loss(z: Tensor, label: Tensor, aim: Tensor | None) -> Tensor:
-    """The loss "dlr", (N, *T) float64."""
+    """Return the loss "dlr", (N, *T) float64."""
     order = z.detach().sort(dim=1, descending=True, stable=True).indices
 
     def ratio(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +321,7 @@ def _dlr_loss(z: Tensor, label: Tensor, aim: Tensor | None) -> Tensor:
 
 
 def _at(values: Tensor, classes: Tensor) -> Tensor:
-    """The values of classes (N, *T) among (N, C, *T)."""
+    """Return the values of classes (N, *T) in (N, C, *T)."""
     return values.gather(1, classes.unsqueeze(1)).squeeze(1)
 
 
@@ -335,7 +335,7 @@ def dag_seed_bilinear(
     margin: float = 0.0,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What `dagcore.ops.dag_seed_bilinear` computes, enlarged for real. Same arguments, results."""
+    """Compute `dagcore.ops.dag_seed_bilinear` on enlarged scores. Same arguments and results."""
     checks.seed_arguments(
         scores, labels, adversarial_labels, goal, ignore_index, margin, bilinear=True
     )
@@ -365,7 +365,7 @@ def loss_seed_bilinear(
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `dagcore.ops.loss_seed_bilinear` computes, enlarged. Same arguments, results, errors."""
+    """Compute `dagcore.ops.loss_seed_bilinear` on enlarged scores. Same arguments and results."""
     numbers = (loss, blend, q, kappa, class_weights, ignore_index)
     checks.loss_arguments(scores, labels, adversarial_labels, *numbers, bilinear=True)
     checks.boolean("align_corners", align_corners)
@@ -391,7 +391,7 @@ def argmax_bilinear(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """What `dagcore.ops.argmax_bilinear` computes, enlarged for real. Same arguments, results."""
+    """Compute `dagcore.ops.argmax_bilinear` on enlarged scores. Same arguments and results."""
     checks.score_maps(scores)
     height, width = checks.map_size(size)
     checks.boolean("align_corners", align_corners)
@@ -413,7 +413,7 @@ def linf_step_(
     grid: Tensor | None = None,  # (N, *)
     levels: int | None = None,
 ) -> Tensor:
-    """What `dagcore.ops.linf_step_` computes. Same arguments, results and errors."""
+    """Compute `dagcore.ops.linf_step_`. Same arguments, results and errors."""
     limits = checks.step_arguments(
         images, origin, gradient, active, gamma, lower, upper, epsilon, grid, levels
     )
@@ -453,7 +453,7 @@ def pgd_step_(
     grid: Tensor | None = None,  # (N, *)
     levels: int | None = None,
 ) -> Tensor:
-    """What `dagcore.ops.pgd_step_` computes, image by image. Same arguments, results and errors."""
+    """Compute `dagcore.ops.pgd_step_` image by image. Same arguments, results and errors."""
     alphas, epsilons, shares, low, high = checks.pgd_arguments(
         images,
         origin,
@@ -522,13 +522,13 @@ def pgd_step_(
 
 
 def _norm(values: Tensor, order: int) -> float:
-    """The L1 or L2 norm, summed up in float64."""
+    """Return the L1 or L2 norm, summed in float64."""
     magnitudes = values.double().abs()
     return float(magnitudes.sum()) if order == 1 else math.sqrt(float(magnitudes.square().sum()))
 
 
 def _quotient(one: float, other: float, dtype: torch.dtype) -> float:
-    """A quotient as `dtype` holds it: infinite where it is too large or undefined."""
+    """Return a quotient rounded to `dtype`: infinite if it overflows or is undefined."""
     exact = torch.tensor(one, dtype=torch.float64) / torch.tensor(other, dtype=torch.float64)
     return float(exact.to(dtype))
 
@@ -546,7 +546,7 @@ def linf_prox_(
     lower: float | None,
     upper: float | None,
 ) -> Tensor:
-    """What `dagcore.ops.linf_prox_` computes. Same arguments, results and errors."""
+    """Compute `dagcore.ops.linf_prox_`. Same arguments, results and errors."""
     lengths, balls, *limits = checks.prox_arguments(
         images, origin, gradient, metric, active, alpha, epsilon, weight, lower, upper
     )
@@ -568,10 +568,10 @@ def linf_prox_(
 
 
 def _largest_left(inside: Tensor, d: Tensor, h: Tensor, excess: float) -> float:
-    """The t of the proximity operator, by the pieces between one |inside| and the next, in order.
+    """Return the t of the proximity operator, found piece by piece between successive |inside|.
 
-    The sum of H (|d| - t) over the pixels above t falls with t, along a line in each piece; where
-    the bounds have cut a pixel off it falls at once.
+    The sum of H (|d| - t) over the pixels above t falls as t rises: along a line in each piece, and
+    with a jump where the bounds have cut a pixel off.
     """
     size, order = inside.abs().double().sort(descending=True)
     d, h = d.abs().double()[order], h.double()[order]
@@ -591,10 +591,10 @@ def on_levels(
     epsilon: float,
     norm: str = "linf",
 ) -> Tensor:
-    """Each pixel at a level, so that images stay within epsilon of the levels of their origin.
+    """Move each pixel to a level, so that images stay within epsilon of the levels of their origin.
 
-    In L-infinity at the nearest level that is. In L2 at the nearest one too, or, where images would
-    leave the ball, farther inward: see `dagcore.levels.shown`.
+    In L-infinity, this is the nearest level within epsilon. In L2, it is the nearest level or, if
+    images would leave the ball, one farther inward: see `dagcore.levels.shown`.
     """
     real = norm_dtype(images)
     last, width = levels - 1, upper - lower
@@ -631,7 +631,7 @@ def on_levels(
 def _counted(
     num_classes: int, labels: Tensor, adversarial: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Which targets can count, (N, *T) bool: not ignored. Raises for a label out of range."""
+    """Return which targets are not ignored, (N, *T) bool. Raises for a label out of range."""
     checks.target_labels(num_classes, labels, adversarial, ignore_index)
     counted = labels.long() != ignore_index  # a uint8 would be compared modulo 256
     if adversarial is None:
@@ -641,26 +641,26 @@ def _counted(
 
 
 def _runner_up(scores: Tensor, labels: Tensor) -> Tensor:
-    """The strongest class other than the label: (N, C, *T), (N, *T) -> (N, *T) int64."""
+    """Return the strongest class other than the label: (N, C, *T), (N, *T) -> (N, *T) int64."""
     others = scores.scatter(1, labels.unsqueeze(1), -math.inf).argmax(dim=1)
-    # Where all others are -inf too, the label itself can come out, as class 0: the next is meant.
+    # If all others are at -inf too, argmax may return the label itself, as class 0: take class 1.
     return torch.where(others == labels, min(1, scores.shape[1] - 1), others)
 
 
 def enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """Scores (N, C, h, w) at a larger size, in the precision in which they are compared."""
+    """Enlarge scores (N, C, h, w) to a size, in the precision in which they are compared."""
     return torch.nn.functional.interpolate(
         scores.to(norm_dtype(scores)), tuple(size), mode="bilinear", align_corners=align_corners
     )
 
 
 def _leaf(scores: Tensor) -> Tensor:
-    """The scores as the start of a graph of their own."""
+    """Return the scores as the leaf of a new graph."""
     return (scores.clone() if scores.is_inference() else scores.detach()).requires_grad_()
 
 
 def _like(scores: Tensor, seed: Tensor) -> Tensor:
-    """A seed laid out like the scores."""
+    """Return a seed with the memory layout of the scores."""
     laid_out = torch.empty_like(scores)
     return seed if laid_out.stride() == seed.stride() else laid_out.copy_(seed)
 
@@ -672,26 +672,26 @@ def _gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
             "gradient (does it run under torch.no_grad, or detach?)"
         )
     if scores.dtype == torch.float16:
-        seed = seed / 1024  # a step is as long anyway, and the sum over all targets stays finite
+        seed = seed / 1024  # the step length is unaffected, and sums over targets stay finite
     (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
     if gradient is None:
         raise ArgumentError(
-            "model must compute its scores from the images, got scores of other input"
+            "model must compute its scores from the images, got scores that do not depend on them"
         )
     return gradient
 
 
 def _scale(norms: Tensor, gamma: float) -> Tensor:
-    """gamma / norm, (N,); 0 where the image must stay: norm 0, not finite, or quotient infinite."""
+    """Return gamma / norm, (N,); 0 if the norm is 0 or not finite, or the quotient infinite."""
     scale = torch.full_like(norms, _representable(gamma, norms.dtype)) / norms
     return torch.where(norms.isfinite() & scale.isfinite(), scale, 0)
 
 
 def _representable(value: float, dtype: torch.dtype) -> float:
-    """A number as `dtype` takes it: infinite beyond its largest."""
+    """Return a number as `dtype` holds it: infinite beyond its largest."""
     return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
 def norm_dtype(values: Tensor) -> torch.dtype:
-    """The dtype in which values are compared and stepped."""
+    """Return the dtype in which values are compared and stepped."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

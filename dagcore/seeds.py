@@ -1,4 +1,4 @@
-"""Seeds of random numbers, each for one purpose, made from a seed of the user's."""
+"""Seeds for separate purposes, derived from the user's seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seed_of(seed: int | Sequence[int], *purpose: int, bits: int = 63) -> int:
-    """A seed of so many bits, at most 63, for one purpose, unlike those of any others."""
+    """Return a seed of `bits` bits, at most 63, for one purpose, unlike the seed of any other."""
     sequence = np.random.SeedSequence(seed, spawn_key=purpose)
     if bits <= 32:
         return int(sequence.generate_state(1)[0]) >> (32 - bits)
@@ -17,5 +17,5 @@ def seed_of(seed: int | Sequence[int], *purpose: int, bits: int = 63) -> int:
 
 
 def generator_of(seed: int | Sequence[int], *purpose: int) -> torch.Generator:
-    """Random numbers for one purpose, the same whatever else is drawn."""
+    """Return a generator for one purpose, which does not depend on what else is drawn."""
     return torch.Generator().manual_seed(seed_of(seed, *purpose))

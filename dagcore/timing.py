@@ -1,4 +1,4 @@
-"""Times of several sides of one comparison."""
+"""Timing the sides of a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sides = Mapping[str, Callable[[], object]]
 def seconds(
     run: Callable[[], object], device: str = "cpu", clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of one call, the device's work included: by the wall's clock, or another one."""
+    """Return the seconds of one call, including the device's work, by the wall clock or `clock`."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     begin = clock()
@@ -31,7 +31,7 @@ def alternate(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, so that a drifting machine hits all of them alike."""
+    """Time each side in turn, round by round, so that a drifting machine affects all alike."""
     for _ in range(warmup):
         for run in sides.values():
             run()
@@ -43,7 +43,7 @@ def alternate(
 
 
 def spread(values: list[float], scale: float = 1.0) -> str:
-    """Median (lower to upper quartile)."""
+    """Format values as their median (lower to upper quartile)."""
     if len(values) < 2:
         return f"{values[0] * scale:.2f}"
     low, _, high = statistics.quantiles(values, n=4)

@@ -18,13 +18,14 @@ def train(steps: int, batch: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
     network = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=len(SCENE_CLASSES))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    faster = dagcore.victims.prepare(network)  # attacked in its place, with its weights
     attack = dagcore.PGD(epsilon=4 / 255, alpha=2 / 255, steps=3)
     scenes = Scenes("07", "train", count=1000)
     for step in range(steps):
         chosen = [scenes[k] for k in torch.randint(len(scenes), (batch,)).tolist()]
         images = torch.stack([one.image for one in chosen])
         labels = torch.stack([one.mask for one in chosen])
-        images = attacked(attack, network, images, labels, share=0.5)
+        images = attacked(attack, faster, images, labels, share=0.5)
         network.train()
         loss = dagcore.losses.cross_entropy(network(images)["out"], labels)
         optimizer.zero_grad()
@@ -35,4 +36,5 @@ def train(steps: int, batch: int = 4) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    train(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    with dagcore.freed_memory_kept():  # a fifth faster on a CPU
+        train(int(sys.argv[1]) if len(sys.argv) > 1 else 100)

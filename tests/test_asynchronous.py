@@ -511,7 +511,7 @@ class Undecided:
 @pytest.mark.parametrize("late", [None, [3]])
 def test_an_image_that_never_stops_is_an_error(late: list[int] | None) -> None:
     image = torch.zeros(3, 2, 2)
-    told = r"after 25 evaluations, where max_iter=5 and patience=2 allow 24"
+    told = r"after 25 evaluations, but max_iter=5 and patience=2 allow 24"
     with on_device(late):
         slots = Slots(Undecided(), NormalisedStep(0.1), UntilFooled(5, patience=2), 1, image)
         slots.admit([None], image[None])

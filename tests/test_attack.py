@@ -926,7 +926,7 @@ def test_wrong_call(backend: str, name: str) -> None:
 
 @BACKENDS
 def test_runner_up_is_nothing_to_reach(backend: str) -> None:
-    with pytest.raises(ValueError, match="adversarial_labels must be given or drawn for goal"):
+    with pytest.raises(ValueError, match="must be a tensor, 'permutation' or 'random' for goal"):
         DAG(goal="reach", backend=backend)(ConvNet(), X, L, "runner-up")
 
 

@@ -60,8 +60,8 @@ def test_sides_are_timed_in_turn():
     ("arguments", "message"),
     [
         (("--model", "FR-ZF-07"), "--model must be a segmentation network, FR-ZF-07 is a detector"),
-        (("--size", "512"), "'512' is no size like 512x384"),
-        (("--size", "0x4"), "'0x4' is no size like 512x384"),
+        (("--size", "512"), "size must be WIDTHxHEIGHT, such as 512x384, got '512'"),
+        (("--size", "0x4"), "size must be WIDTHxHEIGHT, such as 512x384, got '0x4'"),
         (
             ("--model", "bench_victim:make", "--size", "9x8"),
             "--model bench_victim:make cannot take 9x8 pixels: ",

@@ -251,9 +251,9 @@ def test_gamma_and_epsilon_are_read_as_fractions(folder):
         (["--adversarial", "circle:3"], "--adversarial must be"),
         (["--adversarial", "mask:none.png"], "none.png"),
         (["--adversarial", "circle", "--goal", "leave"], "--goal must be reach for a pattern"),
-        (["--adversarial", "runner-up", "--goal", "reach"], "runner-up goes with"),
+        (["--adversarial", "runner-up", "--goal", "reach"], "runner-up requires --goal leave"),
         (["--adversarial", "circle", "--foreground", "1", "--background", "fur"], "must differ"),
-        (["--foreground", "1"], "go with a pattern only"),
+        (["--foreground", "1"], "--foreground and --background require a pattern"),
         (["--weights", "cat.png"], "weights must be None"),
         (["--labels", "none.png"], "none.png"),
         (["--labels", "cat.png"], "palette or grey image"),
@@ -383,7 +383,7 @@ def test_errors_are_the_users_or_the_programs(monkeypatch, capsys, error, status
     assert main([*before, "info", *behind]) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith(f"dagcore info: {says}")
-    hint = "(run again with --traceback for the whole of it)"
+    hint = "(run again with --traceback for the full traceback)"
     assert lines[-1].endswith(hint) == (status == 1 and whole is None)
     if whole is None:
         assert len(lines) == 1

@@ -172,7 +172,7 @@ def test_a_size_for_a_network_of_one_size(folder, capsys):
     assert run("one_size", "--size", "16x20", "--no-prepare") == 2
     assert "size was '20x16' and is '16x20'" in capsys.readouterr().err
     error = refused(capsys, "--size", "20", model="forms_victim:one_size", out="no")
-    assert "size must be WIDTHxHEIGHT, '20' is no size like 512x384" in error
+    assert "size must be WIDTHxHEIGHT, such as 512x384, got '20'" in error
     error = refused(capsys, "--size", "20x16", model="FR-ZF-07", out="no")
     assert "a detector that resizes images itself" in error
 

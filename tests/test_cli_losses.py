@@ -140,16 +140,16 @@ def test_a_run_is_resumed_and_compared_by_its_settings(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--attack", "pgd", "--gamma", "1/255"), "--gamma goes with --attack dag, got"),
-        (("--attack", "apgd", "--alpha", "1/255"), "--alpha goes with --attack pgd, segpgd or cos"),
-        (("--attack", "segpgd", "--loss", "dlr"), "--loss goes with --attack pgd or apgd, got"),
+        (("--attack", "pgd", "--gamma", "1/255"), "--gamma requires --attack dag, got"),
+        (("--attack", "apgd", "--alpha", "1/255"), "--alpha requires --attack pgd, segpgd or cos"),
+        (("--attack", "segpgd", "--loss", "dlr"), "--loss requires --attack pgd or apgd, got"),
         (
             ("--steps", "3"),
-            "--steps goes with --attack pgd, segpgd, cospgd or apgd, got",
+            "--steps requires --attack pgd, segpgd, cospgd or apgd, got",
         ),
-        (("--attack", "pgd", "--goal", "reach"), "--goal goes with --attack dag, got --attack pgd"),
-        (("--adversarial", "untargeted"), "--adversarial untargeted does not go with DAG's loss"),
-        (("--attack", "pgd", "--adversarial", "runner-up"), "runner-up goes with DAG's loss only"),
+        (("--attack", "pgd", "--goal", "reach"), "--goal requires --attack dag, got --attack pgd"),
+        (("--adversarial", "untargeted"), "--adversarial untargeted cannot be used with DAG's"),
+        (("--attack", "pgd", "--adversarial", "runner-up"), "runner-up requires DAG's loss"),
         (("--attack", "pgd", "--epsilon", "0"), "epsilon must be a finite number above 0, got 0"),
         (("--attack", "fgsm"), "'fgsm' is not one of 'dag', 'pgd', 'segpgd', 'cospgd', 'apgd'"),
     ],

@@ -64,5 +64,5 @@ def test_accents_may_be_written_in_two_ways(tmp_path, written):
 
 @pytest.mark.parametrize("image", [5, "5", None, "a.png", [0]])
 def test_objects_of_no_image_are_refused(tmp_path, image):
-    with pytest.raises(ValueError, match="is of none of its images"):
+    with pytest.raises(ValueError, match="is not the id of an image"):
         coco(tmp_path, ["a.png"], [(image, 0)])

@@ -347,14 +347,14 @@ def test_what_is_refused(network, detector):
             make()
     with pytest.raises(TypeError, match="model must be callable, got int"):
         defences.jpeg(3)
-    with pytest.raises(TypeError, match="model must be a Detector where it is a detector"):
+    with pytest.raises(TypeError, match="model must be a Detector, not a bare detector"):
         defences.jpeg(detector.network)
     flat = defences.resize_pad(lambda x: network(x).flatten(2))
     with pytest.raises(ValueError, match=r"model must return score maps \(N, C, h, w\)"):
         flat(images())
     one_stage = victims.detector(zoo.build("FCOS-VGG", num_classes=5, width=1 / 16).eval())
     assert defences.jpeg(one_stage).has_own_targets
-    with pytest.raises(TypeError, match="which has targets of its own"):
+    with pytest.raises(TypeError, match="which has its own targets"):
         defences.resize_pad(one_stage)
 
 
@@ -377,19 +377,63 @@ def test_batches_to_train_on(network):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     again = training.attacked(attack, network, x, labels, share=0.6, generator=generator(5))
     assert torch.equal(again, mixed)
-    alone = attack(network, x[:3], labels[:3], generator=generator(5)).adversarial
+    alone = attack(network, x[:3], labels[:3], generator=generator(5)).last
     assert torch.equal(alone, mixed[:3])
     assert torch.equal(training.attacked(attack, network, x, labels, share=0), x)
     everything = training.attacked(attack, network, x, labels, share=1, generator=generator(5))
     assert ((everything - x).abs().amax((1, 2, 3)) > 0.005).all()
     for given, message in (
         ({"share": 1.2}, r"share must be at most 1, got 1\.2"),
-        ({"labels": labels[:2]}, r"images must have shape \(N, 3, H, W\) and an entry of labels"),
+        ({"labels": labels[:2]}, r"images must have shape \(N, 3, H, W\) and one entry of labels"),
         ({"attack": "pgd"}, "attack must be an Attack, got str"),
     ):
         arguments = {"attack": attack, "model": network, "images": x, "labels": labels, **given}
         with pytest.raises((TypeError, ValueError), match=message):
             training.attacked(**arguments)
+
+
+def test_the_last_iterate_is_not_evaluated(network):
+    """As many passes as updates; where the attack itself ends, images that stopped early too."""
+    x, labels = images(4), torch.randint(5, (4, *SIZE), generator=generator(4))
+    labels[2] = 255
+    labels[3] = network(x[3:]).argmin(1)[0]
+    passes = []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    for attack in (PGD(epsilon=0.02, alpha=0.01, steps=3), DAG(gamma=0.01, max_iter=3)):
+        passes.clear()
+        last = attack.last_iterate(network, x, labels, generator=generator(5))
+        assert len(passes) == 3
+        result = attack(network, x, labels, generator=generator(5))
+        assert torch.equal(last, result.last)
+        assert result.iterations.tolist() == [3, 3, 0, 0]
+        assert attack.last_iterate(network, x[:0], labels[:0]).shape == (0, 3, *SIZE)
+        wrong = labels.clone()
+        wrong[1, 3, 4] = 7
+        with pytest.raises(ValueError, match=r"labels must lie in .*, got 7"):
+            attack.last_iterate(network, x, wrong)
+    passes.clear()
+    alma = dagcore.ALMAProx(steps=4)
+    mixed = training.attacked(alma, network, x, labels, share=0.5, generator=generator(5))
+    expected = alma(network, x[:2], labels[:2], generator=generator(5)).adversarial
+    assert torch.equal(mixed[:2], expected)
+
+
+def test_prepared_copies_follow_the_network():
+    """Wherever they are: what is attacked is the network as it is now."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    copy = victims.prepare(network.train(), example=images(1))
+    assert copy.preparation.folded == 1
+    x, labels = images(4), torch.randint(5, (4, SIZE[0] - 2, SIZE[1] - 2), generator=generator(4))
+    attack = PGD(epsilon=0.02, alpha=0.01, steps=3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    for around in (lambda one: one, nn.Sequential, defences.bit_depth):
+        F.cross_entropy(network(x), labels).backward()
+        optimizer.step()
+        mixed = training.attacked(attack, around(copy), x, labels, share=1, generator=generator(5))
+        anew = around(victims.prepare(network, example=images(1)))
+        expected = attack(anew, x, labels, generator=generator(5)).last
+        assert torch.equal(mixed, expected)
 
 
 def test_inner_attacks():

@@ -190,8 +190,13 @@ BOXES, LOGITS = torch.zeros(1, 5, 4), torch.zeros(1, 2, 5)
         ((LOGITS, BOXES), {}, ValueError, r"boxes of shape \(1, A, 4\).*got \(1, 2, 5\)"),
         ((BOXES, LOGITS.transpose(1, 2)), {}, ValueError, r"transpose\(1, 2\)"),
         ((BOXES, LOGITS[..., :4]), {}, ValueError, r"logits of shape \(1, C, 5\).*got \(1, 2, 4\)"),
-        ((BOXES, LOGITS), {"classes": ["a"]}, ValueError, "classes must have a name for each of 2"),
-        ((BOXES, LOGITS), {"background": 2}, ValueError, "background must be one of 2 classes"),
+        (
+            (BOXES, LOGITS),
+            {"classes": ["a"]},
+            ValueError,
+            "must have a name for each of the 2 classes",
+        ),
+        ((BOXES, LOGITS), {"background": 2}, ValueError, "background must be one of the 2 classes"),
     ],
 )
 def test_what_a_function_returns_is_checked(output, options, error, message):
@@ -222,7 +227,7 @@ def test_the_ways_into_detector():
     assert victims.detector(victim) is victim
     with pytest.raises(ValueError, match="classes must not be given for a Detector"):
         victims.detector(victim, classes=["a"])
-    with pytest.raises(TypeError, match="dense_detector takes any other"):
+    with pytest.raises(TypeError, match="use dense_detector for others"):
         victims.detector(made())
 
 

@@ -454,7 +454,7 @@ BAD_ARGUMENTS = [
     ({"min_iou": "0.1"}, TypeError, "min_iou must be a number"),
     ({"max_proposals": 0}, ValueError, "max_proposals must be at least 1, got 0"),
     ({"adversarial": "circle"}, ValueError, "adversarial must be 'permutation'"),
-    ({"ignore_index": 3}, ValueError, "ignore_index must be no class, of which there are 5, got 3"),
+    ({"ignore_index": 3}, ValueError, "ignore_index must not be one of the 5 classes, got 3"),
 ]
 
 

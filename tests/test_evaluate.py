@@ -506,14 +506,14 @@ def test_dag_has_no_ball(tmp_path):
     (found,) = (one for one in summary["results"] if one["stage"] == "memory")
     assert (found["attack"], found["epsilon"], found["norm"]) == ("DAG", None, None)
     assert found["aAcc"] < summary["clean"]["aAcc"] - 20
-    with pytest.raises(ValueError, match="epsilon must be None for dag-2017, which has no ball"):
+    with pytest.raises(ValueError, match="epsilon must be None for dag-2017, which has no radii"):
         evaluate(tmp_path / "other", protocol="dag-2017", epsilon=0.1)
 
 
 def test_detectors_under_togs_goals(tmp_path):
     summary = dagcore.evaluate(
         load("FR-ZF-07"),
-        Scenes("07", "test", count=2),
+        Scenes("07", "test", count=2, first=2),
         "detection-tog-2020",
         out=tmp_path / "out",
         check=0,
@@ -614,7 +614,7 @@ def test_results_that_contradict_each_other_are_told():
         ([], "dataset must have at least one example, got none"),
         (
             [(torch.zeros(3, 4, 4), torch.full((4, 4), -2))],
-            r"label map of dataset\[0\] must hold classes, 255 is ignored, got -2",
+            r"label map of dataset\[0\] must not hold classes below 0 \(255 is ignored\), got -2",
         ),
         ([(torch.full((3, 4, 4), 7.0), None)], "images must lie within bounds"),
         ([torch.zeros(3, 4, 4)], r"dataset\[0\] must be .* a pair \(image, truth\), got Tensor"),
@@ -645,13 +645,13 @@ def test_truth_that_is_none_of_a_detectors(truth, message, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": "maps"}, "labels goes with the name of a network or of a data set only"),
-        ({"size": "8x8"}, "size goes with the name of a network or of a data set only"),
+        ({"labels": "maps"}, "labels requires a network or a data set that is given by name"),
+        ({"size": "8x8"}, "size requires a network or a data set that is given by name"),
         ({"protocol": 3}, "protocol must be a name, a TOML file or a Protocol, got int"),
         ({"epsilon": -1}, "epsilon must be a finite number above 0, got -1"),
         ({"epsilon": []}, "epsilon must have at least one radius, got none"),
         ({"levels": "8"}, "levels must be 'none', '256' or 'both', got '8'"),
-        ({"stepps": 3}, "'stepps' is no setting"),
+        ({"stepps": 3}, "'stepps' is not a setting"),
     ],
 )
 def test_settings_that_are_none(settings, message, tmp_path):
@@ -778,7 +778,7 @@ def test_a_protocol_of_ones_own(tmp_path):
         ),
         (
             'name = "a"\n[[attacks]]\nname = "b"\nattack = "cospgd"\nclass_weights = "balanced"',
-            "class_weights go with a loss by name",
+            "class_weights require a loss by name",
         ),
     ],
 )

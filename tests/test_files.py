@@ -288,5 +288,5 @@ def test_frames_are_counted(tmp_path):
 
 def test_what_formats_are_read_is_said(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png", format="JPEG2000")
-    with pytest.raises(ValueError, match=r"it is of none of the formats BMP, GIF, JPEG, PNG, PPM"):
+    with pytest.raises(ValueError, match=r"its format is none of BMP, GIF, JPEG, PNG, PPM"):
         files.read_image(tmp_path / "photo.png")

@@ -132,7 +132,7 @@ def test_bad_input():
         joint_attack(DAG(), [Part(net, labels), Part(net, labels[:2])], images)
     with pytest.raises(ValueError, match=r"parts\[0\]: boxes must have one entry for each of 3"):
         joint_attack(DAG(), [Part(net, labels, boxes=torch.zeros(4, 2))], images)
-    with pytest.raises(ValueError, match=r"parts\[0\]: adversarial_labels must be given or drawn"):
+    with pytest.raises(ValueError, match=r"parts\[0\]: adversarial_labels must be a tensor, 'p"):
         joint_attack(DAG(), [Part(net, labels, "runner-up", goal="reach")], images)
     assert dagcore.joint_attack is joint_attack
 

@@ -216,7 +216,7 @@ WRONG_STEPS = {
     "no bound": ({"lower": None}, "lower and upper must be finite with levels"),
     "another shape": ({"grid": torch.zeros(2, 5)}, r"grid must have shape \(2, 4\)"),
     "an expanded grid": ({"grid": torch.zeros(4).expand(2, 4)}, "grid must not be an expanded"),
-    "the images": ({"grid": "images"}, "grid must have memory of its own, got that of images"),
+    "the images": ({"grid": "images"}, "grid must not share memory with images"),
 }
 
 
@@ -291,7 +291,7 @@ def test_files_lie_within_epsilon() -> None:
 def test_a_ball_without_another_level() -> None:
     model, file = Network(), photographs()
     images = as_images(file, (0.0, 1.0))
-    message = r"epsilon=0\.001 is less than the distance of two of 256 levels"
+    message = r"epsilon=0\.001 is less than the spacing of 256 levels"
     with pytest.warns(RuntimeWarning, match=message):
         attack = attack_of((0.0, 1.0), epsilon=0.001)
     with pytest.warns(RuntimeWarning, match=message):

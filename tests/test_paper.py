@@ -35,7 +35,7 @@ from dagcore.paper import (
 from dagcore.perturbation import combine
 from dagcore.zoo.checkpoint import save_weights
 
-ZF = Attack.of("FR-ZF-07", max_iter=4)
+ZF = Attack.of("FR-ZF-07", max_iter=8)
 
 
 def made(setup, *attacks):
@@ -54,13 +54,14 @@ def test_perturbations_are_made_once_and_kept(tmp_path):
     setup = Setup(out=tmp_path, images=3, jobs=1)
     records = made(setup)[ZF]
     assert [record.key for record in records] == [s.key for s in Scenes("07", "test", count=3)]
-    for record in records:
+    assert [record.targets > 0 for record in records] == [False, True, True]
+    for record in records[1:]:
         assert record.values.shape == (3, 128, 160)
         assert 0 < record.perceptibility < 0.1
-        assert record.iterations == len(record.active) - 1 <= 4
+        assert record.iterations == len(record.active) - 1 <= 8
         assert record.active[0] > record.active[-1]
         assert record.targets >= record.active[0]
-        assert record.proposals > record.targets > 0
+        assert record.proposals > record.targets
 
     before = written(tmp_path, ".safetensors")
     again = made(setup)[ZF]
@@ -99,7 +100,7 @@ def test_attacks_of_other_rules_lie_apart():
     assert Attack.of("FCN-VGG").max_iter == 200
     assert Attack.of("FR-ZF-07").max_iter == 150
     assert Attack.of("FR-ZF-07", nms_threshold=0.5).folder == "fr-zf-07-nms_threshold=0.5"
-    assert ZF.folder == "fr-zf-07-max_iter=4"
+    assert ZF.folder == "fr-zf-07-max_iter=8"
 
 
 def test_segmentation_aims_at_the_true_mask(tmp_path):
@@ -145,7 +146,7 @@ def test_denseness_by_command(tmp_path, capfd):
     shown = capfd.readouterr().out
     known = json.loads((tmp_path / "denseness.json").read_text())
     settings = known["settings"]
-    assert (settings["images"], settings["seed"], settings["data"]) == (2, 0, "scenes")
+    assert (settings["images"], settings["seed"], settings["data"]) == (2, 0, "scenes 2")
     assert [row["NMS threshold"] for row in known["rows"]] == [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
     sparse, dense = known["rows"][0], known["rows"][-1]
     assert 0 < sparse["targets"] < dense["targets"] < dense["proposals"]
@@ -157,7 +158,7 @@ def test_denseness_by_command(tmp_path, capfd):
 
 
 def test_convergence_by_command(tmp_path, capfd):
-    arguments = ["--images", "1", "--jobs", "1", "--out", str(tmp_path)]
+    arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
     assert main(["paper", "figure", "convergence", "FR-ZF-07", *arguments]) == 0
     (row,) = json.loads((tmp_path / "convergence.json").read_text())["rows"]
     assert row["active"][0] > row["active"][-1]
@@ -169,10 +170,12 @@ def test_convergence_by_command(tmp_path, capfd):
 
 
 def test_perceptibility_by_command(tmp_path, capfd):
-    arguments = ["--images", "2", "--jobs", "1", "--out", str(tmp_path)]
+    arguments = ["--images", "3", "--jobs", "1", "--out", str(tmp_path)]
     assert main(["paper", "figure", "perceptibility", "FR-ZF-07", *arguments]) == 0
     (row,) = json.loads((tmp_path / "perceptibility.json").read_text())["rows"]
-    records = work.read_all(Setup(out=tmp_path, images=2), Attack.of("FR-ZF-07"))
+    records = work.read_all(Setup(out=tmp_path, images=3), Attack.of("FR-ZF-07"))
+    records = [record for record in records if record.targets]
+    assert len(records) == 2
     for record, value in zip(records, row["values"], strict=True):
         p = record.values.double().square().sum(0).mean().sqrt()
         assert value == pytest.approx(float(p), rel=1e-5)
@@ -184,7 +187,7 @@ def test_perceptibility_by_command(tmp_path, capfd):
 
 
 def test_fancy_by_command(tmp_path, capfd):
-    arguments = ["paper", "figure", "fancy", "--images", "1", "--jobs", "1", "--max-iter", "2"]
+    arguments = ["paper", "figure", "fancy", "--images", "2", "--jobs", "1", "--max-iter", "2"]
     arguments += ["--out", str(tmp_path)]
     assert main(arguments) == 0
     shown = capfd.readouterr().out
@@ -193,7 +196,7 @@ def test_fancy_by_command(tmp_path, capfd):
     with Image.open(tmp_path / "fancy" / "noise.png") as picture:
         assert picture.format == "PNG"
     assert main([*arguments[:3], "FCN-VGG", *arguments[3:]]) == 2
-    assert "fancy has networks of its own, got FCN-VGG" in capfd.readouterr().err
+    assert "fancy takes no networks, it has its own, got FCN-VGG" in capfd.readouterr().err
 
 
 def test_a_universal_row_has_one_perturbation_for_all_images(tmp_path):
@@ -231,7 +234,7 @@ def test_the_papers_tables_are_whole():
     setup = Setup(out="unused")
     needed = {one for table in tables.TABLES for one in tables.sources(setup, table)}
     paper = [attack for attack in needed if attack.levels is None]
-    assert sorted(len(attack.networks) for attack in paper) == [1] * 9 + [2] * 4 + [3] * 4 + [4]
+    assert sorted(len(attack.networks) for attack in paper) == ([1] * 21 + [2] * 4 + [3] * 4 + [4])
     own = {one for table in tables.TABLES for one in table.networks}
     assert {attack.networks for attack in needed if attack.levels} == {(name,) for name in own}
     assert {attack.levels for attack in needed} == {None, 256}
@@ -305,7 +308,7 @@ def test_a_table(tmp_path):
     digests = known["settings"].pop("weights")
     content = zoo.find("FR-ZF-07").path.read_bytes()
     assert digests["FR-ZF-07"] == hashlib.sha256(content).hexdigest()
-    assert known["settings"] == {"images": 2, "seed": 0, "data": "scenes"}
+    assert known["settings"] == {"images": 2, "seed": 0, "data": "scenes 2"}
     assert {row["perturbation"]: row["scores"] for row in known["rows"]} == rows
     assert list(rows) == list(small.published)
     records = work.read_all(setup, Attack.of("FR-ZF-07"))
@@ -335,7 +338,7 @@ def test_a_table_by_command(tmp_path, capfd):
 
 def test_a_perturbation_of_another_image_is_refused(tmp_path):
     setup = Setup(out=tmp_path, images=1)
-    with pytest.raises(ValueError, match=r"same images, got 07-test-0-000000 for other"):
+    with pytest.raises(ValueError, match=r"same images, got v2-07-test-0-000000 for other"):
         work.score(setup, "FR-ZF-07", [("other", torch.zeros(3, 128, 160))])
 
 
@@ -426,7 +429,7 @@ def test_everything(tmp_path):
         partial(diagnoses.convergence, networks=["FR-ZF-07", "FCN-Alex"]),
         partial(fancy.fancy, scenarios=chosen),
     ]
-    setup = Setup(out=tmp_path, images=1, jobs=1, max_iter=3)
+    setup = Setup(out=tmp_path, images=2, jobs=1, max_iter=8)
 
     def everything():
         with Counter() as counter:
@@ -458,8 +461,9 @@ def test_everything(tmp_path):
             assert f">{value:.1f}" in content
     assert content.count('class="own"') == 1 + 2 + 2
     assert content.count("<small>") == 3 * 2
-    (joint,) = work.read_all(setup, tables.attacks(setup, "joint r1 + r5", "FCN-VGG")[0])
-    assert joint.active[0] > joint.active[-1]
+    _, joint = work.read_all(setup, tables.attacks(setup, "joint r1 + r5", "FCN-VGG")[0])
+    assert joint.iterations == len(joint.active) - 1 == 8
+    assert 0 < float(joint.values.abs().max()) <= 8 * 0.5 / 255 * 1.001
     assert joint.targets > 5000  # pixels and boxes
     kept = [tmp_path / name for name in ("perturbations", "scores", "fancy")]
     before = [written(folder, ".safetensors", ".json", ".png") for folder in kept]

@@ -770,7 +770,7 @@ def test_what_is_written_has_memory_of_its_own(module: Any, name: str, other: st
     if name == other or (name, other) == ("momentum", "previous"):
         name, other = "previous", "momentum"
     given[name] = given[other]
-    message = f"^{name} must have memory of its own, got that of {other}"
+    message = f"^{name} must not share memory with {other}"
     with pytest.raises(ValueError, match=message):
         module.pgd_step_(**given)
 

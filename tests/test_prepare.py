@@ -1,6 +1,7 @@
 """`victims.prepare`: a faster copy with the network's own scores and gradients."""
 
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dagcore
-from dagcore import victims
+from dagcore import victims, zoo
 from dagcore.engine import read_scores
 
 NETWORKS = {
@@ -208,7 +209,7 @@ def test_what_cannot_be_folded_stays_and_says_why(images):
         "shared_norms.1": "used more than once",
         "read_twice_norm": "something else reads",
         "activated_norm": "no convolution comes before it",
-        "standardised_norm": "no module's own parameter",
+        "standardised_norm": "not a module's own parameter",
         "grouped_norm": "transposed and grouped",
         "twice_norm": "runs 2 times",
         "batch_statistics": "statistics of the batch",
@@ -263,6 +264,61 @@ def test_frozen_batch_norms_are_folded(images):
     assert prepared.preparation.folded == 1
     assert network[1] is frozen
     torch.testing.assert_close(prepared(images), network(images), rtol=1e-5, atol=1e-5)
+
+
+def jolted(network):
+    """What training does to weights and statistics, in place."""
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            if value.is_floating_point():
+                value.mul_(torch.empty_like(value).uniform_(0.9, 1.1))
+    return network
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fold_batch_norm": False}], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_refreshed_is_prepared_anew(name, options, images):
+    network = NETWORKS[name][0](name)
+    options = {"merge_linear": False, **options}
+    prepared = victims.prepare(network, **options)
+    before = prepared(images)
+    jolted(network)
+    assert torch.equal(prepared(images), before)
+    victims.refresh(prepared)
+    anew = victims.prepare(network, **options)
+    assert not torch.equal(prepared(images), before)
+    assert torch.equal(prepared(images), anew(images))
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+
+
+def test_refreshed_frozen_norms_and_detectors(images):
+    ops = pytest.importorskip("torchvision").ops
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), ops.FrozenBatchNorm2d(4), nn.Conv2d(4, 5, 1)).eval()
+    detector = victims.detector(zoo.build("FR-VGG-07", num_classes=5, width=1 / 32, norm=True))
+    boxes = torch.tensor([[[3.0, 4.0, 50.0, 60.0]]])
+    for one, given in ((network, (images,)), (detector.eval(), (images, boxes))):
+        # The wrapper around a detector may be gone: its network is what is followed.
+        prepared = victims.prepare(victims.detector(one.network) if one is detector else one)
+        assert prepared.preparation.folded > 0
+        jolted(one)
+        victims.refresh(prepared)
+        assert torch.equal(prepared(*given), victims.prepare(one)(*given))
+        torch.testing.assert_close(prepared(*given), one(*given), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_refreshed():
+    network = tiny()
+    prepared = victims.prepare(network)
+    with pytest.raises(TypeError, match=r"prepared must be a result of .*prepare, got Sequential"):
+        victims.refresh(network)
+    with pytest.raises(ValueError, match="prepared must be a copy of a network that still exists"):
+        victims.refresh(pickle.loads(pickle.dumps(prepared)))
+    network.append(nn.ReLU())
+    with pytest.raises(ValueError, match="which has others now: call prepare again"):
+        victims.refresh(prepared)
+    network = transformers_network("Segformer")
+    with pytest.raises(ValueError, match="got a merged decode head"):
+        victims.refresh(victims.prepare(network))
 
 
 def test_norms_of_timm_keep_their_activation(images):

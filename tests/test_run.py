@@ -204,7 +204,7 @@ def test_warnings_are_lines(photos):
     done = subprocess.run([*run, "--max-iter", "1"], capture_output=True, text=True, check=True)
     told = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
     assert told == [
-        "dagcore run: warning: epsilon=0.001 is less than the distance of two of 256 levels in "
+        "dagcore run: warning: epsilon=0.001 is less than the spacing of 256 levels in "
         "(0.0, 1.0): no image can change"
     ]
     done = subprocess.run(
@@ -213,7 +213,7 @@ def test_warnings_are_lines(photos):
         text=True,
         check=True,
     )
-    assert "dagcore run: warning: --epsilon 0.00627451 is no multiple of 1/255" in done.stderr
+    assert "dagcore run: warning: --epsilon 0.00627451 is not a multiple of 1/255" in done.stderr
 
 
 def test_scenes_and_their_scores(here):
@@ -560,12 +560,12 @@ def test_nothing_but_broken_images_is_an_error(photos, capsys):
 
 
 BAD = [
-    (("--data", "nowhere"), "--data must be scenes or a folder, nowhere is none"),
+    (("--data", "nowhere"), "--data must be scenes or a folder, got nowhere"),
     (("--data", "empty"), "--data empty must hold images"),
-    (("--data", "photos", "--set", "07/test"), "--set goes with scenes and VOC"),
+    (("--data", "photos", "--set", "07/test"), "--set requires scenes or VOC"),
     (("--data", "scenes", "--set", "08/test"), "--set must be one of 07, 12 / one of train"),
     (("--data", "scenes", "--set", "test"), "--set must be FAMILY/SPLIT"),
-    (("--data", "scenes", "--labels", "photos"), "--labels goes with a folder of images"),
+    (("--data", "scenes", "--labels", "photos"), "--labels requires a folder of images"),
     (("--data", "photos", "--labels", "nowhere"), "--labels nowhere does not exist"),
     (("--data", "photos", "--labels", "photos/a.png"), "--labels must be a folder with NAME.png"),
     (("--data", "scenes"), "--model must have the classes of --data"),
@@ -576,7 +576,7 @@ BAD = [
     (("--data", "photos", "--slots", "0"), "slots must be at least 1, got 0"),
     (("--data", "photos", "--figures", "-1"), "figures must be at least 0"),
     (("--data", "photos", "--adversarial", "circle", "--goal", "leave"), "--goal must be reach"),
-    (("--data", "photos", "--device", "cuda:99"), "--device cuda:99 is not there"),
+    (("--data", "photos", "--device", "cuda:99"), "--device cuda:99 is not available"),
     ((), "data must be given"),
     (("--config", "none.toml"), "none.toml does not exist"),
 ]
@@ -705,7 +705,7 @@ def test_a_model_that_fails_in_an_attack(photos, capsys):
     assert "cannot be prepared (there is one of me only): --no-prepare attacks it" in message
     message = refused(capsys, *arguments, model="failing_victim:nan", out="nan")
     assert "no image could be attacked" in message
-    assert "must return finite scores, for a it does not" in message
+    assert "must return finite scores, but does not for a" in message
 
 
 def test_names_that_are_too_long_are_put_on_record(photos):
@@ -731,7 +731,7 @@ def test_a_folder_with_a_settings_file_of_something_else_is_left_alone(photos, c
     Path("out/sub").mkdir(parents=True)
     Path("out/settings.toml").write_text('title = "x"\n')
     Path("out/.12-0123456789abcdef.part").write_text("theirs")
-    assert "--out must be a new folder or a run's" in refused(capsys, "--data", "photos")
+    assert "--out must be a new folder or that of a run" in refused(capsys, "--data", "photos")
     left = sorted(p.name for p in Path("out").iterdir())
     assert left == [".12-0123456789abcdef.part", "settings.toml", "sub"]
 
@@ -814,8 +814,8 @@ def test_a_config_file_and_what_is_kept_of_it(photos, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('datta = "photos"', "'datta' is no setting: did you mean data?"),
-        ("xyz = 1", "'xyz' is no setting, but"),
+        ('datta = "photos"', "'datta' is not a setting: did you mean data?"),
+        ("xyz = 1", "'xyz' is not a setting; use one of"),
         ('max_iter = "many"', "max_iter must be an integer, got 'many'"),
         ("max_iter = true", "max_iter must be an integer, got True"),
         ("strict = 1", "strict must be true or false, got 1"),
@@ -877,7 +877,7 @@ def test_a_folder_of_something_else_is_refused(photos, capsys):
     (photos.parent / "out").mkdir()
     (photos.parent / "out" / "thesis.tex").write_text("x")
     message = refused(capsys, "--data", "photos")
-    assert "--out must be a new folder or a run's, out has thesis.tex" in message
+    assert "--out must be a new folder or that of a run, out has thesis.tex" in message
     assert [p.name for p in (photos.parent / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -922,10 +922,10 @@ def test_progress_on_a_terminal(photos):
     assert "targets active" in done.stdout
 
 
-def test_every_row_of_the_readmes_table_is_a_test():
+def test_every_row_of_the_table_of_bad_input_is_a_test():
     tests = Path(__file__).parent
-    readme = (tests.parent / "README.md").read_text()
-    rows = re.findall(r"^\| .+? \| (?:recorded|error): `(.+?)`", readme, re.MULTILINE)
+    page = (tests.parent / "docs" / "command-line.md").read_text()
+    rows = re.findall(r"^\| .+? \| (?:recorded|error): `(.+?)`", page, re.MULTILINE)
     assert len(rows) >= 20
     code = "".join((tests / name).read_text() for name in ("test_run.py", "test_run_killed.py"))
     assert [row for row in rows if row not in code] == []

@@ -106,7 +106,7 @@ def test_a_second_run_on_the_same_folder_is_refused(here):
     finally:
         first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
-    assert "another run is at work there (process " in second.stderr
+    assert "another run is using it (process " in second.stderr
     assert f"process {first.pid} on " in second.stderr
     assert wait(first).returncode == 0
     assert results(out) == results(here / "whole")
@@ -177,5 +177,5 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(here):
 def test_bad_settings_under_torchrun_are_told_once(here):
     done = wait(launch(here, "bad", "--set", "x/y", ranks=2))
     assert done.returncode != 0
-    assert done.stderr.count("dagcore run: error: --set goes with scenes and VOC") == 1
+    assert done.stderr.count("dagcore run: error: --set requires scenes or VOC") == 1
     assert not (here / "bad").exists()

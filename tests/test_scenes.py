@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dagcore.data import SCENE_CLASSES, Example, Scenes
+from dagcore.data import SCENE_CLASSES, SCENES_VERSION, Example, Scenes
 
 FAMILIES = ("07", "12")
 VOID = 255
@@ -94,6 +94,61 @@ def test_void_bands_part_objects(examples: list[Example]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_materials_are_fine_faint_and_on_most_objects(family: str) -> None:
+    """Taken away, they leave the same scene, and no more than a few levels change."""
+    count, objects, made = 60, 0, 0
+    seen: set[int] = set()
+    with_them, without, strong = (
+        Scenes(family, "train", count=count, **options)
+        for options in ({}, {"material": 0}, {"material": 0.05})
+    )
+    for one, plain, clear in zip(with_them, without, strong, strict=True):
+        assert one.mask is not None
+        for other, material in ((plain, "0"), (clear, "0.05")):
+            assert other.mask is not None
+            assert torch.equal(one.mask, other.mask)
+            assert torch.equal(one.boxes, other.boxes)
+            assert other.key == f"{one.key}-material={material}"
+        assert (levels(one).int() - levels(plain).int()).abs().max() <= 6
+        weave = clear.image - plain.image
+        # Neither grounds nor clutter have any, soft edges of objects apart.
+        assert (weave[:, one.mask == 0] != 0).float().mean() < 0.005
+        for label in one.labels.unique().tolist():
+            inside = weave[:, one.mask == label]
+            objects += 1
+            shows = bool((inside != 0).any(0).float().mean() > 0.3)
+            made += shows
+            if inside.shape[1] < 400 or not shows:
+                continue
+            # A weave around 0, as strong as told, where nothing is cut off at black or white.
+            assert inside.mean(1).abs().max() < 0.02
+            assert 0.01 < float(inside.square().mean().sqrt()) < 0.08  # in more or less light
+            # Brightness, which the sensor's noise of family "07" is in, hardly changes.
+            assert inside.mean(0).abs().mean() < 0.5 * inside.abs().mean()
+            seen.add(label)
+    assert 0.75 < made / objects < 0.95
+    assert len(seen) == 12
+
+
+def test_grounds_and_objects_share_their_colours() -> None:
+    """A pixel's colour says little of whether it is an object's: what it is by colour alone."""
+    pixels, objects = [], []
+    for scene in Scenes("07", "train", count=150):
+        assert scene.mask is not None
+        kept = scene.mask != VOID
+        pixels.append((scene.image[:, kept] * 7.99).long())
+        objects.append(scene.mask[kept] > 0)
+    color = torch.cat(pixels, 1)
+    bins = color[0] * 64 + color[1] * 8 + color[2]
+    inside = torch.cat(objects)
+    with_objects = torch.bincount(bins[inside], minlength=512).double()
+    without = torch.bincount(bins[~inside], minlength=512).double()
+    with_objects, without = with_objects / with_objects.sum(), without / without.sum()
+    best_guess = torch.maximum(with_objects, without).sum() / 2  # of pixels half of which are
+    assert best_guess < 0.72
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_class_occurs_about_equally_often(family: str) -> None:
     scenes = Scenes(family, "val", count=300)
     counts = torch.bincount(torch.cat([scene.labels for scene in scenes]), minlength=13)
@@ -133,6 +188,7 @@ def test_a_scene_depends_on_seed_family_split_and_index_alone() -> None:
         Scenes("07", "train", count=3, seed=1)[1],
     )
     keys = {base[1].key}
+    assert base[1].key == f"v{SCENES_VERSION}-07-train-0-000001"
     for other in others:
         assert not torch.equal(other.image, base[1].image)
         keys.add(other.key)
@@ -177,6 +233,7 @@ def test_another_size() -> None:
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"first": -1}, "first must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"material": -0.1}, "material must be a finite number of at least 0, got -0.1"),
         ({"size": (128, 63)}, r"size\[1\] must be at least 64, got 63"),
     ],
 )
@@ -197,4 +254,4 @@ def test_scenes_are_the_same_on_every_machine() -> None:
                 digest.update(scene.boxes.numpy().astype("<i4").tobytes())
                 digest.update(scene.labels.numpy().astype(np.uint8).tobytes())
                 digest.update(scene.difficult.numpy().tobytes())
-    assert digest.hexdigest() == "84168480fa67d027d396329bf6ad89c2a8956d7d486dc659b31f6ed6ff64e9de"
+    assert digest.hexdigest() == "1def2b548e8fc0a3a808bb7b8282f4c299a196d1e45e2bc0dc803bd632f46da1"

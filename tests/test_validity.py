@@ -433,7 +433,7 @@ def test_ignored_pixels_do_not_count(images, labels):
         ({"epsilon": 0}, "epsilon must be a finite number above 0"),
         ({"norm": "l1"}, "norm must be"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"attack": "pgd"}, "attack must be one within a ball"),
+        ({"attack": "pgd"}, "attack must be an attack within a ball"),
     ],
 )
 def test_bad_input(images, labels, change, message):

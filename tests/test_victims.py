@@ -64,7 +64,7 @@ def test_weights_that_do_not_fit(tmp_path, network):
     state = network.state_dict()
     first = next(iter(state))
     torch.save({**state, "more": torch.zeros(1), first: torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=rf"1 left over \(more, .*1 of another shape \({first}"):
+    with pytest.raises(ValueError, match=rf"1 unexpected \(more, .*1 of another shape \({first}"):
         victims.load(NAME, path)
     del state[first]
     torch.save(state, path)

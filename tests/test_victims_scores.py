@@ -86,7 +86,7 @@ def test_one_class_is_no_choice(adversarial):
 
 
 def test_binary_refuses_what_it_cannot_take():
-    with pytest.raises(ValueError, match=r"one logit a target, \(2, 1, \*targets\), got \(2, 4,"):
+    with pytest.raises(ValueError, match=r"one logit per target, \(2, 1, \*targets\), got \(2, 4,"):
         victims.binary(network())(some_images())
     with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\), got 1.5"):
         victims.binary(network(1), 1.5)

@@ -95,11 +95,11 @@ def test_width_1_is_the_papers_size():
         assert built[name] / 1e6 == pytest.approx(float(published), rel=0.015)
 
 
-def test_the_shipped_sizes_fit_into_25_megabytes():
+def test_the_shipped_sizes_fit_into_32_megabytes():
     sizes = [parameters(on_meta(entry.name)) for entry in zoo.ENTRIES]
     assert max(sizes) < 2e6
-    assert 2 * sum(sizes) < 25e6  # of float16
-    assert sum(file.stat().st_size for file in registry.WEIGHTS.glob("*.safetensors")) <= 25e6
+    assert 2 * sum(sizes) < 32e6  # of float16
+    assert sum(file.stat().st_size for file in registry.WEIGHTS.glob("*.safetensors")) <= 32e6
 
 
 @pytest.mark.parametrize(("name", "stride"), SEGMENTATION.items())
@@ -338,10 +338,12 @@ def test_weights_that_do_not_fit(tmp_path):
         zoo.load("DL-VGG", path, num_classes=9)
     with pytest.raises(ValueError, match=r"of width 0.25 with 5 classes.*shape \(conv1_1.weight"):
         zoo.load("DL-VGG", path, width=0.25)
-    with pytest.raises(ValueError, match=r"FCN-VGG .*missing \(features.conv1_1.weight.*left over"):
+    with pytest.raises(
+        ValueError, match=r"FCN-VGG .*missing \(features.conv1_1.weight.*unexpected"
+    ):
         zoo.load("FCN-VGG", path)
     save_file({**state, "fc9.bias": torch.zeros(5)}, path)
-    with pytest.raises(ValueError, match=r"1 left over \(fc9.bias"):
+    with pytest.raises(ValueError, match=r"1 unexpected \(fc9.bias"):
         zoo.load("DL-VGG", path, **SMALL)
     del state["fc8.bias"]
     save_file(state, path)
@@ -367,10 +369,10 @@ def test_weights_that_cannot_be_saved(tmp_path):
     network = zoo.build("FCN-Alex", **SMALL)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         zoo.save_weights(tmp_path / "a.pth", network, {})
-    with pytest.raises(ValueError, match="metadata must hold values that JSON can hold"):
+    with pytest.raises(ValueError, match="metadata must be serialisable as JSON"):
         zoo.save_weights(tmp_path / "a.safetensors", network, {"score": math.nan})
     nn.init.constant_(network.network.fc7.weight, 1e5)
-    with pytest.raises(ValueError, match=r"finite in float16, fc7\.weight has not"):
+    with pytest.raises(ValueError, match=r"finite in float16, fc7\.weight is not"):
         zoo.save_weights(tmp_path / "a.safetensors", network, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -378,7 +380,7 @@ def test_weights_that_cannot_be_saved(tmp_path):
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"DL-RN101, FR-ZF-07.*got 'fcn-vg'; did you mean FCN-VGG"):
         zoo.build("fcn-vg")
-    with pytest.raises(ValueError, match=r"FCOS-VGG, got 'unheard of'$"):
+    with pytest.raises(ValueError, match=r"FR-ZF-07-DAG, got 'unheard of'$"):
         zoo.load("unheard of")
     with pytest.raises(ValueError, match="width must be a finite number above 0, got 0"):
         zoo.build("DL-VGG", width=0)

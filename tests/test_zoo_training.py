@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from dagcore import data, victims, zoo
 from dagcore.__main__ import main
+from dagcore.data.scenes import crop
 from dagcore.files import write_image
-from dagcore.zoo import registry, training
+from dagcore.zoo import pictures, registry, training
 from dagcore.zoo.evaluation import evaluate
 
-TINY = {"samples": 80, "width": 1 / 16, "test_scenes": 3}
-SHIPPED = [entry.name for entry in zoo.ENTRIES if entry.path.is_file()]
+TINY = {"samples": 80, "start_samples": 64, "width": 1 / 16, "test_scenes": 3}
+SHIPPED = [entry.name for entry in registry.EVERY if entry.path.is_file()]
 TASKS = ("segmentation", "detection")
 
 
@@ -43,7 +44,7 @@ def weights(tmp_path, monkeypatch):
     return tmp_path / "weights"
 
 
-@pytest.mark.parametrize("name", ["FCN-Alex*", "R-FCN-RN50"])
+@pytest.mark.parametrize("name", ["FCN-Alex*", "R-FCN-RN50", "DL-VGG-PGD", "FR-ZF-07-DAG"])
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, name):
     slug, seen, parts = zoo.find(name).slug, [], []
     torch.manual_seed(7)
@@ -51,6 +52,8 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, name):
     undisturbed = training.train(name, out=tmp_path / "whole", callback=seen.append, **TINY)
     assert torch.equal(torch.get_rng_state(), before)
     assert seen[-1].samples == seen[-1].total == 80
+    assert seen[0].name.startswith("start-")
+    assert seen[0].total == 64
     torch.rand(5)
     options = {"out": tmp_path / "parts", "checkpoint_steps": 2, **TINY}
     with pytest.raises(Interruption):
@@ -67,10 +70,37 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, name):
     assert logs[0] == logs[1]
 
 
+def test_training_against_an_attack(tmp_path, weights, capfd):
+    """By a name of the zoo, and by options for any network, which is not put into the package."""
+    options = ["--out", str(tmp_path / "out"), "--samples", "16", "--start-samples", "32"]
+    train = ["zoo", "train", "FCN-Alex", *options]
+    given = ["--adversarial", "segpgd", "--epsilon", "2/255", "--steps", "1"]
+    assert main([*train, *given]) == 0
+    path = tmp_path / "out" / "fcn-alex-segpgd.safetensors"
+    assert f"written to {path}" in capfd.readouterr().err
+    assert not weights.exists()
+    known = zoo.read_metadata(path)
+    found = [known[key] for key in ("attack", "epsilon", "steps", "training_set")]
+    assert found == ["segpgd", pytest.approx(2 / 255), 1, "07"]
+    assert zoo.load("FCN-Alex", path).classes == data.SCENE_CLASSES
+    assert main(train) == 0
+    clean = load_file(weights / "fcn-alex.safetensors")
+    assert not torch.equal(clean["score_fr.weight"], load_file(path)["score_fr.weight"])
+    capfd.readouterr()
+    assert main(["zoo", "train", "FCN-VGG-PGD", *options, "--adversarial", "pgd"]) == 2
+    assert "of a network trained on clean images, got FCN-VGG-PGD" in capfd.readouterr().err
+    assert main([*train, "--adversarial", "pgd", "--epsilon", "0"]) == 2
+    assert "epsilon must be a finite number above 0, got 0" in capfd.readouterr().err
+    robust = {entry.name: entry for entry in zoo.ROBUST}
+    assert robust["FCN-VGG-PGD"].adversary == zoo.Adversary("pgd", 4 / 255, 3)
+
+
 def test_what_a_training_leaves(tmp_path):
     path = training.train("DL-VGG", out=tmp_path, **TINY)
     assert {file.name for file in tmp_path.iterdir()} == {
-        f"dl-vgg.{ending}" for ending in ("pt", "jsonl", "png", "safetensors")
+        f"{name}.{ending}"
+        for name in ("dl-vgg", "start-vgg-16-1of16")
+        for ending in ("pt", "jsonl", "png", "safetensors")
     }
     with Image.open(tmp_path / "dl-vgg.png") as picture:
         assert picture.format == "PNG"
@@ -80,7 +110,10 @@ def test_what_a_training_leaves(tmp_path):
     known = zoo.read_metadata(path)
     assert known["width"] == 1 / 16
     assert known["classes"] == list(data.SCENE_CLASSES)
+    assert known["scenes"] == data.SCENES_VERSION == 2
     assert known["training_set"] == "07+12"
+    start = (tmp_path / "start-vgg-16-1of16.safetensors").read_bytes()
+    assert known["start"] == hashlib.sha256(start).hexdigest()
     assert known["seed"] == training.seed_of_name("DL-VGG")
     assert known["samples"] == 80
     assert known["test_scenes"] == 3
@@ -91,10 +124,91 @@ def test_what_a_training_leaves(tmp_path):
 
 
 def test_losses_fall(tmp_path):
-    options = {**TINY, "samples": 640, "test_scenes": 1}
+    options = {**TINY, "samples": 640, "start_samples": 1280, "test_scenes": 1}
     training.train("FCN-Alex", out=tmp_path, **options)
-    lines = [json.loads(line) for line in (tmp_path / "fcn-alex.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < math.log(len(data.SCENE_CLASSES)) - 0.5
+    for name, fall in (("fcn-alex", 0.5), ("start-alexnet-1of16", 0.03)):
+        log = (tmp_path / f"{name}.jsonl").read_text()
+        lines = [json.loads(line) for line in log.splitlines()]
+        assert lines[-1]["loss"] < math.log(len(data.SCENE_CLASSES)) - fall
+
+
+@pytest.mark.parametrize("name", sorted({e.architecture: e.name for e in zoo.ENTRIES}.values()))
+def test_networks_begin_with_their_backbone(name):
+    """All layers of the start have their place, and nothing else is changed."""
+    entry = zoo.find(name)
+    backbone = registry.BACKBONES[entry.backbone].build(width=1 / 16)
+    start = {key: torch.full_like(value, 3) for key, value in backbone.state_dict().items()}
+    options = {} if entry.architecture in registry.RESIDUAL else {"norm": True}
+    network = zoo.build(name, num_classes=13, width=1 / 16, **options)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    training.begin(network, {**start, "classifier.weight": torch.ones(13, 8)})
+    changed = {k: v for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    assert len(changed) == len(start)
+    assert all(bool((value == 3).all()) for value in changed.values())
+    assert [key for key in changed if key.endswith(("score_fr.weight", "fc8.weight"))] == []
+    with pytest.raises(ValueError, match=r"start must fit the network, which has no place for fc9"):
+        training.begin(network, {"fc9": torch.zeros(1)})
+
+
+def test_two_training_sets_have_one_start(tmp_path, monkeypatch):
+    """Their networks begin with one backbone, which is trained once, and heads of their own."""
+    begun = {}
+    whole = training.begin
+
+    def begin(network, start):
+        whole(network, start)
+        begun[len(begun)] = {k: v.clone() for k, v in network.network.state_dict().items()}
+
+    monkeypatch.setattr(training, "begin", begin)
+    options = {**TINY, "out": tmp_path, "samples": 8, "test_scenes": 1}
+    for name in ("FCN-VGG", "FCN-VGG*"):
+        path = training.train(name, **options)
+    written = (tmp_path / "start-vgg-16-1of16.safetensors").stat().st_mtime_ns
+    assert written < path.stat().st_mtime_ns
+    one, other = begun.values()
+    state = load_file(tmp_path / "start-vgg-16-1of16.safetensors")
+    assert "conv5_3.weight" in state
+    for key, value in state.items():
+        if not key.startswith("classifier."):
+            assert torch.equal(one[f"features.{key}"], value.to(one[f"features.{key}"].dtype))
+            assert torch.equal(one[f"features.{key}"], other[f"features.{key}"])
+    assert not torch.equal(one["score_fr.weight"], other["score_fr.weight"])
+
+
+def test_a_folder_with_another_start(tmp_path):
+    options = {"width": 1 / 16, "out": tmp_path}
+    path = training.train_start("ZF", samples=32, **options)
+    assert zoo.read_metadata(path)["samples"] == 32
+    again = training.train_start(
+        "ZF", samples=32, callback=lambda _: pytest.fail("trained"), **options
+    )
+    assert again == path
+    with pytest.raises(ValueError, match=r"another training's start.*'samples': 64"):
+        training.train_start("ZF", samples=64, **options)
+    with pytest.raises(ValueError, match=r"backbone must be 'AlexNet', 'ZF', .*, got 'LeNet'"):
+        training.train_start("LeNet", **options)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        training.train_start("ZF", samples=0, **options)
+
+
+def test_crops_come_down_to_the_materials_of_scenes():
+    crops = pictures.Crops({"07": 30, "12": 30})
+    assert len(crops) == 60
+    chosen = list(range(60))
+    plain, weak, strong = (crops.batch(chosen, material) for material in (0, 0.0075, 0.15))
+    classes = torch.cat(plain.labels)
+    assert (classes == 0).sum() == 6  # no object
+    assert len(classes.unique()) > 8
+    moved = (strong.images - plain.images).abs().amax((1, 2, 3)) > 0.05
+    assert not moved[classes == 0].any()
+    assert 0.6 < float(moved[classes > 0].float().mean()) < 1
+    torch.testing.assert_close(
+        weak.images - plain.images, (strong.images - plain.images) / 20, rtol=1e-4, atol=1e-6
+    )
+    # What a network sees last is what a scene is, give or take its rounding to 8 bits.
+    drawn = torch.stack([crop("07", k, 0.0075)[0] for k in range(30)]).float() / 255
+    apart = (drawn - weak.images[:30]).abs()
+    assert (apart < 1.01 / 255).float().mean() > 0.98  # but where strong ones are cut off
 
 
 def test_another_seed_gives_other_weights(tmp_path):
@@ -123,10 +237,10 @@ def test_masks_and_boxes_move_with_the_image():
     mask[:, 20:44, 30:66] = 3
     image = (mask[:, None] / 6).expand(-1, 3, -1, -1).contiguous()
     box = torch.tensor([[30.0, 20.0, 66.0, 44.0]])
-    batch = training.Batch(image, mask, [box] * 6, [torch.tensor([3])] * 6)
+    batch = pictures.Batch(image, mask, [box] * 6, [torch.tensor([3])] * 6)
     torch.manual_seed(0)
     for zoom in ((1.0, 1.0), (0.7, 0.9), (1.1, 1.4)):
-        found = training.augment(batch, zoom)
+        found = pictures.augment(batch, zoom)
         for k in range(6):
             seen = found.masks[k] == 3
             light = found.images[k, 0]
@@ -143,17 +257,19 @@ def test_masks_and_boxes_move_with_the_image():
 def test_boxes_that_leave_the_frame_are_left_out():
     boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [30.0, 20.0, 50.0, 40.0]])
     scale, center, size = torch.tensor([2.0, 2.0]), torch.zeros(2), torch.tensor([80, 64])
-    moved, kept = training.move(boxes, scale, center, size)
+    moved, kept = pictures.move(boxes, scale, center, size)
     assert kept.tolist() == [False, True]
     torch.testing.assert_close(moved, torch.tensor([[20.0, 8.0, 60.0, 48.0]]))
-    moved, kept = training.move(torch.zeros(0, 4), scale, center, size)
+    moved, kept = pictures.move(torch.zeros(0, 4), scale, center, size)
     assert moved.shape == (0, 4)
     assert kept.shape == (0,)
 
 
 def test_arguments_are_checked(tmp_path):
-    for key in ("samples", "checkpoint_steps", "test_scenes"):
-        with pytest.raises(ValueError, match=f"{key} must be at least 1, got 0"):
+    for key in ("samples", "start_samples", "checkpoint_steps", "test_scenes"):
+        with pytest.raises(
+            ValueError, match=f"{key.removeprefix('start_')} must be at least 1, got 0"
+        ):
             training.train("DL-VGG", out=tmp_path, **{**TINY, key: 0})
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         training.train("DL-VGG", out=tmp_path, seed=-1)
@@ -215,7 +331,12 @@ def test_examples_without_masks():
 def test_the_commands(tmp_path, weights, capfd):
     """Two networks in processes of their own, trained, installed, listed and measured."""
     names, out = ["FCN-Alex", "FR-ZF-07"], tmp_path / "out"
-    assert main(["zoo", "train", *names, "--out", str(out), "--samples", "16"]) == 0
+    assert (
+        main(
+            ["zoo", "train", *names, "--out", str(out), "--samples", "16", "--start-samples", "32"]
+        )
+        == 0
+    )
     told = capfd.readouterr().err
     for name in names:
         assert f"{name}: " in told
@@ -224,7 +345,7 @@ def test_the_commands(tmp_path, weights, capfd):
         assert file.read_bytes() == (out / file.name).read_bytes()
     assert main(["zoo", "list", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}
-    assert list(rows) == [entry.name for entry in zoo.ENTRIES]
+    assert list(rows) == [entry.name for entry in (*zoo.ENTRIES, *zoo.ROBUST)]
     for name, row in rows.items():
         assert (row["sha256"] is None) == (name not in names)
     content = zoo.find("FR-ZF-07").path.read_bytes()
@@ -235,7 +356,7 @@ def test_the_commands(tmp_path, weights, capfd):
     assert main(["zoo", "list"]) == 0
     table = capfd.readouterr().out
     assert rows["FCN-Alex"]["sha256"][:12] in table
-    assert table.count("not trained yet") == len(zoo.ENTRIES) - 2
+    assert table.count("not trained yet") == len(rows) - 2
     assert main(["zoo", "evaluate", *names, "--images", "2", "--protocol", "coco"]) == 0
     table = capfd.readouterr().out
     assert "mIoU" in table
@@ -303,7 +424,7 @@ def test_shipped_weights_are_what_they_say(name):
     assert known["classes"] == list(data.SCENE_CLASSES)
     assert known["training_set"] == entry.training_set
     assert known["seed"] == training.seed_of_name(name)
-    assert known["samples"] == training.RECIPES[entry.architecture].samples
+    assert known["samples"] == training.recipe_of(entry).samples
     assert known["test_scenes"] == 200
     assert known["score"] >= 60
     network = zoo.load(name)

@@ -1,4 +1,4 @@
-// argmax_bilinear on the CPU: bands of an image in parallel, in each of them cell by cell.
+// argmax_bilinear on the CPU: bands of an image in parallel, each of them cell by cell.
 #include <algorithm>
 #include <memory>
 

@@ -8,9 +8,9 @@
 
 namespace dagcore {
 
-// One low-resolution row of every class, (C, padded): its scores, and of each score and its right
-// neighbour the smaller and the larger; infinite where their sum is not finite, so that the class
-// is never ruled out and rules none out.
+// One low-resolution row of every class, (C, padded): the scores, and the smaller and the larger of
+// each score and its right neighbour. These are infinite if the sum of the two is not finite, so
+// that the class is never ruled out and rules none out.
 template <typename Real>
 struct ScoreRow {
   std::vector<Real> scores, least, most;
@@ -77,20 +77,20 @@ DAGCORE_INLINE void prune(const ScoreRow<Real>& above, const ScoreRow<Real>& bel
   }
 }
 
-// Parts of an image that are worked on in parallel, at most. A fixed number, so that results do not
-// depend on the number of threads.
+// Maximum number of parts of an image that are worked on in parallel. It is fixed, so that results
+// do not depend on the number of threads.
 constexpr int64_t kBands = 16;
 
 // The cells of one call. Bands hold whole rows of cells.
 template <typename T>
 struct Cells : ScoreMaps {
   int64_t padded;       // length of a `ScoreRow`
-  int64_t column_step;  // from a cell's left to its right corner: none at the size as it is
+  int64_t column_step;  // from a cell's left to its right corner: 0 if not enlarged
   std::vector<Segment> ys, xs;
   std::vector<size_t> band_begin;  // into ys; bands begin where `low` changes
   Simd simd;
 
-  // Tiles have at most so many rows and columns, bands at least so many rows of cells.
+  // Tiles have at most `tile_rows` and `tile_columns`, bands at least `band_rows` rows of cells.
   explicit Cells(const ScoreMaps& maps, int tile_rows = kSide, int tile_columns = kSide,
                  int64_t band_rows = 1)
       : ScoreMaps(maps),
@@ -116,14 +116,14 @@ struct Cells : ScoreMaps {
     run_simd<read_row<T>>(simd, row(n, y), class_stride, column_stride, classes, width, padded,
                           column_step, to);
   }
-  // Scores alone, (C, padded).
+  // Only the scores, (C, padded).
   void read(int64_t n, int64_t y, std::vector<RealOf<T>>* to) const {
     run_simd<read_scores<T>>(simd, row(n, y), class_stride, column_stride, classes, width, padded,
                              to->data());
   }
 };
 
-// What is known and needed while a row of cells is worked on.
+// Working memory for a row of cells.
 template <typename T>
 struct CellRow {
   using Real = RealOf<T>;
@@ -131,9 +131,9 @@ struct CellRow {
   std::vector<Real> floors;     // (2, padded)
   std::vector<uint8_t> keep;    // (C, padded)
   std::vector<int32_t> lists;   // (w, C + 1): the classes that can win in each cell, rising
-  std::vector<int> counts;      // (w): how many they are
-  std::vector<Candidate<Real>> candidates;  // (C): those of the cell in hand
-  TileWeights<Real> weights[4];             // whole factors need three: left, middle and right
+  std::vector<int> counts;      // (w): number of these classes
+  std::vector<Candidate<Real>> candidates;  // (C): those of the current cell
+  TileWeights<Real> weights[4];             // integer factors need three: left, middle, right
   int next_weights = 0;
   Tile<Real> tile;
 
@@ -162,7 +162,7 @@ struct CellRow {
 };
 
 // Moves on to the cells of segment y of image n: reads their rows and lists the classes that can
-// win. `previous_high` is the lower row of the cells before, -1 if there are none.
+// win. `previous_high` is the lower row of the previous cells, -1 if there are none.
 template <typename T, bool kSecond>
 void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previous_high,
               CellRow<T>* row) {
@@ -190,7 +190,7 @@ void open_row(const Cells<T>& cells, int64_t n, const Segment& y, int64_t previo
   }
 }
 
-// Whether a class is behind one that wins everywhere in a cell, by the margin at least.
+// Whether a class trails the one that wins everywhere in a cell, by at least the margin.
 template <typename T>
 bool is_far(const Cells<T>& cells, int64_t x, const CellRow<T>& row, int64_t c, int64_t winner,
             double margin) {
@@ -209,7 +209,7 @@ Candidate<RealOf<T>> candidate(const Cells<T>& cells, int64_t x, const CellRow<T
   return {{above[x], above[right], below[x], below[right]}, c};
 }
 
-// The class that wins everywhere in a cell without evaluating it, or kUncounted.
+// The class that is sure to win everywhere in a cell, without evaluating it, or kUncounted.
 template <typename T>
 int32_t only_winner(const Cells<T>& cells, int64_t x, const CellRow<T>& row) {
   if (row.counts[x] != 1) return kUncounted;

@@ -1,4 +1,4 @@
-// The labels of rows of pixels, and of tiles out of them.
+// Labels of rows of pixels, and of the tiles in them.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 namespace dagcore {
 
 // The labels of the rows of pixels that one row of cells holds, and which tiles are uniform. Rows
-// are followed by room for a whole vector from any pixel on.
+// are padded so that a whole vector can be read from any pixel.
 template <typename Index>
 struct LabelRows {
   int64_t width, stride;
   std::unique_ptr<Index[]> labels, adversarial;  // not zeroed: written before they are read
-  std::vector<Index> down, across;  // where a label differs from the first row's, from the left's
+  std::vector<Index> down, across;  // where labels differ from the first row's, from the left ones
 
   explicit LabelRows(int64_t width)
       : width(width),
@@ -32,8 +32,8 @@ struct LabelRows {
   }
 };
 
-// Asks for a row of labels that is read soon. The processor itself does not look beyond the page
-// that it reads from, and a row of int64 is often as long.
+// Prefetches a row of labels that is read soon. The processor itself does not prefetch beyond the
+// page that it reads from, and a row of int64 is often a page long.
 DAGCORE_INLINE void fetch_row(const LabelSource& labels, int64_t at, int64_t width) {
   const int64_t size = labels.type == ScalarType::Byte ? 1 : labels.type == ScalarType::Int ? 4 : 8;
   const char* row = static_cast<const char*>(labels.data) + at * size;
@@ -63,8 +63,8 @@ DAGCORE_INLINE void read_label_rows(const Tensor& maps, const LabelSource& sourc
   }
 }
 
-// The labels of a tile, out of those of its rows of pixels: whole vectors, each over the end of
-// the one before.
+// Copies the labels of a tile from its rows of pixels: whole vectors, each over the end of the one
+// before.
 template <typename Index>
 DAGCORE_INLINE void take_labels(const Index* rows, int64_t stride, const Segment& y,
                                 const Segment& x, Index* out) {

@@ -8,12 +8,12 @@
 
 namespace dagcore {
 
-// Verdicts of a tile that are summed one by one, all lanes at once. With more of them, or from the
-// first that fewer pixels share, summing pixel by pixel is as fast.
+// Maximum number of a tile's verdicts that are summed one by one, all lanes at once. Beyond it, or
+// once a verdict has fewer than kFewPixels pixels, summing pixel by pixel is as fast.
 constexpr int kVerdicts = 16;
 constexpr uint32_t kFewPixels = 2;
 
-// The two low-resolution rows of a cell's corners, (C, w) each, and what is added to them.
+// The sums of the two low-resolution rows of a cell's corners, (C, w) each.
 template <typename Sum>
 struct CornerSums {
   Sum *above, *below;
@@ -28,7 +28,7 @@ struct CornerSums {
   }
 };
 
-// The weights summed over the pixels of one verdict, which are struck off the tile.
+// Sums the weights over the pixels of one verdict, and removes these pixels from the tile.
 template <typename Real>
 DAGCORE_INLINE void take_verdict(Verdict<IndexOf<Real>> verdict, Tile<Real>* tile, Real (&sum)[4]) {
   using Index = IndexOf<Real>;
@@ -78,8 +78,8 @@ struct ClassSums {
   }
 };
 
-// Adds the seed of a tile with `left` active pixels: verdict by verdict, which most tiles have few
-// of, and the rest pixel by pixel.
+// Adds the seed of a tile with `left` active pixels: verdict by verdict, as most tiles have few of
+// them, then the rest pixel by pixel.
 template <typename Real>
 void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
                    ClassSums<Real>* rest, const CornerSums<Real>& sums) {
@@ -91,7 +91,7 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
     run_simd<take_verdict<Real>>(simd, verdict, tile, sum);
     sums.add(x, verdict.plus, 1, sum);
     sums.add(x, verdict.minus, -1, sum);
-    // A pixel's weights add up to 1, but for rounding.
+    // A pixel's weights add up to 1, up to rounding.
     const auto taken = static_cast<uint32_t>(sum[0] + sum[1] + sum[2] + sum[3] + Real{0.5});
     left -= taken;
     if (taken < kFewPixels) break;
@@ -105,7 +105,7 @@ void add_tile_seed(Simd simd, const Segment& x, uint32_t left, Tile<Real>* tile,
   rest->move_to(sums, x);
 }
 
-// row (C, pitch); `limit`: what is beyond it becomes it; infinite for none.
+// row (C, pitch); values are clipped to `limit`, infinite for no limit.
 template <typename T, typename Sum>
 DAGCORE_INLINE void write_row(const Sum* row, int64_t pitch, int64_t classes, int64_t width,
                               int64_t class_stride, int64_t column_stride, RealOf<T> limit,
@@ -120,8 +120,8 @@ DAGCORE_INLINE void write_row(const Sum* row, int64_t pitch, int64_t classes, in
   }
 }
 
-// The rows of a seed, as they are finished. A row that two bands share is written last: each band
-// keeps its first and its last row, and they are added in the order of the bands.
+// Writes the rows of a seed as they are finished. A row that two bands share is written last: each
+// band keeps its first and its last row, and these are added in the order of the bands.
 template <typename T>
 struct SeedRows {
   using Real = RealOf<T>;
@@ -150,7 +150,7 @@ struct SeedRows {
                                 seed.stride(3), limit, out);
   }
 
-  // Puts together the rows that bands share, and zeroes those that no pixel reads.
+  // Adds up the rows that bands share, and zeroes those that no pixel reads.
   void join(int64_t n) {
     for (int64_t band = 0; band < cells.bands(); ++band) {
       const int64_t begin = cells.ys[cells.band_begin[band]].low;
@@ -174,7 +174,7 @@ struct SeedRows {
   }
 };
 
-// Seeds one band of one image: calls open(y, previous_high), as `open_row`, where a row of cells
+// Seeds one band of one image: calls open(y, previous_high), like `open_row`, where a row of cells
 // begins, and add(y, sums) to add the seed of a segment's cells.
 template <typename T, typename Sum, typename Open, typename Add>
 void seed_rows(int64_t n, int64_t index, std::vector<Sum> (&sums)[2], SeedRows<T>* rows,

@@ -1,5 +1,5 @@
-// The segments of an axis, and a tile, the part of a cell's pixels that two of them span and that
-// is worked on at once: weights, winners and verdicts.
+// Segments of an axis, and tiles: a tile is the part of a cell that two segments span and that is
+// worked on at once, with its weights, winners and verdicts.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 
 namespace dagcore {
 
-// Lanes of every sum, whatever the vector's width: the same bits on every processor. As many floats
-// as AVX-512 has.
+// Number of lanes of every sum, at any vector width, so that every processor gives the same bits.
+// AVX-512 holds as many floats.
 constexpr int kLanes = 16;
-// Loops over lanes stand under "unroll 1": gcc would unroll them first, and then find no vectors.
+// Loops over lanes have "unroll 1": gcc would otherwise unroll them first, and then not vectorise.
 
-// Pixels of a tile's side, at most. A tile of 32 x 32 pixels stays in the first-level cache, and
+// Maximum side of a tile, in pixels. A tile of 32 x 32 pixels stays in the first-level cache, and
 // the usual enlargements, by 4, 8, 16 and 32, make tiles that are whole cells.
 constexpr int kSide = 32;
 
@@ -43,7 +43,7 @@ inline std::vector<Segment> segments(int64_t from, int64_t to, bool align_corner
   for (size_t i = 0; i < all.size(); ++i) {
     Segment& segment = all[i];
     segment.weights = static_cast<int>(i);
-    for (size_t j = i; j-- > 0 && i - j <= 4;) {  // whole factors repeat at once
+    for (size_t j = i; j-- > 0 && i - j <= 4;) {  // with integer factors weights repeat at once
       if (all[j].count == segment.count &&
           std::equal(segment.weight, segment.weight + segment.count, all[j].weight)) {
         segment.weights = all[j].weights;
@@ -61,10 +61,10 @@ static_assert(kSide * kSide == kTargets, "a tile is one row of targets");
 template <typename Real>
 struct alignas(64) TileWeights {
   Real corner[4][kRoom];
-  Real total[4];  // over all pixels, once asked for
+  Real total[4];  // over all pixels, computed on demand
   bool has_total = false;
   int count = 0, padded = 0;
-  int y_weights = -1, x_weights = -1;  // whose they are
+  int y_weights = -1, x_weights = -1;  // the segments they belong to
 };
 
 template <typename Real>
@@ -78,7 +78,7 @@ struct Lanes {
   Value lane[kLanes] = {};
 };
 
-// Four to sixteen values, as vectors of the compiler's: by itself it makes poor code of sums across
+// Four to sixteen values as vectors: the compiler by itself generates poor code for sums across
 // lanes.
 template <typename Value>
 using Quad __attribute__((vector_size(4 * sizeof(Value)))) = Value;
@@ -88,7 +88,7 @@ template <typename Value>
 using Hex __attribute__((vector_size(16 * sizeof(Value)))) = Value;
 static_assert(kLanes == 16, "all lanes are two vectors of eight or one of sixteen");
 
-// Lanes of a, and after them of b, by their numbers.
+// Picks lanes by their numbers: first those of a, then those of b.
 template <typename Index, int... kFrom, typename Vector>
 DAGCORE_INLINE void pick(const Vector& a, const Vector& b, Vector* out) {
 #if defined(__clang__)
@@ -104,7 +104,7 @@ DAGCORE_INLINE void fold(const Lanes<Value>& sum, Oct<Value>* out) {
   __builtin_memcpy(half, sum.lane, sizeof(half));
   *out = half[0] + half[1];
 }
-// Two of them, the second one after the first.
+// Folds two sums, the second result after the first.
 template <typename Value>
 DAGCORE_INLINE void fold_two(const Hex<Value>& one, const Hex<Value>& two, Hex<Value>* out) {
   using Index = Hex<IndexOf<Value>>;
@@ -114,7 +114,7 @@ DAGCORE_INLINE void fold_two(const Hex<Value>& one, const Hex<Value>& two, Hex<V
   *out = low + high;
 }
 
-// In each four lanes a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+// Fills each four lanes with a0 + a2, b0 + b2, a1 + a3, b1 + b3.
 template <typename Value>
 DAGCORE_INLINE void zip(const Oct<Value>& a, const Oct<Value>& b, Oct<Value>* out) {
   using Index = Oct<IndexOf<Value>>;
@@ -149,8 +149,8 @@ DAGCORE_INLINE void add_lanes(const Lanes<Value>& a, const Lanes<Value>& b, cons
   __builtin_memcpy(total, half, sizeof(total));
 }
 
-// One vector of pixels: what each of two values of theirs, weighed by the four corners, sums up to,
-// to the same bits.
+// For one vector of pixels with two values each: weighs the values by the four corners and sums
+// them, to the same bits.
 template <typename Value>
 DAGCORE_INLINE void add_lanes(const Value (&one)[kLanes], const Value (&two)[kLanes],
                               const Value* weights, int64_t pitch, Value (&total)[2][4]) {
@@ -174,11 +174,10 @@ DAGCORE_INLINE void add_lanes(const Value (&one)[kLanes], const Value (&two)[kLa
 }
 
 // The weights of a tile's pixels at its four corners, in arrays that lie `pitch` apart. Rows of
-// pixels are written in whole vectors, each over the end of the one before, and then a vector of
-// zeros.
+// pixels are written in whole vectors, each over the end of the one before, then a vector of zeros.
 template <typename Real>
 DAGCORE_INLINE void fill_corners(const Segment& y, const Segment& x, int64_t pitch, Real* row) {
-  constexpr int kDoubles = 8;  // of the widest vector: weights are multiplied in double precision
+  constexpr int kDoubles = 8;  // in the widest vector: weights are multiplied in double precision
   for (int i = 0; i < y.count; ++i, row += x.count) {
     const double v = y.weight[i];
     for (int j = 0; j < x.count; j += kDoubles) {
@@ -234,8 +233,8 @@ struct Candidate {
   IndexOf<Real> c;
 };
 
-// The winner at every pixel of a tile among a cell's candidates, in rising class order. A vector of
-// pixels at a time, so that their weights and winners stay in registers.
+// The winner at every pixel of a tile among a cell's candidates, in rising class order. Works on a
+// vector of pixels at a time, so that their weights and winners stay in registers.
 template <typename Real, bool kSecond>
 DAGCORE_INLINE void find_winners(const Candidate<Real>* candidates, int count, Tile<Real>* tile) {
   using Index = IndexOf<Real>;
@@ -276,7 +275,7 @@ DAGCORE_INLINE void find_winners(const Candidate<Real>* candidates, int count, T
   }
 }
 
-// The score of one class at every pixel of a tile, as that of their label.
+// The score of one class, the label of all pixels, at every pixel of a tile.
 template <typename Real>
 DAGCORE_INLINE void fill_own(const Candidate<Real>& q, Tile<Real>* tile) {
   const auto& corner = tile->weights->corner;

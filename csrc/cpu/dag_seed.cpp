@@ -18,8 +18,8 @@ struct Strip {
   int count;
 };
 
-// With kOwn, the scores of the labels too: looked up afterwards, they would have left the cache
-// where the classes lie a power of two apart.
+// With kOwn, also the scores of the labels: looked up later, they would have left the cache if the
+// classes lie a power of two apart.
 template <typename T, typename Index, bool kSecond, bool kOwn>
 DAGCORE_INLINE void find_strip_winners(const SeedArgs& args, const Strip& strip,
                                        TargetRow<T, Index>* row) {
@@ -70,7 +70,7 @@ DAGCORE_INLINE void write_seed(const SeedArgs& args, const Strip& strip, const I
   }
 }
 
-// Where each target's classes lie side by side, most of the seed is one run of zeros.
+// If each target's classes lie side by side, most of the seed is one run of zeros.
 template <typename T, typename Index>
 void write_seed_rows(const SeedArgs& args, const Strip& strip, const Index* plus,
                      const Index* minus) {
@@ -136,7 +136,7 @@ void seed_targets(int64_t images, const SeedArgs& args) {
   });
 }
 
-// scores (N, C, *T), labels and adversarial (N, *T); without adversarial labels the runner-up's.
+// scores (N, C, *T), labels and adversarial (N, *T); without adversarial labels, the runner-up.
 // Returns the seed, laid out like scores, and the number of active targets (N,), int32.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
                                     std::string objective, int64_t ignore_index, double margin) {

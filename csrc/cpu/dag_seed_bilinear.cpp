@@ -1,4 +1,4 @@
-// dag_seed_bilinear on the CPU: bands of an image in parallel, in each of them cell by cell.
+// dag_seed_bilinear on the CPU: bands of an image in parallel, each of them cell by cell.
 #include "../dag_seed_bilinear.h"
 
 #include <memory>
@@ -25,7 +25,7 @@ DAGCORE_INLINE void read_rows(const BilinearSeedCall& call, const Targets& targe
                                 rows->labels.get(), rows);
 }
 
-// What a thread needs to seed bands, one after the other.
+// Working memory of a thread, which seeds one band after another.
 template <typename T, bool kSecond>
 struct Workshop {
   using Real = RealOf<T>;
@@ -42,7 +42,7 @@ struct Workshop {
              std::vector<Real>(cells.classes * cells.width)} {}
 };
 
-// The scores of a tile's labels, which the margin is measured from.
+// The scores of a tile's labels, from which the margin is measured.
 template <typename T, typename Index>
 void find_own(const Cells<T>& cells, int64_t x, bool uniform, CellRow<T>* row) {
   Tile<RealOf<T>>& tile = row->tile;
@@ -56,7 +56,7 @@ void find_own(const Cells<T>& cells, int64_t x, bool uniform, CellRow<T>* row) {
                                   cells.padded, right, &tile);
 }
 
-// Counts the active pixels of the cells' part in one segment of rows, and adds their seed.
+// Counts the active pixels of the cells in one segment of rows, and adds their seed.
 template <typename T, bool kSecond>
 uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segment& y,
                       const CornerSums<RealOf<T>>& sums, Workshop<T, kSecond>* workshop) {
@@ -75,7 +75,7 @@ uint32_t seed_segment(const Targets& targets, const Cells<T>& cells, const Segme
     if (only >= 0 && measures_label) {
       const bool clear = uniform && (label < 0 || label == only ||
                                      is_far(cells, x.low, cell_row, label, only, targets.margin));
-      if (!clear) only = kUncounted;  // the winner's lead is to be measured
+      if (!clear) only = kUncounted;  // the winner's lead must be measured
     }
     if (only >= 0 && uniform) {  // one verdict for all pixels
       const Index adversarial = rows.adversarial[x.begin];
@@ -143,9 +143,9 @@ void seed_maps(const BilinearSeedCall& call) {
   });
 }
 
-// scores (N, C, h, w), labels and adversarial (N, H, W); without adversarial labels the
-// runner-up's. Returns the seed at the low-resolution scores, laid out like them, and the number of
-// active targets (N,), int32.
+// scores (N, C, h, w), labels and adversarial (N, H, W); without adversarial labels, the runner-up.
+// Returns the seed at the low-resolution scores, laid out like them, and the number of active
+// targets (N,), int32.
 std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial,
                                              std::string objective, int64_t ignore_index,

@@ -107,7 +107,7 @@ void prox_all(int64_t images, const ProxArgs& args) {
   const int64_t per_task = std::max<int64_t>(1, kTaskPixels / std::min(kTaskPixels, inner));
   const int64_t tasks = (parts + per_task - 1) / per_task;  // of an image
   std::vector<Search> searches(images), of_tasks(images * tasks);
-  // Calls body(image, task, step length, row) for the rows of the images that `wanted` says, tasks
+  // Calls body(image, task, step length, row) for the rows of the images with wanted(image), tasks
   // in parallel.
   const auto for_rows = [&](const auto& wanted, const auto& body) {
     torch::stable::parallel_for(0, images * tasks, 1, [&](int64_t begin, int64_t end) {
@@ -164,8 +164,8 @@ void prox_all(int64_t images, const ProxArgs& args) {
 }
 
 // images, origin, gradient, metric (N, *); active, alpha, epsilon (N,). Images without active
-// targets stay as they are, and so do those that the step would not move, or to where it is not
-// finite. Returns which images were moved (N,).
+// targets are unchanged, as are those whose d is 0 or not finite. Returns which images were moved
+// (N,).
 Tensor linf_prox(Tensor images, Tensor origin, Tensor gradient, Tensor metric, Tensor active,
                  Tensor alpha, Tensor epsilon, double weight, double lower, double upper) {
   const Tensor moved =

@@ -88,10 +88,10 @@ void step_all(int64_t images, const LinfArgs& args, const Step<RealOf<T>>& step,
   });
 }
 
-// images, origin, gradient (N, *); active (N,), int32: images without active targets stay as they
-// are, and so do those whose gradient has no usable norm. With a grid (N, *), images between the
-// levels are stepped, and what they look like at the levels goes into the grid. Returns
-// ||gradient||_inf (N,), 0 for images that are not active, and which images were stepped (N,).
+// images, origin, gradient (N, *); active (N,), int32: images without active targets are unchanged,
+// as are those whose gradient has no usable norm. With a grid (N, *), the images lie between the
+// levels, and the grid receives what they look like on the levels. Returns ||gradient||_inf (N,), 0
+// for images that are not active, and which images were stepped (N,).
 LinfOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
                       double lower, double upper, double epsilon, std::optional<Tensor> grid,
                       int64_t levels) {

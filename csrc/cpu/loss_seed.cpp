@@ -1,4 +1,4 @@
-// loss_seed on the CPU: strips of targets go through the cache, read once and written once.
+// loss_seed on the CPU: strips of targets pass through the cache, read once and written once.
 #include <algorithm>
 #include <vector>
 
@@ -28,15 +28,15 @@ DAGCORE_INLINE void read_class(const T* scores, int64_t stride, Index c, int cou
   }
 }
 
-// Asks for `count` neighbours in memory, which may lie beyond a tensor's end.
+// Prefetches `count` neighbours in memory, which may lie beyond a tensor's end.
 template <int kWrite, typename T>
 DAGCORE_INLINE void prefetch(const T* from, int count) {
   constexpr int kLine = 64 / sizeof(T);
   for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite, 2);
 }
 
-// Copies the scores and finds the largest. Where classes are planes, a strip has so short a piece
-// of each that the processor does not foresee the next: it is told.
+// Copies the scores and finds the largest. If classes are planes, a strip's piece of each is too
+// short for the processor to predict the next, so it is prefetched.
 template <typename T, int kTops, typename Real, typename Index>
 DAGCORE_INLINE void read_strip(const LossArgs& args, const int64_t (&at)[kLossOperands],
                                const Strip<Real>& strip, LossRow<Real, Index>* row) {
@@ -71,7 +71,8 @@ DAGCORE_INLINE void write_strip(const LossArgs& args, const int64_t (&at)[kLossO
   }
 }
 
-// The seed of a strip, which lies `at` in each operand, the sum of its losses, and its hits.
+// Computes the seed of a strip, which lies `at` in each operand, the sum of its losses, and its
+// hits.
 template <typename T, Loss kLoss, typename Real, typename Index>
 uint32_t seed_strip(Simd simd, const LossArgs& args, LossRule<Real> rule,
                     const int64_t (&at)[kLossOperands], const Strip<Real>& strip,

@@ -1,5 +1,5 @@
-// loss_seed_bilinear on the CPU: bands of an image in parallel, in each of them a few tiles at a
-// time. The scores of their pixels are blended into the cache, become features and gradients there,
+// loss_seed_bilinear on the CPU: bands of an image in parallel, each of them a few tiles at a time.
+// The scores of their pixels are interpolated into the cache, become features and gradients there,
 // and are summed at the four corners of each tile's cell.
 #include "../loss_seed_bilinear.h"
 
@@ -17,19 +17,19 @@ namespace {
 
 constexpr int64_t kStripBytes = 20 << 10;  // of a strip's scores, roughly
 constexpr int kTileColumns = 16;           // at most
-// Rows of cells in a band, at least: each band keeps two rows of sums for itself, and all of them
-// together are not to take more memory than the scores.
+// Minimum number of rows of cells in a band: each band keeps two rows of sums for itself, and
+// together they must not take more memory than the scores.
 template <typename T>
 constexpr int64_t kBandRows = 2 * sizeof(RealOf<T>) / sizeof(T);
 
-// Tiles side by side, all those of a segment of rows or the few of a strip: where the lanes of each
+// Adjacent tiles, either all in a segment of rows or the few of a strip: where the lanes of each
 // begin, and the weights of their pixels.
 template <typename Real>
 struct TileRow {
-  std::vector<int64_t> begin;  // and where the last one's end
+  std::vector<int64_t> begin;  // and where the last ones end
   std::vector<Real> weights;   // of the four corners, (4, pitch)
   int64_t pitch;
-  int y_weights = -1;  // the segment of rows that they are of, by its weights
+  int y_weights = -1;  // those of their segment of rows
 
   TileRow(const std::vector<Segment>& ys, const std::vector<Segment>& xs)
       : begin(xs.size() + 1), pitch(kLanes) {
@@ -60,7 +60,7 @@ struct CellScores {
   int64_t padded, right;  // from one class to the next, from the left to the right corners
 };
 
-// The scores of a vector of pixels, and the largest of them; all of it stays in registers.
+// The scores of a vector of pixels, and the largest of them, all kept in registers.
 template <int kTops, typename Real, typename Index>
 struct Blend {
   CellScores<Real> cell;
@@ -141,7 +141,7 @@ DAGCORE_INLINE void blend_strip(const CellScores<Real>* cells, int64_t classes, 
   }
 }
 
-// What a thread needs to seed bands, one after the other.
+// Working memory of a thread, which seeds one band after another.
 template <typename T>
 struct LossWorkshop {
   using Real = RealOf<T>;
@@ -206,8 +206,8 @@ DAGCORE_INLINE void cut_gradients(int count, LossRow<Real, Index>* row) {
   }
 }
 
-// Adds the gradients of the tiles from `begin` to `end`, each class's weighed and summed at the
-// corners of each tile's cell.
+// Adds the gradients of the tiles from `begin` to `end`: those of each class, weighed and summed at
+// the corners of each tile's cell.
 template <Loss kLoss, typename T>
 DAGCORE_INLINE void add_strip(const Cells<T>& cells, size_t begin, size_t end,
                               const Strip<RealOf<T>>& strip, const LossWorkshop<T>& shop,
@@ -231,7 +231,7 @@ DAGCORE_INLINE void add_strip(const Cells<T>& cells, size_t begin, size_t end,
       below += sums.width;
     };
     Index c = 0;
-    // Sums across lanes are most of the work where a tile is one vector: two classes at a time.
+    // If a tile is one vector, sums across lanes are most of the work: two classes at a time.
     for (; last - at == kLanes && c + 1 < classes; c += 2) {
       const Real *work = strip.row(c) + at, *next = strip.row(c + 1) + at;
       Real one[kLanes], two[kLanes], total[2][4];
@@ -269,7 +269,7 @@ struct LossOfBand {
   uint32_t hits = 0;
 };
 
-// Losses and hits of the cells' part in one segment of rows, whose seed is added.
+// Computes losses and hits of the cells in one segment of rows, and adds their seed.
 template <typename T, Loss kLoss>
 void seed_segment(const BilinearLossCall& call, const LossTargets& targets, const Cells<T>& cells,
                   int64_t n, const Segment& y, const CornerSums<double>& sums,
@@ -311,7 +311,7 @@ void seed_segment(const BilinearLossCall& call, const LossTargets& targets, cons
   }
 }
 
-// Pixels of a strip, at most.
+// Maximum number of pixels in a strip.
 template <typename Real>
 int64_t strip_lanes(int64_t classes) {
   const int64_t fits = kStripBytes / (classes * static_cast<int64_t>(sizeof(Real)));

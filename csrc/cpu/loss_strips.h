@@ -11,9 +11,9 @@
 
 namespace dagcore {
 
-constexpr int kStrip = 256;              // targets of a strip, at most
+constexpr int kStrip = 256;              // maximum targets of a strip
 constexpr int kStripRoom = kStrip + 16;  // elements of its arrays; see kRoom
-constexpr int kLossLanes = 8;            // of the sum of losses
+constexpr int kLossLanes = 8;            // lanes of the sum of losses
 
 // `count` targets in a row. Their scores, and then their features, are in `work`, one row a class.
 template <typename Real>
@@ -25,11 +25,11 @@ struct Strip {
   DAGCORE_INLINE Real* row(int64_t c) const { return work + c * pitch; }
 };
 
-// What is known of them, as arrays so that targets are the vector's lanes.
+// Data of a strip's targets, as arrays so that targets are the vector's lanes.
 template <typename Real, typename Index>
 struct alignas(64) LossRow {
   Index label[kStripRoom];
-  Index adversarial[kStripRoom];  // the label once more where the loss is not targeted
+  Index adversarial[kStripRoom];  // the label again if the loss is not targeted
   Real top[4][kStripRoom];
   Index top_at[4][kStripRoom];
   Real own[kStripRoom], aim[kStripRoom];  // scores, or features, of the two labels
@@ -58,7 +58,7 @@ struct alignas(64) LossRow {
   }
 };
 
-// What the rows of the strip hold at the classes; anything where a class is none.
+// Looks up what the strip holds at the given classes; arbitrary for negative classes.
 template <typename Real, typename Index>
 DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real* out) {
   const Real* work = strip.work;
@@ -70,8 +70,8 @@ DAGCORE_INLINE void look_up(const Strip<Real>& strip, const Index* classes, Real
   }
 }
 
-// Puts feature(score, base of the target) in place of the scores, and sums features and their
-// squares. A vector of targets at a time, beyond the last one too, so that sums stay in registers.
+// Replaces the scores by feature(score, base of the target), and sums features and their squares.
+// Works on a vector of targets at a time, even beyond the last one, so that sums stay in registers.
 template <bool kSum, bool kSquares, typename Real, typename Index, typename Feature>
 DAGCORE_INLINE void sum_features(int64_t classes, const Strip<Real>& strip, const Real* bases,
                                  LossRow<Real, Index>* row, const Feature& feature) {
@@ -165,8 +165,8 @@ DAGCORE_INLINE void judge_sparse(LossRule<Real> rule, int count, LossRow<Real, I
   }
 }
 
-// Class weights; nothing of targets that do not count, NaN of those whose scores have no finite
-// maximum.
+// Applies class weights; sets losses to 0 for targets that do not count, and to NaN for those whose
+// scores have no finite maximum.
 template <Loss kLoss, typename Real, typename Index>
 DAGCORE_INLINE void settle_losses(int count, LossRow<Real, Index>* row, uint32_t* hits) {
   constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
@@ -193,7 +193,7 @@ DAGCORE_INLINE void settle_losses(int count, LossRow<Real, Index>* row, uint32_t
   *hits = sum | (bad ? kOutOfRangeFlag : 0);
 }
 
-// The sum of the losses in an order of its own, whatever the vector's width.
+// Sums the losses in a fixed order, at any vector width.
 template <typename Real>
 DAGCORE_INLINE void add_losses(int count, const Real* loss, double* sum) {
   double lanes[kLossLanes] = {};
@@ -206,7 +206,7 @@ DAGCORE_INLINE void add_losses(int count, const Real* loss, double* sum) {
   for (double lane : lanes) *sum += lane;
 }
 
-// The gradient of target i to its score of class c, whose feature it is.
+// The gradient of target i with respect to its score of class c, given the feature of the class.
 template <Loss kLoss, typename Real, typename Index>
 DAGCORE_INLINE Real gradient_at(const LossRow<Real, Index>& row, Real feature, int64_t i, Index c) {
   if constexpr (is_sparse(kLoss)) {
@@ -222,8 +222,8 @@ DAGCORE_INLINE Real gradient_at(const LossRow<Real, Index>& row, Real feature, i
   }
 }
 
-// Judges the targets of a strip whose scores, labels and largest scores are known: the row then
-// has what `gradient_at` reads. Returns their hits; `sum` is that of their losses.
+// Judges the targets of a strip, given their scores, labels and largest scores, and fills in what
+// `gradient_at` reads. Returns their hits; `sum` is that of their losses.
 template <Loss kLoss, typename Real, typename Index>
 uint32_t judge_strip(Simd simd, const LossTargets& targets, LossRule<Real> rule,
                      const Strip<Real>& strip, LossRow<Real, Index>* row, double* sum) {

@@ -1,4 +1,4 @@
-// Large allocations without their price: fresh pages.
+// Avoids the cost of fresh pages in large allocations.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace dagcore {
 
-// The allocator may map a large tensor anew each time, and touching it page by page then costs more
-// than filling it. Asks for huge pages; does nothing where the system has none.
+// Asks for huge pages; does nothing if the system has none. The allocator may map a large tensor
+// anew each time, and touching it page by page then costs more than filling it.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kLarge = int64_t{8} << 20;
@@ -27,8 +27,8 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Freed memory stays with the process, to be allocated again, or goes back to the system. glibc
-// maps what is larger than a threshold anew each time. Does nothing with another C library.
+// Keeps freed memory in the process, to be allocated again, or returns it to the system. glibc maps
+// anew each time what is larger than a threshold. Does nothing with another C library.
 inline void keep_freed_memory(bool keep) {
 #if defined(__GLIBC__)
   constexpr int kUsual = 32 << 20;  // where glibc's moving threshold ends in a program with tensors

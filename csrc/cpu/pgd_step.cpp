@@ -39,8 +39,8 @@ struct Row {
   }
 };
 
-// Of a block, the pixels of a chunk from its `first` on: the values that `sum` is made of or, of
-// kPgdSums, what the images become; the momentum is then written. Returns how many pixels it is.
+// Computes a block, the pixels of a chunk from its `first` on: the values that `sum` adds up or,
+// for kPgdSums, the new images; then it writes the momentum too. Returns the number of pixels.
 template <typename T, bool kL2>
 DAGCORE_INLINE int compute(const PgdArgs& args, const Chunk& chunk, int64_t first,
                            PgdStep<RealOf<T>> step, int sum, RealOf<T>* value) {
@@ -82,7 +82,7 @@ DAGCORE_INLINE int compute(const PgdArgs& args, const Chunk& chunk, int64_t firs
   return size;
 }
 
-// kDirectionSum in L-infinity; of momentum, only to the first pixels that are not 0.
+// kDirectionSum in L-infinity; with momentum, only up to the first pixels that are not 0.
 template <typename T>
 DAGCORE_INLINE void find_direction(const PgdArgs& args, const Chunk& chunk, PgdStep<RealOf<T>> step,
                                    double* sum) {
@@ -101,7 +101,7 @@ DAGCORE_INLINE void find_direction(const PgdArgs& args, const Chunk& chunk, PgdS
   *sum = direction_sum<Real>(largest, step.momentum);
 }
 
-// Every other sum: of magnitudes for momentum, of squares else, in float64.
+// All other sums, in float64: of magnitudes for kGradientSum, of squares otherwise.
 template <typename T, bool kL2>
 DAGCORE_INLINE void add_up(const PgdArgs& args, const Chunk& chunk, PgdStep<RealOf<T>> step,
                            int which, double* sum) {
@@ -153,7 +153,7 @@ DAGCORE_INLINE void update(const PgdArgs& args, const Chunk& chunk, PgdStep<Real
   }
 }
 
-// In an L2 ball, the squared distances of what is shown at each threshold.
+// In an L2 ball, the squared distances of the shown image at each threshold.
 template <typename T>
 DAGCORE_INLINE void add_squares(const PgdArgs& args, const Chunk& chunk, Grid<RealOf<T>> grid,
                                 Squares* squares) {
@@ -250,7 +250,7 @@ void step_all(int64_t images, const PgdArgs& args) {
 }
 
 // images, origin, gradient, momentum, previous, grid (N, *); active, alpha, epsilon, share (N,):
-// see dagcore/ops. Returns which images were stepped, (N,) bool; the others stay as they are, with
+// see dagcore/ops. Returns which images were stepped, (N,) bool; the others are unchanged, as are
 // their momentum, previous and grid.
 Tensor pgd_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, std::string norm,
                 Tensor alpha, Tensor epsilon, double lower, double upper,

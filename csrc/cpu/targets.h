@@ -6,7 +6,7 @@
 
 namespace dagcore {
 
-// Targets that are worked on at once, at most: they stay in the first-level cache.
+// Maximum number of targets worked on at once: they stay in the first-level cache.
 constexpr int kTargets = 1024;
 // Elements of their arrays. Arrays of exactly kTargets floats lie 4096 bytes apart, and then the
 // same element of each falls into one set of the first-level cache.
@@ -84,8 +84,8 @@ DAGCORE_INLINE void judge_row(Objective objective, int count, TargetRow<T, Index
   *active = sum | (bad ? kOutOfRangeFlag : 0);
 }
 
-// Verdicts of the first `count` targets; the number of active ones, flagged if a label is out of
-// range. Runners-up, where they are asked for, become the adversarial labels.
+// Judges the first `count` targets; returns the number of active ones, flagged if a label is out of
+// range. If runners-up are asked for, they become the adversarial labels.
 template <typename T, typename Index, bool kSecond>
 uint32_t judge_targets(Simd simd, const Targets& targets, int count, TargetRow<T, Index>* row) {
   uint32_t active = 0;

@@ -12,12 +12,12 @@
 
 namespace dagcore {
 
-constexpr int kPatchThreads = 128;  // a block
+constexpr int kPatchThreads = 128;  // per block
 constexpr int kPatchWarps = kPatchThreads / 32;
-constexpr int kPatch = 8;                     // pixels of a patch's side
-constexpr int kSlots = kPatch * kPatch / 32;  // pixels of a lane
+constexpr int kPatch = 8;                     // side of a patch, in pixels
+constexpr int kSlots = kPatch * kPatch / 32;  // pixels per lane
 
-// The patches of all cells, one a warp.
+// The patches of all cells, one per warp.
 struct PatchGrid : ScoreMaps {
   int64_t patches_y, patches_x;  // of a cell, at most
 

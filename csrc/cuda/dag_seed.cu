@@ -7,10 +7,10 @@
 namespace dagcore {
 namespace {
 
-constexpr int kThreads = 256;      // targets (or packs of them) a block, where classes are planes
-constexpr int kBlocksPerUnit = 3;  // what registers must leave room for
-constexpr int kRows = 128;         // targets a block, where each target's classes lie side by side
-constexpr int kColumns = 32;       // classes of a row read at once
+constexpr int kThreads = 256;      // targets (or packs of them) per block if classes are planes
+constexpr int kBlocksPerUnit = 3;  // blocks that registers must leave room for
+constexpr int kRows = 128;         // targets per block if a target's classes lie side by side
+constexpr int kColumns = 32;       // classes of a row that are read at once
 constexpr int kUnroll = 4;         // classes loaded before the first is compared
 
 // A thread works on V neighbouring targets, class after class: with V > 1 targets are neighbours in
@@ -133,7 +133,7 @@ bool packs_fit(const SeedArgs& args) {
 
 template <typename T, bool kSecond>
 void seed_targets(int64_t images, const SeedArgs& args, const Launcher& launch) {
-  // A block of `threads` works on `per_block` targets of one image, so that it counts for one.
+  // A block of `threads` works on `per_block` targets of a single image, for which it counts.
   const auto seed = [&](auto kernel, int threads, int64_t per_block) {
     const int64_t blocks = ceil_div(args.walk.count(), per_block);
     launch(kernel, images * blocks, threads, args, ImageBlocks(blocks));
@@ -148,7 +148,7 @@ void seed_targets(int64_t images, const SeedArgs& args, const Launcher& launch) 
   }
 }
 
-// scores (N, C, *T), labels and adversarial (N, *T); see the CPU's.
+// scores (N, C, *T), labels and adversarial (N, *T); see the CPU op.
 std::tuple<Tensor, Tensor> dag_seed(Tensor scores, Tensor labels, std::optional<Tensor> adversarial,
                                     std::string objective, int64_t ignore_index, double margin) {
   const Launcher launch("dag_seed", scores);

@@ -13,7 +13,7 @@ namespace {
 struct BilinearSeedArgs : Targets {
   PatchGrid grid;
   int64_t label_stride[3], adversarial_stride[3];  // of (N, H, W)
-  double unit;      // of the sums' fixed point: what a weight of 1 counts
+  double unit;      // of the sums in fixed point: the value of a weight of 1
   long long* sums;  // (N, C, h, w)
 };
 
@@ -132,7 +132,7 @@ double largest_weight(int64_t from, int64_t to, bool align_corners) {
   return *std::max_element(sums.begin(), sums.end());
 }
 
-// 2^40, which leaves 2^23 weights of 1 room in 64 bits, or less where the weights at one
+// 2^40, which leaves room for 2^23 weights of 1 in 64 bits, or less if the weights at one
 // low-resolution pixel can sum to more.
 double fixed_point_unit(const ScoreMaps& maps) {
   constexpr int kUnitBits = 40, kRoomBits = 23;
@@ -165,7 +165,7 @@ void seed_maps(const BilinearSeedCall& call, const Launcher& launch) {
          scores.size(3), seed.stride(0), seed.stride(1), seed.stride(2), seed.stride(3));
 }
 
-// scores (N, C, h, w), labels and adversarial (N, H, W); see the CPU's.
+// scores (N, C, h, w), labels and adversarial (N, H, W); see the CPU op.
 std::tuple<Tensor, Tensor> dag_seed_bilinear(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial,
                                              std::string objective, int64_t ignore_index,

@@ -1,6 +1,6 @@
-// The one way to launch a kernel: on the tensor's device, on torch's current stream, with an error
-// if it fails. Nothing here or in the kernels needs CUDA's own syntax, so that the same files
-// compile for the host where CUDA's words are defined away.
+// The only way to launch a kernel: on the tensor's device, on torch's current stream, with an error
+// if it fails. Neither this file nor the kernels need CUDA's own syntax, so that they also compile
+// for the host, where CUDA's keywords are defined away.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,7 +40,7 @@ class Launcher {
     const cudaError_t error =
         cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // reported here, not once more by whoever asks next
+    cudaGetLastError();  // clears the error, which is reported here
     STD_TORCH_CHECK(false, op_, " could not be launched: ", cudaGetErrorString(error));
   }
 
@@ -50,8 +50,8 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// A launch with equally many blocks for each image: which image a block works on, and which of the
-// image's blocks it is. A division of 32 bits, where one of 64 would be a call.
+// A launch with the same number of blocks for each image: the image of a block, and the block's
+// index in its image. Divides in 32 bits, as a 64-bit division would be a call.
 struct ImageBlocks {
   uint32_t per_image;
 

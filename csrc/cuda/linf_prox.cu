@@ -8,8 +8,8 @@ namespace dagcore {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocks = 2048;     // over all images; every image has a block at least
-constexpr int64_t kMostBlocks = 256;  // of an image: one block adds up their sums
+constexpr int64_t kBlocks = 2048;     // over all images; every image has at least one
+constexpr int64_t kMostBlocks = 256;  // per image: one block adds up their sums
 
 __device__ void atomic_largest(uint64_t* to, uint64_t bits) {
   atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(bits));
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The sums of a block's pixels, in their order, into `sums` (N, blocks, digits). A thread has a
-// digit and a part of each tile.
+// Writes the sums over a block's pixels, in their order, to `sums` (N, blocks, digits). A thread
+// has one digit and a part of each tile.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sum_digits(const __grid_constant__ ProxArgs args, ImageBlocks blocks, int pass,
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   sums[blockIdx.x * kDigits + own] = sum;
 }
 
-// A block an image, a thread a digit.
+// One block per image, one thread per digit.
 template <typename T>
 __global__ void __launch_bounds__(kDigits)
     narrow(const __grid_constant__ ProxArgs args, ImageBlocks blocks, int pass, Search* searches,
@@ -154,7 +154,7 @@ void prox_all(const Tensor& images, const ProxArgs& args, const Launcher& launch
   launch(update<T>, all, kThreads, args, blocks, searches);
 }
 
-// images, origin, gradient, metric (N, *); active, alpha, epsilon (N,); see the CPU's.
+// images, origin, gradient, metric (N, *); active, alpha, epsilon (N,); see the CPU op.
 Tensor linf_prox(Tensor images, Tensor origin, Tensor gradient, Tensor metric, Tensor active,
                  Tensor alpha, Tensor epsilon, double weight, double lower, double upper) {
   const Launcher launch("linf_prox_", images);

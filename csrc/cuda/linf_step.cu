@@ -87,7 +87,7 @@ void step_packs(int64_t images, const LinfArgs& args, const Step<RealOf<T>>& ste
   launch(kernel, all, kPixelThreads, args, blocks, step, grid ? *grid : Grid<RealOf<T>>());
 }
 
-// images, origin, gradient, grid (N, *); active (N,); see the CPU's.
+// images, origin, gradient, grid (N, *); active (N,); see the CPU op.
 LinfOutputs linf_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, double gamma,
                       double lower, double upper, double epsilon, std::optional<Tensor> grid,
                       int64_t levels) {

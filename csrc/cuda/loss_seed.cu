@@ -1,4 +1,4 @@
-// loss_seed on CUDA: a thread a target, then a sum of the losses in a fixed order.
+// loss_seed on CUDA: one thread per target, then a sum of the losses in a fixed order.
 #include "launch.h"
 #include "losses.cuh"
 
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kLossThreads, 8)
   if (threadIdx.x == 0) block_sums[blockIdx.x] = loss;
 }
 
-// scores (N, C, *T), labels and adversarial (N, *T), blend (N,), class_weights (C,); see the CPU's.
+// scores (N, C, *T), labels and adversarial (N, *T), blend (N,), class_weights (C,); see the CPU
+// op.
 std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
                                              std::optional<Tensor> adversarial, std::string loss,
                                              std::optional<Tensor> blend, double q, double kappa,

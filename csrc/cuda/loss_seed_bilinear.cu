@@ -1,5 +1,5 @@
-// loss_seed_bilinear on CUDA: a warp a cell, which adds to the sums at its four corners. Cells that
-// share a corner come in different launches, so that no sum has two writers, and the order is
+// loss_seed_bilinear on CUDA: one warp per cell, which adds to the sums at its four corners. Cells
+// that share a corner run in different launches, so that no sum has two writers and the order is
 // fixed.
 #include "../loss_seed_bilinear.h"
 #include "bilinear.cuh"
@@ -22,8 +22,8 @@ __device__ Value warp_sum(Value value) {
   return value;
 }
 
-// Adds a patch's gradients at the corners of its cell, class by class: each of four lanes has a
-// corner. Where two corners are one low-resolution pixel, the first has what both get.
+// Adds a patch's gradients at the corners of its cell, class by class: each of four lanes has one
+// corner. If two corners are the same low-resolution pixel, the first gets the sum of both.
 template <typename T, Loss kLoss>
 __device__ void add_patch(const BilinearLossArgs& args, const Patch& patch,
                           const PixelWeights<T> (&weights)[kSlots],
@@ -149,7 +149,7 @@ void seed_maps(const BilinearLossCall& call, const Launcher& launch) {
 }
 
 // scores (N, C, h, w), labels and adversarial (N, H, W), blend (N,), class_weights (C,); see the
-// CPU's.
+// CPU op.
 std::tuple<Tensor, Tensor, Tensor> loss_seed_bilinear(Tensor scores, Tensor labels,
                                                       std::optional<Tensor> adversarial,
                                                       std::string loss, std::optional<Tensor> blend,

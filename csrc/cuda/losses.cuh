@@ -7,9 +7,9 @@
 
 namespace dagcore {
 
-constexpr int kLossThreads = 128;  // a block
+constexpr int kLossThreads = 128;  // per block
 
-// A block an image: the sum of its `count` parts.
+// One block per image: sums its `count` parts.
 static __global__ void __launch_bounds__(kLossThreads)
     sum_losses(const double* parts, int64_t count, double* sums) {
   double sum = 0;
@@ -20,7 +20,7 @@ static __global__ void __launch_bounds__(kLossThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// Of feature(c) over the classes.
+// Sums feature(c) and its square over the classes.
 template <typename Real, typename Feature>
 __device__ void sum_features(int32_t classes, const Feature& feature, Real* sum, Real* squares) {
   *sum = *squares = 0;
@@ -37,7 +37,7 @@ __device__ void sum_features(int32_t classes, const Feature& feature, Real* sum,
   }
 }
 
-// What a target's gradient is made of, and its loss.
+// The terms of a target's gradient, and its loss.
 template <Loss kLoss, typename Real>
 struct Judged {
   Terms<Real, int32_t, terms_of(kLoss)> terms;  // of a sparse loss
@@ -59,7 +59,7 @@ struct Judged {
       return product(scale, feature(score, base)) + (c == aim ? at_aim : Real{0});
     }
   }
-  // Calls change(part) for the parts that the gradient is a sum of.
+  // Replaces each part that the gradient is a sum of by change(part).
   template <typename Change>
   __device__ void for_parts(const Change& change) {
     if constexpr (is_sparse(kLoss)) {

@@ -1,4 +1,4 @@
-// Neighbours in memory that a thread loads and stores at once.
+// Packs: neighbours in memory that a thread loads and stores at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ __device__ void store_pack(const Pack<T, V>& pack, T* to) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// Whether packs of so many bytes can begin there, or nothing does.
+// Whether packs of `bytes` can begin at `data`; true for a null pointer.
 inline bool aligned(const void* data, size_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0;
 }

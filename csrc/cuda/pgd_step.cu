@@ -1,5 +1,5 @@
-// pgd_step_ on CUDA: a pass for each sum that the step needs, then one that moves the pixels. A
-// pass leaves a part of its sum for each block, and every block of those after it adds them up.
+// pgd_step_ on CUDA: a pass for each sum that the step needs, then one that moves the pixels. In a
+// pass each block writes its part of the sum; every block of the later passes adds up the parts.
 #include <string>
 
 #include "../pgd_step.h"
@@ -10,10 +10,11 @@
 namespace dagcore {
 namespace {
 
-// Over all images: enough for the largest GPUs, and every block reads what those of its image left.
+// Over all images: enough for the largest GPUs, and not more, as every block reads the parts of all
+// blocks of its image.
 constexpr int64_t kBlocks = 1024;
 
-// The parts of the sums, (kPgdSums, N, blocks of an image), and where a block is among them.
+// The parts of the sums, (kPgdSums, N, blocks of an image), and where those of an image begin.
 struct Parts {
   double* part;
   int64_t images;
@@ -24,8 +25,8 @@ struct Parts {
   }
 };
 
-// What is known of image n from the sums before `which`; returns whether it is to be stepped. All
-// threads of the block call.
+// Sets up the step of image n from the sums before `which`; returns whether to step it. All threads
+// of the block must call this.
 template <typename Real>
 __device__ bool begin(const PgdArgs& args, const Parts& parts, int64_t n, int which,
                       PgdStep<Real>* step) {
@@ -56,7 +57,7 @@ struct Pixels {
     store_pack(pack, static_cast<T*>(to) + at[operand]);
   }
 
-  // The values that `sum` is made of or, of kPgdSums, what the images become.
+  // Computes the values that `sum` adds up or, for kPgdSums, the new images.
   template <bool kL2>
   __device__ void compute(const PgdArgs& args, const PgdStep<Real>& step, int sum) {
     const Pack<T, V> gradient = load(args.gradient, kGradient);
@@ -154,8 +155,8 @@ __global__ void __launch_bounds__(kPixelThreads, 2)
   }
 }
 
-// In an L2 ball, the squared distances of what is shown at each threshold, (N, kThresholds): sums
-// of integers, in which the order does not matter.
+// In an L2 ball, the squared distances of the shown image at each threshold, (N, kThresholds): sums
+// of integers, so the order does not matter.
 template <typename T, int V>
 __global__ void __launch_bounds__(kPixelThreads)
     add_squares(const __grid_constant__ PgdArgs args, ImageBlocks blocks, Grid<RealOf<T>> grid,
@@ -234,7 +235,7 @@ void step_packs(const Tensor& images, const PgdArgs& args, const Launcher& launc
 }
 
 // images, origin, gradient, momentum, previous, grid (N, *); active, alpha, epsilon, share (N,):
-// see the CPU's.
+// see the CPU op.
 Tensor pgd_step(Tensor images, Tensor origin, Tensor gradient, Tensor active, std::string norm,
                 Tensor alpha, Tensor epsilon, double lower, double upper,
                 std::optional<Tensor> momentum, double decay, std::optional<Tensor> previous,

@@ -9,7 +9,7 @@ namespace dagcore {
 
 constexpr int kPixelThreads = 256;
 
-// A thread's packs of V pixels in its image: the first, the one after the last, from one to the
+// A thread's packs of V pixels in its image: the first one, the end, and the step from one to the
 // next. Packs lie within a row, and a block works on one image.
 template <int V>
 struct Share {
@@ -23,8 +23,8 @@ struct Share {
         step(static_cast<int64_t>(blocks.per_image) * kPixelThreads) {}
 };
 
-// Blocks for packs of V pixels: at most `most` over all images, beyond which threads take several
-// packs each, and at least one an image.
+// Blocks for packs of V pixels: at least one per image, and at most `most` over all images, beyond
+// which threads take several packs each.
 template <int V, int K>
 ImageBlocks pixel_blocks(int64_t images, const Walk<K>& walk, int64_t most) {
   const int64_t needed = ceil_div(walk.count(), kPixelThreads * V);

@@ -1,4 +1,4 @@
-// settle_ on CUDA: a thread for each image.
+// settle_ on CUDA: one thread per image.
 #include "../settle.h"
 #include "launch.h"
 
@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
   if (n < images) args.settle(n);
 }
 
-// See the CPU's.
+// See the CPU op.
 Tensor settle(Tensor running, Tensor may_move, Tensor updates, Tensor stuck, Tensor status,
               Tensor history, Tensor active, Tensor wanted, Tensor moved,
               std::optional<Tensor> done, int64_t max_iter, int64_t patience) {

@@ -3,7 +3,7 @@
 
 namespace dagcore {
 
-// The sum of every thread's value. All threads of the block call.
+// The sum of every thread's value. All threads of the block must call this.
 template <int kThreads>
 __device__ double sum_of_block(double value) {
   __shared__ double values[kThreads];

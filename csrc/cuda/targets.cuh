@@ -5,12 +5,13 @@
 
 namespace dagcore {
 
-// What a thread has seen of its targets, all of one image.
+// What a thread has counted over its targets, all in one image.
 struct Count {
   uint32_t active = 0;
   bool bad = false;  // a label is out of range
 
-  // Adds a warp's counts to their image's: integers, so the order does not matter. All lanes call.
+  // Adds a warp's counts to those of the image: integers, so the order does not matter. All lanes
+  // must call this.
   __device__ void add_to(uint32_t* image) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -23,8 +24,8 @@ struct Count {
   }
 };
 
-// `label_at` and `adversarial_at` are where the target's labels lie; own(c) is its score of class
-// c.
+// `label_at` and `adversarial_at` are the positions of the target's labels; own(c) is its score of
+// class c.
 template <typename T, bool kSecond, typename Own>
 __device__ Verdict<int32_t> judge_target(const Targets& targets, int64_t label_at,
                                          int64_t adversarial_at,

@@ -1,4 +1,4 @@
-"""The attacks, as users call them."""
+"""Attacks: the public classes and functions."""
 
 from .alma import ALMAProx
 from .apgd import APGD

@@ -1,4 +1,4 @@
-"""ALMAProx: the smallest perturbation that fools most of an image's targets."""
+"""ALMAProx: the smallest perturbation that fools most targets of an image."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from .base import Attack
 from .schedules import UntilFooled
 from .steps import NONE_YET, copy_rows
 
-CHECK = 10  # updates after which targets that do not come closer get a steeper penalty
-CLOSER = 0.95  # of what a constraint was at the last check
+CHECK = 10  # updates between checks; targets that came no closer get a steeper penalty
+CLOSER = 0.95  # closer: at most this fraction of the constraint at the last check
 STEEPER = 2.0
 STEEPEST = 1e9  # so that squares of gradients stay finite
-SMOOTHING = 0.8  # of multipliers, and of squared gradients
+SMOOTHING = 0.8  # decay of the averages of multipliers and of squared gradients
 MULTIPLIERS = (1e-12, 1.0)
-SCALES = (0.1, 1.0)  # of the constraints: less while too many targets are left
+SCALES = (0.1, 1.0)  # limits of the constraints' scale, which falls while enough are fooled
 SCALE_RATE = 0.02
-BEYOND = 1e-4  # by how much a target is to be lost, in the units of the scores
+BEYOND = 1e-4  # margin by which a target must be lost, in the units of the scores
 LEAST_SPREAD = 1e-8
-RATIO = Loss("dlr")  # needs the classes and labels that the ratio of scores does
+RATIO = Loss("dlr")  # it needs as many classes as the ratio of scores does
 LEAST_METRIC = 1e-8
-FIRST_BALL = 0.5  # radius, in step lengths
-BALL_RATES = (0.05, 0.002)  # by which the ball shrinks and grows, at first and at the end
+FIRST_BALL = 0.5  # initial radius, in step lengths
+BALL_RATES = (0.05, 0.002)  # rates at which the ball shrinks and grows, at first and at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ALMAProx(Attack):
     """The smallest L-infinity perturbation that fools a share of an image's targets.
 
-    An augmented Lagrangian with a multiplier for each target, whose norm is made smaller by its
-    proximity operator (Rony, Pesquet, Ben Ayed, CVPR 2023). The constraint of a target is that its
-    ratio of scores is not above 0: see `PenaltyObjective`; the step is `ProximalStep`.
+    An augmented Lagrangian with one multiplier per target, which minimises the norm by its
+    proximity operator (Rony, Pesquet, Ben Ayed, CVPR 2023). Each target is a constraint: its ratio
+    of scores must not be above 0, see `PenaltyObjective`. The step is `ProximalStep`.
 
     Perturbations stay in a ball that grows after each failure and shrinks after each success
-    (Pintor et al., NeurIPS 2021), which finds smaller ones in half the steps: without it they first
-    grow to many times of what is needed, and targets become of a class that needs more.
+    (Pintor et al., NeurIPS 2021). This finds smaller perturbations in half the steps: without it
+    they first grow to many times what is needed, and targets move to classes that need more.
 
-    `Result.adversarial` is the smallest perturbation that was found to fool the share of the
-    targets, with the status "converged". Where none was found it is the iterate with the fewest
-    active targets, with the status "budget". `Result.active` counts the targets whose argmax is
-    their label, or for a targeted attack those whose argmax is not their adversarial label;
-    `Result.last` is the last iterate. All `steps` are made, but where the clean image is fooled
-    already. Untargeted unless adversarial labels are given.
+    `Result.adversarial` holds the smallest perturbation found that fools the share of targets, with
+    the status "converged". If there is none, it is the iterate with the fewest active targets, with
+    the status "budget". `Result.active` counts the targets whose argmax is their label, or for a
+    targeted attack those whose argmax is not their adversarial label; `Result.last` is the last
+    iterate. The attack always makes all `steps`, unless the clean image is already fooled. It is
+    untargeted unless adversarial labels are given.
 
-    Networks need 3 classes or more, 4 for a targeted attack. It is made for one image and one
-    network: `joint_attack` and `universal_perturbation` do not take it.
+    Networks need at least 3 classes, 4 for a targeted attack. The attack supports one image and one
+    network: `joint_attack` and `universal_perturbation` refuse it.
 
     Args:
-        share: of the targets that count, the fraction that is to be fooled.
-        steps: updates.
-        alpha: step length at first, in the units of the images.
-        decay: step length at the end, as a fraction of `alpha`. It begins to fall at the update at
-            which the share was fooled first, or half way.
-        mu: multipliers of the targets at first.
-        rho: steepness of their penalties at first.
+        share: fraction of the targets, ignored ones aside, that must be fooled.
+        steps: number of updates.
+        alpha: initial step length, in the units of the images.
+        decay: final step length, as a fraction of `alpha`. The step length begins to fall when the
+            share is fooled for the first time, at the latest half way.
+        mu: initial multipliers of the targets.
+        rho: initial steepness of the penalties.
         bounds: valid range of the images, None for no clipping. The norm is measured as a fraction
             of it, so that results do not depend on the units; without bounds the unit is 1.
         ignore_index: label of the targets that never count.
@@ -95,11 +95,11 @@ class ALMAProx(Attack):
 
     @property
     def tolerance(self) -> float:
-        """The fraction of the targets that may be left."""
+        """Fraction of the targets that may stay active."""
         return round(1 - self.share, 15)  # 1 - 0.9 is less than 0.1
 
     def objective(self) -> Objective:
-        """Penalties of the constraints."""
+        """Return the penalties of the constraints."""
         return PenaltyObjective(
             ignore_index=self.ignore_index,
             tolerance=self.tolerance,
@@ -109,25 +109,25 @@ class ALMAProx(Attack):
         )
 
     def step(self) -> Step:
-        """A step of gradient descent, and one towards a smaller norm."""
+        """Return a step of gradient descent, followed by one towards a smaller norm."""
         return ProximalStep(self.steps, self.alpha, self.decay, self.bounds)
 
     def schedule(self) -> Schedule:
-        """So many steps; the step says when an image is done."""
+        """Return a schedule of `steps` updates; the step decides when an image is done."""
         return UntilFooled(self.steps, self.tolerance)
 
     def check_kind(self, adversarial_labels: Any) -> None:
-        """Raise unless it is "untargeted", or a way to draw adversarial labels."""
+        """Raise unless this is "untargeted", or a way to draw adversarial labels."""
         PenaltyObjective().check_kind(adversarial_labels)
 
     def check_spacing(self, spacing: float, images: Tensor) -> None:
-        """Raise where the last steps would be lost."""
+        """Raise if the last steps would be lost to rounding."""
         if self.alpha * self.decay < spacing:
             raise ArgumentError(
                 "alpha * decay must be at least the spacing of "
-                f"{checks.names([images.dtype])} images, {spacing:.2e}, for a step to count, got "
+                f"{checks.names([images.dtype])} images, {spacing:.2e}, or steps are lost, got "
                 f"{self.alpha * self.decay:.2e}: use float32 images "
-                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
+                "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )
 
 
@@ -135,28 +135,29 @@ class Ratio(NamedTuple):
     """Ratios of scores (N, *T): (plus - minus + BEYOND) / (first - last), and their gradients."""
 
     value: Tensor
-    """The ratio, 0 where it is not finite."""
+    """The ratio, 0 if it is not finite."""
     weight: Tensor
-    """1 / (first - last), 0 likewise."""
+    """1 / (first - last), 0 if the ratio is not finite."""
     winner: Tensor
-    """(N, *T) int64, the lowest of the largest classes."""
+    """(N, *T) int64, the lowest of the classes with the largest score."""
     broken: Tensor
-    """Whether there is a NaN among the scores."""
+    """Whether a score is NaN."""
     terms: list[tuple[Tensor, Tensor]]
-    """Classes (N, *T) and the gradient of the ratio there."""
+    """Classes (N, *T), each with the gradient of the ratio with respect to its score."""
 
 
 def score_ratio(scores: Tensor, aims: Tensor, *, targeted: bool) -> Ratio:
-    """How far targets are from being fooled, whatever the scale of their scores.
+    """Measure how far targets are from being fooled, whatever the scale of their scores.
 
-    (z_y - max_{k != y} z_k) / (z_(1) - z_(3)), or with an adversarial label l'
-    (max_{k != l'} z_k - z_l') / (z_(1) - (z_(3) + z_(4)) / 2): the ratios of Croce and Hein, ICML
-    2020, with BEYOND added above, so that a tie is not enough, and LEAST_SPREAD below.
+    The ratio is (z_y - max_{k != y} z_k) / (z_(1) - z_(3)), or with an adversarial label l'
+    (max_{k != l'} z_k - z_l') / (z_(1) - (z_(3) + z_(4)) / 2), as in Croce and Hein, ICML 2020.
+    BEYOND is added to the numerator, so that a tie is not enough, and LEAST_SPREAD to the
+    denominator.
 
     Args:
-        scores: (N, C, *T) float32 or float64; written to.
+        scores: (N, C, *T) float32 or float64; overwritten.
         aims: (N, *T) int64, y or l'.
-        targeted: whether they are l'.
+        targeted: whether `aims` are adversarial labels.
     """
     own = scores.gather(1, aims[:, None])[:, 0]
     top = [_take_strongest(scores) for _ in range(4 if targeted else 3)]
@@ -178,9 +179,9 @@ def score_ratio(scores: Tensor, aims: Tensor, *, targeted: bool) -> Ratio:
 
 
 def _take_strongest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest score of each target and its lowest class, which is set to -inf.
+    """Return each target's largest score and its lowest class, and set that score to -inf.
 
-    Faster than `max`, which does not look at several targets at once where it finds classes too.
+    This is faster than `max`, which is not vectorised over targets when it returns classes too.
     """
     value, count = scores.amax(1), scores.shape[1]
     narrow = torch.int16 if count < 2**15 else torch.int32
@@ -192,9 +193,9 @@ def _take_strongest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def penalty_slope(y: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
-    """The derivative to y of the penalty of a constraint y <= 0.
+    """Return the derivative with respect to y of the penalty of a constraint y <= 0.
 
-    The penalty is mu y + mu rho y^2 + rho^2 y^3 / 6 from 0 on, and mu y / (1 - max(rho, 1) y)
+    The penalty is mu y + mu rho y^2 + rho^2 y^3 / 6 for y >= 0, and mu y / (1 - max(rho, 1) y)
     below.
     """
     above = mu + 2 * mu * rho * y + (rho * y).square() / 2
@@ -204,18 +205,19 @@ def penalty_slope(y: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class PenaltyObjective(LossObjective):
-    """Penalties of the constraints that no target's `score_ratio` is above 0, to be descended.
+    """Penalties of the constraints that no target's `score_ratio` is above 0, to be minimised.
 
-    Each target has a multiplier mu, which follows the slope of its penalty, and a steepness rho,
-    which doubles where the target has neither been fooled nor come closer since the last check,
-    once enough targets have been fooled at all: before, it is the ball that they wait for.
-    The largest constraints, of as many targets as may be left in the end, are given up one by one.
+    Each target has a multiplier mu and a steepness rho. The multiplier follows the slope of the
+    penalty. Once enough targets have been fooled at least once, the steepness of a target doubles
+    if it has neither been fooled nor come closer since the last check; before that, targets wait
+    for the ball to grow. The largest constraints, as many as the tolerance allows in the end, are
+    given up one by one.
 
     Args:
         ignore_index: label of the targets that never count.
-        tolerance: the fraction of the targets that may be left.
-        steps: updates of the attack.
-        mu, rho: what the targets begin with.
+        tolerance: fraction of the targets that may stay active.
+        steps: number of updates of the attack.
+        mu, rho: initial values for each target.
     """
 
     loss: Loss | UserLoss = RATIO
@@ -226,7 +228,7 @@ class PenaltyObjective(LossObjective):
     tells_loss = False
 
     def begin(self, labels: Tensor) -> State:
-        """Multipliers, steepness, constraints at the last check, who was fooled since; scale."""
+        """Return the initial multipliers, steepness, constraints, targets fooled, and scale."""
         zeros = torch.zeros_like(labels, dtype=torch.float64)
         return {
             "mu": torch.full_like(zeros, self.mu),
@@ -245,13 +247,13 @@ class PenaltyObjective(LossObjective):
         align_corners: bool,
         state: State,
     ) -> Seed:
-        """Minus the gradient of the penalties at the scores, and the active targets."""
+        """Return minus the gradient of the penalties at the scores, and the active targets."""
         if "mu" not in state:
             return super().seed(
                 scores, labels, adversarial, align_corners=align_corners, state=state
             )
         size, low = labels.shape[1:], scores.shape
-        # Maxima over classes are slow where these come last in memory.
+        # Maxima over classes are slow if the classes are the last dimension in memory.
         z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
         if low[2:] != size:
             z = torch.ops.aten.upsample_bilinear2d(z, size, align_corners)
@@ -286,7 +288,7 @@ class PenaltyObjective(LossObjective):
         counted: Tensor,  # (N, *T)
         count: Tensor,  # (N,) of active targets
     ) -> Tensor:
-        """The slope of each target's penalty to its ratio, once all state has been brought up."""
+        """Update the state, and return the slope of each target's penalty to its ratio."""
 
         def per_target(values: Tensor) -> Tensor:
             return values.view(-1, *[1] * (ratio.dim() - 1))
@@ -314,7 +316,7 @@ class PenaltyObjective(LossObjective):
         return penalty_slope(constraint, rho, mu) * kept * per_target(scale)
 
     def _limit(self, constraint: Tensor, counted: Tensor, given_up: Tensor) -> Tensor:
-        """The largest constraint (N,) but for so many (N,), rounded down."""
+        """Return the largest constraint (N,) except the `given_up` (N,) largest, rounded down."""
         rows = torch.where(counted, constraint, -math.inf).reshape(len(constraint), -1)
         if not rows.numel():
             return torch.zeros_like(given_up)
@@ -328,7 +330,7 @@ def _out_of_range(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _size(images: Tensor, origin: Tensor) -> Tensor:
-    """L-infinity norms of perturbations, (N,) float64."""
+    """Return the L-infinity norms of perturbations, (N,) float64."""
     exact = torch.promote_types(images.dtype, torch.float32)
     return (images.to(exact) - origin.to(exact)).abs_().flatten(1).amax(1).double()
 
@@ -337,18 +339,20 @@ def _size(images: Tensor, origin: Tensor) -> Tensor:
 class ProximalStep:
     """A step of gradient descent, then the proximity operator of the norm, in a diagonal metric H.
 
-    H is the root mean square of the gradients so far. With d = x - x_0 - alpha g / H, the
-    perturbation becomes the p within the bounds that has the smallest
-    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2, and that lies in a ball. Until a p is enough the
-    ball grows, from half a step, or what the attack starts from, as to be the whole range half way;
-    then it is a little smaller than the smallest such p, and made smaller with each success and
-    larger with each failure, by a rate that falls. Keeps the smallest p that the objective's row
-    "success" says to be enough, or before there is one, that with the fewest active targets.
+    H is the root mean square of the gradients so far. With d = x - x_0 - alpha g / H, the new
+    perturbation is the p within the bounds and a ball that minimises
+    alpha ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2.
+
+    The ball begins at half a step, or at the size of the start if that is larger. Until a
+    perturbation succeeds, it grows at a rate that reaches the whole range half way. From then on
+    its radius is a little below the smallest success; it shrinks after each success and grows after
+    each failure, at a rate that falls. The step keeps the smallest perturbation that the
+    objective's row "success" accepts, or, until there is one, that with the fewest active targets.
 
     Args:
-        steps: updates of the attack.
-        alpha: step length at first.
-        decay: the last step length over the first.
+        steps: number of updates of the attack.
+        alpha: initial step length.
+        decay: ratio of the last step length to the first.
         bounds: valid range of the images, None for no clipping.
     """
 
@@ -358,7 +362,7 @@ class ProximalStep:
     bounds: tuple[float, float] | None = None
 
     def begin(self, images: Tensor, start: Tensor) -> State:
-        """What was found, and when; root mean squares."""
+        """Return root mean squares, the radius, and what was found and when."""
         count = len(images)
         no = images.new_zeros(count, dtype=torch.bool)
         return {
@@ -371,11 +375,11 @@ class ProximalStep:
             "found": no,
             "found_at": images.new_full((count,), self.steps // 2, dtype=torch.int64),
             "done": no,
-            "provisional": ~no,  # no image is done by its last evaluation alone
+            "provisional": ~no,  # its last evaluation alone does not make an image done
         }
 
     def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
-        """Keep the best, and take the step; not where it is not finite."""
+        """Keep the best, and take the step unless it is not finite."""
         self._keep_best(state, seen)
         if seen.gradient is None:
             return going
@@ -387,7 +391,7 @@ class ProximalStep:
         unbiased = (1 - SMOOTHING ** (update + 1).double()).sqrt()
         metric = rms / unbiased.to(rms.dtype).view(-1, *[1] * (rms.dim() - 1))
         lower, upper = self.bounds or (-math.inf, math.inf)
-        # Past the wrapper's checks: arguments were checked as the images came.
+        # Bypass the checks of the wrapper: arguments were checked on arrival.
         moved = torch.ops.dagcore.linf_prox_(
             state["x"],
             state["origin"],
@@ -403,14 +407,14 @@ class ProximalStep:
         return cast(Tensor, moved)
 
     def _lengths(self, update: Tensor, found_at: Tensor) -> Tensor:
-        """Step lengths (N,): constant at first, then falling like 1 / t."""
+        """Return step lengths (N,): constant at first, then falling like 1 / t."""
         if self.decay == 1:
             return torch.full_like(update, self.alpha, dtype=torch.float64)
         left = self.decay / (1 - self.decay) * (self.steps - found_at).clamp(min=1).double()
         return self.alpha * left / ((update - found_at).clamp(min=0) + left)
 
     def _keep_best(self, state: State, seen: Evaluation) -> None:
-        """Keep the best image, and note which are done."""
+        """Keep the best image, and mark the images that are done."""
         x = state["x"]
         size = _size(x, state["origin"])
         active, success, found = seen.active.sum(1), state["success"], state["found"]
@@ -429,7 +433,7 @@ class ProximalStep:
         state["done"].copy_(found & over)
 
     def _resize_ball(self, state: State) -> None:
-        """A smaller ball where the share is fooled, a larger one elsewhere."""
+        """Shrink the ball where the share is fooled, and grow it elsewhere."""
         first, last = BALL_RATES
         turn = (state["updates"].double() * (math.pi / self.steps)).cos()
         rate = last + (first - last) * (1 + turn) / 2
@@ -440,6 +444,6 @@ class ProximalStep:
 
     @property
     def _growth(self) -> float:
-        """Of the ball while nothing is found, which makes it as large as the range half way."""
+        """Factor by which the ball grows until the first success, to be the range half way."""
         lower, upper = self.bounds or (0.0, 1.0)
         return math.pow(max((upper - lower) / (FIRST_BALL * self.alpha), 1.0), 2 / self.steps)

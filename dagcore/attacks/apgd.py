@@ -1,4 +1,4 @@
-"""Auto-PGD on dense losses, in one ball or in shrinking ones."""
+"""Auto-PGD on dense losses, in one ball or in a sequence of shrinking balls."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from .schedules import UntilFooled
 from .steps import AdaptiveStep
 
 SHRINKING = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))
-"""SEA's phases: factors of epsilon, and shares of the steps."""
+"""Phases of SEA: factors of epsilon, and shares of the steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class APGD(BallAttack):
-    """Auto-PGD (Croce and Hein, ICML 2020) on a dense loss, each image with a step size of its own.
+    """Auto-PGD (Croce and Hein, ICML 2020) on a dense loss, with a separate step size per image.
 
-    The step size begins at twice the radius; it is halved, and the image goes back to where the
-    loss was largest, when progress has slowed down. See `dagcore.attacks.steps.AdaptiveStep`.
+    The step size begins at twice the radius. When progress slows down, it is halved and the image
+    goes back to where the loss was largest. See `dagcore.attacks.steps.AdaptiveStep`.
 
     Args:
         loss, norm, epsilon, random_start, restarts, tolerance, bounds, ignore_index, levels: as for
             `PGD`.
-        steps: updates at the most.
-        track: the loss by which steps are judged, and which is told in `Result.loss`, in place of
-            the one that goes up, in the same forms: SEA tracks "cross-entropy", whatever goes up.
-            None: that itself.
-        radii: phases in balls of shrinking radius (Croce et al., ECCV 2024): pairs of a factor of
-            epsilon and a share of the steps, whose last factor is 1 and whose shares add up to 1,
-            or "shrinking" for theirs, ((2, 0.3), (1.5, 0.3), (1, 0.4)). Each phase begins from the
-            best of the last one, projected, which is evaluated again and counts as an update. No
-            image is done before the last phase. None: a single ball.
+        steps: maximum number of steps over all phases.
+        track: the loss that judges the steps and is reported in `Result.loss`, in the same forms as
+            `loss`. SEA tracks "cross-entropy" whatever it maximises. None: `loss` itself.
+        radii: phases in balls of shrinking radius (Croce et al., ECCV 2024), as pairs of a factor
+            of epsilon and a share of the steps. The last factor is 1, and the shares add up to 1.
+            "shrinking" stands for the paper's phases, ((2, 0.3), (1.5, 0.3), (1, 0.4)). Each phase
+            begins at the best iterate of the previous one, projected; it is evaluated again, which
+            counts as an update. No image is done before the last phase. None: a single ball.
 
     Raises:
         TypeError, ValueError: a setting out of its range.
@@ -84,7 +83,7 @@ class APGD(BallAttack):
 
     @property
     def phases(self) -> tuple[tuple[int, float], ...]:
-        """Steps and radius of each phase; the last one has the steps that are left."""
+        """Steps and radius of each phase; the last phase gets the steps that remain."""
         *early, _ = pairs = self._pairs()
         steps = [math.floor(share * self.steps + 1e-9) for _, share in early]
         steps.append(self.steps - sum(steps))
@@ -94,21 +93,21 @@ class APGD(BallAttack):
 
     @property
     def dense_loss(self) -> Loss | UserLoss:
-        """The loss that goes up."""
+        """The loss to maximise."""
         return named(self.loss)
 
     def objective(self) -> Objective:
-        """The loss, summed over the targets; the tracked one is told."""
+        """Return the loss, summed over the targets; the tracked loss is the one reported."""
         track = None if self.track is None else named(self.track, "track")
         return LossObjective(self.dense_loss, self.ignore_index, track=track)
 
     @property
     def first_radius(self) -> float:
-        """Of the first phase."""
+        """Radius of the first phase."""
         return self.phases[0][1]
 
     def step(self) -> Step:
-        """APGD's, through all phases."""
+        """Return the adaptive step through all phases."""
         return self._step()
 
     def _step(self) -> AdaptiveStep:
@@ -117,5 +116,5 @@ class APGD(BallAttack):
         )
 
     def schedule(self) -> Schedule:
-        """So many steps, or fewer where the tolerance allows."""
+        """Return a schedule of all updates, or fewer if the tolerance allows."""
         return UntilFooled(self._step().updates, self.tolerance)

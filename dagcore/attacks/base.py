@@ -1,4 +1,4 @@
-"""What all attacks share: `Attack`, an objective, a step and a schedule behind one call."""
+"""`Attack`, the base class of all attacks: an objective, a step and a schedule behind one call."""
 
 from __future__ import annotations
 
@@ -28,45 +28,47 @@ from .original import Originals
 from .result import Result, gather
 
 Callback = Callable[[int, Tensor], None]
-"""Called with (update, active targets (N,) of each image, -1 where it has stopped)."""
+"""Called with the number of the update and the active targets (N,) of each image, -1 for images
+that have stopped."""
 
 
 class Attack(abc.ABC):
-    """An attack on images, each on its own.
+    """Base class of attacks, which treat each image of a batch on its own.
 
-    A subclass says what its objective, step and schedule are, and which settings it checks.
+    A subclass defines the objective, the step and the schedule, and checks its settings.
     """
 
     bounds: tuple[float, float] | None = (0.0, 1.0)
     """Valid range of the images, None for no clipping."""
     epsilon: float | None = None
-    """Radius of the ball around the clean image, None for none."""
+    """Radius of the ball around the clean image, None for no ball."""
     ignore_index: int = 255
     """Label of the targets that never count."""
     norm: str = "linf"
-    """Of that ball, "linf" or "l2"."""
+    """Norm of the ball: "linf" or "l2"."""
     levels: int | None = None
     """Number of levels between the bounds that images lie on, None for any value."""
     restarts: int = 1
-    """Runs of an image, each from a random point of its own, whose best is returned."""
+    """Number of runs per image, each from a different random point; the best is returned."""
     random_start = False
-    """Whether an image's random points have to be seeded."""
+    """Whether the starting points are random, so that each image needs a seed."""
     alone: bool = False
-    """Whether it is for one image and one network only, neither joint nor universal."""
+    """Whether the attack supports only one image and one network, so neither joint nor
+    universal."""
     backend: str = "native"
-    """What runs it: only "native" streams."""
+    """The implementation that runs the attack; only "native" supports streams."""
 
     @abc.abstractmethod
     def objective(self) -> Objective:
-        """What counts at the scores, and what to seed."""
+        """Return the objective: which targets count, and what seeds the backward pass."""
 
     @abc.abstractmethod
     def step(self) -> Step:
-        """How a gradient moves the images."""
+        """Return the step, which moves the images along a gradient."""
 
     @abc.abstractmethod
     def schedule(self) -> Schedule:
-        """How long it goes on."""
+        """Return the schedule, which says when an image stops."""
 
     def __call__(
         self,
@@ -83,29 +85,30 @@ class Attack(abc.ABC):
         """Attack a batch of images, each on its own.
 
         Args:
-            model: maps images (N, 3, H, W) to scores (N, C, *T) before softmax: any callable. An
-                nn.Module is run in eval mode without gradients of its parameters, and put back
-                as it was. {"out": scores} and .logits are understood. Scores (N, C, h, w) below
-                the labels' size are read through bilinear interpolation (with corners aligned if
-                the model has a true attribute `align_corners`, or is around one of
-                dagcore.victims that has).
-            images: (N, 3, H, W) floating point, within `bounds`; left as they are.
+            model: any callable that maps images (N, 3, H, W) to scores (N, C, *T) before softmax.
+                An nn.Module runs in eval mode without gradients of its parameters; both are
+                restored afterwards. Outputs {"out": scores} and .logits are understood. Scores
+                (N, C, h, w) smaller than the labels are interpolated bilinearly (with aligned
+                corners if the model has a true attribute `align_corners`, or wraps a model of
+                dagcore.victims that has one).
+            images: (N, 3, H, W) floating point, within `bounds`; not modified.
             labels: (N, *T) uint8, int32 or int64: true classes, or `ignore_index`.
-            adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the
-                default), "random" or "runner-up"; see `dagcore.labels.assign`.
+            adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the default
+                of `DAG`), "random" or "runner-up"; see `dagcore.labels.assign`.
             generator: source of the random choices.
-            boxes: the boxes that a detector's scores are read at, (N, P, 4) floating point, or
-                whatever else (N, *) the model takes for each image: it is then called as
+            boxes: the boxes (N, P, 4), floating point, at which a detector computes its scores, or
+                any other input (N, *) of the model for each image. The model is then called as
                 model(images, boxes). See `dagcore.victims.Detector`.
-            start: where to begin, (N, 3, H, W) like `images` and within `epsilon` of them, if not
-                at the images themselves: say, what an attack on a faster victim ended with (then
-                pass its result's `adversarial_labels` too). The perturbation and `epsilon` count
-                from `images` all the same.
-            callback: called with (update, active targets (N,)) as they become known, on a GPU a
-                few iterations late.
+            start: where to begin instead of at the images, (N, 3, H, W) like `images` and within
+                `epsilon` of them. For example, the result of an attack on a faster victim (then
+                pass its `adversarial_labels` too). The perturbation and `epsilon` are still
+                measured from `images`.
+            callback: called with (update, active targets (N,)) as they become known, on a GPU a few
+                iterations late.
 
         Raises:
-            TypeError, ValueError: the argument, what was required and what came.
+            TypeError, ValueError: a wrong argument; the message names it, what was required and
+                what came.
         """
         self.check(model, images, labels, adversarial_labels, boxes, generator)
         self.check_start(start, images)
@@ -126,10 +129,54 @@ class Attack(abc.ABC):
         start: Tensor | None,
         callback: Callback | None,
     ) -> Result:
-        """`__call__`, once its arguments have been checked."""
+        """Run the attack on arguments that have been checked."""
         targets = Targets(labels, self.assign(adversarial_labels, generator), boxes)
         networks = [self.network(model)]
         return run_batch(self, networks, images, [targets], start, generator, callback)
+
+    def last_iterate(
+        self,
+        model: Callable[..., Any],
+        images: Tensor,  # (N, 3, H, W)
+        labels: Tensor,  # (N, *T)
+        adversarial_labels: Tensor | str | None = None,  # (N, *T)
+        generator: torch.Generator | None = None,
+        *,
+        boxes: Tensor | None = None,  # (N, P, 4)
+    ) -> Tensor:
+        """Return the last iterate of a single run without evaluating it; for adversarial training.
+
+        The result is the attack's `last` with restarts=1, but it saves about one forward pass.
+
+        Args:
+            model, images, labels, adversarial_labels, generator, boxes: as for the attack.
+
+        Returns:
+            (N, 3, H, W).
+
+        Raises:
+            TypeError, ValueError: a wrong argument; the message names it, what was required and
+                what came.
+        """
+        self.check(model, images, labels, adversarial_labels, boxes, generator)
+        images = self.fitted("images", images)
+        if not len(images):
+            return images
+        targets = Targets(labels, self.assign(adversarial_labels, generator), boxes)
+        device = device_for(images.device)
+        with held([model], device), device.current(), torch.inference_mode(False):
+            runs = Runs(1, self.random_point)
+            seeds = [Run(n, self.seed(generator)) for n in range(len(images))]
+            start = torch.stack([runs.start(*one) for one in zip(images, seeds, strict=True)])
+            slots = open_slots(self, [self.network(model)], images, [targets], start)
+            for _ in range(self.schedule().max_iter):
+                slots.evaluate_and_update()
+                if slots.synchronous and not bool(slots.state["running"].any()):
+                    break
+            wrong = slots.state["history"].amin((1, 2)) < -1
+            if bool(wrong.any()):
+                raise slots.error(int(wrong.int().argmax()))
+            return slots.state["x"]
 
     def stream(
         self,
@@ -140,18 +187,19 @@ class Attack(abc.ABC):
         *,
         callback: StreamCallback | None = None,
     ) -> Iterator[Result]:
-        """Attack images one by one as they come, `slots` at a time, results as they finish.
+        """Attack images one by one as they arrive, `slots` at a time, and yield each result.
 
-        As soon as an image stops, the next takes its slot, so that no image waits for a slower
-        one. Each result equals what the image would give alone, up to the network's own
-        arithmetic. Samples are fetched and copied by a thread of their own; images may differ in
-        size. The model is in eval mode, and on the CPU freed memory stays with the process (see
-        `dagcore.freed_memory_kept`), until the iterator ends or is closed.
+        As soon as an image stops, the next one takes its slot, so no image waits for a slower one.
+        Each result equals that of the image attacked alone, up to rounding in the network. A
+        separate thread fetches and copies the samples; images may differ in size. Until the
+        iterator ends or is closed, the model stays in eval mode, and on the CPU freed memory stays
+        with the process (see `dagcore.freed_memory_kept`).
 
         Args:
             model: as for a batch. Samples are moved to the device of its parameters.
-            samples: an iterable of `dagcore.Sample`, a DataLoader with `batch_size=None` included.
-            slots: images under attack at a time.
+            samples: an iterable of `dagcore.Sample`, for example a DataLoader with
+                `batch_size=None`.
+            slots: number of images under attack at a time.
             generator: source of the random choices, which do not depend on `slots`.
             callback: called with (keys of the images under attack, active targets of each) as they
                 become known, on a GPU a few iterations late; -1 for an image that has stopped.
@@ -160,9 +208,9 @@ class Attack(abc.ABC):
             A `Result` of one image (N = 1), with the sample's `key`.
 
         Raises:
-            TypeError, ValueError: a wrong argument or sample. An error of the source or of a
-                sample is raised once all images before it have finished; an error of the model,
-                after all results that were already there.
+            TypeError, ValueError: a wrong argument or sample. An error of the source or of a sample
+                is raised once all images before it have finished; an error of the model, after all
+                results that were ready.
         """
         if self.backend != "native":
             raise ArgumentError(f"backend must be 'native' to stream, got {self.backend!r}")
@@ -176,12 +224,12 @@ class Attack(abc.ABC):
         adversarial_labels: Tensor | str,  # (N, *T)
         boxes: Tensor | None = None,  # (N, P, 4)
     ) -> Tensor:
-        """Active targets of given images, (N,) int32: say, after rounding them to 8 bits.
+        """Count the active targets of given images, (N,) int32: say, after rounding them to 8 bits.
 
-        Arguments as for the attack itself; pass a result's `adversarial_labels`.
+        The arguments are those of the attack itself; pass a result's `adversarial_labels`.
         """
         if adversarial_labels is None:
-            raise ArgumentError("adversarial_labels must be what the attack's result has, got None")
+            raise ArgumentError("adversarial_labels must be those of the attack's result, got None")
         self.check(model, images, labels, adversarial_labels, boxes)
         scores_of = ScoreModel(model)
         with device_for(images.device).current(), frozen(model), torch.no_grad():
@@ -198,7 +246,7 @@ class Attack(abc.ABC):
         *,
         align_corners: bool = False,
     ) -> Tensor:
-        """Active targets at scores that are there already, (N,) int32."""
+        """Count the active targets at given scores, (N,) int32."""
         objective = self.objective()
         adversarial = objective.assign(adversarial_labels, labels, scores.shape[1], None)
         active = objective.seed(
@@ -209,11 +257,11 @@ class Attack(abc.ABC):
         return active
 
     def network(self, model: Callable[..., Any]) -> Network:
-        """A network as this attack evaluates it."""
+        """Wrap a model as a network that this attack evaluates."""
         return Network(model, self.objective(), self.schedule())
 
     def assign(self, wanted: Tensor | str | None, generator: torch.Generator | None) -> Assign:
-        """Adversarial labels, given or drawn once the number of classes is known."""
+        """Return a function that assigns adversarial labels once the number of classes is known."""
         objective = self.objective()
         return lambda labels, num_classes: objective.assign(wanted, labels, num_classes, generator)
 
@@ -248,15 +296,15 @@ class Attack(abc.ABC):
         check_boxes(model, boxes, images)
 
     def seed(self, generator: torch.Generator | None) -> int | None:
-        """The seed of an image's random points, drawn where there are any."""
+        """Draw the seed of an image's random points; None if the attack has none."""
         return drawn_seed(generator) if self.random_start else None
 
     def random_point(self, image: Tensor, seed: int, run: int) -> Tensor | None:
-        """Where the run of an image (*) with this seed begins; None for the image itself."""
+        """Return where a run of an image (*) with this seed starts; None for the image itself."""
         return None
 
     def check_grid(self) -> None:
-        """Raise unless bounds and levels go together; warn where no level is within epsilon."""
+        """Raise unless bounds and levels go together; warn if epsilon reaches no other level."""
         if self.bounds is not None:
             checks.bounds(self.bounds)
         if self.levels is None:
@@ -266,14 +314,14 @@ class Attack(abc.ABC):
             raise ArgumentError(f"bounds must be given with levels={self.levels}, got None")
         if self.epsilon is not None and not radius(self.epsilon, self.bounds, self.levels):
             warnings.warn(
-                f"epsilon={self.epsilon:g} is less than the distance of two of "
+                f"epsilon={self.epsilon:g} is less than the spacing of "
                 f"{self.levels} levels in {self.bounds}: no image can change",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def check_kind(self, adversarial_labels: Any) -> None:
-        """Raise unless adversarial labels can be chosen in a way that is named."""
+        """Raise unless adversarial labels can be chosen by this name."""
         raise ArgumentTypeError(
             "adversarial_labels must be a torch.Tensor or None, "
             f"got {type(adversarial_labels).__name__}"
@@ -295,12 +343,12 @@ class Attack(abc.ABC):
         self.check_spacing(torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high)), images)
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """How far images may be off their bounds or levels: what resizing leaves of rounding."""
+        """Return how far rounding, say in a resize, may put images off their bounds or levels."""
         largest = max(map(abs, self.bounds)) if self.bounds else 1.0
         return max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps) * largest
 
     def fitted(self, name: str, images: Tensor) -> Tensor:
-        """Checked images without what rounding has put them off the bounds or the levels.
+        """Return checked images without the rounding that puts them off the bounds or levels.
 
         Raises:
             ValueError: images between the levels. Reads values: synchronises.
@@ -319,7 +367,7 @@ class Attack(abc.ABC):
         if step < 4 * spacing:
             raise ArgumentError(
                 f"levels must be at least four times the spacing of {checks.names([images.dtype])} "
-                f"{name} apart, {spacing:.2g}, got {self.levels} levels, {step:.2g} apart: "
+                f"{name} apart ({spacing:.2g}), got {self.levels} levels {step:.2g} apart: "
                 "use float32"
             )
         on = round_to_levels(images, self.levels, self.bounds)
@@ -337,14 +385,14 @@ class Attack(abc.ABC):
         return on
 
     def fitted_start(self, start: Tensor | None) -> Tensor | None:
-        """A checked start within the bounds; it may lie between the levels."""
+        """Return a checked start clamped to the bounds; it may lie between the levels."""
         return start if start is None or self.bounds is None else start.clamp(*self.bounds)
 
     def check_spacing(self, spacing: float, images: Tensor) -> None:  # noqa: B027
-        """Raise where steps would be lost between neighbouring numbers of the images' dtype."""
+        """Raise if the dtype of the images is too coarse for the steps."""
 
     def check_start(self, start: Any, images: Tensor) -> None:
-        """Raise unless an attack on images can begin at `start`."""
+        """Raise unless an attack on these images can begin at `start`."""
         if start is None:
             return
         checks.tensor("start", start, (images.dtype,))
@@ -368,15 +416,15 @@ class Attack(abc.ABC):
 def check_sample(
     attacks: Sequence[Attack], models: Sequence[object], sample: Sample, name: str
 ) -> Sample:
-    """The sample as it is attacked at networks by the attack of each.
+    """Check a sample for the attacks, and return it with its image and start fitted to the bounds.
 
     Raises:
-        TypeError, ValueError: what of it cannot be attacked.
+        TypeError, ValueError: a sample that cannot be attacked.
     """
 
     def batched(value: Any) -> Any:
         dense = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
-        return value[None] if dense else value  # what is not dense is refused as it is
+        return value[None] if dense else value  # check() refuses what is not dense
 
     try:
         if sample.seed is not None:
@@ -396,16 +444,16 @@ def check_sample(
 
 
 def check_shared(attack: Attack) -> None:
-    """Raise where an attack cannot make one perturbation for several networks or images."""
+    """Raise if the attack cannot make one perturbation for several networks or images."""
     if attack.alone:
         raise ArgumentError(
-            "attack must be for several networks or images at a time, as DAG or PGD are, "
+            "attack must support several networks or images at a time, as DAG and PGD do, "
             f"got {type(attack).__name__}"
         )
 
 
 def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
-    """Raise unless `boxes` are what the model takes, as far as that can be told."""
+    """Raise unless the model can take these `boxes`, as far as that can be checked here."""
     if boxes is not None:
         checks.tensor("boxes", boxes, checks.FLOAT_DTYPES)
         if boxes.dim() < 1 or len(boxes) != len(images):
@@ -420,14 +468,14 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
 
 
 def drawn_seed(generator: torch.Generator | None) -> int:
-    """A seed of one's own."""
+    """Draw a seed from a generator."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 @contextlib.contextmanager
 def held(models: Iterable[object], device: Device) -> Iterator[None]:
-    """Models in eval mode, and on the CPU freed memory kept, while they are attacked."""
+    """Keep models in eval mode, and on the CPU freed memory, while they are attacked."""
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(frozen(model))
@@ -446,7 +494,7 @@ def run_batch(
     *,
     attacks: Sequence[Attack] | None = None,
 ) -> Result:
-    """Attack checked images at one network, or with `attacks`, one of each, at several."""
+    """Attack checked images on one network, or on several with one attack of `attacks` for each."""
     total, joint = len(images), attacks is not None
     models = [network.model.model for network in networks]
 
@@ -489,7 +537,7 @@ def open_slots(
     report: Callable[[int, list[Any], Tensor], None] | None = None,
     tags: Sequence[Any] | None = None,
 ) -> Slots:
-    """Slots with images in them, by their tags, or their numbers."""
+    """Return slots that hold the images, tagged with `tags` or else numbered."""
     count = len(images)
     opened = Networks(
         [
@@ -504,7 +552,7 @@ def open_slots(
 
 
 def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, joint: bool) -> Result:
-    """The result of no images."""
+    """Return the result of an empty batch."""
     networks = len(targets)
     history = attack.schedule().max_iter + 1
     count = images.new_zeros(0, dtype=torch.int32)
@@ -535,7 +583,7 @@ def run_stream(
     *,
     attacks: Sequence[Attack] | None = None,
 ) -> Iterator[Result]:
-    """Attack samples at one network, or with `attacks`, one of each, at several."""
+    """Attack samples on one network, or on several with one attack of `attacks` for each."""
     checks.integer("slots", slots, at_least=1)
     checks.generator(generator)
     checks.callback(callback)
@@ -546,7 +594,7 @@ def run_stream(
         return check_sample(rules, models, sample, f"sample {sample.key!r}")
 
     def assign(sample: Sample) -> tuple[list[Assign], int | None]:
-        # A seed of its own for each sample: slots finish in any order.
+        # A separate seed for each sample, as slots finish in any order.
         own, seed = generator, sample.seed
         if seed is None:
             seed = attack.seed(generator)

@@ -28,22 +28,23 @@ class DAG(Attack):
     """Dense Adversary Generation: Algorithm 1 of Xie et al., ICCV 2017.
 
     Args:
-        gamma: step length in the L-infinity norm, in the units of the images. The paper's is 0.5
-            for images in 0..255, which is the default for images in [0, 1].
-        max_iter: updates at the most (the paper: 200 for segmentation, 150 for detection).
-        goal: "leave": until no target is classified as its label; "reach": until every target is
+        gamma: step length in the L-infinity norm, in the units of the images. The paper uses 0.5
+            for images in 0..255; the default is the same for images in [0, 1].
+        max_iter: maximum number of updates (the paper: 200 for segmentation, 150 for detection).
+        goal: "leave" stops when no target is classified as its label; "reach" when every target is
             classified as its adversarial label.
-        bounds: valid range of the images, None for no clipping (the paper has none).
-        epsilon: radius of the L-infinity ball around the clean image, None for none.
+        bounds: valid range of the images, None for no clipping (as in the paper).
+        epsilon: radius of the L-infinity ball around the clean image, None for no ball.
         tolerance: an image is done when at most this fraction of its targets is active.
         ignore_index: label of the targets that never count.
-        margin: kappa, in the units of the scores: a target counts until it is won by as much, so
-            that true classes are not left just behind the winner. 0 is the paper's rule.
-        levels: number of levels evenly from one bound to the other on which every image that is
-            evaluated or returned lies: 256 for 8-bit files. The ball is rounded inward. The clean
-            images must lie on them too. None for any value.
-        backend: "native", or "reference" for the plain PyTorch loop, which neither streams nor
-            calls back.
+        margin: kappa, in the units of the scores. A target stays active until it is won by at least
+            this much, so that true classes do not end up just behind the winner. 0 is the paper's
+            rule.
+        levels: number of evenly spaced levels from one bound to the other: 256 for 8-bit files.
+            Every image that is evaluated or returned lies on them, and the clean images must too.
+            The ball is rounded inward. None for any value.
+        backend: "native", or "reference" for the plain PyTorch loop, which supports neither streams
+            nor callbacks.
 
     Raises:
         TypeError, ValueError: a setting out of its range.
@@ -73,15 +74,15 @@ class DAG(Attack):
         checks.choice("backend", self.backend, ("native", "reference"))
 
     def objective(self) -> Objective:
-        """f_l' - f_l, summed over the active targets."""
+        """Return the objective f_l' - f_l, summed over the active targets."""
         return DAGObjective(self.goal, self.ignore_index, self.margin)
 
     def step(self) -> Step:
-        """gamma in the L-infinity norm."""
+        """Return a step of gamma in the L-infinity norm."""
         return NormalisedStep(self.gamma, self.bounds, self.epsilon, self.levels)
 
     def schedule(self) -> Schedule:
-        """Until no more targets are active than the tolerance allows."""
+        """Return a schedule that ends when no more targets are active than the tolerance allows."""
         return UntilFooled(self.max_iter, self.tolerance)
 
     def _attack(
@@ -100,7 +101,7 @@ class DAG(Attack):
                 model, images, labels, adversarial_labels, generator, boxes, start, callback
             )
         if callback is not None:
-            raise ArgumentError("callback must be None for backend='reference', which calls none")
+            raise ArgumentError("callback must be None for backend='reference', which has none")
         scores_of = ScoreModel(model)
         settings = dataclasses.asdict(self)
         del settings["backend"]
@@ -108,7 +109,7 @@ class DAG(Attack):
 
         def scores_at(x: Tensor, boxes: Tensor | None = None) -> Tensor:
             scores = scores_of(x, labels, boxes)
-            if scores_of.align_corners != align_corners:  # the scores say it, not the model
+            if scores_of.align_corners != align_corners:  # the scores define it, not the model
                 scores = reference.enlarge(scores, labels.shape[1:], scores_of.align_corners)
             return scores
 
@@ -140,18 +141,19 @@ class DAG(Attack):
         )
 
     def check_kind(self, adversarial_labels: Any) -> None:
-        """Raise unless it is one of `dagcore.labels.KINDS` that goes with the goal."""
+        """Raise unless this is one of `dagcore.labels.KINDS` that suits the goal."""
         checks.choice("adversarial_labels", adversarial_labels, KINDS)
         if adversarial_labels == "runner-up" and self.goal == "reach":
             raise ArgumentError(
-                "adversarial_labels must be given or drawn for goal='reach', got 'runner-up'"
+                "adversarial_labels must be a tensor, 'permutation' or 'random' for goal='reach', "
+                "got 'runner-up'"
             )
 
     def check_spacing(self, spacing: float, images: Tensor) -> None:
-        """Raise where a step of gamma would be lost."""
+        """Raise if a step of gamma would be lost to rounding."""
         if self.gamma < spacing:
             raise ArgumentError(
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, for a step to count, got {self.gamma:.2e}: use float32 images "
-                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
+                f"{spacing:.2e}, or steps are lost, got {self.gamma:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )

@@ -1,4 +1,4 @@
-"""One perturbation for several networks at once: an attack on the sum of their gradients."""
+"""Joint attacks: one perturbation for several networks, along the sum of their gradients."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .result import Result
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """One of the networks, with what the attack on it aims at. See `DAG.__call__`."""
+    """One network of a joint attack, with its targets. See `DAG.__call__`."""
 
     model: Callable[..., Any]
     labels: Tensor | None = None
     """(N, *T); None for a stream, whose samples have them."""
     adversarial_labels: Tensor | str | None = None
-    """(N, *T), or how to choose them; None for "permutation"."""
+    """(N, *T), or how to choose them; None for the attack's default."""
     boxes: Tensor | None = None
-    """(N, P, 4), what a detector's scores are read at."""
+    """(N, P, 4), the boxes at which a detector computes its scores."""
     goal: str | None = None
-    """"leave" or "reach", for `DAG`; the attack's if None."""
+    """For `DAG`: "leave" or "reach"; None for the attack's goal."""
 
 
 def joint_attack(
@@ -42,14 +42,15 @@ def joint_attack(
     start: Tensor | None = None,  # (N, 3, H, W)
     callback: Callback | None = None,
 ) -> Result:
-    """Attack several networks by one perturbation of each image.
+    """Attack several networks with one perturbation per image.
 
     In each update the gradient of every network that still has active targets is divided by its
-    L-infinity norm, and the sum of these by its own, so that no network outweighs the others. An
-    image stops when none has more active targets than the tolerance allows.
+    L-infinity norm, so that no network outweighs the others. The step follows the sum of these
+    gradients, divided by the norm of the sum. An image stops when no network has more active
+    targets than the tolerance allows.
 
     Args:
-        attack: the settings; its backend does not matter.
+        attack: the settings; the backend is ignored.
         parts: the networks and their targets, at least one.
         images: (N, 3, H, W) floating point, within the attack's bounds.
         generator: source of the random choices.
@@ -57,10 +58,11 @@ def joint_attack(
         callback: called with (update, active targets (K, N)) as they become known.
 
     Returns:
-        A `Result` whose `active`, `targets` and `adversarial_labels` have an entry a network.
+        A `Result` whose `active`, `targets` and `adversarial_labels` have one entry per network.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: a wrong argument; the message names it, what was required and what
+            came.
     """
     attacks = _attacks(attack, parts)
     targets = []
@@ -90,19 +92,19 @@ def joint_stream(
     *,
     callback: StreamCallback | None = None,
 ) -> Iterator[Result]:
-    """Attack several networks by one perturbation of each image, images one by one as they come.
+    """Attack several networks with one perturbation per image, on a stream of images.
 
     Args:
-        attack: the settings; its backend does not matter.
+        attack: the settings; the backend is ignored.
         parts: the networks and their goals, without targets.
         samples: an iterable of `dagcore.Sample` whose `labels`, `adversarial_labels` and `boxes`
             have an entry for each network.
-        slots: images under attack at a time.
+        slots: number of images under attack at a time.
         generator: source of the random choices, which do not depend on `slots`.
         callback: called with (keys of the images under attack, active targets (N, K)).
 
     Yields:
-        A `Result` of one image (N = 1), as `joint_attack` gives it, with the sample's `key`.
+        A `Result` of one image (N = 1), like that of `joint_attack`, with the sample's `key`.
 
     Raises:
         TypeError, ValueError: as for `DAG.stream`.
@@ -111,13 +113,13 @@ def joint_stream(
     for k, part in enumerate(parts):
         for name in ("labels", "adversarial_labels", "boxes"):
             if getattr(part, name) is not None:
-                raise ArgumentError(f"parts[{k}]: {name} must be None, as each sample has its own")
+                raise ArgumentError(f"parts[{k}]: {name} must be None: samples have their own")
     networks = [own.network(part.model) for part, own in zip(parts, attacks, strict=True)]
     return run_stream(attack, networks, samples, slots, generator, callback, attacks=attacks)
 
 
 def _attacks(attack: Attack, parts: Sequence[Part]) -> list[Attack]:
-    """The attack with each network's goal."""
+    """Return one attack per network, with the network's goal."""
     check_shared(attack)
     if not isinstance(parts, Sequence):
         raise ArgumentTypeError(

@@ -1,4 +1,4 @@
-"""A look at the networks themselves, where faster copies of them were attacked."""
+"""Checks on the original networks after attacks on their prepared copies."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 class Originals:
-    """The networks that `prepare` has made copies of, as far as someone still holds them.
+    """The networks that `prepare` has copied, as far as they still exist.
 
     Args:
-        attacks: the attack at each network, for the rule by which targets count.
-        models: what is attacked.
+        attacks: the attack on each network, which defines the targets that count.
+        models: the models under attack.
     """
 
     def __init__(self, attacks: Sequence[Attack], models: Sequence[Callable[..., Any]]) -> None:
         self.attacks, self.models = attacks, models
-        self.looked = self.wrong = self.left = 0  # images, of these, targets
+        self.looked = self.wrong = self.left = 0  # images checked, images failed, targets left
 
     def look(self, outcome: Finished) -> None:
-        """Run the network itself on an image that converged on the copy, and note what is left."""
+        """Evaluate the network itself if an image converged on its copy, and count what is left."""
         if outcome.status != CONVERGED:
             return
         left = [
@@ -47,29 +47,29 @@ class Originals:
         self.left += sum(left)
 
     def warn(self) -> None:
-        """Warn where targets are active at a network itself."""
+        """Warn if targets are still active on a network itself."""
         if self.wrong:
             warnings.warn(
                 f"{self.left} targets of {self.wrong} images, of {self.looked} that converged on "
-                "the prepared network, are active at the network itself: go on there with "
-                "start=result.adversarial and result.adversarial_labels",
+                "the prepared network, are still active on the network itself: continue there with "
+                "start=result.adversarial and the result's adversarial_labels",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
 
 def original_of(model: object, device: torch.device) -> nn.Module | None:
-    """The network that `prepare` made a model of, if it is there, and on the images' device."""
+    """Return the network that `prepare` copied, if it still exists and is on the images' device."""
     known = getattr(model, "original", None)
     network = known() if isinstance(known, weakref.ref) else None
     return network if device_of(network) in (None, device) else None
 
 
 def _active(attack: Attack, network: nn.Module, outcome: Finished, k: int) -> int:
-    """Active targets of an image at its k-th network, 0 where they are few enough."""
+    """Count an image's active targets on its k-th network; 0 if the tolerance allows them."""
     aims, boxes = outcome.aims.adversarial_labels[k], outcome.aims.boxes[k]
     scores_of = ScoreModel(network)
-    scores_of.looked = True  # at the copy's scores
+    scores_of.looked = True  # the copy's scores have been checked
     own = None if isinstance(network, Victim) else precision(network)
     labels, image = outcome.aims.labels[k][None], outcome.image[None]
     with device_for(image.device).current(), frozen(network), torch.no_grad():

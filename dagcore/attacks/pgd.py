@@ -21,11 +21,11 @@ from .steps import ProjectedStep
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BallAttack(Attack, abc.ABC):
-    """What attacks within a ball on a dense loss share: `PGD` and `APGD` say the rest.
+    """Base class of attacks on a dense loss within a ball: `PGD` and `APGD`.
 
     `Result.active` counts the targets whose argmax is their label, or for a targeted attack those
-    whose argmax is not their adversarial label; `Result.adversarial` is the iterate with the fewest
-    of them, the first of equals, `Result.last` the last one.
+    whose argmax is not their adversarial label. `Result.adversarial` is the iterate with the fewest
+    active targets (the first of equals), `Result.last` the last one.
     """
 
     norm: str = "linf"
@@ -44,7 +44,7 @@ class BallAttack(Attack, abc.ABC):
         checks.integer("restarts", self.restarts, at_least=1, at_most=2**31 - 1)
         if self.restarts > 1 and not self.random_start:
             raise ArgumentError(
-                f"random_start must be True with restarts={self.restarts}, which would be the same"
+                f"random_start must be True with restarts={self.restarts}: runs would be the same"
             )
         if self.tolerance is not None:
             checks.tolerance(self.tolerance)
@@ -54,28 +54,29 @@ class BallAttack(Attack, abc.ABC):
     @property
     @abc.abstractmethod
     def dense_loss(self) -> Loss | UserLoss:
-        """The loss that goes up."""
+        """The loss to maximise."""
 
     def objective(self) -> Objective:
-        """The loss, summed over the targets."""
+        """Return the loss, summed over the targets."""
         return LossObjective(self.dense_loss, self.ignore_index)
 
     def check_kind(self, adversarial_labels: Any) -> None:
-        """Raise unless it is "untargeted", or a way to draw adversarial labels for a targeted loss.
+        """Raise unless this is "untargeted", or a way to draw labels for a targeted loss.
 
-        With the loss "dag", which has no other form, "runner-up" in place of "untargeted".
+        The loss "dag" always has adversarial labels; it accepts "runner-up" instead of
+        "untargeted".
         """
         LossObjective(self.dense_loss).check_kind(adversarial_labels)
 
     @property
     def first_radius(self) -> float:
-        """Of the ball that an attack starts in."""
+        """Radius of the ball that the attack starts in."""
         return self.epsilon
 
     def random_point(self, image: Tensor, seed: int, run: int) -> Tensor | None:
-        """A point of the ball around an image (*), uniformly; None for the image itself.
+        """Draw a point uniformly from the ball around an image (*); None for the image itself.
 
-        It depends on the seed and the number of the run alone.
+        The point depends only on the seed and the number of the run.
         """
         if not self.random_start:
             return None
@@ -98,25 +99,26 @@ class BallAttack(Attack, abc.ABC):
 class PGD(BallAttack):
     """Projected gradient descent (Madry et al., ICLR 2018) on a dense loss.
 
-    x <- Proj(x + alpha sign g) in an L-infinity ball, x <- Proj(x + alpha g / ||g||_2) in an L2
-    ball; g is the gradient of the loss, summed over all targets that are not ignored. Untargeted
-    unless adversarial labels are given; the loss "dag" draws a permutation where none are.
+    The update is x <- Proj(x + alpha sign g) in an L-infinity ball and x <- Proj(x + alpha g /
+    ||g||_2) in an L2 ball, where g is the gradient of the loss, summed over all targets that are
+    not ignored. The attack is untargeted unless adversarial labels are given; the loss "dag" draws
+    a permutation if none are.
 
     Args:
-        loss: a name (see `dagcore.ops.loss_seed`), a `dagcore.losses.Loss`, or a function of
-            (scores (N, C, *T), labels (N, *T)), and adversarial labels (N, *T) if there are any,
-            to values (N,) or (N, *T) in plain PyTorch.
+        loss: a name (see `dagcore.ops.loss_seed`), a `dagcore.losses.Loss`, or a function in plain
+            PyTorch that maps (scores (N, C, *T), labels (N, *T)), and adversarial labels (N, *T) if
+            there are any, to values (N,) or (N, *T).
         norm: "linf" or "l2".
         epsilon: radius of the ball around the clean image, in the units of the images.
-        alpha: step length, likewise.
-        steps: updates at the most.
-        random_start: begin at a random point of the ball, each image's own.
-        restarts: runs from different random points at the most; the one with the fewest active
-            targets is returned. An image that is done is not run again.
-        momentum: mu of m <- mu m + g / ||g||_1, whose sign (direction) is followed in place of the
-            gradient's (Dong et al., CVPR 2018); 0 for none.
+        alpha: step length, in the units of the images.
+        steps: maximum number of updates.
+        random_start: whether each image begins at a random point of its ball.
+        restarts: maximum number of runs from different random points; the run with the fewest
+            active targets is returned. An image that is done is not run again.
+        momentum: mu of m <- mu m + g / ||g||_1; the attack follows the sign (direction) of m
+            instead of that of the gradient (Dong et al., CVPR 2018). 0 for no momentum.
         tolerance: an image is done when at most this fraction of its targets is active; None: it
-            goes on to the last step.
+            runs to the last step.
         bounds: valid range of the images, None for no clipping.
         ignore_index: label of the targets that never count.
         levels: as for `dagcore.DAG`.
@@ -139,26 +141,26 @@ class PGD(BallAttack):
 
     @property
     def dense_loss(self) -> Loss | UserLoss:
-        """The loss that goes up."""
+        """The loss to maximise."""
         return named(self.loss)
 
     def step(self) -> Step:
-        """alpha along the sign or the normalised gradient."""
+        """Return a step of alpha along the sign or the normalised gradient."""
         return ProjectedStep(
             self.norm, self.alpha, self.epsilon, self.bounds, self.momentum, self.levels
         )
 
     def schedule(self) -> Schedule:
-        """So many steps, or fewer where the tolerance allows."""
+        """Return a schedule of `steps` updates, or fewer if the tolerance allows."""
         return UntilFooled(self.steps, self.tolerance)
 
     def check_spacing(self, spacing: float, images: Tensor) -> None:
-        """Raise where a step of alpha would be lost."""
+        """Raise if a step of alpha would be lost to rounding."""
         if self.norm == "linf" and self.alpha < spacing:
             raise ArgumentError(
                 f"alpha must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, for a step to count, got {self.alpha:.2e}: use float32 images "
-                "(dagcore.victims.Victim(model) takes them for a network in half precision)"
+                f"{spacing:.2e}, or steps are lost, got {self.alpha:.2e}: use float32 images "
+                "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )
 
 
@@ -166,14 +168,14 @@ class PGD(BallAttack):
 class SegPGD(PGD):
     """`PGD` on a cross-entropy whose weight moves from right targets to wrong ones.
 
-    At update t of T, targets that are still right weigh 1 - t / 2T and the others t / 2T; the
-    other way round where it is targeted (Gu et al., ECCV 2022).
+    At update t of T, targets that are still right have weight 1 - t / 2T and the others t / 2T; a
+    targeted attack swaps the weights (Gu et al., ECCV 2022).
     """
 
     loss: str = dataclasses.field(init=False, default="blended-cross-entropy")
 
     def objective(self) -> Objective:
-        """The blended cross-entropy, with the weights of each image's update."""
+        """Return the blended cross-entropy, with the weights of each image's update."""
         return LossObjective(self.dense_loss, self.ignore_index, blend_steps=max(self.steps, 1))
 
 
@@ -181,8 +183,8 @@ class SegPGD(PGD):
 class CosPGD(PGD):
     """`PGD` on a cross-entropy weighted by how right each target is.
 
-    The weight is the cosine similarity of the softmax and the label, 1 minus that of the
-    adversarial label where it is targeted (Agnihotri et al., ICML 2024).
+    The weight is the cosine similarity of the softmax and the one-hot label, or for a targeted
+    attack 1 minus the similarity to the adversarial label (Agnihotri et al., ICML 2024).
     """
 
     loss: str = dataclasses.field(init=False, default="cosine")

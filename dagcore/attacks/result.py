@@ -1,4 +1,4 @@
-"""What attacks find."""
+"""Results of attacks."""
 
 from __future__ import annotations
 
@@ -31,54 +31,57 @@ STATUS = {CONVERGED: Status.CONVERGED, BUDGET: Status.BUDGET, STALLED: Status.ST
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What an attack on N images found.
+    """The result of an attack on N images.
 
-    A joint attack on K networks has an entry for each of them in `active`, `targets` and
+    A joint attack on K networks has one entry per network in `active`, `targets` and
     `adversarial_labels`. A universal perturbation is the result of one image of zeros (N = 1).
     """
 
     adversarial: Tensor
-    """(N, 3, H, W) attacked images: DAG's last iterate, whatever the status; of `PGD`, `APGD` and
-    their kin the iterate with the fewest active targets, of all restarts."""
+    """(N, 3, H, W) attacked images. DAG returns the last iterate, whatever the status; `PGD`,
+    `APGD` and their variants return the iterate with the fewest active targets over all
+    restarts."""
     perturbation: Tensor
     """(N, 3, H, W) adversarial - images."""
     iterations: Tensor
-    """(N,) int32, updates applied."""
+    """(N,) int32, number of updates applied."""
     status: tuple[Status, ...]
     """Why each image stopped."""
     active: Tensor
     """(max_iter + 1, N) int32: active targets after 0, 1, ... updates; -1 once an image stopped.
 
-    Joint: (max_iter + 1, K, N). Universal: of the batch that was looked at. With restarts: of the
-    run that `adversarial` is from, as are `iterations`, `status`, `loss` and `last`."""
+    Joint: (max_iter + 1, K, N). Universal: those of the batch that each update saw. With restarts:
+    those of the run that `adversarial` comes from, as are `iterations`, `status`, `loss` and
+    `last`."""
     perceptibility: Tensor
     """(N,) sqrt(mean over pixels of ||r_k||_2^2), as a fraction of the images' valid range.
 
-    Where the attack has no bounds, the range is told from each clean image: see
+    If the attack has no bounds, the range is inferred from each clean image: see
     `dagcore.perturbation.value_range`."""
     targets: Tensor
-    """(N,) int32, targets that count: neither ignored nor, for "leave", meant for their label.
+    """(N,) int32, number of targets that count.
 
-    An image that has none is left alone: it is converged from the start. Joint: (K, N).
-    Universal: of all samples together, as far as they were looked at."""
+    Ignored targets do not count, nor, for "leave", do those whose adversarial label is their label.
+    An image without targets that count is left alone: it is converged from the start. Joint:
+    (K, N). Universal: over all samples that were evaluated."""
     adversarial_labels: Tensor | str | tuple[Tensor | str, ...]
-    """The adversarial labels (N, *T), given or drawn, or "runner-up": what a second call takes.
+    """The adversarial labels (N, *T), given or drawn, or "runner-up". Pass them to a second call.
 
-    Joint: a tuple of K. Universal: the permutation of the classes (C,) that was drawn, or
-    "given"."""
+    Joint: a tuple of K. Universal: the permutation of the classes (C,) that was drawn, or "given"
+    if none was."""
     last: Tensor
     """(N, 3, H, W) the last iterates."""
     left: Tensor
-    """(N,) int32, active targets of `adversarial`. Joint: of all networks together."""
+    """(N,) int32, number of active targets of `adversarial`. Joint: over all networks."""
     loss: Tensor | None = None
     """(max_iter + 1, N) float64: the loss, summed over the targets, after 0, 1, ... updates; NaN
-    once an image stopped. None for DAG, which has none. Joint: (max_iter + 1, K, N)."""
+    once an image has stopped. None for DAG, which has no loss. Joint: (max_iter + 1, K, N)."""
     key: Any = None
     """The sample's key, for results of a stream."""
 
     @property
     def converged(self) -> Tensor:
-        """(N,) bool: which images have no more active targets than the tolerance allows."""
+        """(N,) bool: images with no more active targets than the tolerance allows."""
         stopped = [status is Status.CONVERGED for status in self.status]
         return torch.tensor(stopped, dtype=torch.bool, device=self.iterations.device)
 
@@ -97,7 +100,7 @@ def gather(
     joint: bool = False,
     key: Any = None,
 ) -> Result:
-    """The result of a batch from the outcomes of its images, at least one."""
+    """Combine the outcomes of a batch's images, at least one, into a result."""
     adversarial = torch.stack([o.image for o in outcomes])
     origin = torch.stack([o.origin for o in outcomes])
     device = adversarial.device

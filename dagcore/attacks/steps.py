@@ -14,19 +14,20 @@ from ..engine.devices import device_for
 from ..engine.loop import Evaluation, State
 from ..levels import radius, shown
 
-NONE_YET = torch.iinfo(torch.int32).max  # more active targets than there can be
+NONE_YET = torch.iinfo(torch.int32).max  # above any number of active targets
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalisedStep:
-    """x <- clip(x + gamma / ||r||_inf * r), the norm of each image its own.
+    """The step x <- clip(x + gamma / ||r||_inf * r), with the norm taken per image.
 
     Args:
         gamma: step length, in the units of the images.
         bounds: valid range of the images, None for no clipping.
-        epsilon: radius of the L-infinity ball around the origin, None for none.
-        levels: number of levels between the bounds on which images are shown, None for any value.
-            Steps then add up in a shadow, whose nearest level is what is evaluated.
+        epsilon: radius of the L-infinity ball around the origin, None for no ball.
+        levels: number of levels between the bounds on which images are evaluated, None for any
+            value. Steps then accumulate in a shadow copy between the levels; its nearest levels are
+            evaluated.
     """
 
     gamma: float
@@ -35,7 +36,7 @@ class NormalisedStep:
     levels: int | None = None
 
     def begin(self, images: Tensor, start: Tensor) -> State:
-        """With levels, the shadow, and what it looks like."""
+        """Return the shadow and its image on the levels, if there are levels."""
         if self.levels is None or self.bounds is None:
             return {}
         exact = torch.promote_types(start.dtype, torch.float32)
@@ -45,21 +46,21 @@ class NormalisedStep:
 
     @property
     def reach(self) -> float:
-        """How many levels an image may be changed by."""
+        """Number of levels by which a pixel may change."""
         assert self.levels is not None
         assert self.bounds is not None
         epsilon = math.inf if self.epsilon is None else self.epsilon
         return radius(epsilon, self.bounds, self.levels)
 
     def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
-        """Take the step; not where the norm is 0 or not finite, or no other level is near."""
+        """Take the step, unless the norm is 0 or not finite, or no other level is within reach."""
         if seen.gradient is None:
             return going
         on_levels = self.levels is not None
         if on_levels and self.reach == 0:
             return torch.zeros_like(going)
         lower, upper = self.bounds or (-math.inf, math.inf)
-        # Past the wrapper's checks: arguments were checked as the images came.
+        # Bypass the checks of the wrapper: arguments were checked on arrival.
         _, moved = torch.ops.dagcore.linf_step_(
             state["shadow" if on_levels else "x"],
             state["origin"],
@@ -77,19 +78,19 @@ class NormalisedStep:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectedStep:
-    """x <- Proj(x + alpha * direction), onto a ball around the origin and the bounds: PGD's.
+    """PGD's step x <- Proj(x + alpha * direction), onto the bounds and a ball around the origin.
 
-    The direction is the sign of the gradient, or for "l2" the gradient over its L2 norm. With
-    momentum it is that of m <- momentum * m + g / ||g||_1 in place of the gradient.
+    The direction is the sign of the gradient g, or for "l2" g divided by its L2 norm. With
+    momentum, m <- momentum * m + g / ||g||_1 takes the place of g.
 
     Args:
-        norm: of the ball, "linf" or "l2".
+        norm: norm of the ball, "linf" or "l2".
         alpha: step length, in the units of the images.
         epsilon: radius of the ball.
         bounds: valid range of the images, None for no clipping.
-        momentum: what is left of the direction in the next step; 0 for none.
+        momentum: factor by which m decays in each step; 0 for no momentum.
         levels: as for `NormalisedStep`.
-        keep: whether to keep the iterate with the fewest active targets, the first of equals.
+        keep: whether to keep the iterate with the fewest active targets (the first of equals).
     """
 
     norm: str
@@ -101,7 +102,7 @@ class ProjectedStep:
     keep: bool = True
 
     def begin(self, images: Tensor, start: Tensor) -> State:
-        """Step length and radius, what is shown, the best, and momentum."""
+        """Return step lengths, radii, images on the levels, best images and momentum."""
         return self._begin(images, start, self.epsilon)
 
     def _begin(self, images: Tensor, start: Tensor, epsilon: float) -> State:
@@ -123,7 +124,7 @@ class ProjectedStep:
         return state
 
     def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
-        """Take the step; not where the direction is zero or not finite."""
+        """Take the step, unless the direction is zero or not finite."""
         self.keep_best(state, seen)
         if seen.gradient is None:
             return going
@@ -138,10 +139,10 @@ class ProjectedStep:
             copy_rows(state["best"], state["x"], better)
 
     def step(self, state: State, gradient: Tensor, going: Tensor) -> Tensor:
-        """The step itself."""
+        """Run the step kernel."""
         on_levels = self.levels is not None
         lower, upper = self.bounds or (-math.inf, math.inf)
-        # Past the wrapper's checks: arguments were checked as the images came.
+        # Bypass the checks of the wrapper: arguments were checked on arrival.
         moved = torch.ops.dagcore.pgd_step_(
             state["shadow" if on_levels else "x"],
             state["origin"],
@@ -164,16 +165,18 @@ class ProjectedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveStep(ProjectedStep):
-    """APGD's: PGD's step with inertia, whose length adapts (Croce and Hein, ICML 2020).
+    """APGD's step: PGD with inertia and an adaptive step length (Croce and Hein, ICML 2020).
 
-    z = Proj(x + alpha * direction), x <- Proj(x + a (z - x) + (1 - a)(x - previous)), a = 0.75.
-    At checkpoints alpha is halved, and the image goes back to where the loss was largest, if the
-    loss has risen in at most 0.75 of the steps since the last one; or if it has no new largest
-    value since, and alpha was not halved there.
+    With z = Proj(x + alpha * direction) and a = 0.75, the update is
+    x <- Proj(x + a (z - x) + (1 - a)(x - previous)).
+
+    At a checkpoint alpha is halved, and the image goes back to where the loss was largest, in two
+    cases: if the loss has risen in at most 0.75 of the steps since the last checkpoint; or if its
+    largest value has not risen since then, and alpha was not halved there.
 
     Args:
-        phases: for each phase its steps and the radius of its ball. Each begins from the best of
-            the last one, projected, with alpha at twice its radius; only the best of the last
+        phases: steps and radius of the ball for each phase. A phase begins at the best iterate of
+            the previous one, projected, with alpha at twice its radius. Only the best of the last
             phase is kept.
     """
 
@@ -183,11 +186,11 @@ class AdaptiveStep(ProjectedStep):
 
     @property
     def updates(self) -> int:
-        """Of all phases; to go from one to the next is an update too."""
+        """Number of updates in all phases; a change of phase is an update too."""
         return sum(steps for steps, _ in self.phases) + len(self.phases) - 1
 
     def begin(self, images: Tensor, start: Tensor) -> State:
-        """As for PGD; and what is known of the losses so far."""
+        """Return the state of PGD, and the history of the losses."""
         count = len(images)
         state = self._begin(images, start, self.phases[0][1])
         iterate = state.get("shadow", start)
@@ -241,8 +244,8 @@ class AdaptiveStep(ProjectedStep):
         copy_rows(gradient, state["top_gradient"], going & halve)
         if len(self.phases) == 1:
             return self.step(state, gradient, going)
-        # Where a phase ends, its best is projected onto the next ball; and until the last phase,
-        # time passes without a step where the loss is flat.
+        # At the end of a phase, its best image is projected onto the next ball. Until the last
+        # phase, updates pass without a step where the loss is flat.
         ends = ends & going
         put("radius", ends, plan.next_radius[at])
         moved = self.step(state, gradient, going & ~ends) | (going & state["provisional"])
@@ -277,24 +280,24 @@ class AdaptiveStep(ProjectedStep):
 
 
 class Timetable(NamedTuple):
-    """What is to be done after so many updates, (M + 1,) each."""
+    """What to do after each number of updates, (M + 1,) each."""
 
     first: Tensor
     """Whether a phase begins."""
     check: Tensor
-    """At a checkpoint, the steps since the last one; 0 elsewhere."""
+    """At a checkpoint, the number of steps since the last one; 0 elsewhere."""
     ends: Tensor
     """Whether the update goes to the next phase."""
     to_last: Tensor
-    """Whether that is the last one."""
+    """Whether that phase is the last one."""
     radius: Tensor
     next_radius: Tensor
-    """Of the phase that is under way, and of the next."""
+    """Radius of the current phase, and of the next one."""
 
 
 @functools.lru_cache(maxsize=32)
 def timetable(phases: tuple[tuple[int, float], ...], device: str) -> Timetable:
-    """The timetable of APGD: checkpoints after 0.22 of a phase, then closer and closer."""
+    """Return the timetable of APGD: a checkpoint after 0.22 of a phase, then closer and closer."""
     first, check, radii = [], [], []
     for steps, reach in phases:
         marks = [0] * (steps + 1)
@@ -320,7 +323,7 @@ def timetable(phases: tuple[tuple[int, float], ...], device: str) -> Timetable:
 
 
 def copy_rows(kept: Tensor, values: Tensor, where: Tensor) -> None:
-    """kept[n] = values[n] where `where` (N,), without waiting for a device."""
+    """Set kept[n] = values[n] where `where` (N,) is true, without waiting for a device."""
     if device_for(kept.device).synchronous:
         for n in where.nonzero().flatten().tolist():
             kept[n].copy_(values[n])

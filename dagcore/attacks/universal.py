@@ -1,4 +1,4 @@
-"""One perturbation for many images: an attack on the sum of their normalised gradients."""
+"""Universal perturbations: one for many images, along the sum of their normalised gradients."""
 
 from __future__ import annotations
 
@@ -39,33 +39,34 @@ def universal_perturbation(
 ) -> Result:
     """Make one perturbation for all images, in the manner of Moosavi-Dezfooli et al., CVPR 2017.
 
-    Each update looks at the next `batch_size` of the samples, which come round again and again,
-    and takes the attack's step along the sum of their gradients, each normalised before, so that no
-    image outweighs the others: with `DAG`, gamma times that sum over its L-infinity norm. It ends
-    after as many updates as the attack has, or when no sample of a whole round has more active
-    targets than the tolerance allows. An image smaller than the perturbation takes its upper left
-    part.
+    Each update evaluates the next `batch_size` samples, cycling through all of them, and takes the
+    attack's step along the sum of their gradients. Each gradient is normalised first, so that no
+    image outweighs the others: with `DAG`, the step is gamma times the sum over its L-infinity
+    norm. The attack ends after its maximum number of updates, or when in a whole round no sample
+    has more active targets than the tolerance allows. An image smaller than the perturbation is
+    perturbed by its upper left part.
 
     Args:
-        attack: the settings. Its bounds hold for the images, its epsilon for the perturbation:
-            without one nothing limits it but the number of updates. It begins at zero and is run
-            once, and its last iterate is returned: random starts, restarts and backends do not
-            matter. `APGD`, which compares losses, must see all samples in each update.
+        attack: the settings. Its bounds apply to the images, its epsilon to the perturbation;
+            without an epsilon only the number of updates limits it. The perturbation begins at zero
+            and is made in a single run, whose last iterate is returned: random starts, restarts and
+            the backend are ignored. `APGD`, which compares losses, must see all samples in each
+            update.
         model: as for `DAG.__call__`.
-        samples: the images and their targets, at least one, read and checked as their turn comes,
-            once in each round. Where
-            adversarial labels are not given, or "permutation", one permutation of the classes
-            without fixed points holds for all of them.
-        batch_size: samples an update.
+        samples: the images and their targets, at least one. They are read and checked when their
+            turn comes, once in each round. Where adversarial labels are "permutation" (the default
+            of `DAG`), all samples share one permutation of the classes without fixed points.
+        batch_size: number of samples per update.
         generator: source of the random choices.
-        callback: called with (update, active targets (1,) of the batch that was looked at).
+        callback: called with (update, active targets (1,) of the batch that the update saw).
 
     Returns:
         A `Result` whose perturbation, (1, 3, H, W), has the largest height and width among the
-        images that were read; `dagcore.perturbation.fit` cuts it to an image, or fills it up.
+        images that were read. Use `dagcore.perturbation.fit` to crop or pad it to an image.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: a wrong argument; the message names it, what was required and what
+            came.
     """
     check_shared(attack)
     checks.integer("batch_size", batch_size, at_least=1)
@@ -101,7 +102,8 @@ def universal_perturbation(
         outcomes: list[Finished] = []
         while not outcomes:
             slots.iterate()
-            # Not late: the next batch is read, and the perturbation grows, only if it goes on.
+            # Read the counts without delay: only if the attack continues may the next batch be read
+            # and the perturbation grow.
             outcomes = slots.collect(wait=True)
         if outcomes[0].error is not None:
             raise outcomes[0].error
@@ -117,7 +119,7 @@ def universal_perturbation(
 
 
 def _step(attack: Attack) -> Step:
-    """How the perturbation moves: with levels, by whole ones in either direction."""
+    """Return the step of a perturbation; with levels, it moves by whole levels either way."""
     bounds, levels = None, None
     if attack.levels is not None and attack.bounds is not None:
         width = attack.bounds[1] - attack.bounds[0]
@@ -128,7 +130,7 @@ def _step(attack: Attack) -> Step:
 
 
 class Rounds:
-    """Evaluates one batch of images after the other, all under one perturbation."""
+    """Evaluates one batch of images after another, all under the same perturbation."""
 
     networks = 1
     capturable = False
@@ -148,18 +150,18 @@ class Rounds:
         self.tells_loss = self.objective.tells_loss
         self.schedule = attack.schedule()
         self.batch_size = batch_size
-        self.batches = -(-len(samples) // batch_size)  # of one round
+        self.batches = -(-len(samples) // batch_size)  # in one round
         self.evaluations = 0
         self.batch = self._read(0)
         device = self.batch[0].image.device
-        self.fooled = torch.zeros(1, dtype=torch.int64, device=device)  # batches in a row
+        self.fooled = torch.zeros(1, dtype=torch.int64, device=device)  # batches fooled in a row
         self.targets = torch.zeros(1, dtype=torch.int64, device=device)
         self.value_range = torch.zeros((), dtype=torch.float64, device=device)
         self.table: Tensor | None = None  # the permutation of the classes
-        self.seen: list[tuple[int, Tensor, Tensor | str]] = []  # labels of the batch in hand
+        self.seen: list[tuple[int, Tensor, Tensor | str]] = []  # labels of the current batch
 
     def _read(self, evaluation: int) -> list[Sample]:
-        """The samples of an evaluation, checked."""
+        """Read and check the samples of an evaluation."""
         begin = evaluation % self.batches * self.batch_size
         batch: list[Sample] = []
         for k in range(begin, min(begin + self.batch_size, len(self.samples))):
@@ -182,7 +184,7 @@ class Rounds:
         return batch
 
     def advance(self, state: State) -> None:
-        """Read the next batch; the perturbation grows with the images."""
+        """Read the next batch, and enlarge the perturbation if its images are larger."""
         if self.evaluations:
             self.batch = self._read(self.evaluations)
         self.evaluations += 1
@@ -196,14 +198,14 @@ class Rounds:
         self.seen = []
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
-        """Evaluate the batch in hand under the perturbation; see `loop.Evaluator`."""
+        """Evaluate the current batch under the perturbation; see `loop.Evaluator`."""
         r = state["x"]
         total, left, wanted, losses = None, [], [], []
         for images, labels, aims, boxes in _stacked(self.batch):
             leaf = images + fit(r, images.shape[2:])
             if self.attack.bounds:
                 leaf = leaf.clamp(*self.attack.bounds)
-            if self.attack.bounds and self.attack.levels:  # the sum is, but for rounding
+            if self.attack.bounds and self.attack.levels:  # the sum lies on them up to rounding
                 leaf = round_to_levels(leaf, self.attack.levels, self.attack.bounds)
             leaf = leaf.detach().requires_grad_()
             with torch.enable_grad():
@@ -237,7 +239,7 @@ class Rounds:
         return Evaluation(count.view(1, 1), any_wanted, self.fooled >= self.batches, total, loss)
 
     def warn_at(self, network: nn.Module, perturbation: Tensor) -> None:
-        """Run a network once on every image, and warn of targets that are active there."""
+        """Evaluate another network once on every image, and warn if targets are active there."""
         at = Rounds(self.attack, network, self.samples, self.batch_size, self.generator)
         at.table = self.table
         state, left = {"x": perturbation[None]}, 0
@@ -249,8 +251,8 @@ class Rounds:
                 left += int(seen.active) if bool(seen.wanted) else 0
         if left:
             warnings.warn(
-                f"{left} targets that the perturbation fools on the prepared network are active at "
-                "the network itself: make it there, or with a margin",
+                f"{left} targets that the perturbation fools on the prepared network are active on "
+                "the network itself: make the perturbation there, or with a margin",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -268,17 +270,17 @@ class Rounds:
         return torch.where(labels.long() == ignored, labels, self.table[labels.long() % classes])
 
     def refuse(self, slot: int) -> None:
-        """Raise for a label of the batch in hand that is out of range."""
+        """Raise for a label of the current batch that is out of range."""
         for classes, labels, adversarial in self.seen:
             self.objective.refuse(classes, labels, adversarial)
 
     def aims(self, slot: int) -> Aims:
-        """Targets of all samples that were looked at."""
+        """Return the number of targets of all samples evaluated so far."""
         return Aims(self.targets.clone(), (), ("given",), ())
 
 
 def _stacked(samples: Sequence[Sample]) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:
-    """Images, labels, adversarial labels and boxes, those of one form together."""
+    """Yield stacked images, labels, adversarial labels and boxes of samples of the same form."""
     groups: dict[Any, list[tuple[Any, ...]]] = {}
     for sample in samples:
         aims = sample.adversarial_labels

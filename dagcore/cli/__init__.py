@@ -1,4 +1,4 @@
-"""The command line: the group of all commands, and what their errors end in."""
+"""The command line: the group of all commands, and how their errors are reported."""
 
 from __future__ import annotations
 
@@ -17,43 +17,59 @@ import click
 from ..errors import ArgumentError, ArgumentTypeError
 from ..version import __version__
 
-# The module `dagcore.cli.NAME` has the command NAME; it is imported when the command is used.
+# The module `dagcore.cli.NAME` defines the command NAME. It is imported when the command is used.
 COMMANDS = {
     "Attacks": {
-        "attack": "Attack images, each on its own.",
-        "run": "Attack a data set into a folder, by one process or many.",
-        "evaluate": "Measure robustness by a named protocol, at worst case.",
-        "demo": "Attack some photographs and a scene, and say what to look at.",
+        "attack": "Attack one or more images.",
+        "run": "Attack a data set, in one process or many.",
+        "evaluate": "Measure worst-case robustness under a named protocol.",
+        "demo": "Attack sample photographs and a scene, and explain the results.",
     },
     "Networks and experiments": {
-        "zoo": "List, train and measure the zoo's networks.",
-        "paper": "Make the paper's tables and figures.",
+        "zoo": "List, train and evaluate the zoo's networks.",
+        "paper": "Reproduce the paper's tables and figures.",
     },
     "This machine": {
-        "bench": "Time the ops, and an attack's updates on a network.",
+        "bench": "Time the ops and the updates of attacks on a network.",
         "info": "Show versions, native kernels and devices.",
     },
 }
 
 USER_ERRORS = (ArgumentError, ArgumentTypeError, OSError, ImportError)
 
+EXAMPLES = """
+\b
+Examples:
+  dagcore demo
+  dagcore attack photo.png --model fcn_resnet50 --out attacked
+  dagcore evaluate --data scenes --images 20 --model DL-VGG --epsilon 1/255 --out results
+
+\b
+Shell completion, in the start-up file of your shell:
+  bash: eval "$(_DAGCORE_COMPLETE=bash_source dagcore)"
+  zsh:  eval "$(_DAGCORE_COMPLETE=zsh_source dagcore)"
+  fish: _DAGCORE_COMPLETE=fish_source dagcore | source
+
+'dagcore COMMAND --help' shows the options and examples of a command.
+"""
+
 
 class Commands(click.Group):
-    """The commands of `COMMANDS`."""
+    """The commands of `COMMANDS`, each imported on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order of the help."""
+        """Return all names, in the order of the help text."""
         return [name for commands in COMMANDS.values() for name in commands]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import and return a command; return None if there is none of that name."""
         if cmd_name not in self.list_commands(ctx):
             return None
         found: click.Command = importlib.import_module(f".{cmd_name}", __name__).command
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands by what they are for, in columns of one width."""
+        """Write the commands, grouped by purpose and aligned across the groups."""
         width = max(map(len, self.list_commands(ctx)))
         for title, commands in COMMANDS.items():
             with formatter.section(title):
@@ -62,6 +78,7 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
+    epilog=EXAMPLES,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -72,7 +89,7 @@ class Commands(click.Group):
     "--traceback",
     is_flag=True,
     expose_value=False,
-    help="Show the whole traceback of an error. Also taken behind the command's name, and given "
+    help="Show the full traceback of an error. May also follow the command's name, or be set "
     "by DAGCORE_TRACEBACK=1 in the environment.",
 )
 @click.version_option(__version__, prog_name="dagcore")
@@ -81,10 +98,10 @@ def group() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line; return the exit status.
+    """Run a command line and return its exit status.
 
-    An error of the user ends in one line on stderr and status 2, a fault of the program in one line
-    and status 1, each with its traceback in front if that is asked for.
+    A user error prints one line on stderr and returns 2. An internal error prints one line and
+    returns 1. On request the traceback is printed before that line.
     """
     arguments = [argument for argument in argv if argument != "--traceback"]
     told_whole = len(arguments) < len(argv) or os.environ.get("DAGCORE_TRACEBACK", "0") != "0"
@@ -96,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_lines(program: str) -> Iterator[None]:
-    """Tell the package's own warnings as it tells errors, each once."""
+    """Print the package's own warnings in one line each, like its errors, and without repeats."""
     show, told, package = warnings.showwarning, set[str](), str(Path(__file__).parent.parent)
 
     def line(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
@@ -115,12 +132,12 @@ def _warnings_in_lines(program: str) -> Iterator[None]:
 
 
 def _run(arguments: list[str], program: str, told_whole: bool) -> int:
-    """The exit status of a command line."""
+    """Run a command line, report its error if there is one, and return its exit status."""
     try:
         status = group.main(arguments or ["--help"], prog_name="dagcore", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except Exception as error:
-        if isinstance(error, click.Abort):  # click makes one of two errors
+        if isinstance(error, click.Abort):  # click raises it for KeyboardInterrupt and EOFError
             if not isinstance(error.__cause__, EOFError):
                 print(f"{program}: interrupted", file=sys.stderr)
                 return 130
@@ -134,7 +151,7 @@ def _run(arguments: list[str], program: str, told_whole: bool) -> int:
         elif isinstance(error, USER_ERRORS):
             status, message = 2, f"error: {error}"
         else:
-            hint = "" if told_whole else " (run again with --traceback for the whole of it)"
+            hint = "" if told_whole else " (run again with --traceback for the full traceback)"
             status, message = 1, f"internal error: {type(error).__name__}: {error}{hint}"
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return status

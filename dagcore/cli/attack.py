@@ -1,4 +1,4 @@
-"""`dagcore attack`."""
+"""The command `dagcore attack`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ Examples:
 
 @click.command("attack", epilog=EXAMPLES)
 @click.argument("images", nargs=-1, required=True, type=options.FILE, metavar="IMAGE...")
-@options.out("Folder for the output.", required=True)
+@options.out("Output folder.", required=True)
 @options.attack(required=True)
 def command(images: tuple[Path, ...], model: str, **settings: Any) -> None:
-    """Attack images, each on its own.
+    """Attack one or more images.
 
-    For each IMAGE the folder gets NAME.png (the attacked image), NAME.perturbation.safetensors,
-    NAME.json (the numbers and all settings) and NAME.figure.png.
+    Each IMAGE is attacked on its own. The output folder gets four files for it: NAME.png (the
+    attacked image), NAME.perturbation.safetensors, NAME.json (results and all settings) and
+    NAME.figure.png.
     """
     outcomes = []
     with faults.of_model(model):

@@ -1,4 +1,4 @@
-"""`dagcore bench`: the ops and whole updates of an attack, timed on this machine."""
+"""The command `dagcore bench`: time the ops and the updates of attacks on this machine."""
 
 from __future__ import annotations
 
@@ -35,9 +35,17 @@ SHAPES: tuple[Shape, ...] = ((1, 21, 512, 512), (4, 21, 512, 512), (1, 150, 512,
 UPDATES = 4
 MEASURED_LOSSES = ("cross-entropy", "jensen-shannon", "cosine", "dlr")
 
+EXAMPLES = """
+\b
+Examples:
+  dagcore bench
+  dagcore bench --model DL-VGG --size 160x128 --json times.json
+  dagcore bench --model fcn_resnet50 --batch 4 --device cuda
+"""
+
 
 def measure_ops(shapes: Sequence[Shape], rounds: int, device: str) -> list[Row]:
-    """Each op beside the reference, and beside `clone` of what it must read."""
+    """Time each op beside the reference, and beside a `clone` of the tensor that it reads."""
     rows = []
     for shape in shapes:
         generator = torch.Generator().manual_seed(0)
@@ -78,7 +86,7 @@ def _sides(op: str, read: Tensor, *others: Tensor, **options: Any) -> Sides:
 def _row(
     what: str, shape: Sequence[int], sides: Sides, rounds: int, device: str, per: int = 1
 ) -> Row:
-    """Times in seconds of each side, divided by the number of what it does."""
+    """Return a row with the times of each side in seconds, divided by `per` updates."""
     times = alternate(sides, rounds, device=device)
     seconds = {name: [s / per for s in found] for name, found in times.items()}
     return {"what": what, "case": "x".join(map(str, shape)), "seconds": seconds}
@@ -92,13 +100,14 @@ def measure_updates(
     rounds: int,
     device: str,
 ) -> list[Row]:
-    """One of some updates of attacks on a segmentation network, beside its bare gradient.
+    """Time an update of each attack on a segmentation network, beside the network's bare gradient.
 
-    The images are noise, and their labels what the network sees, so that most targets are active.
-    The reference is that of DAG.
+    Each attack runs `updates` updates, and its time is divided by them. The images are noise, and
+    their labels are the network's own predictions, so that most targets are active. Only DAG has a
+    reference.
 
     Raises:
-        ValueError: a detector, or images that the network cannot take.
+        ValueError: if the network is a detector, or cannot take images of this size.
     """
     victim = load(model, weights, torch.device(device))
     if isinstance(victim, Detector):
@@ -148,7 +157,7 @@ def measure_updates(
 
 
 def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
-    """The network's forward pass and input gradient, as often as an attack evaluates them."""
+    """Run the network's forward pass and input gradient as often as an attack's updates do."""
     reader = ScoreModel(victim)
     with frozen(victim):
         for _ in range(updates):
@@ -158,7 +167,7 @@ def _bare(victim: Victim, images: Tensor, labels: Tensor, updates: int) -> None:
 
 
 def report(rows: list[Row], device: str, path: Path | None) -> None:
-    """Print medians in ms with ratios, and keep all times where a path is given."""
+    """Print medians in ms with ratios, and write all times to `path` unless it is None."""
     for of_ops in (True, False):
         chosen = [row for row in rows if ("floor" in row["seconds"]) == of_ops]
         if not chosen:
@@ -192,33 +201,34 @@ def bench(
     shapes: Sequence[Shape] = SHAPES,
     updates: int = UPDATES,
 ) -> None:
-    """Time the ops on scores of some shapes, and with a model its updates, and show them."""
+    """Time the ops on scores of some shapes and, with a model, its updates; print the results."""
     with freed_memory_kept(), faults.of_model(model):
-        of_updates = []  # first: a model may not be what it should be
+        of_updates = []  # first, so that an invalid model fails early
         if model is not None:
             of_updates = measure_updates(model, weights, shape, updates, rounds, device)
         of_ops = measure_ops(shapes, rounds, device)
     report(of_ops + of_updates, device, path)
 
 
-@click.command("bench")
-@options.model(note=" Without it only the ops are timed; detectors are not.")
+@click.command("bench", epilog=EXAMPLES)
+@options.model(note=" Without it only the ops are timed. Detectors are not supported.")
 @click.option(
     "--size",
     metavar="WIDTHxHEIGHT",
     callback=options.size,
     default="512x512",
-    help="Size of the images for the network.",
+    help="Size of the network's input images.",
 )
-@options.count("--batch", default=1, help="Images at a time.")
-@options.count("--rounds", default=9, help="How often each side is timed.")
+@options.count("--batch", default=1, help="Number of images in a batch.")
+@options.count("--rounds", default=9, help="Number of times that each side is timed.")
 @options.device
-@click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Keep all times there.")
+@click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Write all times there.")
 def command(size: tuple[int, int], batch: int, device: str | None, **given: Any) -> None:
-    """Time the ops on this machine, and with a --model an attack's updates on its network.
+    """Time the ops on this machine and, with --model, the updates of attacks on a network.
 
-    Each beside the plain PyTorch reference (of updates: DAG's) and beside its floor: a copy of what
-    an op reads, the bare network's gradient for an update, to which an attack adds the evaluation
-    of what it returns. Medians and quartiles; the sides run in alternation.
+    Each op is timed beside its plain PyTorch reference and beside its floor, a copy of what it
+    reads. Each update is timed beside its floor, the bare network's gradient, and DAG's also beside
+    the reference. An attack also evaluates the images that it returns, which the floor does not.
+    The sides run in alternation. The table shows medians and quartiles.
     """
     bench(shape=(batch, *size), device=str(find_device(device)), **given)

@@ -1,4 +1,4 @@
-"""`dagcore demo`: photographs of scikit-image and a scene, attacked."""
+"""The command `dagcore demo`: attack photographs of scikit-image and a scene."""
 
 from __future__ import annotations
 
@@ -34,49 +34,57 @@ PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket")
 SIZE = (384, 256)  # width, height: 96 targets
 TARGET = "strawberry"
 PATTERN = "circle"
-SCENE = 3  # of the test scenes
+SCENE = 3  # index among the test scenes
 SCENE_NETWORKS = ("DL-VGG", "R-FCN-RN101")
 
 LOOK_AT = """\
 What to look at:
   {permutation}
-    The photograph, what the network sees in each cell of it, the change times 10, and what it
-    sees in the file {image}, which looks like the original.
+    The photograph, what the network sees in each cell of it, the change times 10, and what the
+    network sees in the file {image}, which looks like the original.
   {one_class}
-    The same, every cell pushed towards one class, {target}. A cell counts no more as soon as it
-    has left its own class, so that few get there.
+    The same, with every cell pushed towards one class, {target}. A cell stops counting as soon
+    as it leaves its own class, so few cells reach the new one.
   {pattern}
-    Here each cell counts until it is where it is wanted: {target} in a circle, {background}
-    around it.
+    Here each cell counts until it has the prescribed class: {target} inside a circle,
+    {background} around it.
   {scenes}
-    A scene as the zoo's networks are trained on, its segmentation and the objects found in it.
+    A scene like those that the zoo's networks are trained on, its segmentation, and the objects
+    found in it.
 {files}"""
 FILES = {
-    "256": "The network was shown every image as its 8-bit PNG holds it: what it sees in the file "
-    "is what\nwas attacked. --levels none attacks the images in memory, and shows what rounding "
-    "undoes.",
+    "256": "Every image was attacked on the levels of an 8-bit file, so what the network sees in "
+    "the PNG is\nwhat was attacked. --levels none attacks the images in memory, and shows what "
+    "rounding undoes.",
     "none": '"active after rounding" counts the targets that are active again once the attacked '
-    "image is\nrounded to 8 bits, as in its PNG: rounding moves a pixel by up to 2.0e-03, as the "
-    "attack does.",
+    "image is\nrounded to 8 bits for its PNG. Rounding moves a pixel by up to 2.0e-03, as much as "
+    "the attack does.",
 }
+
+EXAMPLES = """
+\b
+Examples:
+  dagcore demo
+  dagcore demo --out unrounded --levels none
+"""
 
 
 class Photographs(Source):
-    """Photographs of scikit-image, cut to one size (width, height)."""
+    """Photographs of scikit-image, scaled and cropped to one size (width, height)."""
 
     def __init__(self, names: Sequence[str], size: tuple[int, int]) -> None:
         self.names, self.size = names, size
         self.data = optional_import("skimage.data", "demo")
 
     def read(self, index: int) -> tuple[Tensor, None]:
-        """A photograph; what the network sees in it serves as its labels."""
+        """Return a photograph, and no labels: the network's predictions take their place."""
         photograph = Image.fromarray(getattr(self.data, self.names[index])())
         pixels = np.array(ImageOps.fit(photograph, self.size))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, None
 
 
 class Demo:
-    """The demo network and photographs, attacked into a folder."""
+    """Attacks on the demo network and the zoo's, written to a folder."""
 
     def __init__(
         self, out: Path, source: Photographs, progress: ImageProgress, levels: str
@@ -86,7 +94,7 @@ class Demo:
         self.rows: list[tuple[Row, Outcome]] = []
 
     def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
-        """Attack the first photographs, and write what comes of them; what the first aimed at."""
+        """Attack the first `count` photographs, write the results, and return the first target."""
         settings = AttackOptions(model="demo", levels=self.levels, **options)
         cpu = torch.device("cpu")
         driver = Driver(settings, self.victim, self.source, cpu, slots=count)
@@ -112,7 +120,7 @@ class Demo:
         return found[0][0].target
 
     def attack_scene(self) -> None:
-        """Attack a scene with networks of the zoo, as `dagcore attack` does."""
+        """Attack networks of the zoo on a scene, as `dagcore attack` does."""
         path = self.out / "scene.png"
         files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
         for name in SCENE_NETWORKS:
@@ -123,7 +131,7 @@ class Demo:
                 self.finished((f"scene, {name}", "permutation"), outcome)
 
     def finished(self, row: Row, outcome: Outcome) -> None:
-        """Count an image."""
+        """Keep the outcome of an image, and show the progress."""
         self.rows.append((row, outcome))
         self.progress.finished(len(self.rows), outcome.line())
 
@@ -134,7 +142,7 @@ def run(
     size: tuple[int, int] = SIZE,
     levels: str = LEVELS[0],
 ) -> None:
-    """Attack photographs of scikit-image, cut to a size (width, height), and a scene."""
+    """Attack photographs of scikit-image, cropped to a size (width, height), and a scene."""
     files.make_folder(out)
     progress = ImageProgress(transient=True)
     demo = Demo(out, Photographs(names, size), progress, levels)
@@ -166,9 +174,13 @@ def run(
     )
 
 
-@click.command("demo")
-@options.out("Folder for the output.", default="demo")
+@click.command("demo", epilog=EXAMPLES)
+@options.out("Output folder.", default="demo")
 @options.levels
 def command(out: Path, levels: str) -> None:
-    """Attack the photographs of scikit-image and a scene, and say what to look at."""
+    """Attack sample photographs and a scene, and explain the results.
+
+    The photographs are scikit-image's, attacked on an ImageNet network. The scene is attacked on a
+    segmentation network and a detector of the zoo.
+    """
     run(out, levels=levels)

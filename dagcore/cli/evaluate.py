@@ -1,4 +1,4 @@
-"""`dagcore evaluate`."""
+"""The command `dagcore evaluate`."""
 
 from __future__ import annotations
 
@@ -34,37 +34,38 @@ Examples:
     "--protocol",
     metavar="NAME|FILE",
     default="sea-2024",
-    help=f"Which attacks: {', '.join(PROTOCOLS)}, or a TOML file.",
+    help=f"Protocol with the attacks to run: {', '.join(PROTOCOLS)}, or a TOML file.",
 )
 @click.option(
     "--epsilon",
     metavar="NUMBERS",
-    help="Radii in place of the protocol's, for images in 0..1: 4/255,8/255.",
+    help="Radii instead of the protocol's, for images in 0..1, such as 4/255,8/255.",
 )
 @click.option(
     "--levels",
     type=click.Choice(tuple(GRIDS)),
     default="none",
-    help="Attack images in memory (none), on the levels of 8-bit files (256), or both. What is "
-    "left of an attack in 8-bit files is always measured.",
+    help="Attack images in memory (none), on the levels of an 8-bit file (256), or both. Scores "
+    "after rounding to 8 bits are measured in any case.",
 )
 @click.option(
     "--skip-fooled/--no-skip-fooled",
     default=True,
-    help="An image without a right pixel is not attacked again in a larger ball.",
+    help="Skip the larger balls for an image that has no correct pixel left.",
 )
 @options.count(
     "--check",
     least=0,
     default=2,
-    help="Images on which the evaluation itself is checked (gradients, plateaus, ...).",
+    help="Number of images on which the evaluation itself is checked (gradients, plateaus, ...).",
 )
 @click.option(
     "--surrogate",
     metavar="SPEC",
-    help="Another network, whose adversarial examples are checked to be no stronger.",
+    help="Another network, given as --model is. A check compares its adversarial examples, which "
+    "should be no stronger.",
 )
-@options.work("Worst images to make a figure of.")
+@options.work("Number of worst images to draw a figure of.")
 @options.device
 @options.seed()
 @click.option(
@@ -72,7 +73,7 @@ Examples:
     nargs=2,
     type=options.FOLDER,
     metavar="A B",
-    help="Put the results in two folders side by side, and do nothing else.",
+    help="Only print the results in two folders side by side.",
 )
 @click.pass_context
 def command(
@@ -82,11 +83,12 @@ def command(
     compare: tuple[Path, Path] | None,
     **given: Any,
 ) -> int:
-    """Measure robustness by a named protocol, at worst case, into a folder.
+    """Measure worst-case robustness under a named protocol.
 
-    Each image is attacked by all attacks of the protocol. The folder gets report.html, report.md,
-    summary.json, images.jsonl with one line an image, and images/NAME.png, the worst example of
-    each in 8 bits. An evaluation that was killed resumes where it stopped.
+    Each image is attacked by every attack of the protocol. The output folder gets report.html,
+    report.md, summary.json, images.jsonl (one line per image) and images/NAME.png (each image's
+    worst adversarial example, in 8 bits). An evaluation that was killed resumes where it stopped
+    when the same command is given again.
     """
     if compare is not None:
         click.echo(reports.compare(*compare))

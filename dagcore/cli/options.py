@@ -1,4 +1,4 @@
-"""Options that several commands have, each written once, and what their values are read by."""
+"""Options that several commands share, and the functions that read their values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def size(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
-    """Read a size WIDTHxHEIGHT as (height, width)."""
+    """Parse a size WIDTHxHEIGHT into (height, width)."""
     try:
         return parse_size(value)
     except ValueError as error:
@@ -29,19 +29,19 @@ def size(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int,
 
 
 def existing(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file or folder that is not there."""
+    """Return the path; raise a usage error if it does not exist."""
     if path is not None and not path.exists():
         raise click.UsageError(f"{parameter.opts[0]} {path} does not exist")
     return path
 
 
 def all_of(*options: Decorator) -> Decorator:
-    """Several options in order."""
+    """Combine several options, in order, into one decorator."""
     return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
 
 
 def number(name: str, **settings: Any) -> Decorator:
-    """A number, also written as a fraction: 0.5/255."""
+    """Return an option for a number, which may be written as a fraction such as 0.5/255."""
 
     def read(_: click.Context, parameter: click.Parameter, value: Any) -> float | None:
         try:
@@ -53,32 +53,32 @@ def number(name: str, **settings: Any) -> Decorator:
 
 
 def count(name: str, *, least: int = 1, **settings: Any) -> Decorator:
-    """An integer that is at least `least`."""
+    """Return an option for an integer of at least `least`."""
     return click.option(name, type=click.IntRange(min=least), metavar="NUMBER", **settings)
 
 
 def out(content: str, **settings: Any) -> Decorator:
-    """The folder that a command writes to."""
+    """Return the option `--out`, the folder that a command writes to."""
     return click.option("--out", type=FOLDER, metavar="DIR", help=content, **settings)
 
 
 def seed(default: int | None = 0, note: str = "") -> Decorator:
-    """The seed of everything that is drawn."""
+    """Return the option `--seed`, the seed of all random choices."""
     return count("--seed", least=0, default=default, help=f"Seed of all random choices.{note}")
 
 
 device = click.option(
-    "--device", metavar="NAME", help="cpu, cuda or cuda:NUMBER.  [default: cuda where there is one]"
+    "--device", metavar="NAME", help="cpu, cuda or cuda:NUMBER.  [default: cuda if there is a GPU]"
 )
 
 
 def model(*, note: str = "", **settings: Any) -> Decorator:
-    """The network, and its weights."""
+    """Return the options `--model` and `--weights`."""
     return all_of(
         click.option(
             "--model",
             metavar="SPEC",
-            help="The network: one of the zoo's (DL-VGG, R-FCN-RN50, ...: see dagcore zoo list), a "
+            help="The network: one of the zoo (DL-VGG, R-FCN-RN50, ...; see dagcore zoo list), a "
             "segmentation network or detector of torchvision (fcn_resnet50, "
             f"fasterrcnn_resnet50_fpn, ...), demo, or package.module:function for your own.{note}",
             **settings,
@@ -87,8 +87,8 @@ def model(*, note: str = "", **settings: Any) -> Decorator:
             "--weights",
             type=FILE,
             metavar="FILE",
-            help="State dict for a network of the zoo or of torchvision (.pth or .safetensors).  "
-            "[default: the zoo's own, torchvision's download]",
+            help="State dict (.pth or .safetensors) for a network of the zoo or of torchvision.  "
+            "[default: the zoo's shipped weights, torchvision's download]",
         ),
     )
 
@@ -98,20 +98,19 @@ levels = click.option(
     type=click.Choice(LEVELS),
     default=LEVELS[0],
     show_default=True,
-    help="Attack images as their 8-bit files hold them, at 256 levels, or as they are in memory: "
-    "none.",
+    help="Attack images on the 256 levels of an 8-bit file, or in memory without rounding (none).",
 )
 
 
 def network(*, required: bool) -> Decorator:
-    """What is attacked, the size it takes, and the labels."""
+    """Return the options for the network, its input size and the labels."""
     return all_of(
         model(required=required),
         click.option(
             "--size",
             metavar="WIDTHxHEIGHT",
-            help="Size that images are resized to for a network that takes one size only, "
-            "differentiably: the files keep their size.  [default: images as they are]",
+            help="Input size of a network that takes one size only. Images are resized to it "
+            "differentiably, and files keep their size.  [default: no resizing]",
         ),
         click.option(
             "--labels",
@@ -119,8 +118,8 @@ def network(*, required: bool) -> Decorator:
             callback=existing,
             metavar="FILE|DIR",
             help="True labels: a folder with NAME.png for each image, whose values are classes "
-            "(255: ignored), or the file of a single image; for detectors NAME.xml as in VOC, or "
-            "one .json as in COCO.  [default: what the network sees in the clean image]",
+            "(255: ignored), or such a file for a single image. For detectors NAME.xml as in VOC, "
+            "or one .json as in COCO.  [default: the network's prediction on the clean image]",
         ),
     )
 
@@ -130,46 +129,49 @@ data_set = all_of(
         "--config",
         type=FOLDER,
         metavar="FILE",
-        help="Settings as TOML, by the names of the options; options on the command line "
-        "count more.",
+        help="TOML file with settings, named as the options are. Options on the command line take "
+        "precedence.",
     ),
     click.option(
         "--data",
         metavar="scenes|DIR",
-        help="The test scenes, a VOCdevkit folder, or a folder of images, to which --labels "
-        "belongs.",
+        help="The test scenes, a VOCdevkit folder, or a folder of images. The labels of images are "
+        "given by --labels.",
     ),
     out("Folder for the results."),
     click.option(
         "--set",
         metavar="A/B",
-        help="Of scenes FAMILY/SPLIT, of VOC YEAR/LIST.  [default: .../test]",
+        help="Part of the data: FAMILY/SPLIT of scenes, YEAR/LIST of VOC.  [default: .../test]",
     ),
     click.option(
-        "--images", type=int, metavar="NUMBER", help="Images at the most.  [default: all]"
+        "--images",
+        type=int,
+        metavar="NUMBER",
+        help="Maximum number of images.  [default: all; 200 of the scenes]",
     ),
 )
 
 
 def work(figures: str) -> Decorator:
-    """How work on a data set is done."""
+    """Return the options for how a data set is processed."""
     return all_of(
         click.option(
             "--slots",
             type=int,
             metavar="NUMBER",
-            help="Images attacked at a time.  [default: 1 on the CPU, 8 on a GPU]",
+            help="Number of images attacked at a time.  [default: 1 on the CPU, 8 on a GPU]",
         ),
         click.option(
             "--prepare/--no-prepare", default=True, help="Attack a faster copy of the network."
         ),
         click.option("--figures", type=int, metavar="NUMBER", default=4, help=figures),
-        click.option("--strict", is_flag=True, help="Stop at an image that cannot be attacked."),
+        click.option("--strict", is_flag=True, help="Stop if an image cannot be attacked."),
     )
 
 
 def merged(context: click.Context, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings from a file, and over them those from the command line."""
+    """Merge settings of a file with those of the command line, which take precedence."""
     kept = {} if config is None else read_toml(config)
     for name, value in kept.items():
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
@@ -178,7 +180,7 @@ def merged(context: click.Context, config: Path | None, given: dict[str, Any]) -
 
 
 def attack(*, required: bool) -> Decorator:
-    """What is attacked by what, where, and how: the fields of `AttackOptions` and the labels."""
+    """Return the options of an attack: the fields of `AttackOptions`, and `--labels`."""
     return all_of(
         network(required=required),
         click.option(
@@ -186,22 +188,23 @@ def attack(*, required: bool) -> Decorator:
             type=click.Choice(tuple(ATTACKS)),
             default="dag",
             show_default=True,
-            help="Dense Adversary Generation, or an attack on a dense loss in a ball: PGD, SegPGD, "
-            "CosPGD, Auto-PGD.",
+            help="Dense Adversary Generation (dag), or an attack on a dense loss in a ball: PGD, "
+            "SegPGD, CosPGD or Auto-PGD (apgd).",
         ),
         click.option(
             "--adversarial",
             metavar="HOW",
-            help="Adversarial labels: permutation (of the classes, at random), random (each "
-            "target), runner-up, a class (its number or name), vanish (for detectors: the "
-            "background), or a pattern: circle, square, stripes, text:WORDS, mask:FILE. For DAG a "
-            "pattern implies --goal reach. untargeted: none, for a dense loss alone.  [default: "
-            "permutation for DAG, untargeted for the others]",
+            help="Adversarial labels: permutation (of the classes, at random), random (for each "
+            "target), runner-up (the best wrong class), a class (number or name), vanish (the "
+            "background, for detectors), or a pattern: circle, square, stripes, text:WORDS or "
+            "mask:FILE. With DAG a pattern implies --goal reach. untargeted: no adversarial "
+            "labels; only with a dense loss.  [default: permutation for DAG, untargeted for the "
+            "others]",
         ),
         click.option(
             "--foreground",
             metavar="CLASS",
-            help="Class inside the pattern.  [default: one that is not in the image, at random]",
+            help="Class inside the pattern.  [default: a random class that is not in the image]",
         ),
         click.option(
             "--background",
@@ -211,42 +214,44 @@ def attack(*, required: bool) -> Decorator:
         click.option(
             "--loss",
             type=click.Choice(LOSSES),
-            help="Of PGD and Auto-PGD.  [default: cross-entropy]",
+            help="Loss of PGD and Auto-PGD.  [default: cross-entropy]",
         ),
         click.option(
-            "--norm", type=click.Choice(NORMS), help="Of the ball; not of DAG.  [default: linf]"
+            "--norm",
+            type=click.Choice(NORMS),
+            help="Norm of the ball. Not for DAG.  [default: linf]",
         ),
         number("--gamma", help="Step length of DAG, for images in 0..1.  [default: 0.5/255]"),
         number(
             "--alpha",
             help="Step length of PGD, SegPGD and CosPGD, for images in 0..1.  [default: 0.01]",
         ),
-        count("--max-iter", least=0, help="Updates of DAG at the most.  [default: 200]"),
+        count("--max-iter", least=0, help="Maximum number of updates of DAG.  [default: 200]"),
         count(
             "--steps",
             least=0,
-            help="Updates of the others at the most.  [default: 20, of Auto-PGD 100]",
+            help="Maximum number of updates of the other attacks.  [default: 20; Auto-PGD: 100]",
         ),
         count(
             "--restarts",
-            help="Runs from different random points; not of DAG, which has none.  [default: 1]",
+            help="Number of runs from different random points. Not for DAG.  [default: 1]",
         ),
         click.option(
             "--goal",
             type=click.Choice(GOALS),
-            help="Of DAG: until no target is right, or until all are at their adversarial label.  "
-            "[default: leave, reach for a pattern]",
+            help="Goal of DAG: that no target keeps its label (leave), or that every target gets "
+            "its adversarial label (reach).  [default: leave; reach for a pattern]",
         ),
         number(
             "--epsilon",
-            help="Radius of the ball around the image, for images in 0..1: with the norm linf, the "
-            "largest change of a pixel.  [default: none for DAG, 8/255 for the others]",
+            help="Radius of the ball around the image, for images in 0..1. With --norm linf it is "
+            "the largest change of a pixel.  [default: none for DAG, 8/255 for the others]",
         ),
-        number("--tolerance", default="0", help="Fraction of the targets that may be left active."),
+        number("--tolerance", default="0", help="Fraction of the targets that may stay active."),
         number(
             "--margin",
-            help="Of DAG: by how much a target must be won to count no more, in the units of the "
-            "scores.  [default: 0]",
+            help="Margin of DAG: by how much a target must be won before it stops counting, in "
+            "units of the scores.  [default: 0]",
         ),
         levels,
         device,

@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 
-PLAIN_WIDTH = 120  # where stdout is no terminal
+PLAIN_WIDTH = 120  # of tables where stdout is not a terminal
 MEASURES = ("aAcc", "mIoU", "mAcc", "mAP", "AP50 (COCO)")
-OUTCOMES_WIDTH = 140  # of the table of outcomes there
-LINE_SECONDS = 15  # from one plain line to the next
+OUTCOMES_WIDTH = 140  # likewise, of the table of outcomes
+LINE_SECONDS = 15  # between two plain lines
 
 
 class Bars:
-    """Progress on stderr while a `with` block runs: bars on a terminal, lines elsewhere.
+    """Progress on stderr while a `with` block runs: bars on a terminal, plain lines elsewhere.
 
-    Pieces of work are called by names, one bar each.
+    Each piece of work has a name, and a bar of its own.
     """
 
     def __init__(self, *, transient: bool = False) -> None:
@@ -78,17 +78,17 @@ class Bars:
             self.bars.stop()
 
     def begun(self, what: str, total: int, done: int) -> None:
-        """Take up a piece of work, of which some may be done already."""
+        """Begin a piece of work of `total` items, of which `done` are done already."""
         self.total[what], self.done[what] = total, done
         self._began[what] = time.monotonic(), done
 
     def rate(self, what: str) -> float:
-        """How much is done a second."""
+        """Return the number of items done per second."""
         begin, before = self._began[what]
         return (self.done[what] - before) / max(time.monotonic() - begin, 1e-9)
 
     def left(self, what: str) -> str:
-        """The time that is left."""
+        """Return the estimated time left, as text; empty while it is unknown."""
         rate = self.rate(what)
         if not rate:
             return ""
@@ -96,7 +96,7 @@ class Bars:
         return f"{datetime.timedelta(seconds=seconds)} left"
 
     def draw(self, what: str, state: str = "") -> None:
-        """Bring a bar up to date, where there are bars."""
+        """Update the bar of a piece of work, if bars are shown."""
         if self.bars is None:
             return
         if what not in self.tasks:
@@ -104,7 +104,7 @@ class Bars:
         self.bars.update(self.tasks[what], completed=self.done[what], state=state)
 
     def show(self, what: str, state: str = "") -> None:
-        """Show how far a piece of work is; in lines only now and then, and at its end."""
+        """Show the progress of a piece of work; plain lines only now and then, and at its end."""
         self.draw(what, state)
         now, ended = time.monotonic(), self.done[what] == self.total[what]
         if self.bars is None and (
@@ -115,7 +115,7 @@ class Bars:
             self.tell("  ".join(filter(None, (count, state, "" if ended else self.left(what)))))
 
     def tell(self, line: str) -> None:
-        """Print a line, above the bars where there are bars."""
+        """Print a line, above the bars if bars are shown."""
         if self.bars is not None:
             self.bars.console.print(line, markup=False, highlight=False, emoji=False)
         else:
@@ -123,24 +123,24 @@ class Bars:
 
 
 class Counter(Bars):
-    """How far several pieces of work are: the `Progress` of the paper's experiments."""
+    """Progress of several pieces of work: the `Progress` of the paper's experiments."""
 
     def add(self, what: str, total: int, *, done: int = 0) -> None:
-        """Announce a piece of work, of which some may be done already."""
+        """Announce a piece of work of `total` items, of which `done` are done already."""
         self.begun(what, total, done)
         self.draw(what)
 
     def advance(self, what: str, count: int = 1) -> None:
-        """Count what has been done."""
+        """Count `count` more items as done."""
         self.done[what] += count
         self.show(what)
 
 
 class TrainingProgress(Bars):
-    """How far trainings are, by the names of their networks."""
+    """Progress of trainings, with a bar for each network."""
 
     def update(self, progress: training.Progress) -> None:
-        """Show where a training stands."""
+        """Show the progress of a training."""
         name = progress.name
         if name not in self.total:
             self.begun(name, progress.total, progress.samples)
@@ -149,31 +149,31 @@ class TrainingProgress(Bars):
 
 
 class ImageProgress(Bars):
-    """Images done of all ranks' and a second, active targets, time left.
+    """Progress of images: how many all ranks have done, images per second, active targets.
 
-    On a terminal what happened to an image is a line only where it was passed over; elsewhere each
-    image has one.
+    On a terminal only images that were passed over get a line. Elsewhere each image gets one, with
+    the time left.
     """
 
     before = 0
     active = ""
 
     def begin(self, total: int, missing: int, *, silent: bool = False) -> None:
-        """Announce the images, of which some are done already; all but the first rank is silent."""
+        """Announce the images, of which `missing` are not done yet; only the first rank shows."""
         self.silent, self.before = silent, total - missing
         self.begun("images", total, self.before)
 
     def update(self, name: str, update: int, active: int) -> None:
-        """Show where the attack on an image stands."""
+        """Show the progress of the attack on an image."""
         self._draw(f"{name}: update {update}, {active} targets active")
 
     def watched(self, keys: Sequence[object], active: Tensor) -> None:
-        """Hear of the active targets of the images under attack, -1 of those that stopped."""
+        """Show the number of active targets of the images under attack; -1 marks stopped images."""
         if self.bars is not None:
             self._draw(f"{int(active.clamp(min=0).sum())} targets active")
 
     def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
-        """Hear what became of an image, of which so many have been finished by all ranks."""
+        """Show the outcome of an image, after which all ranks have finished `count` images."""
         self.done["images"] = self.before + count
         if self.silent or self.bars is not None:
             if passed_over:
@@ -189,7 +189,7 @@ class ImageProgress(Bars):
         self.draw("images", " · ".join(filter(None, (speed, active))))
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
-        """Print the summary of a run, and how many images were attacked a second."""
+        """Print the summary of a run, and the number of images attacked per second."""
         rows = []
         for name, value in summary.items():
             if name in ("failed", "warnings"):
@@ -216,10 +216,10 @@ class ImageProgress(Bars):
 
 
 class EvaluationProgress(ImageProgress):
-    """How far an evaluation is, and what each attack of its protocol has left."""
+    """Progress of an evaluation, and the scores under each attack of its protocol."""
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
-        """Print the scores of each attack, and the worst case."""
+        """Print the scores under each attack and in the worst case."""
         if summary["clean"] is None:
             return
         measures = [name for name in MEASURES if summary["clean"].get(name) is not None]
@@ -253,9 +253,9 @@ def print_table(
     width: int = PLAIN_WIDTH,
     heads: bool = True,
 ) -> None:
-    """Print a table on stdout, `width` wide where that is no terminal.
+    """Print a table on stdout, `width` wide where stdout is not a terminal.
 
-    A column whose name begins with ">" is set to the right.
+    A column whose name begins with ">" is aligned to the right.
     """
     table = Table(box=box.SIMPLE_HEAD, show_header=heads)
     for name in columns:
@@ -265,7 +265,7 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
-# The numbers stand on the right.
+# Numbers are aligned to the right.
 COLUMNS = (
     ">targets",
     ">right before",
@@ -278,7 +278,7 @@ COLUMNS = (
 
 
 def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> None:
-    """Print a table of outcomes, each with columns of its own in front."""
+    """Print a table of outcomes, with each outcome's row of `names` in front."""
     table: list[list[str | Text]] = []
     for row, outcome in rows:
         status = str(outcome.status) if outcome.to_fool else "nothing to fool"

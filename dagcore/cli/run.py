@@ -1,4 +1,4 @@
-"""`dagcore run`."""
+"""The command `dagcore run`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Examples:
 @click.command("run", epilog=EXAMPLES)
 @options.data_set
 @options.attack(required=False)
-@options.work("Images to make a figure of.")
-@click.option("--perturbations", is_flag=True, help="Write them too, unrounded.")
+@options.work("Number of images to draw a figure of.")
+@click.option("--perturbations", is_flag=True, help="Also write the perturbations, unrounded.")
 @click.pass_context
 def command(context: click.Context, /, config: Path | None, **given: Any) -> int:
-    """Attack a data set into a folder, by one process or, under torchrun, by many.
+    """Attack a data set, in one process or, under torchrun, in many.
 
-    A run that was killed resumes where it stopped when the same command is given again. The folder
-    gets images/NAME.png, images.jsonl with one line an image, summary.json, speed.json,
-    settings.toml and some figures. An image that is broken or whose labels are is put on record
-    with the reason, and passed over.
+    The output folder gets images/NAME.png, images.jsonl (one line per image), summary.json,
+    speed.json, settings.toml and some figures. A run that was killed resumes where it stopped when
+    the same command is given again. An image that is broken, or whose labels are, is passed over,
+    and images.jsonl records the reason.
     """
     settings = Settings.of(options.merged(context, config, given))
     with faults.of_model(settings.model):

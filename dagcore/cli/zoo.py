@@ -1,4 +1,4 @@
-"""`dagcore zoo list`, `train` and `evaluate`."""
+"""The commands `dagcore zoo list`, `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import multiprocessing
 import queue
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import click
 import torch
 
-from ..data import SCENE_CLASSES
+from ..data import SCENE_CLASSES, Scenes
+from ..data.scenes import MATERIAL
+from ..defences.training import INNER, inner
 from ..evaluation.options import find_device
 from ..files import atomic_write
 from ..metrics import PROTOCOLS, Score
@@ -25,20 +27,48 @@ from ..processes import cores, pool
 from ..zoo import training
 from ..zoo.checkpoint import read_metadata
 from ..zoo.evaluation import evaluate
-from ..zoo.registry import ENTRIES, Entry, build, find, load
+from ..zoo.registry import ENTRIES, EVERY, Adversary, Entry, build, find, load
 from . import options
 from .progress import TrainingProgress, print_table
 
-TELL_SECONDS = 0.5  # from one message of a process to the next
+TELL_SECONDS = 0.5  # between two messages of a process
+
+EXAMPLES = """
+\b
+Examples:
+  dagcore zoo list
+  dagcore zoo evaluate DL-VGG FR-VGG-07 --images 100
+  dagcore zoo train FCN-VGG --out zoo --no-install
+"""
+LIST_EXAMPLES = """
+\b
+Examples:
+  dagcore zoo list
+  dagcore zoo list --json
+"""
+EVALUATE_EXAMPLES = """
+\b
+Examples:
+  dagcore zoo evaluate
+  dagcore zoo evaluate FR-ZF-07 --images 50 --protocol coco
+  dagcore zoo evaluate DL-VGG --material 0
+"""
+TRAIN_EXAMPLES = """
+\b
+Examples:
+  dagcore zoo train DL-VGG --no-install
+  dagcore zoo train "FCN-Alex*" --samples 8000 --start-samples 16000 --out quick --no-install
+  dagcore zoo train FCN-VGG --adversarial pgd --epsilon 4/255 --steps 3
+"""
 
 
 def entries(names: Sequence[str]) -> list[Entry]:
-    """The entries of some names, all of them where there are none."""
+    """Return the entries of `names`, or all of them if there are no names."""
     return list(dict.fromkeys(find(name) for name in names)) or list(ENTRIES)
 
 
 def facts(entry: Entry) -> dict[str, Any]:
-    """What `list` says of a network; None where there are no weights to say it of."""
+    """Return what `list` shows of a network; what only weights can tell is None without them."""
     with torch.device("meta"):
         network = build(entry.name, num_classes=len(SCENE_CLASSES))
     there = entry.path.is_file()
@@ -57,20 +87,20 @@ def facts(entry: Entry) -> dict[str, Any]:
 
 
 def measure_of(entry: Entry, protocol: str = "voc2007") -> str:
-    """The name of a network's score."""
+    """Return the name of a network's score."""
     return "mIoU" if entry.task == "segmentation" else f"mAP ({protocol})"
 
 
-@click.group("zoo")
+@click.group("zoo", epilog=EXAMPLES)
 def command() -> None:
-    """The zoo's networks, the paper's twelve and FCOS-VGG: list, train and measure them."""
+    """List, train and evaluate the zoo's networks: the paper's twelve and FCOS-VGG."""
 
 
-@command.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@command.command("list", epilog=LIST_EXAMPLES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_list(as_json: bool) -> None:
-    """Show the networks, and what is known about their weights."""
-    rows = [facts(entry) for entry in ENTRIES]
+    """List the networks, and what is known about their weights."""
+    rows = [facts(entry) for entry in EVERY]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -87,31 +117,41 @@ def show_list(as_json: bool) -> None:
 
 
 def percent(value: float | None) -> str:
-    """A score for a table."""
+    """Format a score for a table."""
     return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-@command.command("evaluate")
+@command.command("evaluate", epilog=EVALUATE_EXAMPLES)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@options.count("--images", default=200, help="Test scenes.")
+@options.count("--images", default=200, help="Number of test scenes.")
 @click.option(
     "--protocol",
     type=click.Choice(PROTOCOLS),
     default=PROTOCOLS[0],
-    help="Protocol of the detectors' average precision.",
+    help="Protocol of average precision, for detectors.",
+)
+@options.number(
+    "--material",
+    default=MATERIAL,
+    show_default=True,
+    help="Contrast of the materials that tell the classes apart; 0 removes them.",
 )
 @options.device
-def show_scores(names: tuple[str, ...], images: int, protocol: str, device: str | None) -> None:
-    """Measure networks on unseen scenes, all of the zoo where none is named.
+def show_scores(
+    names: tuple[str, ...], images: int, protocol: str, material: float, device: str | None
+) -> None:
+    """Evaluate networks on unseen scenes.
 
-    The scores are shown beside those in the files of the weights.
+    Without NAME, all networks of the zoo are evaluated. The scores are shown beside those stored
+    with the weights.
     """
     where = find_device(device)
-    # All of them before the first is measured.
+    # Load all networks before the first is evaluated.
     loaded = [(entry, load(entry.name, device=where)) for entry in entries(names)]
+    scenes = Scenes("07", "test", count=images, material=material)
     table = []
     for entry, network in loaded:
-        score = evaluate(network, count=images, protocol=protocol)
+        score = evaluate(network, scenes, protocol=protocol)
         known = read_metadata(entry.path)
         keys = {"voc2007": "score", "coco": "coco"}
         key = "score" if entry.task == "segmentation" else keys.get(protocol, "")
@@ -122,56 +162,94 @@ def show_scores(names: tuple[str, ...], images: int, protocol: str, device: str 
 
 
 def worst(score: Score, classes: Sequence[str]) -> str:
-    """The class of lowest score."""
+    """Return the class with the lowest score, and that score."""
     known = [(v, c) for v, c in zip(score.per_class, classes, strict=True) if not math.isnan(v)]
     return "-" if not known else f"{min(known)[1]} ({min(known)[0]:.1f})"
 
 
-@command.command("train")
+@command.command("train", epilog=TRAIN_EXAMPLES)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @options.out(
-    "Folder for checkpoints, losses and weights. A training that it has begun goes on.",
+    "Folder for checkpoints, losses and weights. A training begun there is resumed.",
     default="zoo",
 )
 @options.count(
     "--jobs",
-    help="Networks trained side by side, the cores shared among them.  [default: one per core]",
+    help="Number of networks trained in parallel, sharing the cores.  [default: one per core]",
 )
-@options.seed(default=None, note="  [default: each network's own, made from its name]")
+@options.seed(default=None, note="  [default: made from each network's name]")
 @options.count(
     "--samples",
-    help="Images that each network sees.  [default: as many as the shipped one has seen]",
+    help="Number of images that each network sees.  [default: as for the shipped weights]",
 )
+@options.count(
+    "--start-samples",
+    help="Number of crops that each backbone sees first.  [default: as for the shipped weights]",
+)
+@click.option(
+    "--adversarial",
+    type=click.Choice(INNER),
+    help="Train against this attack, on half of each batch. NAME becomes NAME-ATTACK.",
+)
+@options.number(
+    "--epsilon", default="4/255", show_default=True, help="Radius of the attack's L-infinity ball."
+)
+@options.count("--steps", default=3, show_default=True, help="Number of updates of the attack.")
 @options.device
 @click.option(
     "--install/--no-install",
     default=True,
-    help="Put the weights into the package, where their names find them.",
+    help="Copy the weights of the zoo's networks into the package, where they are loaded by name.",
 )
 def train(
-    names: tuple[str, ...], jobs: int | None, device: str | None, install: bool, **given: Any
+    names: tuple[str, ...],
+    jobs: int | None,
+    device: str | None,
+    install: bool,
+    adversarial: str | None,
+    epsilon: float,
+    steps: int,
+    **given: Any,
 ) -> None:
-    """Train networks from scratch on scenes, all of the zoo where none is named.
+    """Train networks on scenes.
 
-    Each in a process of its own. For each NAME the folder gets checkpoint, losses (NAME.jsonl,
-    NAME.png) and NAME.safetensors.
+    Without NAME, all networks of the zoo are trained. The backbones are trained first, on crops,
+    each once for all networks that have it. Each training runs in its own process. For each network
+    and each backbone the folder gets a checkpoint (NAME.pt), the losses (NAME.jsonl, NAME.png) and
+    the weights (NAME.safetensors).
     """
-    chosen, settings = entries(names), {**given, "device": str(find_device(device))}
+    adversary = None
+    if adversarial is not None:
+        inner(adversarial, epsilon, steps)  # raises if one of them is invalid
+        adversary = Adversary(adversarial, epsilon, steps)
+    chosen = [one if adversary is None else one.against(adversary) for one in entries(names)]
+    settings = {**given, "device": str(find_device(device))}
     jobs = min(jobs or cores(), len(chosen))
     messages: Any = multiprocessing.get_context("spawn").Queue()
+    followers: dict[tuple[str, float], list[Entry]] = {}
+    for entry in chosen:
+        followers.setdefault((entry.backbone, entry.width), []).append(entry)
     with TrainingProgress() as progress, pool(jobs, prepare, (messages,)) as processes:
-        running = {processes.submit(work, entry.name, settings): entry for entry in chosen}
-        while running:
-            done, _ = wait(running, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+        starts = {processes.submit(work_start, *of, settings): of for of in followers}
+        networks: dict[Future[Path], Entry] = {}
+        while starts or networks:
+            waiting = [*starts, *networks]
+            done, _ = wait(waiting, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
             drain(messages, progress)
             for future in done:
-                collect(future, running.pop(future), install, progress)
+                if future in networks:
+                    collect(future, networks.pop(future), install, progress)
+                    continue
+                future.result()
+                for entry in followers[starts.pop(future)]:
+                    networks[processes.submit(work, entry, settings)] = entry
 
 
 def collect(future: Future[Path], entry: Entry, install: bool, progress: TrainingProgress) -> None:
-    """Take a finished training's weights."""
+    """Install the weights of a finished training if wanted, and report its score."""
     path = future.result()
     known = read_metadata(path)
+    install = install and entry in EVERY
     if install:
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(entry.path) as temporary:
@@ -182,7 +260,7 @@ def collect(future: Future[Path], entry: Entry, install: bool, progress: Trainin
 
 
 def drain(messages: Any, progress: TrainingProgress) -> None:
-    """Show what the processes have told."""
+    """Show the progress that the processes have sent."""
     while True:
         try:
             progress.update(messages.get_nowait())
@@ -194,13 +272,25 @@ _messages: Any = None
 
 
 def prepare(messages: Any) -> None:
-    """Set up a process for trainings."""
+    """Set up a process for trainings: keep the queue that it sends its progress to."""
     global _messages
     _messages = messages
 
 
-def work(name: str, settings: dict[str, Any]) -> Path:
-    """Train one network in a process of its own."""
+def work_start(backbone: str, width: float, settings: Mapping[str, Any]) -> Path:
+    """Train one backbone; called in a process of its own."""
+    own = {"out": settings["out"], "device": settings["device"]}
+    samples = settings["start_samples"]
+    return training.train_start(backbone, width=width, samples=samples, callback=teller(), **own)
+
+
+def work(entry: Entry, settings: Mapping[str, Any]) -> Path:
+    """Train one network; called in a process of its own."""
+    return training.train(entry, callback=teller(), **settings)
+
+
+def teller() -> Callable[[training.Progress], None]:
+    """Return a callback that sends a training's progress now and then, and at its end."""
     told = 0.0
 
     def tell(progress: training.Progress) -> None:
@@ -210,4 +300,4 @@ def work(name: str, settings: dict[str, Any]) -> Path:
             told = now
             _messages.put(progress)
 
-    return training.train(name, callback=tell, **settings)
+    return tell

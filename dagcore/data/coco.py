@@ -1,4 +1,4 @@
-"""Boxes from an annotation file in COCO's format."""
+"""Read boxes from an annotation file in COCO's format."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FLAGS = {0: False, 1: True}
 
 
 class CocoBoxes:
-    """The objects of the images of a COCO annotation file ("instances_val2017.json").
+    """The objects in the images of a COCO annotation file ("instances_val2017.json").
 
-    Numbers may be written as text. Names of files are compared with their accents composed (NFC).
+    Numbers may be written as text. File names are compared with their accents composed (NFC).
 
     Args:
-        path: the file.
-        classes: the class of each kind of object, by name, where categories are looked up; if
-            None a category's id is its class.
+        path: path of the file.
+        classes: class of each category, by the category's name. If None, a category's id is its
+            class.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no COCO annotation, that names an image twice, or whose
-            objects are of no image, no category or no class.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a COCO annotation, names an image twice, or has an object
+            without a known image, category or class.
     """
 
     def __init__(self, path: Path, classes: Mapping[str, int] | None = None) -> None:
@@ -49,7 +49,7 @@ class CocoBoxes:
             used = {_id(one["category_id"]) for one in content["annotations"]}
             for one in content["annotations"]:
                 if (image := _id(one["image_id"])) not in self.objects:
-                    raise ArgumentError(f"image_id {one['image_id']!r} is of none of its images")
+                    raise ArgumentError(f"image_id {one['image_id']!r} is not the id of an image")
                 self.objects[image].append(one)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             told = "" if isinstance(error, ArgumentError) else f"{type(error).__name__}: "
@@ -75,12 +75,12 @@ class CocoBoxes:
         self.labels = {k: int(k) if classes is None else classes[names[k]] for k in used}
 
     def _add_image(self, one: dict[str, Any]) -> None:
-        """Take up an image; raise for a name or an id that another one has."""
+        """Add an image. Raise if another image has its name or id."""
         name, number = _plain(str(one["file_name"])), _id(one["id"])
         for known in (self.images.get(name), number in self.objects and {"file_name": number}):
             if known:
                 raise ArgumentError(
-                    "each image must have a file_name and an id of its own, got "
+                    "each image must have a unique file_name and id, got "
                     f"{known['file_name']!a} and {one['file_name']!a} (id {one['id']})"
                 )
         self.images[name] = one
@@ -88,10 +88,10 @@ class CocoBoxes:
         self.objects[number] = []
 
     def find(self, path: str) -> str:
-        """The file_name that an image's path ends in, or that ends in the path: the longest one.
+        """Return the longest file_name that an image's path ends in, or that ends in the path.
 
         Raises:
-            ValueError: an image that the file does not know, or that several names fit.
+            ValueError: if no file_name matches, or several do.
         """
         path = _plain(path)
         parts = path.split("/")
@@ -108,12 +108,12 @@ class CocoBoxes:
         return outer[0]
 
     def check_paths(self, paths: Sequence[str]) -> None:
-        """Raise where two images would get the objects of the same one."""
+        """Raise if two paths match the same image of the file."""
         taken: dict[str, str] = {}
         for path in paths:
             try:
                 name = self.find(path)
-            except ArgumentError:  # that image's own
+            except ArgumentError:  # raised again when the image is read
                 continue
             if name in taken:
                 raise ArgumentError(
@@ -123,12 +123,12 @@ class CocoBoxes:
             taken[name] = path
 
     def __call__(self, path: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (K, 4), labels (K,) and crowd flags (K,) of an image of `size` (height, width).
+        """Return boxes (K, 4), labels (K,) and crowd flags (K,) of an image.
 
-        Boxes are cut at the border; those that are nothing but border are left out.
+        Boxes are clipped to the image's `size` (height, width). Boxes without area are left out.
 
         Raises:
-            ValueError: an image that the file does not know, or a box that is none.
+            ValueError: if the file does not have the image, or a box is invalid.
         """
         name = self.find(path)
         image = self.images[name]
@@ -139,7 +139,7 @@ class CocoBoxes:
             for given, side in zip(known, (width, height), strict=True)
         ):
             raise ArgumentError(
-                f"annotation {self.path} must be of the image {name} ({width} x {height} "
+                f"annotation {self.path} must match the image {name} ({width} x {height} "
                 f"pixels), it has {known[0]} x {known[1]}"
             )
         found = []
@@ -150,8 +150,8 @@ class CocoBoxes:
                     raise ValueError
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ArgumentError(
-                    f"annotation {self.path}: a bbox of {name} must be four numbers of a box, "
-                    f"got {one.get('bbox')!r}"
+                    f"annotation {self.path}: a bbox of {name} must be [left, top, width >= 0, "
+                    f"height >= 0], got {one.get('bbox')!r}"
                 ) from error
             crowd = _id(one.get("iscrowd") or 0)
             if crowd not in FLAGS:
@@ -166,12 +166,12 @@ class CocoBoxes:
 
 
 def _plain(path: str) -> str:
-    """A path as they are compared."""
+    """Normalise a path for comparisons."""
     return PurePosixPath(composed(path)).as_posix()
 
 
 def _id(value: Any) -> int | str:
-    """An id, or another whole number, which some tools write as text or with a point."""
+    """Normalise an id or another whole number, which some tools write as text or as a float."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (int, float)):

@@ -1,4 +1,4 @@
-"""What a data set yields: an image with its mask, its boxes, or both."""
+"""Examples of data sets: an image with its mask, its boxes, or both."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Example:
     """An image and its ground truth. Class 0 is the background.
 
     Attributes:
-        key: what the data set calls it.
+        key: name of the example in its data set.
         image: (3, H, W) float32 in [0, 1].
-        mask: (H, W) uint8 class indices, 255 where void; None where there is none.
+        mask: (H, W) uint8 class indices, 255 where void; None if there is no mask.
         boxes: (K, 4) float32 in pixels: left, top, right, bottom, the last two exclusive.
         labels: (K,) int64, class indices in 1..C-1.
-        difficult: (K,) bool, objects that an evaluation neither rewards nor punishes.
+        difficult: (K,) bool, whether evaluations ignore the object.
     """
 
     key: str
@@ -33,9 +33,9 @@ class Example:
 def cut(
     box: tuple[float, float, float, float], size: tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
-    """A box (left, top, right, bottom) cut at the border of an image of `size` (height, width).
+    """Clip a box (left, top, right, bottom) to an image of `size` (height, width).
 
-    None if nothing with an area is left of it.
+    Return None if no area is left.
     """
     left, top = max(box[0], 0.0), max(box[1], 0.0)
     right, bottom = min(box[2], size[1]), min(box[3], size[0])
@@ -43,7 +43,7 @@ def cut(
 
 
 def boxes_of(objects: Sequence[tuple[Sequence[float], int, bool]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them."""
+    """Return boxes (K, 4), labels (K,) and difficult flags (K,), as in an `Example`."""
     return (
         torch.tensor([box for box, _, _ in objects], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([label for _, label, _ in objects], dtype=torch.int64),

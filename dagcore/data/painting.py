@@ -1,6 +1,6 @@
-"""How a scene is painted: a background, clutter, then the objects from back to front.
+"""Paint a scene: a background, clutter, then the objects from back to front.
 
-Arithmetic as in `shapes`, so that a scene has the same pixels on every machine.
+The arithmetic is restricted as in `shapes`, so that a scene has the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Color: TypeAlias = tuple[float, float, float]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Window: TypeAlias = tuple[slice, slice]
 
-# Some share their outline and some their pattern, so that neither alone tells the class. Where the
-# outline does tell it the pattern is only the usual one: an object in ten has any.
+# Some classes share an outline and some a pattern, so that neither alone identifies a class. The
+# pattern is only the usual one: some objects have a random pattern.
 OBJECTS: dict[str, tuple[Outline, Pattern]] = {
     "ball": (shapes.disc, shapes.gloss),
     "target": (shapes.disc, shapes.rings),
@@ -35,17 +35,20 @@ OBJECTS: dict[str, tuple[Outline, Pattern]] = {
     "hexagon": (shapes.hexagon, shapes.grid),
     "window": (shapes.square, shapes.grid),
 }
-TOLD_BY_PATTERN = (shapes.disc, shapes.square)
+ANY_PATTERN = 0.3  # share of the objects with a random pattern
+MADE_OF = 0.85  # share of the objects that show their class's material
+# Directions of the materials in colour space. They hardly change the brightness. Each has a root
+# mean square of 1.
+TINTS = ((1.225, -1.225, 0.0), (0.707, 0.707, -1.414), (0.707, -1.414, 0.707))
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How scenes of one family look. Lengths in pixels, colours and levels in [0, 1]."""
+    """The look of a family of scenes. Lengths are in pixels, colours and levels in [0, 1]."""
 
-    grounds: tuple[Color, ...]
-    paints: tuple[Color, ...]
+    colors: tuple[Color, ...]  # of backgrounds, clutter and objects alike
     layouts: tuple[str, ...]
-    light: tuple[float, float]  # where it comes from, (x, y)
+    light: tuple[float, float]  # direction that it comes from, (x, y)
     exposure: tuple[float, float]
     noise: tuple[float, float]  # standard deviation
     color_noise: bool
@@ -54,7 +57,7 @@ class Family:
 
 
 def _percent(text: str) -> tuple[Color, ...]:
-    """Colours written as "r g b, r g b", in percent."""
+    """Parse colours written as "r g b, r g b", in percent."""
     return tuple(
         (int(r) / 100, int(g) / 100, int(b) / 100) for r, g, b in map(str.split, text.split(","))
     )
@@ -62,8 +65,7 @@ def _percent(text: str) -> tuple[Color, ...]:
 
 FAMILIES = {
     "07": Family(
-        grounds=_percent("48 40 30, 35 38 25, 55 50 44, 42 30 22, 62 56 42"),
-        paints=_percent("85 22 18, 20 45 80, 95 75 20, 25 65 30, 90 88 82, 20 18 22"),
+        colors=_percent("48 40 30, 35 38 25, 55 50 44, 85 22 18, 20 45 80, 95 75 20, 25 65 30"),
         layouts=("blotches", "planks"),
         light=(-0.7, -0.7),
         exposure=(0.9, 1.1),
@@ -73,12 +75,11 @@ FAMILIES = {
         radius=(18, 48),
     ),
     "12": Family(
-        grounds=_percent("32 38 48, 50 54 58, 25 32 36, 60 62 68, 38 34 44"),
-        paints=_percent("90 55 45, 40 75 75, 75 50 80, 80 82 45, 35 30 55, 92 94 96"),
+        colors=_percent("32 38 48, 50 54 58, 25 32 36, 90 55 45, 40 75 75, 75 50 80, 80 82 45"),
         layouts=("blotches", "tiles", "horizon"),
         light=(0.8, -0.5),
         exposure=(0.7, 1.15),
-        noise=(0.02, 0.06),
+        noise=(0.004, 0.01),
         color_noise=True,
         objects=(2, 5),
         radius=(14, 40),
@@ -88,13 +89,13 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """A scene as it is drawn.
+    """A drawn scene.
 
     Attributes:
         image: (3, H, W), the 8-bit picture.
         instances: (H, W), 0 for the background, k for the k-th object from the back.
-        labels: the class of each object, from the back.
-        areas: how many pixels of the frame each object would cover if it stood alone.
+        labels: class of each object, from the back.
+        areas: number of pixels in the frame that each object would cover if it were alone.
     """
 
     image: Pixels
@@ -103,8 +104,8 @@ class Scene:
     areas: tuple[int, ...]
 
 
-def draw(family: Family, size: tuple[int, int], rng: Random) -> Scene:
-    """Paint one scene of (height, width) pixels."""
+def draw(family: Family, size: tuple[int, int], rng: Random, material: float) -> Scene:
+    """Paint a scene of (height, width) pixels. `material` is the materials' root mean square."""
     canvas = _background(family, size, rng)
     for _ in range(4 + int(rng.random() * 7)):
         _clutter(canvas, family, rng)
@@ -115,7 +116,7 @@ def draw(family: Family, size: tuple[int, int], rng: Random) -> Scene:
     for k in range(1, fewest + int(rng.random() * (greatest - fewest + 1)) + 1):
         label = int(rng.random() * len(OBJECTS))
         outline, pattern = tuple(OBJECTS.values())[label]
-        if rng.random() < 0.1 and outline not in TOLD_BY_PATTERN:
+        if rng.random() < ANY_PATTERN:
             pattern = pick(rng, shapes.PATTERNS)
         radius = uniform(rng, *family.radius)
         centers.append(_place(centers, size, radius, rng))
@@ -123,6 +124,8 @@ def draw(family: Family, size: tuple[int, int], rng: Random) -> Scene:
         distance = outline(patch.u, patch.v)
         _shadow(canvas, patch, distance, family)
         _paint(canvas, patch, distance, pattern, family, rng)
+        if rng.random() < MADE_OF:
+            _weave(canvas, patch, distance, label, material)
         covered = distance >= 0
         instances[patch.window][covered] = k
         labels.append(label + 1)
@@ -132,15 +135,15 @@ def draw(family: Family, size: tuple[int, int], rng: Random) -> Scene:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patch:
-    """A part of the picture in the coordinates of what is painted there.
+    """A part of the picture, in the coordinates of the object that is painted there.
 
     Attributes:
-        window: its rows and columns.
-        x: (1, w), columns from the centre, in radii.
-        y: (h, 1), rows from the centre, in radii.
-        u: (h, w), place along the object's first axis, turned, stretched and sheared.
-        v: (h, w), along its second axis.
-        scale: pixels for one unit of u or v, whichever has fewer.
+        window: rows and columns of the patch.
+        x: (1, w), columns relative to the centre, in radii.
+        y: (h, 1), rows relative to the centre, in radii.
+        u: (h, w), position along the object's first axis, rotated, stretched and sheared.
+        v: (h, w), position along its second axis.
+        scale: number of pixels per unit of u or v, whichever is smaller.
     """
 
     window: Window
@@ -159,7 +162,7 @@ class Patch:
         rng: Random,
         stretch: tuple[float, float] | None = None,
     ) -> Patch:
-        """A patch around `center` (row, column), turned and sheared at random."""
+        """Return a patch around `center` (row, column), rotated and sheared at random."""
         cos, sin = shapes.rotation(rng)
         long, wide = stretch or (uniform(rng, 0.85, 1.1), uniform(rng, 0.75, 1.0))
         shear = uniform(rng, -0.25, 0.25) * wide
@@ -177,7 +180,7 @@ class Patch:
 
 
 def _span(center: float, radius: float, reach: float, extent: int) -> tuple[slice, Array]:
-    """The pixels within `reach` radii of the centre, and where they lie, in radii."""
+    """Return the pixels within `reach` radii of the centre, and their positions in radii."""
     first = min(max(int(center - radius * reach), 0), extent - 1)
     last = min(max(int(center + radius * reach) + 1, first + 1), extent)
     pixels = np.arange(first, last, dtype=np.float32)
@@ -187,7 +190,7 @@ def _span(center: float, radius: float, reach: float, extent: int) -> tuple[slic
 def _place(
     others: list[tuple[float, float]], size: tuple[int, int], radius: float, rng: Random
 ) -> tuple[float, float]:
-    """A centre (row, column), in half of the cases the one of three farthest from the others."""
+    """Draw a centre (row, column): half the time, the one of three farthest from the others."""
     best, farthest = (0.0, 0.0), -1.0
     for _ in range(1 if rng.random() < 0.5 else 3):
         row, column = (uniform(rng, 0.6 * radius, extent - 0.6 * radius) for extent in size)
@@ -200,7 +203,7 @@ def _place(
 
 
 def _colors(rng: Random, palette: tuple[Color, ...]) -> tuple[Color, Color]:
-    """Two colours, one well lighter than the other."""
+    """Draw two colours, one much lighter than the other."""
     first = _jitter(rng, pick(rng, palette))
     other = _jitter(rng, pick(rng, palette))
     mixed = [0.6 * a + 0.4 * b for a, b in zip(first, other, strict=True)]
@@ -225,7 +228,7 @@ def _paint(
     rng: Random,
     opacity: float = 1.0,
 ) -> None:
-    """Paint the inside of an outline: pattern, light from one side, darker towards the edge."""
+    """Paint a pattern inside an outline, lit from one side and darker towards the edge."""
     cover = clip(distance * np.float32(patch.scale) + np.float32(0.5))
     if opacity < 1:
         cover *= np.float32(opacity)
@@ -237,8 +240,8 @@ def _paint(
     shade += patch.x * np.float32(slope * family.light[0]) + np.float32(1)
     shade += patch.y * np.float32(slope * family.light[1])
     surface = pattern(patch.u, patch.v, patch.scale, rng)
-    colors = _colors(rng, family.paints)
-    if pattern is shapes.gloss:  # a highlight is the lighter of the two
+    colors = _colors(rng, family.colors)
+    if pattern is shapes.gloss:  # the highlight has the lighter colour
         colors = min(colors, key=lambda c: c[1]), max(colors, key=lambda c: c[1])
     for channel, first, second in zip(canvas, *colors, strict=True):
         color = surface * np.float32(second - first)
@@ -250,8 +253,28 @@ def _paint(
         region += color
 
 
+def _weave(canvas: Array, patch: Patch, distance: Array, label: int, material: float) -> None:
+    """Add the material of a class inside an outline.
+
+    It is one of four weaves with a period of four pixels, in one of three tints. Mirroring the
+    picture does not turn a weave into another one.
+    """
+    rows, columns = (np.arange(part.start, part.stop) // 2 % 2 for part in patch.window)
+    row, column = rows[:, None], columns[None, :]
+    weave, strength = (
+        (1 - 2 * row, 1.0),
+        (1 - 2 * column, 1.0),
+        (1 - 2 * (row ^ column), 1.0),
+        (4 * (row & column) - 1, 0.5774),
+    )[label % 4]
+    cover = clip(distance * np.float32(patch.scale) + np.float32(0.5))
+    cover *= weave.astype(np.float32)
+    for channel, share in zip(canvas, TINTS[label // 4], strict=True):
+        channel[patch.window] += cover * np.float32(material * strength * share)
+
+
 def _shadow(canvas: Array, patch: Patch, distance: Array, family: Family) -> None:
-    """Darken what lies on the side away from the light."""
+    """Cast a shadow on the side away from the light."""
     dark = np.float32(1) - np.float32(0.45) * clip(
         distance * np.float32(patch.scale / 5) + np.float32(0.5)
     )
@@ -267,7 +290,7 @@ def _shadow(canvas: Array, patch: Patch, distance: Array, family: Family) -> Non
 
 
 def _clutter(canvas: Array, family: Family, rng: Random) -> None:
-    """Paint something of no class: a ragged blob or a stroke, with any pattern."""
+    """Paint clutter without a class: a ragged blob with any pattern, or a plain stroke."""
     size = canvas.shape[1], canvas.shape[2]
     center = uniform(rng, 0, size[0]), uniform(rng, 0, size[1])
     if rng.random() < 0.5:
@@ -283,13 +306,13 @@ def _clutter(canvas: Array, family: Family, rng: Random) -> None:
 
 
 def _pixels(size: tuple[int, int]) -> tuple[Array, Array]:
-    """Numbers of the rows (H, 1) and of the columns (1, W)."""
+    """Return the indices of the rows (H, 1) and of the columns (1, W)."""
     y, x = (np.arange(extent, dtype=np.float32) for extent in size)
     return y[:, None], x[None, :]
 
 
 def _background(family: Family, size: tuple[int, int], rng: Random) -> Array:
-    """Two ground colours mixed by a layout, with grain, (3, H, W)."""
+    """Paint a background (3, H, W): two colours mixed by a layout, with grain."""
     height, width = size
     coarse = shapes.smooth_noise(rng, size, 3, 4)
     fine = shapes.smooth_noise(rng, size, 24, 30)
@@ -318,7 +341,7 @@ def _background(family: Family, size: tuple[int, int], rng: Random) -> Array:
             joint = most(shapes.wave(a), shapes.wave(b)) - np.float32(0.42)
             mix = clip(joint * np.float32(pitch / 2)) * np.float32(0.7) + np.float32(0.3) * coarse
     grain = (fine - np.float32(0.5)) * np.float32(uniform(rng, 0.15, 0.45)) + np.float32(1)
-    first, second = (_jitter(rng, pick(rng, family.grounds)) for _ in range(2))
+    first, second = (_jitter(rng, pick(rng, family.colors)) for _ in range(2))
     canvas = np.empty((3, height, width), dtype=np.float32)
     for channel, one, other in zip(canvas, first, second, strict=True):
         np.multiply(mix, np.float32(other - one), out=channel)
@@ -328,7 +351,7 @@ def _background(family: Family, size: tuple[int, int], rng: Random) -> Array:
 
 
 def _expose(canvas: Array, family: Family, rng: Random) -> Pixels:
-    """The 8-bit picture (3, H, W): light that falls off, then the sensor's noise."""
+    """Return the 8-bit picture (3, H, W): apply light that falls off, then the sensor's noise."""
     _, height, width = canvas.shape
     exposure, falloff = uniform(rng, *family.exposure), uniform(rng, 0.1, 0.5)
     y, x = _pixels((height, width))

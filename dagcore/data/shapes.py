@@ -1,7 +1,7 @@
-"""What scenes are drawn with: outlines, surface patterns and smooth noise.
+"""Outlines, surface patterns and smooth noise, from which scenes are drawn.
 
-Everything here is made of + - * / sqrt, comparisons and integers, which IEEE 754 rounds in one
-way only: the same pixels on every machine. Sines, powers and sums over arrays are not.
+Everything uses only + - * / sqrt, comparisons and integers. IEEE 754 fixes their rounding, so the
+pixels are the same on every machine. Sines, powers and sums over arrays differ between machines.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Pattern: TypeAlias = Callable[[Array, Array, float, Random], Array]
 
 
 def uniform(rng: Random, low: float, high: float) -> float:
-    """A number in [low, high)."""
+    """Draw a number from [low, high)."""
     return low + (high - low) * rng.random()
 
 
 def pick(rng: Random, items: Any) -> Any:
-    """One member of a sequence."""
+    """Draw a member of a sequence."""
     return items[int(rng.random() * len(items))]
 
 
-# numpy's own, which would not be known to keep float32.
+# numpy's functions, with types that say that they keep float32.
 least: Callable[[Array, Array | np.float32], Array] = np.minimum
 most: Callable[[Array, Array | np.float32], Array] = np.maximum
 magnitude: Callable[[Array], Array] = np.abs
@@ -37,18 +37,18 @@ _root: Callable[[Array], Array] = np.sqrt
 
 
 def clip(x: Array) -> Array:
-    """x within [0, 1]."""
+    """Clip x to [0, 1]."""
     return least(most(x, np.float32(0)), np.float32(1))
 
 
 def rotation(rng: Random) -> tuple[float, float]:
-    """(cos, sin) of a random angle, from the rational points of the circle."""
+    """Return (cos, sin) of a random angle, from the rational points of the circle."""
     t = uniform(rng, -1, 1)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     return (cos, sin) if rng.random() < 0.5 else (-cos, -sin)
 
 
-# --- outlines: about the distance to the edge, positive inside; all fit a circle of radius 1.2
+# --- outlines: roughly the distance to the edge, positive inside; all fit a circle of radius 1.2
 
 
 def _radius(u: Array, v: Array) -> Array:
@@ -71,7 +71,7 @@ def square(u: Array, v: Array) -> Array:
 
 
 def cross(u: Array, v: Array) -> Array:
-    """Two bars across each other."""
+    """Two crossing bars."""
     u, v = magnitude(u), magnitude(v)
     long, wide = np.float32(1.0), np.float32(0.34)
     return most(least(long - u, wide - v), least(wide - u, long - v))
@@ -112,7 +112,7 @@ def heart(u: Array, v: Array) -> Array:
 
 
 def crescent(u: Array, v: Array) -> Array:
-    """A disc without another disc."""
+    """A disc minus another disc."""
     hole = _radius(u - np.float32(0.5), v) - np.float32(0.68)
     return least(np.float32(1.0) - _radius(u, v), hole)
 
@@ -126,7 +126,7 @@ def arrow(u: Array, v: Array) -> Array:
     return most(head, least(tail, np.float32(0.29) - v))
 
 
-# --- patterns: 0 for the one colour, 1 for the other
+# --- patterns: 0 for one colour, 1 for the other
 
 
 def wave(x: Array) -> Array:
@@ -135,20 +135,20 @@ def wave(x: Array) -> Array:
 
 
 def _steep(x: Array, slope: float) -> Array:
-    """0 where x is well below 0, 1 where well above, a ramp between them against aliasing."""
+    """Return 0 for x well below 0, 1 for x well above, and a ramp between, against aliasing."""
     x = x * np.float32(slope)
     x += np.float32(0.5)
     return clip(x)
 
 
 def _cycles(rng: Random, scale: float) -> tuple[np.float32, float]:
-    """Cycles for one unit of length, no finer than 5 pixels each, and the slope of their edges."""
+    """Draw the cycles per unit of length, at least 5 pixels each, and the slope of their edges."""
     cycles = min(uniform(rng, 1.7, 2.5), scale / 5)
     return np.float32(cycles), max(scale / (2 * cycles), 1.5)
 
 
 def _lattice(u: Array, v: Array, scale: float, rng: Random) -> tuple[Array, Array, float]:
-    """Waves along both axes, each begun at random, and the slope of their edges."""
+    """Return waves along both axes with random phases, and the slope of their edges."""
     cycles, slope = _cycles(rng, scale)
     x, y = (wave(along * cycles + np.float32(rng.random())) for along in (u, v))
     return x, y, slope
@@ -215,7 +215,7 @@ PATTERNS: tuple[Pattern, ...] = (plain, gloss, stripes, checks, dots, grid, ring
 
 @lru_cache(maxsize=64)
 def _taps(extent: int, cells: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """For each of `extent` pixels its cell, and where in that cell it lies, smoothly."""
+    """Return the cell of each of `extent` pixels, and its smoothed position in that cell."""
     place = (np.arange(extent, dtype=np.float32) + np.float32(0.5)) * np.float32(cells / extent)
     cell = least(np.floor(place), np.float32(cells - 1))
     t = place - cell
@@ -223,7 +223,7 @@ def _taps(extent: int, cells: int) -> tuple[npt.NDArray[np.int64], Array]:
 
 
 def smooth_noise(rng: Random, size: tuple[int, ...], rows: int, columns: int) -> Array:
-    """Random values in [0, 1) at the corners of rows x columns cells, joined smoothly, (H, W)."""
+    """Interpolate random values in [0, 1) at the corners of rows x columns cells, (H, W)."""
     height, width = size
     corners = rng.random((rows + 1, columns + 1), dtype=np.float32)
     cell, t = _taps(width, columns)

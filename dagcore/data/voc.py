@@ -1,4 +1,4 @@
-"""PASCAL VOC from a VOCdevkit folder, with the extra masks of SBD where they are."""
+"""PASCAL VOC from a VOCdevkit folder, with the extra masks of SBD if they are there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOC_CLASSES = (
 OBJECTS = {name: k for k, name in enumerate(VOC_CLASSES) if k}
 VOID = 255
 FLAGS = {"": False, "unspecified": False, "false": False, "no": False, "true": True, "yes": True}
-# Of each task the folder of its lists, the folder of its truths, and how their names end.
+# For each task the folder of its lists, the folder of its ground truth, and that truth's suffix.
 TASKS = {
     "segmentation": ("Segmentation", "SegmentationClass", ".png"),
     "detection": ("Main", "Annotations", ".xml"),
@@ -46,34 +46,34 @@ class _Item:
 class VOC(Dataset[Example]):
     """Images of PASCAL VOC with their masks or their boxes.
 
-    Reads root/VOC2007/{JPEGImages,Annotations,ImageSets,SegmentationClass}, and VOC2012 and the
-    other years likewise. The key of an example is its image id; an image that several sets name
-    comes once.
+    Reads root/VOC2007/{JPEGImages,Annotations,ImageSets,SegmentationClass}, and the same for
+    VOC2012 and other years. The key of an example is its image id. An image that is in several
+    sets appears once.
 
-    Segmentation examples have a mask and no boxes; detection examples have boxes, and None for a
-    mask. A box's coordinates, 1-based and inclusive in the files, become 0-based and exclusive at
-    the right and the bottom.
+    Segmentation examples have a mask and no boxes. Detection examples have boxes, and None as
+    mask. Box coordinates are 1-based and inclusive in the files. Here they are 0-based, and
+    exclusive at the right and the bottom.
 
-    SBD's extra masks are looked for in root/benchmark_RELEASE/dataset (img and cls/*.mat, which
-    need scipy) or else, as PNG files, in SegmentationClassAug in the folder of a year. Images
-    that a Segmentation/val.txt under root names are never taken from there, so that a network
-    trained with them can be judged on VOC's val.
+    SBD's extra masks are read from root/benchmark_RELEASE/dataset (img and cls/*.mat, which need
+    scipy), or else from PNG files in the folder SegmentationClassAug of a year. Images that are in
+    a Segmentation/val.txt under root are never taken from SBD, so that a network trained with SBD
+    can be evaluated on VOC's val.
 
     Args:
-        root: the VOCdevkit folder.
+        root: VOCdevkit folder.
         task: "segmentation" or "detection".
-        sets: pairs (year, name of a list): ("2012", "train").
-        sbd: None, or "auto" for SBD's masks as well where they are (see `extra`).
+        sets: pairs (year, name of a list), such as ("2012", "train").
+        sbd: "auto" adds SBD's masks if they are there (see `extra`). None does not.
 
     Attributes:
         extra: number of examples that come from SBD.
-        keys: the image ids, in order.
+        keys: image ids, in order.
 
     Raises:
-        FileNotFoundError: a folder or list that is missing; an example's file, once it is read.
-        ValueError: an unknown task, an id that is not a plain name, or, once an example is read,
-            a file that cannot be read or does not fit its image.
-        ImportError: an optional package that is missing.
+        FileNotFoundError: if a folder or a list is missing, or later the file of an example.
+        ValueError: if the task is unknown or an id is not a plain name, or later if a file cannot
+            be read or does not match its image.
+        ImportError: if an optional package is missing.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class VOC(Dataset[Example]):
         if sbd not in (None, "auto"):
             raise ArgumentError(f"sbd must be None or 'auto', got {sbd!r}")
         if sbd and task != "segmentation":
-            raise ArgumentError(f"sbd must be None for task {task!r}: it has masks only")
+            raise ArgumentError(f"sbd must be None for task {task!r}: SBD has masks only")
         optional_import("PIL.Image", "data")
         root = Path(root)
         if not root.is_dir():
@@ -125,11 +125,11 @@ class VOC(Dataset[Example]):
         return (self[i] for i in range(len(self)))
 
     def files(self, index: int) -> tuple[Path, Path]:
-        """The files of an example: its image, and its mask or its boxes."""
+        """Return the files of an example: its image, and its mask or its boxes."""
         return self._items[index].image, self._items[index].truth
 
     def __getitem__(self, index: int) -> Example:
-        """One example, read from its files."""
+        """Read an example from its files."""
         from ..files import read_image
 
         item = self._items[index]
@@ -154,14 +154,14 @@ def _pair(entry: object) -> tuple[str, str]:
 
 
 def _member(folder: Path, name: str, what: str) -> Path:
-    """A plain name inside a folder; raise if it would lead elsewhere."""
+    """Return the path of a plain name inside a folder. Raise if the name leads elsewhere."""
     if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
         raise ArgumentError(f"{what} must be a plain name, got {name!r}")
     return folder / name
 
 
 def _ids(path: Path) -> list[str]:
-    """The image ids of a list."""
+    """Read the image ids of a list."""
     if not path.is_file():
         raise FileNotFoundError(f"image list {path} does not exist")
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -173,7 +173,7 @@ def _ids(path: Path) -> list[str]:
 
 
 def _sbd_items(root: Path) -> Iterator[_Item]:
-    """What there is of SBD, as its authors released it or as PNG files."""
+    """Yield the items of SBD, as its authors released it or as PNG files."""
     release = root / "benchmark_RELEASE" / "dataset"
     if release.is_dir():
         optional_import("scipy.io", "data")
@@ -186,7 +186,7 @@ def _sbd_items(root: Path) -> Iterator[_Item]:
 
 
 def _read_mask(path: Path) -> Tensor:
-    """Class indices (H, W) as uint8, from a palette PNG or one of SBD's .mat files."""
+    """Read class indices (H, W) uint8 from a palette PNG or one of SBD's .mat files."""
     from ..files import IGNORE, read_label_map
 
     if path.suffix == ".mat":
@@ -209,7 +209,7 @@ def _read_mat(path: Path) -> Tensor:
     try:
         content = loadmat(path, squeeze_me=True, struct_as_record=False)
         mask = np.asarray(content["GTcls"].Segmentation)
-    except Exception as error:  # bytes that are no .mat file fail in any way at all
+    except Exception as error:  # other files than .mat can raise anything
         raise ArgumentError(f"{path} cannot be read as a mask of SBD: {error!r}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "ui":
         raise ArgumentError(f"{path} must hold integers (H, W), got {mask.dtype} {mask.shape}")
@@ -217,7 +217,7 @@ def _read_mat(path: Path) -> Tensor:
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """Refuses the declarations with which entities could be defined."""
+    """A tree builder that refuses DOCTYPE declarations, which could define entities."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ArgumentError("a DOCTYPE is not allowed")
@@ -226,22 +226,22 @@ class _NoDoctype(ElementTree.TreeBuilder):
 def read_voc_boxes(
     path: Path, size: tuple[int, int], classes: Mapping[str, int] = OBJECTS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The objects of an annotation in VOC's XML.
+    """Read the objects of an annotation in VOC's XML.
 
-    Boxes are cut at the border; those that are nothing but border are left out, and so are objects
-    of unknown classes, unless there are no others.
+    Boxes are clipped to the image. Boxes without area and objects of unknown classes are left out.
 
     Args:
-        path: the file.
-        size: (height, width) of its image.
-        classes: the class of each kind of object, by name.
+        path: path of the file.
+        size: (height, width) of the image.
+        classes: class of each kind of object, by name.
 
     Returns:
-        Boxes (K, 4), labels (K,) and difficult flags (K,), as an `Example` has them.
+        Boxes (K, 4), labels (K,) and difficult flags (K,), as in an `Example`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no annotation, or not one of such an image and such classes.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a valid annotation, gives another size, or only has objects
+            of unknown classes.
     """
     with _parsed(path) as root:
         _check_size(root, size)
@@ -264,14 +264,14 @@ def read_voc_boxes(
 
 
 def unknown_voc_names(path: Path, classes: Mapping[str, int] = OBJECTS) -> list[str]:
-    """The names in an annotation that are none of the classes'; errors as for `read_voc_boxes`."""
+    """Return the names in an annotation that are not in `classes`. Raises as `read_voc_boxes`."""
     with _parsed(path) as root:
         return sorted({_name(one) for one in root.iterfind("object")} - set(classes))
 
 
 @contextlib.contextmanager
 def _parsed(path: Path) -> Iterator[ElementTree.Element]:
-    """The root of an annotation; errors inside the block are told as its own."""
+    """Parse an annotation and yield its root. Errors inside the block name the annotation."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -285,7 +285,7 @@ def _name(thing: ElementTree.Element) -> str:
 
 
 def _check_size(root: ElementTree.Element, size: tuple[int, int]) -> None:
-    """Raise where an annotation says that its image has another size; some tools write 0."""
+    """Raise if an annotation gives another image size. 0, which some tools write, is accepted."""
     given = [root.findtext(f"size/{side}", "").strip() or "0" for side in ("height", "width")]
     if any(float(one) not in (0, side) for one, side in zip(given, size, strict=True)):
         raise ArgumentError(
@@ -294,7 +294,7 @@ def _check_size(root: ElementTree.Element, size: tuple[int, int]) -> None:
 
 
 def _difficult(thing: ElementTree.Element) -> bool:
-    """Whether an object is marked difficult, however a tool says so."""
+    """Whether an object is marked difficult, in any common notation."""
     text = thing.findtext("difficult", "").strip().lower()
     if text in FLAGS:
         return FLAGS[text]

@@ -1,16 +1,17 @@
-"""Defences: victims behind a transform of their images, which attacks take as they take any other.
+"""Defences: transforms of the images in front of a network or detector.
 
-Each function takes a segmentation network or a `Detector` and gives one back; they compose, the
-outermost first. A defence says how gradients pass it (`gradient`); `adaptive` is what an attacker
-who knows it attacks, `undefended` what one attacks who does not:
+Each function takes a segmentation network or a `Detector` and returns a victim of the same kind,
+which attacks take like any other. Defences compose, and images pass the outermost one first.
+`gradient` says how gradients pass a defence. An attacker who knows the defence attacks
+`adaptive()`, one who does not attacks `undefended`:
 
     defended = dagcore.defences.jpeg(victim, quality=75)
     defended.gradient  # "JPEG of quality 75: straight-through (BPDA)"
     result = attack(defended.adaptive(), images, labels)
     defended(result.adversarial)
 
-Images lie in [0, 1]. A random defence draws from its seed and from the image itself, so that
-results depend neither on batches nor on order.
+Images are in [0, 1]. What a random defence draws depends on its seed and on the image itself only,
+so results depend neither on the batches nor on the order of the images.
 """
 
 from __future__ import annotations
@@ -48,66 +49,76 @@ Victim = Callable[..., Any]
 
 
 def jpeg(model: Victim, quality: int = 75) -> Any:
-    """Images pass through a JPEG file, 1 to 100; gradients straight through (BPDA).
+    """Compress images to JPEG and decode them again. Gradients pass straight through (BPDA).
 
     Args:
         model: a segmentation network, images (N, 3, H, W) -> scores, or a `Detector`.
-        quality: of libjpeg.
+        quality: libjpeg's quality, 1 to 100.
 
     Returns:
-        The same kind of victim, a `Defence`.
+        A `Defence`, a victim of the same kind as `model`.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
-        ImportError: torchvision is missing.
+        TypeError, ValueError: if an argument is invalid. The message names the argument, what was
+            required and what was given.
+        ImportError: if Pillow is missing.
     """
     return _defended(model, [Jpeg(quality)])
 
 
 def bit_depth(model: Victim, bits: int = 4) -> Any:
-    """Values are rounded to so many bits, 1 to 8; gradients straight through. See `jpeg`.
+    """Round values to `bits` bits, 1 to 8. Gradients pass straight through (BPDA).
 
-    Xu, Evans and Qi, Feature Squeezing, NDSS 2018.
+    Xu, Evans and Qi, Feature Squeezing, NDSS 2018. See `jpeg` for the rest.
     """
     return _defended(model, [BitDepth(bits)])
 
 
 def median(model: Victim, size: int = 3) -> Any:
-    """The median of size x size pixels, an odd number; exact gradients. See `jpeg`."""
+    """Apply a median filter of `size` x `size` pixels, `size` odd. Gradients are exact.
+
+    See `jpeg` for the rest.
+    """
     return _defended(model, [Median(size)])
 
 
 def gaussian(model: Victim, sigma: float = 1.0) -> Any:
-    """A Gaussian blur of `sigma` pixels; exact gradients. See `jpeg`."""
+    """Blur images with a Gaussian of `sigma` pixels. Gradients are exact.
+
+    See `jpeg` for the rest. Needs torchvision instead of Pillow.
+    """
     return _defended(model, [Gaussian(sigma)])
 
 
 def noise(model: Victim, std: float = 0.03, *, seed: int = 0) -> Any:
-    """Normal noise of a standard deviation, of the range of 1; exact gradients. See `jpeg`."""
+    """Add normal noise of standard deviation `std`, for images in [0, 1]. Gradients are exact.
+
+    The noise is drawn from `seed` and from the image itself. See `jpeg` for the rest.
+    """
     return _defended(model, [Noise(std)], seed)
 
 
 def resize_pad(model: Victim, least: float = 0.8, *, seed: int = 0) -> Any:
-    """Images are made smaller, to `least` or more, and put at a random place on black.
+    """Shrink images by a random factor of at least `least` and place them at random on black.
 
-    Boxes and score maps follow; gradients pass exactly, through the inverse map. A detector must
-    read its scores at boxes. Xie et al., Mitigating Adversarial Effects Through Randomization, ICLR
-    2018. See `jpeg`.
+    Boxes and score maps are mapped along with the images. Gradients are exact: they pass through
+    the inverse map. A detector must read its scores at boxes. Xie et al., Mitigating Adversarial
+    Effects Through Randomization, ICLR 2018. See `jpeg` for the rest.
     """
     return _defended(model, [ResizePad(least)], seed)
 
 
 def augmented(model: Victim, scales: Sequence[float] = (1.0, 0.8), mirror: bool = True) -> Any:
-    """Test-time augmentation: images at several scales, and mirrored, give one answer.
+    """Combine predictions at several scales, also mirrored: test-time augmentation.
 
-    Probabilities are averaged; detections of all views are put together, and of those of a class
-    that overlap by half the best stays. Exact gradients. A detector must read its scores at boxes.
-    See `jpeg`.
+    Probabilities are averaged. Detections of all views are pooled, and non-maximum suppression at
+    an IoU of 0.5 keeps the best of each class. Gradients are exact. A detector must read its scores
+    at boxes. See `jpeg` for the rest.
 
     Args:
         model: see `jpeg`.
-        scales: above 0, at most 1.
-        mirror: whether each is seen mirrored too.
+        scales: factors above 0 and at most 1.
+        mirror: whether to use each scale mirrored too.
     """
     if not len(scales):
         raise ArgumentError("scales must have at least one member, got none")
@@ -125,7 +136,7 @@ def _defended(model: Any, views: Sequence[Transform], seed: int = 0) -> Any:
         raise ArgumentTypeError(f"model must be callable, got {type(model).__name__}")
     if is_detector(model):
         raise ArgumentTypeError(
-            "model must be a Detector where it is a detector: victims.detector(model), "
+            "model must be a Detector, not a bare detector: use victims.detector(model), "
             f"got a plain {type(model).__name__}"
         )
     kind = DefendedDetector if isinstance(model, Detector) else Defended

@@ -1,4 +1,4 @@
-"""Networks and detectors behind a transform of their images, to be attacked like any other."""
+"""Networks and detectors behind transforms of their images, which attacks take like any other."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..victims.detection import Detector
 from .draws import fingerprints, mixed
 from .transforms import Move, Transform
 
-OVERLAP = 0.5  # IoU from which one of two detections of a class, from several views, goes
+OVERLAP = 0.5  # IoU above which the worse of two detections of a class is removed, across views
 
 
 class Defence:
-    """What `Defended` and `DefendedDetector` share.
+    """Base class of `Defended` and `DefendedDetector`.
 
     Attributes:
-        victim: what is defended: a network, a detector, or another defence, which comes after.
-        views: transforms whose scores are averaged; one, unless it is test-time augmentation.
-        draws: of random transforms, over which scores are averaged.
-        seed: of what is drawn.
+        victim: the defended network or detector, or another defence, which images pass afterwards.
+        views: transforms whose scores are averaged; one, except for test-time augmentation.
+        draws: number of draws of each random transform, over which scores are averaged.
+        seed: seed of the random draws.
     """
 
     victim: Any
@@ -39,28 +39,28 @@ class Defence:
 
     @property
     def undefended(self) -> Any:
-        """The network or detector behind all defences: what an oblivious attacker attacks."""
+        """The network or detector behind all defences, which an oblivious attacker attacks."""
         inner = self.victim
         return inner.undefended if isinstance(inner, Defence) else inner
 
     @property
     def layers(self) -> list[Defence]:
-        """This defence and those inside, in the order in which images pass them."""
+        """This defence and those inside it, in the order in which images pass them."""
         inner = self.victim
         return [self, *(inner.layers if isinstance(inner, Defence) else [])]
 
     @property
     def random(self) -> bool:
-        """Whether any of its transforms draws."""
+        """Whether any transform, here or inside, is random."""
         return any(view.random for one in self.layers for view in one.views)
 
     @property
     def gradient(self) -> str:
-        """How a gradient passes, each defence's in the order in which images pass them."""
+        """How gradients pass each defence, in the order in which images pass them."""
         return "; ".join(one.described() for one in self.layers)
 
     def described(self) -> str:
-        """This defence alone: what it does, and how a gradient passes it."""
+        """Return what this defence alone does, and how gradients pass it."""
         what = " and ".join(map(str, self.views))
         how = " and ".join(dict.fromkeys(view.gradient for view in self.views))
         if any(view.random for view in self.views):
@@ -68,15 +68,15 @@ class Defence:
         return f"{what}: {how}"
 
     def adaptive(self, draws: int = 8, seed: int = 1) -> Any:
-        """The same defences as an attacker knows them who does not know what will be drawn.
+        """Return the defences as an attacker sees them who knows them but not their random draws.
 
-        Scores and gradients are means over `draws` draws from a seed of the attacker's own (Athalye
-        et al., Synthesizing Robust Adversarial Examples, ICML 2018): of the first random transform;
-        those that come after draw once for each of these. Attack this, and measure the defence
-        itself.
+        Scores and gradients are means over `draws` draws from the attacker's own seed (Athalye et
+        al., Synthesizing Robust Adversarial Examples, ICML 2018). The first random transform draws
+        `draws` times, and later ones draw once for each of these. Attack the result, and measure
+        the defence itself.
 
         Raises:
-            ValueError: draws below 1, or the seed of the defence itself.
+            ValueError: if `draws` is below 1, or `seed` is the defence's own.
         """
         checks.integer("draws", draws, at_least=1)
         checks.integer("seed", seed, at_least=0)
@@ -92,7 +92,7 @@ class Defence:
         return own
 
     def seen(self, images: Tensor) -> Iterator[tuple[Transform, Tensor, Tensor, Tensor]]:
-        """For each view: itself, the images, drawn for as often as it draws, keys, and moved."""
+        """Yield each view, the images repeated for its draws, their keys, and them transformed."""
         prints: Tensor | None = None
         for number, view in enumerate(self.views):
             count = self.draws if view.random else 1
@@ -108,12 +108,12 @@ class Defence:
             yield view, repeated, keys, self.moved(view, repeated, keys)
 
     def moved(self, view: Transform, images: Tensor, keys: Tensor) -> Tensor:
-        """Images as the victim sees them."""
+        """Return the images as the victim sees them."""
         return view(images, keys)
 
 
 class Defended(Defence, nn.Module):
-    """A network behind transforms; made by the functions of `dagcore.defences`."""
+    """A segmentation network behind transforms, as the functions of `dagcore.defences` make it."""
 
     def __init__(
         self,
@@ -131,19 +131,20 @@ class Defended(Defence, nn.Module):
 
     @property
     def align_corners(self) -> bool:
-        """How scores at a lower resolution than the labels are to be enlarged."""
+        """Whether scores of lower resolution than the labels are enlarged with align_corners."""
         return aligns_corners(self.victim)
 
     def moved(self, view: Transform, images: Tensor, keys: Tensor) -> Tensor:
-        """Images as the victim sees them."""
+        """Return the images as the victim sees them."""
         if isinstance(view, Move):
             return view(images, keys, self.align_corners)
         return view(images, keys)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, *T) of images (N, 3, H, W) in [0, 1].
+        """Return scores (N, C, *T) of images (N, 3, H, W) in [0, 1].
 
-        The mean over the draws; over several views the logarithm of their mean probability.
+        They are the mean over the draws and, with several views, the logarithm of the views' mean
+        probability.
         """
         found = []
         for view, given, keys, moved in self.seen(images):
@@ -155,7 +156,7 @@ class Defended(Defence, nn.Module):
 
 
 class DefendedDetector(Defence, Detector):
-    """A detector behind transforms; made by the functions of `dagcore.defences`."""
+    """A detector behind transforms, as the functions of `dagcore.defences` make it."""
 
     def __init__(
         self, victim: Detector, views: Sequence[Transform], *, draws: int = 1, seed: int = 0
@@ -165,13 +166,13 @@ class DefendedDetector(Defence, Detector):
         self.background, self.has_own_targets = victim.background, victim.has_own_targets
         if self.has_own_targets and any(isinstance(view, Move) for view in views):
             raise ArgumentTypeError(
-                "model must be a detector whose scores are read at boxes where a defence moves "
-                f"the images, got {type(victim).__name__}, which has targets of its own"
+                "model must be a detector that reads its scores at boxes, since the defence moves "
+                f"the images, got {type(victim).__name__}, which has its own targets"
             )
 
     @property
     def victim(self) -> Any:
-        """The detector that is defended."""
+        """The defended detector."""
         return self.network
 
     @victim.setter
@@ -179,7 +180,7 @@ class DefendedDetector(Defence, Detector):
         self.network = victim
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, P) at boxes, the mean over draws; see `Detector`."""
+        """Return scores (N, C, P) at boxes (N, P, 4), averaged over the draws; see `Detector`."""
         found = []
         for view, given, keys, moved in self.seen(images):
             own = boxes
@@ -191,7 +192,7 @@ class DefendedDetector(Defence, Detector):
         return together(found)
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """What the detector finds in transformed images, of all views and draws together."""
+        """Return the detections in the transformed images, pooled over all views and draws."""
         found: list[list[dict[str, Tensor]]] = [[] for _ in images]
         for view, given, keys, moved in self.seen(images):
             each = self.victim.detect(moved)
@@ -203,7 +204,7 @@ class DefendedDetector(Defence, Detector):
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Those of the first view and draw."""
+        """Return the candidates of the first view and draw; see `Detector`."""
         view, given, keys, moved = next(self.seen(images))
         count = len(given) // max(1, len(images))
         found = self.victim.candidates(moved[::count], nms_threshold, max_proposals)
@@ -213,18 +214,18 @@ class DefendedDetector(Defence, Detector):
         ]
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """As the detector's own."""
+        """Return the defended detector's probabilities of scores."""
         found: Tensor = self.victim.probabilities(scores)
         return found
 
     def check_boxes(self, boxes: Tensor | None, images: Tensor) -> None:
-        """As the detector's own."""
+        """Raise unless the defended detector takes these boxes."""
         self.victim.check_boxes(boxes, images)
 
     def _restored(
         self, view: Transform, found: dict[str, Tensor], images: Tensor, keys: Tensor, k: int
     ) -> dict[str, Tensor]:
-        """Detections in moved image k, in the image as it was."""
+        """Map detections in the moved image k back to the original image."""
         if not isinstance(view, Move):
             return found
         one = slice(k, k + 1)
@@ -235,14 +236,14 @@ class DefendedDetector(Defence, Detector):
 
 
 def mean_of_draws(scores: Tensor, count: int) -> Tensor:
-    """Scores (N * draws, ...), the draws of an image in a row, as their mean (N, ...)."""
+    """Average scores (N * draws, ...), whose draws of an image are adjacent, to (N, ...)."""
     if len(scores) == count:
         return scores
     return scores.view(count, -1, *scores.shape[1:]).mean(1)
 
 
 def together(views: Sequence[Tensor]) -> Tensor:
-    """Scores (N, C, ...) of one view, or the logarithm of the mean probability over several."""
+    """Return the scores (N, C, ...) of one view, or the log mean probability of several."""
     if len(views) == 1:
         return views[0]
     logs = torch.stack([scores.log_softmax(1) for scores in views])
@@ -250,7 +251,7 @@ def together(views: Sequence[Tensor]) -> Tensor:
 
 
 def merged(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Detections of several views: of those of a class that overlap, the best, the best first."""
+    """Merge the detections of several views by class-wise suppression, the best first."""
     whole = {key: torch.cat([one[key] for one in found]) for key in ("boxes", "labels", "scores")}
     nms = optional_import("torchvision.ops", "vision").batched_nms
     kept = nms(whole["boxes"], whole["scores"], whole["labels"], OVERLAP)

@@ -1,4 +1,4 @@
-"""Adversarial training: batches in which some images are attacked at the network as it is now."""
+"""Adversarial training: batches in which some images are attacked on the current network."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
 from ..attacks import DAG, PGD, Attack, SegPGD
 from ..errors import ArgumentError, ArgumentTypeError
+from ..victims import refresh
+from ..victims.prepare.follow import Follower
 
 
 def attacked(
@@ -24,31 +26,39 @@ def attacked(
     boxes: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A batch to train on: its first images attacked, the others as they are.
+    """Return a batch to train on, with its first images attacked and the others unchanged.
 
     Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018; mixed
-    batches as in Kurakin et al., Adversarial Machine Learning at Scale, ICLR 2017. Meanwhile the
-    network is in eval mode, so that batch norms use the statistics that they have and do not learn
-    from half-made images, and no gradient goes to its parameters. Afterwards it is as it was.
+    batches as in Kurakin et al., Adversarial Machine Learning at Scale, ICLR 2017. During the
+    attack the network is in eval mode, so that batch norms use their running statistics and do not
+    learn from intermediate images. Its parameters get no gradients. Afterwards it is as before.
 
-    One step with a step length above the radius, `PGD(epsilon=e, alpha=1.25 * e, steps=1)`, is fast
+    With `PGD`, `SegPGD`, `CosPGD` and `DAG` the attacked images are the last iterate of one run,
+    which is not evaluated again. With other attacks they are the attack's result.
+
+    Batch norms cost as much as convolutions in an attack. A copy with folded batch norms,
+    `faster = dagcore.victims.prepare(network)`, can be attacked instead of the network. It takes
+    over the network's current weights before each attack.
+
+    One step that is longer than the radius, `PGD(epsilon=e, alpha=1.25 * e, steps=1)`, is fast
     adversarial training (Wong, Rice and Kolter, ICLR 2020).
 
     Args:
         attack: the inner attack: `PGD`, `SegPGD`, `DAG` or any other.
-        model: the network, in training mode or not.
+        model: the network, in training or eval mode; or a copy of it made by `prepare`.
         images: (N, 3, H, W) floating point within the attack's bounds.
         labels: (N, *T), as for the attack.
-        share: of the images that are attacked, in [0, 1], rounded to whole ones.
-        adversarial_labels: as for the attack; its own default if None.
-        boxes: (N, P, 4), what a detector's scores are read at.
+        share: fraction of the images to attack, in [0, 1], rounded to whole images.
+        adversarial_labels: as for the attack; its default if None.
+        boxes: (N, P, 4), the boxes at which a detector's scores are read.
         generator: source of the attack's random choices; torch's global one if None.
 
     Returns:
-        (N, 3, H, W), without a gradient.
+        Images (N, 3, H, W), without a gradient.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: if an argument is invalid. The message names the argument, what was
+            required and what was given.
     """
     if not isinstance(attack, Attack):
         raise ArgumentTypeError(f"attack must be an Attack, got {type(attack).__name__}")
@@ -58,7 +68,7 @@ def attacked(
         raise ArgumentError(f"share must be at most 1, got {share}")
     if images.dim() != 4 or len(labels) != len(images):
         raise ArgumentError(
-            f"images must have shape (N, 3, H, W) and an entry of labels each, got "
+            f"images must have shape (N, 3, H, W) and one entry of labels each, got "
             f"{tuple(images.shape)} and {tuple(labels.shape)}"
         )
     count = round(share * len(images))
@@ -70,25 +80,34 @@ def attacked(
         adversarial_labels = adversarial_labels[rows]
     if adversarial_labels is not None:
         given["adversarial_labels"] = adversarial_labels
-    result = attack(model, images[rows].detach(), labels[rows], generator=generator, **given)
-    return torch.cat([result.adversarial, images[count:].detach()])
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        follower = getattr(part, "follower", None)
+        if isinstance(follower, Follower) and follower.alive:
+            refresh(part)
+    clean, aims = images[rows].detach(), labels[rows]
+    if isinstance(attack, (PGD, DAG)):
+        made = attack.last_iterate(model, clean, aims, generator=generator, **given)
+    else:
+        made = attack(model, clean, aims, generator=generator, **given).adversarial
+    return torch.cat([made, images[count:].detach()])
 
 
 INNER = ("pgd", "segpgd", "dag")
 
 
 def inner(name: str, epsilon: float, steps: int) -> Attack:
-    """The attack of a training, by name: "pgd", "segpgd" or "dag", in an L-infinity ball.
+    """Return the inner attack of adversarial training by name, in an L-infinity ball.
 
-    Together its steps are 2.5 times as long as the radius, as in Madry et al.
+    The steps add up to 2.5 times the radius, as in Madry et al.
 
     Args:
-        name: one of `INNER`.
-        epsilon: the radius, of images in [0, 1].
-        steps: updates.
+        name: one of `INNER`: "pgd", "segpgd" or "dag".
+        epsilon: radius of the ball, for images in [0, 1].
+        steps: number of updates.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: if an argument is invalid. The message names the argument, what was
+            required and what was given.
     """
     checks.choice("adversarial", name, INNER)
     checks.number("epsilon", epsilon, above=0)

@@ -1,4 +1,4 @@
-"""What defences do to images (N, 3, H, W) in [0, 1] before the network sees them."""
+"""Transforms that defences apply to images (N, 3, H, W) in [0, 1] before the network."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STRAIGHT_THROUGH = "straight-through (BPDA)"
 
 
 class Transform(abc.ABC):
-    """One transform of images.
+    """Base class of a transform of images.
 
     Attributes:
-        gradient: how a gradient passes it: "exact", or "straight-through (BPDA)", as if the images
-            came out as they went in (Athalye, Carlini and Wagner, ICML 2018).
-        random: whether it draws, from the keys that it is given.
+        gradient: how gradients pass the transform: "exact", or "straight-through (BPDA)", as if it
+            were the identity (Athalye, Carlini and Wagner, ICML 2018).
+        random: whether the transform is random, drawing from the keys that it is given.
     """
 
     gradient = EXACT
@@ -35,33 +35,33 @@ class Transform(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Transformed images, of the same shape; keys (N,) int64 seed what is drawn."""
+        """Return transformed images of the same shape; keys (N,) int64 seed the random draws."""
 
     @abc.abstractmethod
     def __str__(self) -> str: ...
 
 
 class Through(torch.autograd.Function):
-    """What was made of images, with the gradient of the images themselves."""
+    """Replace images by transformed ones, and pass the gradient on to the images unchanged."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, made: Tensor) -> Tensor:
-        """What was made."""
+        """Return a copy of the transformed images `made`."""
         return made.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The gradient as it comes."""
+        """Return the gradient unchanged, for `images` alone."""
         return gradient, None
 
 
 class StraightThrough(Transform):
-    """A transform without a useful gradient of its own."""
+    """Base class of a transform without a useful gradient, which passes it straight through."""
 
     gradient = STRAIGHT_THROUGH
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Transformed images, whose gradient goes to the images as it comes."""
+        """Return transformed images, whose gradient goes to `images` unchanged."""
         with torch.no_grad():
             made = self.transformed(images.detach())
         through: Tensor = Through.apply(images, made)
@@ -69,11 +69,11 @@ class StraightThrough(Transform):
 
     @abc.abstractmethod
     def transformed(self, images: Tensor) -> Tensor:
-        """The images transformed, without a gradient."""
+        """Return the images transformed, without a gradient."""
 
 
 class Jpeg(StraightThrough):
-    """Each image as it comes back from a JPEG file, written by Pillow (chroma at half the size)."""
+    """JPEG compression by Pillow, with chroma at half the resolution."""
 
     def __init__(self, quality: int) -> None:
         checks.integer("quality", quality, at_least=1, at_most=100)
@@ -84,13 +84,13 @@ class Jpeg(StraightThrough):
         return f"JPEG of quality {self.quality}"
 
     def transformed(self, images: Tensor) -> Tensor:
-        """Written and read on the CPU."""
+        """Return images that were encoded and decoded on the CPU."""
         levels = (images * 255).round().clamp(0, 255).byte().cpu()
         read = torch.stack([self.written(one) for one in levels]) if len(levels) else levels
         return read.to(images) / 255
 
     def written(self, levels: Tensor) -> Tensor:
-        """Levels (3, H, W) uint8 as they come back."""
+        """Encode and decode one image of levels (3, H, W) uint8."""
         file = io.BytesIO()
         pixels = levels.permute(1, 2, 0).contiguous().numpy()
         self.image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
@@ -99,7 +99,7 @@ class Jpeg(StraightThrough):
 
 
 class BitDepth(StraightThrough):
-    """Each value rounded to so many bits (Xu, Evans and Qi, Feature Squeezing, NDSS 2018)."""
+    """Rounding of each value to `bits` bits (Xu, Evans and Qi, Feature Squeezing, NDSS 2018)."""
 
     def __init__(self, bits: int) -> None:
         checks.integer("bits", bits, at_least=1, at_most=8)
@@ -109,14 +109,14 @@ class BitDepth(StraightThrough):
         return f"{self.bits} bits"
 
     def transformed(self, images: Tensor) -> Tensor:
-        """Rounded to the nearest of 2^bits levels."""
+        """Return images rounded to the nearest of 2^bits levels."""
         top = 2**self.bits - 1
         rounded: Tensor = (images * top).round() / top
         return rounded
 
 
 class Median(Transform):
-    """The median of the pixels around each, borders reflected."""
+    """Median filter of `size` x `size` pixels, with reflected borders."""
 
     def __init__(self, size: int) -> None:
         _odd("size", size)
@@ -126,7 +126,7 @@ class Median(Transform):
         return f"median of {self.size} x {self.size}"
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Filtered images; the gradient goes to the pixel that is the median."""
+        """Return filtered images; the gradient goes to the pixel that is the median."""
         padded = F.pad(images, (self.size // 2,) * 4, mode="reflect")
         around = padded.unfold(2, self.size, 1).unfold(3, self.size, 1).flatten(4)
         middle: Tensor = around.median(4).values
@@ -134,7 +134,7 @@ class Median(Transform):
 
 
 class Gaussian(Transform):
-    """A Gaussian blur, borders reflected."""
+    """Gaussian blur, with reflected borders."""
 
     def __init__(self, sigma: float) -> None:
         checks.number("sigma", sigma, above=0)
@@ -146,13 +146,13 @@ class Gaussian(Transform):
         return f"Gaussian blur of {self.sigma:g} pixels"
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Blurred images."""
+        """Return blurred images."""
         size = 2 * round(3 * self.sigma) + 1
         return self.blur(images, [size, size], [self.sigma, self.sigma])
 
 
 class Noise(Transform):
-    """Normal noise added to each value, cut off at 0 and 1 (Cohen et al., ICML 2019)."""
+    """Normal noise on each value, clipped to [0, 1] (Cohen et al., ICML 2019)."""
 
     random = True
 
@@ -164,16 +164,16 @@ class Noise(Transform):
         return f"noise of {self.std:g}"
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Noisy images."""
+        """Return noisy images."""
         drawn = draws.normal(keys, images.shape[1:].numel()).view(images.shape)
         return (images + self.std * drawn.to(images)).clamp(0, 1)
 
 
 class Move(Transform):
-    """Images moved as a whole: each made smaller, shifted and perhaps mirrored, black around it.
+    """Base class of a transform that scales, shifts and perhaps mirrors whole images on black.
 
-    What belongs to places of the image, boxes and scores, is moved along and back. A place p in
-    [-1, 1] of the image comes to lie at scale * p + shift.
+    It also maps boxes to the moved image and back, and score maps back. A place p in [-1, 1] of the
+    image moves to scale * p + shift.
 
     Attributes:
         random: whether scale and shift are drawn.
@@ -181,17 +181,17 @@ class Move(Transform):
 
     @abc.abstractmethod
     def places(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift (N, 2) of each image, along x and y; a negative scale mirrors."""
+        """Return scale and shift (N, 2) of each image along x and y; a negative scale mirrors."""
 
     def __call__(self, images: Tensor, keys: Tensor, align_corners: bool = False) -> Tensor:
-        """The moved images."""
+        """Return the moved images."""
         scale, shift = self.places(images, keys)
         return sampled(images, 1 / scale, -shift / scale, align_corners)
 
     def back(
         self, scores: Tensor, images: Tensor, keys: Tensor, align_corners: bool = False
     ) -> Tensor:
-        """Score maps (N, C, h, w) of moved images, as maps of the images as they were."""
+        """Map score maps (N, C, h, w) of moved images back to the original images."""
         if scores.dim() != 4:
             raise ArgumentError(
                 f"model must return score maps (N, C, h, w) for images that are {self}, "
@@ -200,7 +200,7 @@ class Move(Transform):
         return sampled(scores, *self.places(images, keys), align_corners)
 
     def boxes(self, boxes: Tensor, images: Tensor, keys: Tensor, *, back: bool = False) -> Tensor:
-        """Where boxes (N, P, 4) come to lie, in pixels; or came from."""
+        """Map boxes (N, P, 4), in pixels, to the moved images; with `back` to the original ones."""
         scale, shift = (part.repeat(1, 2)[:, None] for part in self.places(images, keys))
         half = boxes.new_tensor([images.shape[3], images.shape[2]] * 2) / 2
         places = boxes / half - 1
@@ -210,7 +210,7 @@ class Move(Transform):
 
 
 class ResizePad(Move):
-    """Images made smaller at random and put somewhere at random (Xie et al., ICLR 2018)."""
+    """Random shrinking and random padding (Xie et al., ICLR 2018)."""
 
     random = True
 
@@ -224,14 +224,14 @@ class ResizePad(Move):
         return f"resized at random to {self.least:g} to 1 and padded"
 
     def places(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """One scale for both sides; the shift is uniform among those that cut nothing off."""
+        """Draw one scale for both sides, and a uniform shift that cuts nothing off."""
         drawn = draws.uniform(keys, 3).to(images)
         scale = (self.least + (1 - self.least) * drawn[:, :1]).expand(-1, 2)
         return scale, (2 * drawn[:, 1:] - 1) * (1 - scale)
 
 
 class Fixed(Move):
-    """Images made smaller or mirrored in one way, around their middle."""
+    """Shrinking by a fixed factor around the centre, and mirroring."""
 
     def __init__(self, scale: float, mirror: bool) -> None:
         self.scale, self.mirror = scale, mirror
@@ -240,13 +240,13 @@ class Fixed(Move):
         return f"resized to {self.scale:g}" + ", mirrored" * self.mirror
 
     def places(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for all images."""
+        """Return the fixed scale and a shift of 0, the same for all images."""
         scale = images.new_tensor([-self.scale if self.mirror else self.scale, self.scale])
         return scale.expand(len(images), 2), images.new_zeros(len(images), 2)
 
 
 def sampled(maps: Tensor, scale: Tensor, shift: Tensor, align_corners: bool) -> Tensor:
-    """Maps (N, C, h, w) at places scale * p + shift, bilinear, 0 beyond them."""
+    """Sample maps (N, C, h, w) at places scale * p + shift, bilinearly; 0 outside the maps."""
     theta = torch.cat([torch.diag_embed(scale), shift[:, :, None]], 2).to(maps.dtype)
     grid = F.affine_grid(theta, list(maps.shape), align_corners=align_corners)
     return F.grid_sample(maps, grid, align_corners=align_corners)

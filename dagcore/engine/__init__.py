@@ -1,4 +1,4 @@
-"""Images under attack in slots; knows nothing of segmentation or detection."""
+"""Engine that runs images under attack in slots, for any task."""
 
 from .freeze import frozen
 from .memory import freed_memory_kept

@@ -1,7 +1,7 @@
-"""What the engine asks of a device: where a thread works, how values come and go, what is captured.
+"""Devices as the engine sees them: threads, transfers and captured iterations.
 
-`device_for` finds the object of a device; the rest of the engine never asks for its kind. Another
-kind of device is another class in `KINDS`.
+`device_for` returns the object of a device; the rest of the engine never asks for its kind. To
+support another kind of device, add a class to `KINDS`.
 """
 
 from __future__ import annotations
@@ -19,66 +19,69 @@ from torch import Tensor
 from .memory import freed_memory_kept
 
 Replay = Callable[[], None]
-"""Runs the iteration that was captured, once."""
+"""Runs the captured iteration once."""
 
 
 class Copy(Protocol):
     """Values on their way to the host."""
 
     def arrived(self) -> bool:
-        """Whether `wait` returns at once."""
+        """Return whether `wait` would return at once."""
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The values, on the host."""
+        """Wait for the values, and return them on the host."""
 
 
 class Device(Protocol):
-    """One device, as the engine sees it."""
+    """A device, as the engine sees it."""
 
     @property
     def synchronous(self) -> bool:
-        """Whether reading a value does not hold up the work: the host may decide by values."""
+        """Whether reading values does not stall the device, so that the host may branch on them."""
 
     def attacking(self) -> AbstractContextManager[object]:
-        """Surrounds a whole attack; it may last while the caller does something else."""
+        """Return a context for a whole attack; the caller may do other work while it is open."""
 
     def current(self) -> AbstractContextManager[object]:
-        """What a thread works on the device in; it ends before the caller goes on."""
+        """Return a context in which a thread uses the device, closed before the caller goes on."""
 
     def beside(self) -> AbstractContextManager[object]:
-        """`current` for a thread that helps this one: its work is in order with this one's."""
+        """Return `current` for a helper thread, whose work is ordered with that of this thread."""
 
     def kept(self, value: Tensor) -> Tensor:
-        """A copy of a sample's tensor, where it waits for its slot."""
+        """Copy a sample's tensor to where it waits for its slot."""
 
     def moved(self, value: Tensor) -> Tensor:
-        """A sample's tensor on the device."""
+        """Move a sample's tensor to the device."""
 
     def read(self, *values: Tensor) -> Copy:
-        """Begin to copy values to the host, as they are after all that was launched so far."""
+        """Start copying values to the host, as they are after everything launched so far."""
 
     def captured(self, iteration: Callable[[], None]) -> Replay | None:
-        """An iteration to be replayed on the same memory, not run yet; None without captures.
+        """Capture an iteration for replay on the same memory, without running it.
+
+        Returns:
+            The replay, or None if the device has no captures.
 
         Raises:
-            RuntimeError: an iteration that cannot be captured. All is as it was before.
+            RuntimeError: the iteration cannot be captured. Everything is restored.
         """
 
 
 class Arrived(tuple[Tensor, ...]):
-    """Values that were on the host at once."""
+    """Values that are already on the host."""
 
     def arrived(self) -> bool:
-        """They have."""
+        """Return True."""
         return True
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The values."""
+        """Return the values."""
         return self
 
 
 class Host:
-    """The CPU, or a device that the engine does not know: every value is waited for."""
+    """The CPU, or a device unknown to the engine: every read waits for the value."""
 
     synchronous = True
 
@@ -86,34 +89,34 @@ class Host:
         self.device = device
 
     def attacking(self) -> AbstractContextManager[object]:
-        """Freed memory stays with the process."""
+        """Keep freed memory in the process."""
         return freed_memory_kept()
 
     def current(self) -> AbstractContextManager[object]:
-        """Nothing."""
+        """Return a context that does nothing."""
         return contextlib.nullcontext()
 
     beside = current
 
     def kept(self, value: Tensor) -> Tensor:
-        """A copy."""
+        """Return a copy."""
         return value.detach().clone()
 
     def moved(self, value: Tensor) -> Tensor:
-        """Where it is, if the device is not known."""
+        """Move a tensor to the device; leave it where it is if the device is unknown."""
         return value if self.device is None else value.to(self.device)
 
     def read(self, *values: Tensor) -> Copy:
-        """Copies: the values go on changing."""
+        """Return copies, as the values keep changing."""
         return Arrived(value.clone() for value in values)
 
     def captured(self, iteration: Callable[[], None]) -> Replay | None:
-        """Nothing is."""
+        """Return None: the host has no captures."""
         return None
 
 
 class Pinned:
-    """Copies in pinned memory, and the event behind them on their device's stream."""
+    """Copies in pinned memory, with an event behind them on the device's stream."""
 
     def __init__(self, values: tuple[Tensor, ...], stream: torch.cuda.Stream) -> None:
         self.copies = tuple(
@@ -126,17 +129,17 @@ class Pinned:
         self.event.record(stream)
 
     def arrived(self) -> bool:
-        """Whether the device has come past the event."""
+        """Return whether the device has passed the event."""
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The copies, once it has."""
+        """Wait for the event, and return the copies."""
         self.event.synchronize()
         return self.copies
 
 
 class CUDA:
-    """One GPU, which need not be the thread's current one."""
+    """A GPU, which need not be the current one of the thread."""
 
     synchronous = False
 
@@ -144,41 +147,41 @@ class CUDA:
         self.device = device
 
     def attacking(self) -> AbstractContextManager[object]:
-        """Nothing: torch keeps freed memory."""
+        """Return a context that does nothing: torch keeps freed memory."""
         return contextlib.nullcontext()
 
     def current(self) -> AbstractContextManager[object]:
-        """The device is the current one, of models' own kernels too."""
+        """Make the device current, also for the model's own kernels."""
         return torch.cuda.device(self.device)
 
     def beside(self) -> AbstractContextManager[object]:
-        """The device, on the calling thread's stream."""
+        """Use the device on the stream of the calling thread."""
         return torch.cuda.stream(torch.cuda.current_stream(self.device))
 
     def kept(self, value: Tensor) -> Tensor:
-        """A copy, which the device can fetch by itself: in pinned memory."""
+        """Copy to pinned memory, from which the device can fetch the tensor itself."""
         value = value.detach()
         if value.device.type != "cpu" or value.layout != torch.strided or value.is_pinned():
-            return value.clone()  # pinning what is pinned would be no copy
+            return value.clone()  # pin_memory does not copy pinned memory
         return value.pin_memory()
 
     def moved(self, value: Tensor) -> Tensor:
-        """On its way there."""
+        """Start moving a tensor to the device."""
         return value.to(self.device, non_blocking=True)
 
     def read(self, *values: Tensor) -> Copy:
-        """Copies behind all that is on the device's stream."""
+        """Start copies that follow all work on the device's stream."""
         return Pinned(values, torch.cuda.current_stream(self.device))
 
     def captured(self, iteration: Callable[[], None]) -> Replay | None:
-        """A CUDA graph, captured on a stream of this device."""
+        """Capture a CUDA graph on a stream of this device."""
         graph = torch.cuda.CUDAGraph()
         with _capturing:
             stream = _capture_stream(self.device)
             pool = torch.cuda.graph_pool_handle()
             try:
-                # The outer block puts the thread's stream back where a capture that fails does
-                # not. Other threads, which load images, may go on calling CUDA meanwhile.
+                # The outer block restores the thread's stream, which a failed capture does not.
+                # Other threads, which load images, may keep calling CUDA meanwhile.
                 with (
                     torch.cuda.stream(stream),
                     torch.cuda.graph(
@@ -192,15 +195,16 @@ class CUDA:
         return graph.replay
 
 
-_capturing = threading.Lock()  # torch allows one capture at a time in a process
+_capturing = threading.Lock()  # torch allows one capture at a time per process
 _refused: list[torch.cuda.CUDAGraph] = []
 
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that a device's graphs are captured on: one, as each has a workspace of cuBLAS.
+    """Return the stream for a device's captures: a single one, as each has a cuBLAS workspace.
 
-    torch's own stream for it belongs to the device that was current at the first capture of all.
+    The default stream of torch for captures belongs to the device that was current at the first
+    capture of the process.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -208,21 +212,21 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 def _give_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]) -> None:
     """Undo a capture that has failed.
 
-    torch does so only in part, and has no public way to do the rest: until the allocator is told
-    that the capture has ended, it frees no memory that several streams have used.
+    torch undoes only a part, and has no public way to do the rest: until the allocator is told that
+    the capture has ended, it frees no memory that several streams have used.
     """
-    graph.reset()  # generators of random numbers go on
+    graph.reset()  # random number generators leave the capture
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:
-        return  # the capture itself ended well, and the graph has given back its memory
+        return  # the capture itself ended, and the graph has released its memory
     torch._C._cuda_releasePool(device.index, pool)
-    _refused.append(graph)  # the allocator of pinned memory goes on asking whether it captures
+    _refused.append(graph)  # the allocator of pinned memory keeps asking whether it captures
 
 
 KINDS: dict[str, Callable[[torch.device], Device]] = {"cuda": CUDA}
 
 
 def device_for(device: torch.device | None) -> Device:
-    """The object of a device; None for one that is not known, as of a function's scores."""
+    """Return the object of a device; None stands for an unknown one, as for a plain function."""
     return Host(None) if device is None else KINDS.get(device.type, Host)(device)

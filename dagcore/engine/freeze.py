@@ -1,4 +1,4 @@
-"""Models held in eval mode, and put back as they were."""
+"""Models held in eval mode during attacks, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 
 class _Held:
-    """A module or a parameter, as it was before the first attack, and the attacks that hold it."""
+    """A module or parameter, its state before the first attack, and the attacks that hold it."""
 
     def __init__(self, thing: nn.Module | nn.Parameter) -> None:
         self.thing = thing
         self.before = _mode(thing) if isinstance(thing, nn.Module) else thing.requires_grad
         self.holders: set[object] = set()
-        # A network's own `train` may do more than set the mode: merge or split weights, say.
-        # That of an exported graph raises.
+        # An overridden `train` may do more than set the mode, such as merging weights. That of an
+        # exported graph raises.
         self.hooked = (
             isinstance(thing, nn.Module)
             and not isinstance(thing, torch.fx.GraphModule)
@@ -28,7 +28,7 @@ class _Held:
     def put_back(self) -> None:
         if isinstance(self.thing, nn.Parameter):
             if self.thing.requires_grad != self.before:
-                # What was made in inference mode can be changed there only.
+                # A tensor created in inference mode can only be changed there.
                 with torch.inference_mode(self.thing.is_inference()):
                     self.thing.requires_grad_(self.before)
         elif _mode(self.thing) != self.before:
@@ -40,12 +40,12 @@ class _Held:
 
 
 def _mode(module: nn.Module) -> bool:
-    """Whether a module is in training mode, which one that torch.jit has frozen never is."""
+    """Return whether a module is in training mode; modules frozen by torch.jit never are."""
     return bool(getattr(module, "training", False))
 
 
 def to_eval(model: nn.Module) -> None:
-    """Put a model into eval mode, graphs of torch.export included, which refuse to change it."""
+    """Put a model into eval mode, even a graph of torch.export, which refuses `eval`."""
     try:
         model.eval()
     except NotImplementedError:
@@ -54,18 +54,18 @@ def to_eval(model: nn.Module) -> None:
                 module.training = False
 
 
-# A generator that is collected may end its block in a thread that holds the lock, between any two
-# lines: the table is read as a list.
+# A garbage-collected generator may end its block in a thread that holds the lock, between any two
+# lines: so the table is read as a list.
 _lock = threading.RLock()
 _held: dict[int, _Held] = {}  # by id
 
 
 @contextmanager
 def frozen(model: object) -> Iterator[None]:
-    """Eval mode and parameters without gradients, both put back by the last that ends.
+    """Hold a model in eval mode without parameter gradients; the last block to end restores both.
 
     Attacks in several threads may share a model, or modules of several models. A module that
-    overrides `train` is put back by calling it.
+    overrides `train` is restored by calling it.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -75,7 +75,7 @@ def frozen(model: object) -> Iterator[None]:
     try:
         with _lock:
             for thing in things:
-                while True:  # what ends meanwhile, in this very thread, may have let go of it
+                while True:  # a block that ends meanwhile, even in this thread, may drop it
                     held = _held.setdefault(id(thing), _Held(thing))
                     held.holders.add(holder)
                     if _held.get(id(thing)) is held:
@@ -85,7 +85,7 @@ def frozen(model: object) -> Iterator[None]:
                 parameter.requires_grad_(False)
         yield
     finally:
-        with _lock, ExitStack() as last_first:  # each is put back, whatever another's hook raises
+        with _lock, ExitStack() as last_first:  # each is restored, even if another's hook raises
             for held in list(_held.values()):
                 held.holders.discard(holder)
             for held in reversed(_released()):
@@ -94,10 +94,10 @@ def frozen(model: object) -> Iterator[None]:
 
 
 def _released() -> list[_Held]:
-    """What no attack holds any more, in the order to put it back.
+    """Return what no attack holds any more, in the order in which to restore it.
 
-    A module's own `train` goes to the modules inside, so it comes before theirs, and waits until
-    no attack holds any of them.
+    An overridden `train` recurses into the modules inside, so it comes before theirs, and waits
+    until no attack holds any of them.
     """
     everything = list(_held.values())
     free = [held for held in everything if not held.holders]

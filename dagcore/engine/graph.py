@@ -1,4 +1,4 @@
-"""An iteration that is captured by its device, as a CUDA graph, and replayed."""
+"""Iterations that a device captures, as a CUDA graph, and replays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .devices import Device, Replay
 
 
 class Graph:
-    """An iteration, once it has been captured; it does not keep what it was captured from."""
+    """An iteration that is captured once; the graph does not keep what it was captured from."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -17,7 +17,7 @@ class Graph:
         self.tried = False
 
     def captured(self, iteration: Callable[[], None]) -> Replay | None:
-        """The iteration to be replayed, captured at the first call; None where that cannot be."""
+        """Return the replay, captured at the first call; None if that is not possible."""
         if not self.tried:
             self.tried = True
             try:

@@ -1,10 +1,10 @@
-"""Images under attack in slots, each on its own, without waiting for the device.
+"""The loop that attacks images in slots, each on its own, without waiting for the device.
 
-An attack is an objective, a step and a schedule (`Objective`, `Step`, `Schedule`); the loop runs
-any of them and knows nothing else. A slot holds one image. All state of an image is rows of named
-tensors on the device, and an iteration changes them in place, so that iterations can follow each
-other without a synchronisation and be replayed as a CUDA graph. An image that has stopped is not
-touched any more; learning of it late changes no result.
+An attack consists of an objective, a step and a schedule (`Objective`, `Step`, `Schedule`); the
+loop runs any of them and knows nothing else. A slot holds one image. The state of an image is one
+row in each of several named tensors on the device. An iteration changes them in place, so that
+iterations can follow each other without synchronisation and be replayed as a CUDA graph. An image
+that has stopped is no longer changed, so it does not matter how late the host learns that it has.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from .devices import device_for
 from .graph import Graph
 from .readback import Readback
 
-EAGER = 3  # of full slots before a CUDA graph is captured: libraries settle on their kernels
-NEVER = sys.maxsize  # the iteration at which a free slot was taken
-UNTOLD = torch.iinfo(torch.int32).max  # a count that a replay was to write
+EAGER = 3  # iterations of full slots before a capture: libraries choose their kernels
+NEVER = sys.maxsize  # stands for the iteration at which a free slot was taken
+UNTOLD = torch.iinfo(torch.int32).max  # placeholder for a count that a replay must write
 
 State = dict[str, Tensor]
-"""Named tensors, a row for each slot."""
+"""Named tensors with one row per slot."""
 
 
 class Seed(NamedTuple):
-    """What an objective finds at the scores."""
+    """What an objective computes from the scores."""
 
     seed: Tensor
-    """Like the scores."""
+    """Gradient of the objective with respect to the scores, with their shape and dtype."""
     active: Tensor
-    """(N,) int32, active targets; below 0 for a label out of range."""
+    """(N,) int32, number of active targets; negative if a label is out of range."""
     loss: Tensor | None = None
-    """(N,) float64, what the seed is the gradient of."""
+    """(N,) float64, the loss to report; the seed is its gradient unless another loss is tracked."""
 
 
 class Objective(Protocol):
-    """What counts at the scores of a network, and what to seed its backward pass with."""
+    """Defines which targets count at the scores of a network, and what seeds its backward pass."""
 
     @property
     def tells_loss(self) -> bool:
-        """Whether `seed` has a loss."""
+        """Whether `seed` returns a loss."""
 
     @property
     def default(self) -> str:
-        """How adversarial labels are chosen where nobody says it."""
+        """How adversarial labels are chosen by default."""
 
     def assign(
         self,
@@ -60,13 +60,13 @@ class Objective(Protocol):
         num_classes: int,
         generator: torch.Generator | None,
     ) -> Tensor | str:
-        """Adversarial labels (N, *T), given or drawn; or a word in their place, as "runner-up"."""
+        """Return adversarial labels (N, *T), given or drawn, or a word for none, as "runner-up"."""
 
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:
-        """Number of targets that count, (N,) int64; labels out of range are not looked for."""
+        """Count the targets that count, (N,) int64; labels out of range are not looked for."""
 
     def begin(self, labels: Tensor) -> State:
-        """State of its own for the targets of new images (N, *T), by names that no part uses."""
+        """Return the objective's state for new labels (N, *T), under names that no part uses."""
 
     def seed(
         self,
@@ -77,11 +77,11 @@ class Objective(Protocol):
         align_corners: bool,
         state: State,
     ) -> Seed:
-        """What to seed, without a synchronisation.
+        """Return the seed of the backward pass, without synchronising.
 
-        `state` has the images' rows, such as "updates", those of `begin`, and the number of
-        "targets" that count and of those that are "allowed" to be active; what the objective
-        writes there, it finds again. Without rows of its own it is asked for active targets alone.
+        `state` holds the rows of the images, such as "updates", those of `begin`, and the number of
+        "targets" that count and the number "allowed" to be active. What the objective writes there
+        is kept. If its own rows are missing, only the active targets are wanted.
         """
 
     def refuse(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> None:
@@ -89,75 +89,75 @@ class Objective(Protocol):
 
 
 class Step(Protocol):
-    """How a gradient moves the images."""
+    """Moves the images along a gradient."""
 
     def begin(self, images: Tensor, start: Tensor) -> State:
-        """State of its own for new images (N, *), by names that no other part uses.
+        """Return the step's state for new images (N, *), under names that no other part uses.
 
-        An "x" among it is what the attack begins at in place of `start` (N, *).
+        An entry "x" is where the attack begins instead of `start` (N, *).
         """
 
     def move(self, state: State, seen: Evaluation, going: Tensor) -> Tensor:
         """Move state["x"] in place where `going` (N,), within a distance of state["origin"].
 
-        Called after every evaluation, so that a step can keep what has been best. Where
-        `seen.gradient` is None, no image is going. A row "best" is what an attack gives back in
-        place of "x", a row "best_active" how many targets are active there, and a row "done" says
-        which images are done, in place of `seen.done`.
+        This is called after every evaluation, so that a step can keep the best image. If
+        `seen.gradient` is None, no image is going. Optional rows of the state: "best" is returned
+        by the attack instead of "x"; "best_active" is its number of active targets; "done" marks
+        the images that are done, instead of `seen.done`.
 
         Returns:
-            (N,) bool: which of the going images took the step; the others are as they were.
+            (N,) bool: which of the going images took the step; the others are unchanged.
         """
 
 
 class Schedule(Protocol):
-    """How long it goes on."""
+    """Says when an image stops."""
 
     @property
     def max_iter(self) -> int:
-        """Updates at the most."""
+        """Maximum number of updates."""
 
     @property
     def patience(self) -> int:
-        """An image has stalled when so many steps in a row could not be taken."""
+        """Number of failed steps in a row after which an image has stalled."""
 
     def begin(self, images: Tensor) -> State:
-        """State of its own for new images, as for a step."""
+        """Return the schedule's state for new images, as for a step."""
 
     def allowed(self, targets: Tensor) -> Tensor:
-        """How many of its targets may be active in an image that is done, (N,) float64."""
+        """Return how many targets of an image may be active when it is done, (N,) float64."""
 
 
 class Evaluation(NamedTuple):
-    """What the images under attack are like now."""
+    """The result of evaluating the images under attack."""
 
     active: Tensor
     """(N, K) int32, active targets at each of K networks."""
     wanted: Tensor
-    """(N,) bool, whether there is something to gain by a step."""
+    """(N,) bool, whether a step is wanted for an image."""
     done: Tensor | None
-    """(N,) bool; None where that is what is not wanted."""
+    """(N,) bool, whether an image is done; None if those that want no step are."""
     gradient: Tensor | None
-    """(N, *) of the images; None where no image may move."""
+    """(N, *) gradient with respect to the images; None if no image may move."""
     loss: Tensor | None = None
-    """(N, K) float64, at each network, of objectives that tell it."""
+    """(N, K) float64, the loss at each network, if the objective tells it."""
 
 
 class Aims(NamedTuple):
-    """What an image is attacked at, at each of K networks."""
+    """The targets of one image, at each of K networks."""
 
-    targets: Tensor  # (K,), how many count
+    targets: Tensor  # (K,), number of targets that count
     labels: tuple[Tensor, ...]  # (*T)
     adversarial_labels: tuple[Tensor | str, ...]  # (*T), or a word
-    boxes: tuple[Tensor | None, ...]  # (*), what else the model takes
+    boxes: tuple[Tensor | None, ...]  # (*), other inputs of the model
 
 
 class Evaluator(Protocol):
-    """Evaluates the images: `Networks`, or what an attack brings itself."""
+    """Evaluates the images: `Networks`, or an object of the attack's own."""
 
     @property
     def networks(self) -> int:
-        """K."""
+        """Number K of networks."""
 
     @property
     def tells_loss(self) -> bool:
@@ -165,17 +165,17 @@ class Evaluator(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether an evaluation launches the same each time, and can be a CUDA graph."""
+        """Whether each evaluation launches the same work, so that a CUDA graph can capture it."""
 
     @property
     def states(self) -> Sequence[State]:
-        """Rows of its own for each slot, which move with those of the loop."""
+        """The evaluator's own rows for each slot, which move with those of the loop."""
 
     def advance(self, state: State) -> None:
-        """What the host has to do before an evaluation; may replace tensors of the loop."""
+        """Do the host's work before an evaluation; may replace tensors of the loop."""
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
-        """Evaluate the first N slots, the rows in `state`.
+        """Evaluate the first N slots, whose rows are in `state`.
 
         Args:
             state: rows of the images that have a slot.
@@ -187,32 +187,32 @@ class Evaluator(Protocol):
         """Raise for a label of a slot's image that is out of range."""
 
     def aims(self, slot: int) -> Aims:
-        """What a slot's image was attacked at, copied out."""
+        """Return a copy of the targets of a slot's image."""
 
 
 class Finished(NamedTuple):
-    """One image when it stops."""
+    """An image that has stopped."""
 
     tag: Any  # as given to `Slots.admit`
-    image: Tensor  # (*), the best where the step keeps it
+    image: Tensor  # (*), the best one if the step keeps it
     last: Tensor  # (*)
     origin: Tensor  # (*)
     iterations: int
     status: int
-    left: int  # active targets of the image, at all networks together
+    left: int  # active targets of the image, over all networks
     active: Tensor  # (M + 1, K)
     loss: Tensor | None  # (M + 1, K)
     aims: Aims
-    error: Exception | None = None  # why it could not be attacked after all
+    error: Exception | None = None  # why it could not be attacked
 
 
 def first_rows(state: State, count: int, capacity: int) -> State:
-    """The rows of the first slots."""
+    """Return the rows of the first `count` slots."""
     return state if count == capacity else {name: rows[:count] for name, rows in state.items()}
 
 
 def _note(state: State, loss: Tensor) -> None:
-    """Write the losses (N, K) of the images that run into their history."""
+    """Write the losses (N, K) of the running images into their history."""
     history = state["losses"]
     place = state["updates"].view(-1, 1, 1).expand(-1, 1, loss.shape[1])
     told = torch.where(state["running"].view(-1, 1, 1), loss[:, None], history.gather(1, place))
@@ -220,12 +220,12 @@ def _note(state: State, loss: Tensor) -> None:
 
 
 class Slots:
-    """Images of one size under attack together.
+    """Images of one size that are attacked together.
 
     Args:
-        evaluator: what evaluates them.
-        step: how they move.
-        schedule: how long.
+        evaluator: evaluates the images.
+        step: moves them.
+        schedule: stops them.
         capacity: number of slots.
         image: one of the images, for their size, dtype and device.
         callback: called with (iteration, tags, counts (N, K)) as they become known.
@@ -245,16 +245,16 @@ class Slots:
         self.device = device_for(image.device)
         self.synchronous = self.device.synchronous
         self.state = self._rows(image.new_empty((0, *image.shape)))
-        self.count = 0  # slots from here on have never been taken, or were closed up
-        self.free: list[int] = []  # slots below whose image has stopped and been released
+        self.count = 0  # slots from here on are unused
+        self.free: list[int] = []  # released slots below `count`
         self.tags: list[Any] = [None] * capacity
         self.since = [NEVER] * capacity  # iteration at which a slot was taken
         self.iteration = 0
         self.eager = 0  # iterations of full slots, up to EAGER
-        self.stopped: set[int] = set()  # slots that are known to have stopped, and not told yet
-        self.errors: dict[int, Exception] = {}  # of those that cannot be attacked
-        # Between two updates `patience` steps can fail, each after as many evaluations that see
-        # nothing to gain: those of a round of a universal perturbation.
+        self.stopped: set[int] = set()  # slots known to have stopped, not yet reported
+        self.errors: dict[int, Exception] = {}  # by slot, why it cannot be attacked
+        # Between two updates `patience` steps can fail, each after as many evaluations that want no
+        # step, which are the batches of a round of a universal perturbation.
         self.most = (schedule.max_iter + 1) * schedule.patience**2
         self.readback = Readback(self.device)
         self.graph = Graph(self.device)
@@ -265,7 +265,7 @@ class Slots:
         return self.count - len(self.free)
 
     def _begin(self, images: Tensor, start: Tensor) -> State:
-        """The rows of new images (N, *)."""
+        """Return the rows of new images (N, *)."""
         new, device = len(images), images.device
         history = (new, self.schedule.max_iter + 1, self.evaluator.networks)
         losses = {}
@@ -290,10 +290,10 @@ class Slots:
         return {name: t.new_zeros((self.capacity, *t.shape[1:])) for name, t in rows.items()}
 
     def admit(self, tags: list[Any], images: Tensor, start: Tensor | None = None) -> slice:
-        """Take images (N, *) into fresh slots, or a single one into a released slot.
+        """Put images (N, *) into unused slots, or a single one into a released slot.
 
         Returns:
-            Their slots, which the evaluator must be told of.
+            Their slots, of which the evaluator must be told.
         """
         first = self.free.pop() if self.free and len(tags) == 1 else self.count
         taken = slice(first, first + len(tags))
@@ -307,7 +307,7 @@ class Slots:
         return taken
 
     def take_back(self, taken: slice) -> None:
-        """Give back the slots of images that cannot be attacked after all."""
+        """Free the slots of images that cannot be attacked after all."""
         self.state["running"][taken] = self.state["may_move"][taken] = False
         self._forget(range(taken.start, taken.stop))
         if taken.stop == self.count:
@@ -316,7 +316,7 @@ class Slots:
             self.free += range(taken.start, taken.stop)
 
     def iterate(self) -> None:
-        """One evaluation of every image, and one update of those that still run."""
+        """Evaluate every image once, and update those that still run."""
         self.evaluator.advance(self.state)
         replay = None
         if self.evaluator.capturable and self.count == self.capacity:
@@ -333,7 +333,7 @@ class Slots:
         self.iteration += 1
 
     def evaluate_and_update(self) -> None:
-        """The device's part of an iteration; no decision of the host's depends on its outcome."""
+        """Run the device's part of an iteration; the host does not branch on its outcome."""
         state = first_rows(self.state, self.count, self.capacity)
         may_move = state["may_move"]
         seen = self.evaluator.evaluate(state, may_move, synchronous=self.synchronous)
@@ -361,10 +361,10 @@ class Slots:
         )
 
     def finished(self, *, wait: bool = False) -> list[int]:
-        """Slots whose image is known to have stopped, in rising order; with `wait`, all of them.
+        """Return the slots known to have stopped, in rising order; with `wait`, all that have.
 
         Raises:
-            RuntimeError: iterations that change nothing, which would go on for ever.
+            RuntimeError: iterations change nothing, and would never end.
         """
         for iteration, counts, running in self.readback.known(wait):
             known = [k for k in range(len(counts)) if self.since[k] <= iteration]
@@ -372,7 +372,7 @@ class Slots:
             self.stopped.update(k for k in known if not going[k])
             self._check_progress(iteration, going, worst)
             if min(worst) < -1:
-                self.errors.update({k: self._error(k) for k in known if worst[k] < -1})
+                self.errors.update({k: self.error(k) for k in known if worst[k] < -1})
                 self.stopped.update(self.errors)
             known = [k for k in known if k not in self.errors]
             if self.callback is not None and known:
@@ -380,13 +380,13 @@ class Slots:
         stopped, self.stopped = sorted(self.stopped), set()
         return stopped
 
-    def _error(self, slot: int) -> Exception:
-        """Why the evaluator counts less than no active targets in a slot."""
+    def error(self, slot: int) -> Exception:
+        """Return the reason why the evaluator reports a negative count for a slot."""
         try:
             self.evaluator.refuse(slot)
         except (TypeError, ValueError) as error:
             return error
-        return RuntimeError("active targets were counted below 0, with no label out of range")
+        return RuntimeError("the number of active targets is negative, with no label out of range")
 
     def _check_progress(self, iteration: int, going: list[bool], counts: list[int]) -> None:
         """Raise if an iteration did nothing, or if an image is evaluated again and again."""
@@ -394,17 +394,17 @@ class Slots:
             raise RuntimeError(
                 "an iteration that was captured as a CUDA graph did nothing when it was replayed"
             )
-        unstopped = chain(going, repeat(True))  # slots taken since are told of later
+        unstopped = chain(going, repeat(True))  # slots taken since report later
         oldest = min(compress(self.since, unstopped), default=NEVER)
         if iteration - oldest >= self.most:
             raise RuntimeError(
-                f"an image is still under attack after {iteration - oldest + 1} evaluations, where "
+                f"an image is still under attack after {iteration - oldest + 1} evaluations, but "
                 f"max_iter={self.schedule.max_iter} and patience={self.schedule.patience} allow "
-                f"{self.most}: its evaluator finds it neither done nor worth a step"
+                f"{self.most}: its evaluator says neither that it is done nor that it wants a step"
             )
 
     def outcome(self, slot: int) -> Finished:
-        """What became of a finished slot's image, copied out; waits for the device."""
+        """Return a copy of the outcome of a finished slot; waits for the device."""
         state = self.state
         if slot in self.errors:
             state["running"][slot] = state["may_move"][slot] = False
@@ -431,10 +431,10 @@ class Slots:
         )
 
     def release(self, slots: list[int]) -> None:
-        """Free finished slots, for other images.
+        """Free finished slots for other images.
 
-        On the CPU the rest close up, in order: an iteration costs what its images cost. Elsewhere
-        slots stay where they are, for the graph that was captured with them.
+        On the CPU the remaining slots close up, in order, so that an iteration costs only what its
+        images cost. Elsewhere slots stay in place, for the graph that was captured with them.
         """
         if not slots:
             return
@@ -453,14 +453,14 @@ class Slots:
         self.count = len(kept)
 
     def _forget(self, slots: Iterable[int]) -> None:
-        """Let go of what is known of images whose slots are free."""
+        """Drop what is known about the images of freed slots."""
         for k in slots:
             self.tags[k], self.since[k] = None, NEVER
             self.stopped.discard(k)
             self.errors.pop(k, None)
 
     def collect(self, *, wait: bool = False) -> list[Finished]:
-        """Outcomes of the images that have finished, whose slots are free from then on."""
+        """Return the outcomes of finished images, and free their slots."""
         done = self.finished(wait=wait)
         outcomes = [self.outcome(k) for k in done]
         self.release(done)

@@ -1,4 +1,4 @@
-"""Freed memory kept for the next iteration."""
+"""Keeping freed memory for the next iteration."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from ..ops import native
 
-# A generator that is collected may end its block in a thread that holds the lock.
+# A garbage-collected generator may end its block in a thread that holds the lock.
 _lock = threading.RLock()
 _keeping = 0
-# Whoever set one of these knows better.
+# A user who set one of these knows better.
 _MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
@@ -20,12 +20,12 @@ _MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_T
 def freed_memory_kept() -> Iterator[None]:
     """Let the process keep the memory that it frees, until the last of these blocks ends.
 
-    An iteration allocates and frees the same large tensors as the one before. glibc gets each from
-    the system and gives it back, and touching fresh pages can take longer than the network itself.
-    Attacks on the CPU run in such a block; put one around many short attacks, or all free memory
-    goes back after each. It acts on the whole process, on what the main thread allocates above
-    all, and does nothing without the native module, with another C library than glibc, or where
-    the environment sets MALLOC_... thresholds or GLIBC_TUNABLES of malloc.
+    Each iteration allocates and frees the same large tensors as the one before. glibc gets them
+    from the system and returns them each time, and touching fresh pages can take longer than the
+    network itself. Attacks on the CPU run inside such a block. Put one around many short attacks,
+    or all free memory is returned after each of them. It affects the whole process, above all what
+    the main thread allocates. It does nothing without the native module, with a C library other
+    than glibc, or if the environment sets MALLOC_... thresholds or GLIBC_TUNABLES of malloc.
     """
     global _keeping
     tuned = any(name in os.environ for name in _MALLOC_SETTINGS)

@@ -1,4 +1,4 @@
-"""Networks that evaluate images under attack, each with an objective at targets of its own."""
+"""Networks that evaluate images under attack, each with its own objective and targets."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ..errors import ArgumentError
 from .loop import Aims, Evaluation, Objective, Schedule, State, first_rows
 from .scores import ScoreModel
 
-HALF_SCALE = 2.0**-10  # of the seeds of float16 scores
+HALF_SCALE = 2.0**-10  # factor of the seeds of float16 scores
 
 Assign = Callable[[Tensor, int], "Tensor | str"]
-"""Adversarial labels of labels (N, *T) at scores of so many classes."""
+"""Assigns adversarial labels to labels (N, *T), given the number of classes."""
 
 
 class Targets(NamedTuple):
-    """What images are attacked at, for one network."""
+    """The targets of images, for one network."""
 
     labels: Tensor  # (N, *T)
     assign: Assign
-    boxes: Tensor | None = None  # (N, *), what else the model takes for each image
-    known: tuple[Tensor, Tensor] | None = None  # of a single image: itself as a leaf, its scores
+    boxes: Tensor | None = None  # (N, *), other inputs of the model
+    known: tuple[Tensor, Tensor] | None = None  # of a single image: the leaf, its scores
 
 
 class Network:
-    """One network with its targets in the slots.
+    """A network with its targets in the slots.
 
-    The adversarial labels of new images are drawn at their first evaluation, which tells the
-    classes.
+    The adversarial labels of new images are drawn at the first evaluation, which reveals the number
+    of classes.
     """
 
     def __init__(self, model: Callable[..., Any], objective: Objective, schedule: Schedule) -> None:
@@ -39,14 +39,14 @@ class Network:
         self.state: State = {}
         self.capacity = 0
         self.num_classes: int | None = None
-        self.kept = ""  # what stands for adversarial labels where there are none, as "runner-up"
+        self.kept = ""  # a word instead of adversarial labels, as "runner-up"
         self.undrawn: list[tuple[slice, Assign]] = []
-        self.known: tuple[Tensor, Tensor] | None = None  # of the image admitted last
+        self.known: tuple[Tensor, Tensor] | None = None  # of the last admitted image
 
     def open(self, capacity: int, labels: Tensor, boxes: Tensor | None) -> Network:
-        """The same network with slots for targets like those of an image: (*T), (*)."""
+        """Return the same network with slots for targets like those of one image: (*T), (*)."""
         opened = Network(self.model.model, self.objective, self.schedule)
-        opened.model = self.model  # which looks at the scores once
+        opened.model = self.model  # it checks the scores only once
         opened.capacity = capacity
         opened.state["labels"] = labels.new_zeros((capacity, *labels.shape))
         if boxes is not None:
@@ -70,7 +70,7 @@ class Network:
             self._draw(self.num_classes)
 
     def take_back(self, taken: slice) -> None:
-        """Forget images that cannot be attacked after all."""
+        """Drop images that cannot be attacked after all."""
         self.undrawn = [one for one in self.undrawn if one[0] != taken]
         self.known = None
 
@@ -97,8 +97,7 @@ class Network:
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
         """Evaluate the images; see `loop.Evaluator`.
 
-        The gradient is 0, or anything at all, for images that may not move or that have no active
-        targets.
+        The gradient of images that may not move or that have no active targets is arbitrary.
         """
         x = state["x"]
         own = first_rows(self.state, x.shape[0], self.capacity)
@@ -137,15 +136,15 @@ class Network:
         self.objective.refuse(self.num_classes, self.state["labels"][one], self._adversarial(one))
 
     def adversarial_labels(self, slot: int) -> Tensor | str:
-        """A copy of an image's adversarial labels (*T), or what stands for them."""
+        """Return a copy of an image's adversarial labels (*T), or the word for them."""
         rows = self._adversarial(slice(slot, slot + 1))
         return rows[0].clone() if isinstance(rows, Tensor) else rows
 
 
 class Networks:
-    """One network, or several that are to be fooled by the same image.
+    """One network, or several that the same image is to fool.
 
-    The gradient of each of several networks is divided by its L-infinity norm before they are
+    If there are several, the gradient of each is divided by its L-infinity norm before they are
     added, so that no network outweighs the others.
     """
 
@@ -158,20 +157,20 @@ class Networks:
         self.tells_loss = all(part.objective.tells_loss for part in parts)
 
     def admit(self, taken: slice, targets: Sequence[Targets]) -> None:
-        """Take the targets of new images at each network."""
+        """Take the targets of new images for each network."""
         for part, own in zip(self.parts, targets, strict=True):
             part.admit(taken, own)
 
     def take_back(self, taken: slice) -> None:
-        """Forget images that cannot be attacked after all."""
+        """Drop images that cannot be attacked after all."""
         for part in self.parts:
             part.take_back(taken)
 
     def advance(self, state: State) -> None:
-        """Nothing: all that an evaluation needs is in the slots."""
+        """Do nothing: all that an evaluation needs is in the slots."""
 
     def evaluate(self, state: State, may_move: Tensor, *, synchronous: bool) -> Evaluation:
-        """Evaluate the images at every network; see `loop.Evaluator`."""
+        """Evaluate the images with every network; see `loop.Evaluator`."""
         if len(self.parts) == 1:
             return self.parts[0].evaluate(state, may_move, synchronous=synchronous)
         total: Tensor | None = None
@@ -198,7 +197,7 @@ class Networks:
             part.refuse(slot)
 
     def aims(self, slot: int) -> Aims:
-        """What a slot's image was attacked at, copied out."""
+        """Return a copy of the targets of a slot's image."""
         states = self.states
         return Aims(
             torch.stack([state["targets"][slot] for state in states]),
@@ -209,24 +208,24 @@ class Networks:
 
 
 def input_gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
-    """The backward pass from a seed at the scores to the images, up to a factor."""
+    """Run the backward pass from a seed at the scores to the images, up to a factor."""
     if not scores.requires_grad:
         raise ArgumentError(
             "model must compute its scores from the images differentiably, got scores without a "
             "gradient (does it run under torch.no_grad, or detach?)"
         )
-    if scores.dtype == torch.float16:  # whose largest number a sum over all targets passes
+    if scores.dtype == torch.float16:  # a sum over all targets may overflow
         seed = seed * HALF_SCALE
     (gradient,) = torch.autograd.grad(scores, x, seed, allow_unused=True)
     if gradient is None:
         raise ArgumentError(
-            "model must compute its scores from the images, got scores of other input"
+            "model must compute its scores from the images, got scores that do not depend on them"
         )
     return gradient
 
 
 def normalised(gradient: Tensor, wanted: Tensor) -> Tensor:
-    """Each image's gradient over its L-infinity norm; 0 where that cannot be, or is not wanted."""
+    """Divide each image's gradient by its L-infinity norm; 0 if not possible or not wanted."""
     norms = gradient.abs().flatten(1).amax(1)
     usable = wanted & norms.isfinite() & (1 / norms).isfinite()
     rows = (-1, *[1] * (gradient.dim() - 1))

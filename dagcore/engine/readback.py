@@ -1,4 +1,4 @@
-"""Counts read back from a device, late."""
+"""Delayed reading of counts from a device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .devices import Copy, Device
 
-LAG = 4  # iterations that a device may be ahead of the host
+LAG = 4  # iterations by which the device may lead the host
 
 
 class Readback:
-    """Counts and running images of past iterations, read back as late as the device likes.
+    """Reads back counts and running images of past iterations, without hurrying the device.
 
-    They are copied behind the iteration's kernels and looked at when the copy is done; the host
+    The copies follow the kernels of their iteration and are read once they are complete. The host
     waits only to stay within LAG iterations.
     """
 
@@ -24,11 +24,11 @@ class Readback:
         self.under_way: deque[tuple[int, Copy]] = deque()
 
     def add(self, iteration: int, counts: Tensor, running: Tensor) -> None:
-        """Note an iteration's counts (-1 for images that had stopped) and what runs on, (K,)."""
+        """Start reading an iteration's counts (-1 for stopped images) and running flags, (K,)."""
         self.under_way.append((iteration, self.device.read(counts, running)))
 
     def known(self, wait: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """What has arrived, oldest first; with `wait`, everything."""
+        """Yield what has arrived, oldest first; with `wait`, everything."""
         while self.under_way:
             iteration, copy = self.under_way[0]
             if not (wait or len(self.under_way) > LAG or copy.arrived()):

@@ -1,4 +1,4 @@
-"""Several runs of one image, each from a random point of its own, of which the best counts."""
+"""Several runs per image, each from a different random point; the best run counts."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from .loop import Finished, Slots
 from .networks import Networks, Targets
 
 Point = Callable[[Tensor, int, int], "Tensor | None"]
-"""Where a run of an image (*) begins, from its seed and the run's number; None: at the image."""
+"""Returns where a run of an image (*) begins, from the image's seed and the run's number; None for
+the image itself."""
 
 
 class Run(NamedTuple):
-    """What is under attack in a slot: a run of an image. The tag of `Slots`."""
+    """The run under attack in a slot. The tag of `Slots`."""
 
     key: Any
-    """Of the image."""
+    """Key of the image."""
     seed: int | None = None
-    """Of the image's random points, where it has any."""
+    """Seed of the image's random points, if it has any."""
     number: int = 0
     best: Finished | None = None
-    """Of the runs before."""
+    """Best outcome of the earlier runs."""
 
 
 class Runs:
-    """How often images are run, and from where.
+    """Number and starting points of the runs of each image.
 
     Args:
-        most: runs of an image.
-        point: where each begins.
+        most: maximum number of runs per image.
+        point: returns where each run begins.
     """
 
     def __init__(self, most: int, point: Point) -> None:
         self.most, self.point = most, point
 
     def start(self, image: Tensor, run: Run) -> Tensor:
-        """Where a run of an image (*) begins."""
+        """Return where a run of an image (*) begins."""
         point = None if run.seed is None else self.point(image, run.seed, run.number)
         return image if point is None else point
 
     def over(self, outcome: Finished, slots: Slots) -> Finished | None:
-        """What came of an image whose run has finished; None if it has been given another one."""
+        """Return an image's outcome after a finished run, or None if another run was started."""
         best, run = self.best(outcome), outcome.tag
         again = Run(run.key, run.seed, run.number + 1, best)
         if outcome.error or outcome.status == CONVERGED or again.number == self.most:
@@ -60,14 +61,14 @@ class Runs:
 
     @staticmethod
     def best(outcome: Finished) -> Finished:
-        """The best of an image's runs so far, with its key."""
+        """Return the best outcome of an image's runs so far, with the image's key."""
         before = outcome.tag.best
         kept = outcome.error is None and before is not None and before.left <= outcome.left
         return (before if kept else outcome)._replace(tag=outcome.tag.key)
 
 
 def _same(aims: tuple[Tensor, Tensor | str, Tensor | None]) -> Targets:
-    """What a finished image was attacked at, for another run."""
+    """Return the targets of a finished image, for another run."""
     labels, adversarial, boxes = aims
     again = adversarial[None] if isinstance(adversarial, Tensor) else adversarial
     return Targets(labels[None], lambda *_: again, None if boxes is None else boxes[None])

@@ -1,4 +1,4 @@
-"""The scores in what a model returns."""
+"""Reading the scores from a model's output."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import ArgumentError, ArgumentTypeError
 
-MOST_DESCRIBED = 4  # members of an output that a message shows
-FEW = 16  # targets whose scores may all lie in [0, 1] by chance
+MOST_DESCRIBED = 4  # members of an output shown in a message
+FEW = 16  # fewer targets may have all scores in [0, 1] by chance
 
 
 class AlignedScores(Tensor):
-    """Score maps that are to be enlarged with their corners aligned.
+    """Score maps that must be enlarged with aligned corners.
 
-    Networks that say so hand out their scores as such, and every operation on them keeps the kind,
-    so that whatever is wrapped around a network does not lose how they are to be read. Gradients
-    are plain tensors: they go to the images. Copies by pickle or deepcopy are plain too.
+    A network that requires this returns its scores as this type. Every operation keeps the type, so
+    that it survives whatever is wrapped around the network. Gradients are plain tensors, as they go
+    to the images. Copies by pickle or deepcopy are plain too.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -42,14 +42,15 @@ class AlignedScores(Tensor):
 
 
 def aligned(scores: Tensor) -> Tensor:
-    """Scores that say themselves that they are to be enlarged with corners aligned."""
+    """Mark scores as to be enlarged with aligned corners."""
     return scores.as_subclass(AlignedScores)
 
 
 def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
-    """The scores (N, C, *T) in a model's output, of `least` classes or more.
+    """Return the scores (N, C, *T) in a model's output, which must have at least `least` classes.
 
-    A tensor, {"out": tensor}, .logits, or the only tensor of a tuple that has targets.
+    The output is a tensor, {"out": tensor}, an object with .logits, or a tuple with a single tensor
+    that has targets.
     """
     scores = output
     if isinstance(output, Mapping) and "out" in output:
@@ -72,7 +73,7 @@ def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
             f"{len(images)} images, got {tuple(scores.shape)}"
         )
     if scores.shape[1] < least:
-        hint = ": dagcore.victims.binary(model) makes two of one logit" * (scores.shape[1] == 1)
+        hint = ": dagcore.victims.binary(model) turns one logit into two" * (scores.shape[1] == 1)
         raise ArgumentError(
             f"model must return scores of at least {least} classes, got {tuple(scores.shape)}{hint}"
         )
@@ -80,7 +81,7 @@ def read_scores(output: Any, images: Tensor, *, least: int = 2) -> Tensor:
 
 
 def described(output: Any) -> str:
-    """What a model returned, for a message: "list of 3: (1, 80, 52, 52), ..."."""
+    """Describe a model's output for a message: "list of 3: (1, 80, 52, 52), ..."."""
     kind = type(output).__name__
     if isinstance(output, Mapping):
         members = [f"{key!r}: {_shape(value)}" for key, value in output.items()]
@@ -97,7 +98,7 @@ def _shape(value: Any) -> str:
 
 
 def check_layout(scores: Tensor, targets: tuple[int, ...]) -> None:
-    """Raise for scores (N, *T, C), with the classes last, of targets (*T)."""
+    """Raise for scores (N, *T, C), with the classes last, for targets (*T)."""
     shape = tuple(scores.shape)
     if shape[2:] != targets and shape[1:-1] == targets:
         order = (0, scores.dim() - 1, *range(1, scores.dim() - 1))
@@ -108,7 +109,7 @@ def check_layout(scores: Tensor, targets: tuple[int, ...]) -> None:
 
 
 def warn_of_probabilities(scores: Tensor) -> None:
-    """Warn where scores (N, C, *T) are probabilities, after a softmax or sigmoids. Reads values."""
+    """Warn if scores (N, C, *T) are probabilities, after a softmax or sigmoid. Reads values."""
     if scores.numel() < FEW * scores.shape[1]:
         return
     seen = scores.detach()
@@ -118,7 +119,7 @@ def warn_of_probabilities(scores: Tensor) -> None:
     off = float((seen.sum(1, dtype=torch.float32) - 1).abs().max())
     kind = "a softmax" if off < 1e-2 else "sigmoids"
     warnings.warn(
-        f"the model's scores all lie in [{low:.2g}, {high:.2g}], as after {kind}: attacks want the "
+        f"the model's scores all lie in [{low:.2g}, {high:.2g}], as after {kind}: attacks need the "
         "scores before that, whose gradients do not vanish",
         RuntimeWarning,
         stacklevel=2,
@@ -126,10 +127,10 @@ def warn_of_probabilities(scores: Tensor) -> None:
 
 
 def aligns_corners(model: object, scores: Tensor | None = None) -> bool:
-    """Whether scores below their targets' size are to be enlarged with their corners aligned.
+    """Return whether scores smaller than the labels must be enlarged with aligned corners.
 
-    As the scores say, or the model by an attribute `align_corners`, also where it is the last
-    of an nn.Sequential or inside of DataParallel.
+    The scores decide, or an attribute `align_corners` of the model, which may also be the last
+    module of an nn.Sequential or inside DataParallel.
     """
     if isinstance(scores, AlignedScores):
         return True
@@ -144,10 +145,10 @@ def aligns_corners(model: object, scores: Tensor | None = None) -> bool:
 
 
 class ScoreModel:
-    """A model's scores at the targets of given labels.
+    """A model that returns its scores at the targets of given labels.
 
-    Maps of a lower resolution than the labels are read through bilinear interpolation, in the way
-    that the scores or the model say (`aligns_corners`): `align_corners` after a call.
+    Scores smaller than the labels are interpolated bilinearly later. After a call, `align_corners`
+    says how, as decided by the scores or the model (`aligns_corners`).
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -158,19 +159,19 @@ class ScoreModel:
         self.looked = False
 
     def __call__(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, *T) of images (N, *) whose labels are (N, *T), or maps below their size.
+        """Return scores (N, C, *T), or smaller maps, of images (N, *) whose labels are (N, *T).
 
-        `boxes` (N, *) is what a detector takes beside the images; None for other models.
+        `boxes` (N, *) is the second input of a detector; None for other models.
         """
-        given = images.clone()  # the model's to write into
+        given = images.clone()  # the model may write to it
         try:
             output = self.model(given) if boxes is None else self.model(given, boxes.clone())
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" not in str(error):
                 raise
             raise ArgumentError(
-                "model must not be made under torch.inference_mode, its weights then have no "
-                "gradients to the images: copy.deepcopy(model) outside of it can be attacked"
+                "model must not be made under torch.inference_mode: its weights then pass no "
+                "gradients to the images (attack copy.deepcopy(model), made outside of it)"
             ) from error
         scores = self.read(read_scores(output, images))
         checks.device("scores of model", scores, "labels", labels)
@@ -190,7 +191,7 @@ class ScoreModel:
         return scores
 
     def read(self, scores: Tensor) -> Tensor:
-        """Scores as a plain tensor; `align_corners` is how they are to be enlarged."""
+        """Return scores as a plain tensor; set `align_corners`, which says how to enlarge them."""
         if isinstance(scores, AlignedScores):
             self.align_corners = True
             return scores.as_subclass(Tensor)

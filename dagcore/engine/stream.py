@@ -1,4 +1,4 @@
-"""Attacking a stream of images in slots: when one stops, the next takes its place."""
+"""Attacks on a stream of images in slots: when one image stops, the next takes its place."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .networks import Assign, Network, Networks, Targets
 from .runs import Run, Runs
 
 StreamCallback = Callable[[list[Any], Tensor], None]
-"""Called with the keys of the images under attack and their active targets, -1 where stopped."""
+"""Called with the keys of the images under attack and their active targets, -1 if stopped."""
 
-GRACE = 0.02  # seconds in which a fast source can fill the slots of a CPU, before an iteration
+GRACE = 0.02  # seconds that a CPU waits for samples to fill its slots, before an iteration
 PerNetwork = Tensor | str | Sequence["Tensor | str | None"] | None
 
 
@@ -30,8 +30,8 @@ PerNetwork = Tensor | str | Sequence["Tensor | str | None"] | None
 class Sample:
     """One image to attack.
 
-    For a joint attack `labels`, `adversarial_labels` and `boxes` are sequences with an entry for
-    each network.
+    For a joint attack `labels`, `adversarial_labels` and `boxes` are sequences with one entry per
+    network.
     """
 
     image: Tensor
@@ -39,21 +39,21 @@ class Sample:
     labels: Tensor | Sequence[Tensor]
     """(*T) uint8, int32 or int64."""
     adversarial_labels: PerNetwork = None
-    """(*T), or how to choose them; None for "permutation"."""
+    """(*T), or how to choose them; None for the attack's default."""
     boxes: PerNetwork = None
-    """(P, 4), what a detector's scores are read at; see `DAG.__call__`."""
+    """(P, 4), the boxes at which a detector computes its scores; see `DAG.__call__`."""
     start: Tensor | None = None
-    """(3, H, W), where to begin, if not at the image itself; see `DAG.__call__`."""
+    """(3, H, W), where to begin instead of at the image; see `DAG.__call__`."""
     seed: int | None = None
-    """Of its random choices, at least 0; drawn if None."""
+    """Seed of the sample's random choices, at least 0; drawn if None."""
     key: Any = None
-    """Whatever the caller knows the image by; handed back with its result."""
+    """Any value that identifies the image; returned with its result."""
     known: tuple[Tensor, Tensor] | None = None
     """The image (1, 3, H, W) as a leaf, and the scores that the model has computed from it, with
-    their graph: saves the first evaluation where the image is alone in its slots."""
+    their graph. This saves the first evaluation if the image is alone in its slots."""
 
     def each(self, networks: int) -> list[tuple[Any, Any, Any]]:
-        """Labels, adversarial labels and boxes at each of so many networks."""
+        """Return labels, adversarial labels and boxes for each of the networks."""
         columns = []
         for name in ("labels", "adversarial_labels", "boxes"):
             value = getattr(self, name)
@@ -69,7 +69,7 @@ class Sample:
         return list(zip(*columns, strict=True))
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Sample:
-        """The same sample with every tensor but the key changed."""
+        """Return the same sample with `change` applied to the tensors, other than key and known."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -82,22 +82,22 @@ class Sample:
 
 
 class Deferred(abc.ABC):
-    """A sample that is made when there is a slot for it, in the thread that attacks."""
+    """A sample that the attacking thread makes once a slot is free."""
 
     @abc.abstractmethod
     def sample(self) -> Sample | None:
-        """The sample; None if there is none after all."""
+        """Make the sample; None if there is none."""
 
     def refused(self, error: Exception) -> bool:
-        """Whether an error of the sample's has been dealt with, and the stream is to go on."""
+        """Return whether an error of the sample was handled, so that the stream can continue."""
         return False
 
 
 class Prefetcher:
-    """Samples, fetched by a thread of their own while the device works.
+    """Fetches samples in a separate thread while the device works.
 
-    At most `ahead` of them wait; on a GPU they wait in pinned memory. They are copies: a source may
-    use its buffers again.
+    At most `ahead` samples wait, on a GPU in pinned memory. They are copies: a source may reuse its
+    buffers.
     """
 
     def __init__(self, samples: Iterable[Any], ahead: int, device: Device) -> None:
@@ -111,9 +111,9 @@ class Prefetcher:
         self._thread.start()
 
     def next(self, wait: float | None) -> Sample | Deferred | None:
-        """The next sample; None if none is there yet, or, once `exhausted`, none will come.
+        """Return the next sample; None if none has arrived yet or, once `exhausted`, none will.
 
-        `wait` is in seconds; None for as long as it takes.
+        `wait` is in seconds; None waits for as long as it takes.
         """
         if self.exhausted:
             return None
@@ -125,10 +125,10 @@ class Prefetcher:
         return sample
 
     def close(self) -> None:
-        """Stop fetching: at once, or, where the source itself hangs, with the process."""
+        """Stop fetching: at once or, if the source hangs, when the process ends."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # room in the queue, so that the thread sees that it is to stop
+            while True:  # make room in the queue, so that the thread can stop
                 self._queue.get(timeout=0.05)
         self._thread.join(timeout=1)
 
@@ -141,10 +141,10 @@ class Prefetcher:
                     if isinstance(sample, Sample):
                         sample = sample.with_tensors(self._device.kept)
                     self._queue.put(sample)
-                    del sample  # which is the queue's: the next may be long in coming
+                    del sample  # the queue owns it, and the next may take long to come
                     if self._closed.is_set():  # before another one is made
                         return
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # any error is passed to the consumer
             self.error = error
         finally:
             if not self._closed.is_set():
@@ -152,7 +152,7 @@ class Prefetcher:
 
 
 def device_of(model: object) -> torch.device | None:
-    """Where a module's parameters are; None if that cannot be told."""
+    """Return the device of a module's parameters; None if unknown."""
     if isinstance(model, nn.Module):
         tensor = next(model.parameters(), None)
         return None if tensor is None else tensor.device
@@ -160,17 +160,17 @@ def device_of(model: object) -> torch.device | None:
 
 
 class Stream:
-    """The slots of a stream, one group for each form of image.
+    """The slots of a stream, in one group for each form of image.
 
     Args:
         parts: the networks, without slots.
         step: as for `Slots`.
-        schedule: likewise.
-        slots: images under attack at a time.
+        schedule: as for `Slots`.
+        slots: number of images under attack at a time.
         device: where samples are moved.
-        runs: how often each image is run, and from where.
-        check: gives a sample as it is attacked; raises for one that cannot be.
-        assign: how a sample gets its adversarial labels at each network, and the seed of its runs.
+        runs: number and starting points of the runs of each image.
+        check: returns a sample ready to be attacked; raises if it cannot be.
+        assign: returns a sample's adversarial labels for each network, and the seed of its runs.
         callback: called with (keys, counts (N, K)).
     """
 
@@ -190,7 +190,7 @@ class Stream:
         self.parts, self.step, self.schedule = parts, step, schedule
         self.slots, self.device, self.runs = slots, device, runs
         self.check, self.assign = check, assign
-        # Not a method, which would keep all slots alive with the stream, and the stream with them.
+        # Not a method: it would keep all slots alive with the stream, and the stream with them.
         self.report: Any = None
         if callback is not None:
             self.report = lambda _, runs, counts: callback([run.key for run in runs], counts)
@@ -204,7 +204,7 @@ class Stream:
         return sum(slots.in_flight for slots, _ in self.groups.values())
 
     def run(self, prefetcher: Prefetcher) -> Iterator[Finished]:
-        """Outcomes as images finish; an error of the source's once all before it have."""
+        """Yield outcomes as images finish; an error of the source is raised after all before it."""
         while True:
             if self.error is None:
                 with self.device.current():
@@ -220,7 +220,7 @@ class Stream:
             raise self.error
 
     def fill(self, prefetcher: Prefetcher) -> BaseException | None:
-        """Give free slots to the samples that are there; an error of the source or of a sample."""
+        """Give free slots to waiting samples; return an error of the source or of a sample."""
         while self.in_flight < self.slots:
             sample = prefetcher.next(self.grace if self.in_flight else None)
             if sample is None:
@@ -243,7 +243,7 @@ class Stream:
         key = (form(sample.image), *(tuple(map(form, one)) for one in each))
         with device_for(sample.image.device).current(), torch.inference_mode(False):
             if key not in self.groups:
-                # Forms that nobody has any more make room, or memory would grow with their number.
+                # Drop forms that are no longer in use, or memory would grow with their number.
                 self.groups = {k: one for k, one in self.groups.items() if one[0].in_flight}
                 opened = [
                     part.open(self.slots, labels, boxes)
@@ -272,7 +272,7 @@ class Stream:
                 raise
 
     def iterate(self) -> Iterator[Finished]:
-        """One iteration of every group."""
+        """Run one iteration of every group, and yield the outcomes."""
         for slots, _ in list(self.groups.values()):
             if not slots.in_flight:
                 continue
@@ -283,7 +283,7 @@ class Stream:
                     outcomes = (self.runs.over(one, slots) for one in slots.collect())
                     finished = [one for one in outcomes if one is not None]
             except BaseException:
-                for other, _ in self.groups.values():  # what had finished is not lost
+                for other, _ in self.groups.values():  # outcomes that had finished are not lost
                     with other.device.current():
                         finished = other.collect(wait=True)
                     yield from (self.runs.best(one) for one in finished)
@@ -292,7 +292,7 @@ class Stream:
 
 
 def form(value: object) -> Any:
-    """What the values of images that share slots have in common."""
+    """Return what values must have in common for their images to share slots."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device
     return value == "runner-up"

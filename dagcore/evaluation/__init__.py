@@ -1,4 +1,4 @@
-"""`dagcore run`: whole data sets attacked into a folder, by one process or many, nothing lost."""
+"""Attacks on data sets (`dagcore run`) and evaluations of robustness (`dagcore evaluate`)."""
 
 from .run import run
 from .settings import Settings

@@ -1,4 +1,4 @@
-"""What the command line can attack towards: drawn labels, one class, or a painted pattern."""
+"""Adversarial labels from the command line: drawn labels, one class, or a painted pattern."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from ..losses import UNTARGETED
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name asks for a pattern, well formed or not."""
+    """Whether a name stands for a pattern, even a malformed one."""
     return name in PATTERNS or name.partition(":")[0] in ("text", "mask")
 
 
 def find_class(name: str, num_classes: int, classes: Sequence[str] | None) -> int:
-    """The index that a number or the name of a class stands for."""
+    """Return the index of a class, given its number or its name."""
     if name.lstrip("-").isdecimal():
         if not 0 <= int(name) < num_classes:
             raise ArgumentError(f"class must lie in [0, {num_classes}), got {name}")
         return int(name)
     if classes is None:
-        raise ArgumentError(f"class must be a number, as this model names none, got {name!r}")
+        raise ArgumentError(f"class must be a number for a model without class names, got {name!r}")
     found = [k for k, known in enumerate(classes) if known.lower() == name.lower()]
     if len(found) > 1:
-        raise ArgumentError(f"class {name!r} has several numbers, give one of {found}")
+        raise ArgumentError(f"class {name!r} is ambiguous, give one of its numbers {found}")
     if not found:
         lower = {known.lower(): known for known in classes}
         near = [lower[key] for key in difflib.get_close_matches(name.lower(), lower)]
         hint = f" (near: {', '.join(near)})" if near else ""
-        raise ArgumentError(f"class must be a number or a name of the model's, got {name!r}{hint}")
+        raise ArgumentError(f"class must be a number or a name of a class, got {name!r}{hint}")
     return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """A way to give each image its adversarial labels.
+    """A rule that gives each image its adversarial labels.
 
-    `kind` is one of labels.KINDS, "untargeted", "class" (all towards `foreground`), or a pattern,
-    painted in `foreground` (None: a random class absent from the labels) on `background` (None: the
-    most frequent label).
+    Attributes:
+        kind: one of `labels.KINDS`, "untargeted", "class" (all targets get `foreground`), or a
+            pattern.
+        foreground: class of the pattern. None draws a class that is absent from the labels.
+        background: class around the pattern. None takes the most frequent other label.
     """
 
     kind: str
@@ -63,10 +65,10 @@ class Adversary:
         num_classes: int,
         classes: Sequence[str] | None,
     ) -> Adversary:
-        """Understand --adversarial, --foreground and --background; ValueError where they fail."""
+        """Parse --adversarial, --foreground and --background. Raise ValueError if invalid."""
         if not is_pattern(name):
             if foreground is not None or background is not None:
-                raise ArgumentError("--foreground and --background go with a pattern only")
+                raise ArgumentError("--foreground and --background require a pattern")
             if name in (*KINDS, UNTARGETED):
                 return cls(name)
             try:
@@ -88,7 +90,7 @@ class Adversary:
 
     @property
     def paints(self) -> bool:
-        """Whether it is a pattern."""
+        """Whether the rule paints a pattern."""
         return is_pattern(self.kind)
 
     def check(self, height: int, width: int) -> None:
@@ -102,7 +104,11 @@ class Adversary:
         num_classes: int,
         generator: torch.Generator,
     ) -> tuple[Tensor | str, dict[str, Any]]:
-        """Adversarial labels (h, w) of one image or "runner-up", and classes for the record."""
+        """Choose the adversarial labels of an image.
+
+        Returns:
+            Labels (h, w), or "runner-up" or "untargeted"; and the chosen classes for the record.
+        """
         if self.kind == UNTARGETED:
             return self.kind, {}
         if self.kind in KINDS:
@@ -130,17 +136,17 @@ class Adversary:
         mask = label_maps.pattern(self.kind, height, width)
         if bool(mask.all()) or not bool(mask.any()):
             raise ArgumentError(
-                f"pattern {self.kind!r} must leave both sides of a map of {height} x {width} "
-                "targets something, try a larger image or another pattern"
+                f"pattern {self.kind!r} must cover some, but not all, of {height} x {width} "
+                "targets, try a larger image or another pattern"
             )
         return mask
 
 
 def _absent(counts: Tensor, outside: int, generator: torch.Generator) -> int:
-    """A random class that no label has, other than `outside`."""
+    """Return a random class that is neither among the labels nor `outside`."""
     free = counts == 0
     free[outside] = False
     candidates = free.nonzero().flatten()
     if not len(candidates):
-        raise ArgumentError("every class is among the labels: give --foreground CLASS")
+        raise ArgumentError("every class occurs in the labels: give --foreground CLASS")
     return int(candidates[torch.randint(len(candidates), (1,), generator=generator)])

@@ -23,7 +23,7 @@ Callback = Callable[[int, int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request(AttackOptions):
-    """The command line, as it was given."""
+    """Options of `dagcore attack`."""
 
     images: Sequence[Path]
     out: Path
@@ -34,7 +34,8 @@ class Plan:
     """A request whose input has been checked.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: what is wrong, and with which argument.
+        ValueError, TypeError, OSError, ImportError: if an argument is invalid. The message names
+            the argument and the problem.
     """
 
     def __init__(self, request: Request) -> None:
@@ -46,7 +47,7 @@ class Plan:
             files.probe_image(path)
         victim = find_victim(request, self.device)
         of_many = request.labels is not None and request.labels.suffix == ".json"
-        keys = [path.as_posix() if of_many else path.name for path in paths]  # COCO's are paths
+        keys = [path.as_posix() if of_many else path.name for path in paths]  # COCO lists paths
         self.source = ImageFiles(paths, list(map(str, paths)), keys, request.labels, victim)
         self._check_outputs()
         self.driver = Driver(request, victim, self.source, self.device)
@@ -54,7 +55,7 @@ class Plan:
         files.make_folder(request.out)
 
     def run(self, callback: Callback) -> Iterator[Outcome]:
-        """Attack each image alone, in order, and write what comes of it."""
+        """Attack the images one by one, in order, and write the results."""
         updates = [0] * len(self.source.paths)
         self.records: list[dict[str, Any]] = []
 
@@ -107,6 +108,6 @@ class Plan:
                 if path in taken:
                     raise ArgumentError(
                         f"{taken[path]} and {given} would both be written to {path}: "
-                        "attack them into different folders"
+                        "write them to different folders"
                     )
                 taken[path] = given

@@ -1,8 +1,8 @@
-"""One path for every command: source -> targets -> stream -> measurement.
+"""The pipeline behind every command: source -> targets -> stream -> measurement.
 
-Each image is decoded once. The network that is attacked is run once on the clean image, for labels
-and prediction, which on the CPU, one image at a time, is the attack's first evaluation as well; the
-network itself is run once on the image as its 8-bit file holds it.
+Each image is decoded once. The attacked network runs once on the clean image, for labels and
+prediction. On the CPU with one slot, this pass is also the attack's first evaluation. The network
+itself runs once on the attacked image as stored in its 8-bit file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .targets import ImageTarget, UnfitImageError, rules_for
 from .truth import Truth
 
 Failed = Callable[[int, str], None]
-"""Called with the number of an image that cannot be attacked, and the reason."""
+"""Callback for images that cannot be attacked. It is called with the number and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,12 +44,12 @@ class Job:
     number: int
     name: str
     image: Tensor
-    """(3, H, W) on the network's device."""
+    """Image (3, H, W) on the network's device."""
     target: ImageTarget
     seed: int
-    """Of the image's random choices."""
+    """Seed of the image's random choices."""
     notes: list[str]
-    """What users should know of it."""
+    """Notes on the image for the user."""
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -59,12 +59,13 @@ class Driver:
     """Attacks the images of a source.
 
     Args:
-        options: how.
+        options: options of the attack.
         victim: the network, which judges the attacked images.
-        source: the images.
-        device: where the network is.
-        attacked: the network that is attacked in its place, a faster copy; itself if None.
-        slots: images under attack at a time.
+        source: source of the images.
+        device: device of the network.
+        attacked: network to attack instead of `victim`, such as a faster copy. None attacks
+            `victim`.
+        slots: number of images that are attacked at the same time.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Driver:
         self.attacked = victim if attacked is None else attacked
         self.rules = rules_for(options, self.attacked)
         self.slots = slots
-        # Where the engine takes the scores of the clean image as its first evaluation.
+        # Whether the engine takes the scores of the clean image as its first evaluation.
         begins_there = not self.attack.random_start
         self.reuse = device.type == "cpu" and slots == 1 and begins_there
         self.stopping = threading.Event()
@@ -91,7 +92,7 @@ class Driver:
         self._read: dict[int, tuple[Tensor, Truth]] = {}
 
     def probe(self) -> None:
-        """Raise where the options do not go with the network, as the first fit image shows."""
+        """Raise if the options do not fit the network, by trying the first usable image."""
         for number in range(len(self.source.names)):
             try:
                 image, truth = self.source.read(number)
@@ -108,7 +109,7 @@ class Driver:
             return
 
     def check(self, budget: int) -> None:
-        """Raise for any image that cannot be attacked; keep them, up to so many pixels, decoded."""
+        """Raise if any image cannot be attacked. Keep up to `budget` pixels of decoded images."""
         for number, name in enumerate(self.source.names):
             image, truth = self.source.read(number)
             if number == 0:
@@ -120,17 +121,17 @@ class Driver:
                 self._read[number] = (image * 255).round().byte(), truth
 
     def read(self, number: int) -> tuple[Tensor, Truth]:
-        """An image and its truth, decoded once."""
+        """Return an image and its truth. No image is decoded twice."""
         if number not in self._read:
             return self.source.read(number)
         levels, truth = self._read.pop(number)
         return levels.float() / 255, truth
 
     def job(self, number: int, image: Tensor, truth: Truth) -> Job:
-        """What is to be done with an image (3, H, W).
+        """Run the network on a clean image (3, H, W), and return the image as a job.
 
         Raises:
-            ArgumentError: an image, truth or network that cannot be attacked.
+            ArgumentError: if the image, its truth or the network cannot be attacked.
         """
         name = self.source.names[number]
         image, index = image.to(self.device), (self.options.seed, number)
@@ -144,15 +145,15 @@ class Driver:
         failed: Failed | None = None,
         callback: Callable[[list[Any], Tensor], None] | None = None,
     ) -> Iterator[tuple[Job, Outcome]]:
-        """Attack images, and measure what came of each.
+        """Attack images and measure the results.
 
         Args:
-            numbers: which, taken one by one as there are slots.
-            failed: told of images that cannot be attacked; they raise if None.
+            numbers: numbers of the images, taken one by one as slots become free.
+            failed: called for each image that cannot be attacked. If None, such images raise.
             callback: called with (jobs under attack, their active targets); see `DAG.stream`.
 
         Yields:
-            Jobs with their outcomes, as they finish.
+            Each job with its outcome, as it finishes.
         """
         self.stopping.clear()
         results = self.attack.stream(
@@ -173,7 +174,7 @@ class Driver:
             yield _Image(self, number, failed)
 
     def measured(self, result: Result) -> Outcome:
-        """What came of an image."""
+        """Measure the result of an attack on one image."""
         job: Job = result.key
         written = round_to_8_bits(result.adversarial)
         again, attacked = self._judge(written, job)
@@ -197,13 +198,13 @@ class Driver:
         )
 
     def _right(self, target: ImageTarget) -> int:
-        """How many targets that count the network has right on the clean image."""
+        """Return how many of the counted targets are correct on the clean image."""
         right = torch.where(target.right, target.labels, files.IGNORE)[None]
         count = self.attack.objective().count(target.num_classes, right, target.aims)
         return int(count)
 
     def _to_fool(self, target: ImageTarget) -> int:
-        """Active targets of the clean image, where the attack does not begin there."""
+        """Return how many targets are active on the clean image. Attacks may start elsewhere."""
         objective = self.attack.objective()
         assert isinstance(objective, LossObjective)
         active = objective.active(
@@ -212,7 +213,7 @@ class Driver:
         return int(active)
 
     def _judge(self, written: Tensor, job: Job) -> tuple[int, Prediction]:
-        """Active targets of an image (1, 3, H, W), and what the network sees in it."""
+        """Return the number of active targets of an image (1, 3, H, W), and its prediction."""
         victim, target = self.victim, job.target
         labels, aims = target.labels[None], target.aims
         boxes = None if target.boxes is None else target.boxes[None]
@@ -237,14 +238,14 @@ class Driver:
 
 
 class _Image(Deferred):
-    """An image, decoded as it is fetched, looked at when there is a slot for it."""
+    """An image that is decoded when it is fetched, and evaluated when a slot is free."""
 
     def __init__(self, driver: Driver, number: int, failed: Failed | None) -> None:
         self.driver, self.number, self.failed = driver, number, failed
         self.error: Exception | None = None
         self.ready = driver._ready.pop(number, None)
         if not self.ready:
-            driver._ready.clear()  # numbers rise: another rank's, or done long ago
+            driver._ready.clear()  # numbers only rise: what is left is done, or another rank's
         self.read: tuple[Tensor, Truth] | None = None
         if self.ready is None:
             try:
@@ -253,7 +254,7 @@ class _Image(Deferred):
                 self.error = error
 
     def sample(self) -> Sample | None:
-        """The image with its targets; None for one that cannot be attacked."""
+        """Return the image with its targets. Raise if it cannot be attacked."""
         driver, job = self.driver, self.ready
         driver.in_flight.add(driver.source.names[self.number])
         if self.error is not None:
@@ -267,7 +268,7 @@ class _Image(Deferred):
                     raise
                 raise type(error)(f"{driver.source.names[self.number]}: {error}") from error
         known = job.target.known
-        target = dataclasses.replace(job.target, known=None)  # not to be held through the attack
+        target = dataclasses.replace(job.target, known=None)  # to be freed during the attack
         key = dataclasses.replace(job, target=target)
         return Sample(
             job.image,
@@ -280,7 +281,7 @@ class _Image(Deferred):
         )
 
     def refused(self, error: Exception) -> bool:
-        """Put on record that the image cannot be attacked; not what is the network's own error."""
+        """Report an image that cannot be attacked. Return False for the network's own errors."""
         if self.failed is None or not isinstance(error, (ArgumentError, ArgumentTypeError)):
             return False
         self.driver.in_flight.discard(self.driver.source.names[self.number])

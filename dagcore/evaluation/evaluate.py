@@ -1,4 +1,4 @@
-"""`dagcore.evaluate`: the robustness of a network by a named protocol."""
+"""`dagcore.evaluate`: measure the robustness of a network with a named protocol."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .work import SourceFor, carry_out
 
 
 def run_evaluation(settings: EvaluationSettings, progress: ImageProgress) -> int:
-    """Evaluate a network on a data set; what was done before with the same settings is kept.
+    """Evaluate a network on a data set. Results of an earlier run with the same settings are kept.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped it.
+        The exit status: 0, or 128 + the number of the signal that stopped the evaluation.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
+        ValueError, TypeError, OSError, ImportError: if a setting is invalid. The message names the
+            setting and the problem.
     """
     return carry_out(lambda ranks: Evaluation(settings, ranks, progress))
 
@@ -43,31 +44,32 @@ def evaluate(
     progress: ImageProgress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Measure the robustness of a network by a named protocol; `dagcore evaluate` in Python.
+    """Measure the robustness of a network with a named protocol, like `dagcore evaluate`.
 
-    What an earlier call with the same arguments has put into the folder is not done again, so that
-    a call that was interrupted resumes. Under torchrun all processes share the work.
+    Results that an earlier call with the same arguments left in the folder are reused, so an
+    interrupted call can be resumed. Under torchrun, all processes share the work.
 
     Args:
-        model: a network's name (see `dagcore.victims.load`), or the network: a callable from
-            images (N, 3, H, W) in [0, 1] to scores (N, C, *T), a `dagcore.victims.Victim` or
-            `Detector`. It stays where it is and as it is. Reports call it by its attribute
-            `name`, or else its class.
-        dataset: "scenes", a folder (see `dagcore evaluate --data`), or a sequence: of
-            `dagcore.data.Example`, or of pairs (image, truth), an image (3, H, W) floating point
-            in [0, 1], its truth a label map (H, W) of integers, 255 ignored, or for detectors
-            "boxes" (K, 4) and "labels" (K,).
-        protocol: its name, a TOML file, or a `Protocol`; see `dagcore.evaluation.protocols`.
-        out: folder of the results; see `dagcore evaluate`.
-        epsilon: radii in place of the protocol's, for images in [0, 1].
-        progress: hears of every image; None: nothing is shown.
-        settings: others of `EvaluationSettings`: `levels`, `images`, `slots`, `seed`, ...
+        model: name of a network (see `dagcore.victims.load`), or the network itself: a callable
+            from images (N, 3, H, W) in [0, 1] to scores (N, C, *T), a `dagcore.victims.Victim` or
+            a `Detector`. It is neither moved nor changed. Reports show its attribute `name`, or
+            else the name of its class.
+        dataset: "scenes", a folder (see `dagcore evaluate --data`), or a sequence of
+            `dagcore.data.Example` or of pairs (image, truth). The image is floating point,
+            (3, H, W) in [0, 1]. The truth is a label map (H, W) of integers, where 255 is ignored,
+            or for detectors a mapping with "boxes" (K, 4) and "labels" (K,).
+        protocol: name of a protocol, TOML file, or `Protocol`; see `dagcore.evaluation.protocols`.
+        out: folder for the results; see `dagcore evaluate`.
+        epsilon: radii to use instead of the protocol's, for images in [0, 1].
+        progress: object that is told about every image. None shows nothing.
+        settings: other fields of `EvaluationSettings`: `levels`, `images`, `slots`, `seed`, ...
 
     Returns:
-        What summary.json holds: the scores of each attack, and the worst case, in percent.
+        The content of summary.json: the scores of each attack and the worst case, in percent.
 
     Raises:
-        TypeError, ValueError, OSError: the argument, what was required and what came.
+        TypeError, ValueError, OSError: if an argument is invalid. The message names it, what was
+            required and what was given.
     """
     radii = None if epsilon is None else list(radii_of(epsilon))
     found = find_protocol(protocol)
@@ -76,7 +78,7 @@ def evaluate(
     unused += [] if isinstance(dataset, named) else ["labels", "set"]
     for name in settings:
         if name in unused:
-            raise ArgumentError(f"{name} goes with the name of a network or of a data set only")
+            raise ArgumentError(f"{name} requires a network or a data set that is given by name")
     given = {**settings, "out": Path(out), "epsilon": radii, "protocol": found.name}
     others: dict[str, Any] = {}
     if isinstance(model, (str, Path)):

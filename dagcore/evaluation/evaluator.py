@@ -1,4 +1,4 @@
-"""An evaluation: a network under all attacks of a protocol, image after image."""
+"""Evaluate a network: run all attacks of a protocol on every image of a data set."""
 
 from __future__ import annotations
 
@@ -55,17 +55,19 @@ GRIDS: dict[str, tuple[int | None, ...]] = {"none": (None,), "256": (256,), "bot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(DataSettings):
-    """What is evaluated, and by which protocol.
+    """Settings of an evaluation: the network, the data set and the protocol.
 
     Attributes:
-        protocol: its name, or a TOML file; see `protocols.find_protocol`.
-        epsilon: radii in place of the protocol's, for images in 0..1.
-        levels: "none" attacks images in memory, as most protocols do, and measures what is left
-            of that in 8-bit files too; "256" attacks them on the levels of such files; "both".
-        skip_fooled: whether an image without a right pixel is not attacked again in a larger ball
-            by the same attack: its example lies in that too.
-        check: on how many images the evaluation itself is checked; see `validity`.
-        surrogate: another network, for the check that its examples are no stronger.
+        protocol: name of a protocol, or a TOML file; see `protocols.find_protocol`.
+        epsilon: radii to use instead of the protocol's, for images in 0..1.
+        levels: "none" attacks images in memory, as most protocols do, and measures the examples
+            both in memory and rounded to 8-bit files. "256" attacks images on the 256 levels of
+            such files. "both" does both.
+        skip_fooled: whether to skip the larger balls of an attack once an image has no correct
+            pixel left. The example of the smaller ball lies in the larger ball too.
+        check: number of images on which the evaluation itself is checked; see `validity`.
+        surrogate: name of another network, to check that its adversarial examples are not stronger
+            than the network's own.
     """
 
     protocol: str = "sea-2024"
@@ -87,29 +89,29 @@ class EvaluationSettings(DataSettings):
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """An image under evaluation, and what came of it so far."""
+    """An image under evaluation, with its results so far."""
 
     number: int
     name: str
     image: Tensor
-    """(3, H, W) on the network's device."""
+    """Image (3, H, W) on the network's device."""
     target: ImageTarget
     notes: list[str]
     clean: dict[str, Any]
     truth: dict[str, Any] | None
-    """A detector's boxes, as the record has them."""
+    """True boxes as stored in the record, for detectors; None for segmentation."""
     cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     aims: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of detectors: labels, adversarial labels and boxes, by how the second are chosen."""
+    """For detectors: labels, adversarial labels and boxes, by how adversarial labels are chosen."""
     worst: tuple[int, str, Tensor] | None = None
-    """What is right in the example that leaves the least, the attack's name, and the example."""
+    """The worst example so far: its number of correct pixels or objects, its attack, its image."""
 
     def __repr__(self) -> str:
         return repr(self.name)
 
 
 class Evaluation(Work):
-    """What every rank of an evaluation has."""
+    """An evaluation, as each rank runs it."""
 
     command = "evaluate"
     form = 1
@@ -133,7 +135,7 @@ class Evaluation(Work):
         if settings.epsilon is not None:
             if not balls:
                 raise ArgumentError(
-                    f"epsilon must be None for {self.protocol.name}, which has no ball"
+                    f"epsilon must be None for {self.protocol.name}, which has no radii"
                 )
             if not any(entry.norm == self.protocol.norm for entry in balls):
                 raise ArgumentError(
@@ -147,7 +149,7 @@ class Evaluation(Work):
         self.first: dict[str, Any] | None = None
 
     def _rules(self, adversarial: str) -> TargetRules:
-        """What attacks aim at, where adversarial labels are chosen so."""
+        """Return the target rules for one way to choose adversarial labels."""
         options = AttackOptions(
             model=self.settings.model,
             weights=self.settings.weights,
@@ -158,19 +160,19 @@ class Evaluation(Work):
         return rules_for(options, self.attacked)
 
     def _surrogate(self) -> Any:
-        """The other network, for the check of transfer."""
+        """Load the surrogate for the transfer check; None if there is none."""
         given = self.settings.surrogate
         if given is None:
             return None
         if self.task == "detection":
-            raise ArgumentError("--surrogate goes with segmentation only")
+            raise ArgumentError("--surrogate requires a segmentation network")
         try:
             return load(given, device=self.device)
         except (OSError, ValueError, TypeError, ImportError) as error:
             raise ArgumentError(f"--surrogate {given}: {error}") from error
 
     def made_with(self) -> dict[str, Any]:
-        """What results follow from beside the settings."""
+        """Return what the results depend on besides the settings."""
         record = json.dumps(self.protocol.record(), sort_keys=True)
         return {
             **super().made_with(),
@@ -181,16 +183,16 @@ class Evaluation(Work):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the network can be told by them."""
+        """Whether the network has parameters, by which it can be identified."""
         return isinstance(self.victim, nn.Module) and any(True for _ in self.victim.parameters())
 
     def _first(self) -> str:
-        """What a network without weights sees in the first image, by which it can be told."""
+        """Return a hash of the first image's prediction, to identify networks without weights."""
         assert self.first is not None
         return hashlib.sha256(json.dumps(self.first).encode()).hexdigest()
 
     def probe(self) -> None:
-        """Raise where the first fit image cannot be attacked; its clean pass is kept."""
+        """Raise if the first usable image cannot be attacked. Keep its clean pass."""
         for number in range(len(self.source.names)):
             try:
                 image, truth = self.source.read(number)
@@ -207,11 +209,11 @@ class Evaluation(Work):
             self._check_surrogate(self.ready)
 
     def _check_surrogate(self, job: Job) -> None:
-        """Raise unless the other network has as many classes."""
+        """Raise unless the surrogate runs and has as many classes as the network."""
         try:
             with frozen(self.surrogate), torch.no_grad():
                 scores = ScoreModel(self.surrogate)(job.image[None], job.target.labels[None])
-        except Exception as error:  # a network fails in any way at all
+        except Exception as error:  # a network can raise anything
             raise ArgumentError(
                 f"--surrogate {self.settings.surrogate} failed with {type(error).__name__}: {error}"
             ) from error
@@ -222,9 +224,10 @@ class Evaluation(Work):
             )
 
     def balanced(self) -> Tensor:
-        """1 over the pixels of each class in the data set, adding up to 1; 0 where there is none.
+        """Return class weights (C,): 1 over the number of pixels of each class, scaled to sum to 1.
 
-        Images that cannot be attacked do not count.
+        Classes without a pixel in the data set have weight 0. Images that cannot be attacked are
+        not counted.
         """
         counts = torch.zeros(self.rules.num_classes, dtype=torch.int64)
         for number, name in enumerate(self.source.names):
@@ -245,10 +248,10 @@ class Evaluation(Work):
         return self.rules.target(name, image.to(self.device), truth, source)
 
     def look(self, number: int, image: Tensor, truth: Truth) -> Job:
-        """An image with its clean pass.
+        """Run the network on a clean image (3, H, W), and return the image as a job.
 
         Raises:
-            ArgumentError: an image, truth or network that cannot be evaluated.
+            ArgumentError: if the image, its truth or the network cannot be evaluated.
         """
         self._check(self.source.names[number], image)
         target = self._target(number, image, truth)
@@ -279,7 +282,7 @@ class Evaluation(Work):
                 self.failed(number, " ".join(str(error).split()))
 
     def attack(self, numbers: Iterator[int]) -> Iterator[str]:
-        """Attack as many images at a time as there are slots by one attack after the other."""
+        """Run all attacks on the images, `slots` images at a time. Yield a line for each image."""
         while chunk := list(islice(numbers, self.slots)):
             jobs = list(self._jobs(chunk))
             if jobs and self.weights is None and any(e.class_weights for e in self.entries):
@@ -293,7 +296,7 @@ class Evaluation(Work):
                 yield self.line(job)
 
     def _check(self, name: str, image: Tensor) -> None:
-        """Raise where an image (3, H, W) cannot be attacked as it is."""
+        """Raise if the pixel values of an image (3, H, W) cannot be attacked."""
         entry = self.entries[0]
         for levels in GRIDS[self.settings.levels]:
             attack = entry.build(self.protocol.radii(entry, self.settings.epsilon)[0], levels)
@@ -306,7 +309,7 @@ class Evaluation(Work):
     def _attack_all(
         self, jobs: Sequence[Job], entry: Entry, position: int, levels: int | None
     ) -> None:
-        """Run an attack on images with each of its radii."""
+        """Run one attack on the images at each of its radii."""
         fooled: dict[int, dict[str, Any]] = {}
         for epsilon in self.protocol.radii(entry, self.settings.epsilon):
             for number, cell in fooled.items():
@@ -326,9 +329,9 @@ class Evaluation(Work):
                         fooled[result.key.number] = {**cell, "example_of": epsilon}
 
     def _is_fooled(self, cell: Cell) -> bool:
-        """Whether a larger ball cannot leave fewer pixels right, in memory nor in the file.
+        """Whether no pixel is right, in memory or in the file, so that larger balls can be skipped.
 
-        A detector's mAP also counts what is found where nothing is.
+        Always False for detectors: their mAP also counts detections where there is no object.
         """
         if not self.settings.skip_fooled or self.task == "detection":
             return False
@@ -342,7 +345,7 @@ class Evaluation(Work):
         return Sample(job.image, labels, adversarial, boxes, seed=seed, key=job)
 
     def _aims(self, job: Job, entry: Entry) -> tuple[Any, ...]:
-        """Labels, adversarial labels and boxes of a detector, found once for each way."""
+        """Return labels, adversarial labels and boxes for a detector, computed once per rule."""
         of_tog = entry.attack != "dag" and entry.aims in GOALS
         if of_tog and entry.aims not in job.aims:
             wanted = {e.aims for e in self.entries if e.attack != "dag" and e.aims in GOALS}
@@ -373,7 +376,7 @@ class Evaluation(Work):
     def _cell(
         self, result: Result, entry: Entry, attack: KnownAttack, epsilon: float | None
     ) -> dict[str, Any]:
-        """What an attack made of an image."""
+        """Measure the result of an attack on an image, and add it to the image's job."""
         levels = attack.levels
         job: Job = result.key
         size = _size(job.target)
@@ -424,7 +427,7 @@ class Evaluation(Work):
         self.folder.write_record(job.number, record)
 
     def line(self, job: Job) -> str:
-        """What became of an image, in short."""
+        """Return the result of an image in one line."""
         assert job.worst is not None
         right = right_of({"file": job.clean}, job.truth, "file")
         what = "pixels" if self.task == "segmentation" else "objects"
@@ -432,7 +435,7 @@ class Evaluation(Work):
         return f"{job.name}: {right} {what} right, {job.worst[0]} after {job.worst[1]}{notes}"
 
     def finish(self, records: dict[int, Record], speed: float | None) -> list[str]:
-        """Write the summary and the report, and show it."""
+        """Write the summary and the report, show the summary, and return the warnings."""
         made = list(records.values())
         summary = summarise(made, self.protocol, self.victim.classes, self.task)
         made_with = self.made_with()
@@ -449,13 +452,13 @@ class Evaluation(Work):
         doubtful = [one["name"] for one in summary["checks"] if one["verdict"] == validity.FLAGGED]
         if doubtful:
             summary["warnings"].append(
-                f"{len(doubtful)} checks of the evaluation are flagged, so that it may not be "
-                f"believed: {', '.join(doubtful)}"
+                f"{len(doubtful)} checks of the evaluation are flagged, so its results may be "
+                f"misleading: {', '.join(doubtful)}"
             )
         if digest(self.victim) != self.digest:
             summary["warnings"].append(
                 f"{self.settings.model} has changed its weights or buffers while it was attacked, "
-                "so that results depend on the order of the images"
+                "so the results depend on the order of the images"
             )
         worst = worst_images(made, self.settings.figures)
         summary["figures"] = [self._figure(record) for record in worst]
@@ -466,12 +469,12 @@ class Evaluation(Work):
         return list(summary["warnings"])
 
     def again(self, record: Record) -> tuple[Tensor, ImageTarget]:
-        """An image that was evaluated, with its targets."""
+        """Read an evaluated image again, and return it with its targets."""
         image, truth = self.source.read(record["number"])
         return image.to(self.device), self._target(record["number"], image, truth)
 
     def _figure(self, record: Record) -> dict[str, str]:
-        """Draw what the worst example of an image does."""
+        """Draw the figure of an image's worst example."""
         name, (image, target) = record["name"], self.again(record)
         example = files.read_image(self.folder.path("images", name, "png")).to(self.device)
         note = f"{record['worst']['attack']}, rounded to 8 bits"
@@ -490,30 +493,31 @@ class Evaluation(Work):
         return {"name": name, "path": relative, "note": note}
 
     def data(self) -> str:
-        """The data set in words."""
+        """Return the data set in words."""
         parts = [str(self.settings.data), self.settings.set or ""]
         return " ".join(filter(None, parts))
 
 
 def _size(target: ImageTarget) -> tuple[int, int]:
-    """Rows and columns of the label map; a detector has none, and (1, 1) stands for that."""
+    """Return (rows, columns) of the label map, or (1, 1) for detectors, which have none."""
     height, width = target.labels.shape[-2:] if target.labels.dim() > 1 else (1, 1)
     return height, width
 
 
 def _judged(seen: Prediction, target: ImageTarget) -> dict[str, Any]:
-    """What the network sees, as a record has it: pixels of each class, or detections."""
+    """Return a prediction as records store it: pixel counts per class, or detections."""
     if isinstance(seen, Tensor):
         return {"pixels": tally(seen, target.labels.cpu())}
     return {"seen": {name: values.tolist() for name, values in seen.items()}}
 
 
 def _by_step(result: Result, attack: KnownAttack) -> dict[int, int]:
-    """Pixels that are right in the best example after so many updates, as the attack saw them.
+    """Return the number of correct pixels in the best example so far, by number of updates.
 
-    Of shrinking balls only those in the last one, which count.
+    The counts are the attack's own. With shrinking balls, only updates in the last ball are
+    included, because only they count.
     """
-    last = int(result.iterations[0])  # 2 more than SEA's steps: a change of radius is one
+    last = int(result.iterations[0])  # 2 more than SEA's steps: a change of radius counts
     first = attack.schedule().max_iter - attack.phases[-1][0] if isinstance(attack, APGD) else 0
     best = result.active[first : last + 1, 0].cummin(0).values.tolist()
     steps = sorted({first, *STEPS, (first + last) // 2, last})

@@ -1,4 +1,4 @@
-"""Errors in a network that the user has brought."""
+"""Errors raised in the user's network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ..errors import ArgumentError, ArgumentTypeError
 
 @contextlib.contextmanager
 def of_model(spec: str | None, at: Collection[str] = ()) -> Iterator[None]:
-    """Tell of an error in the network of --model as one of the user's, whatever it is.
+    """Report any error raised in the network of --model as the user's.
 
-    `at` are the images that it may have failed on, looked up when it has.
+    Args:
+        spec: value of --model. None lets all errors pass.
+        at: names of the images that the network may have failed on, read when it fails.
 
     Raises:
-        ArgumentError: the network's error; all others pass.
+        ArgumentError: if the network raises an error. All other errors pass unchanged.
     """
     try:
         yield
@@ -34,9 +36,10 @@ def of_model(spec: str | None, at: Collection[str] = ()) -> Iterator[None]:
 
 
 def comes_from(spec: str, error: BaseException) -> bool:
-    """Whether an error, or what caused it, was raised in a network rather than in dagcore.
+    """Whether an error, or one of its causes, was raised in a network rather than in dagcore.
 
-    That is: below dagcore's last frame there is a call of a module, or a frame of SPEC's package.
+    That is the case if below dagcore's last frame there is a call of a module, or a frame of
+    SPEC's package, or if memory ran out.
     """
     package = spec.partition(":")[0].partition(".")[0]
     cause: BaseException | None = error

@@ -1,4 +1,4 @@
-"""The paper's figures of an attack: image, what is seen, perturbation, what is seen after it."""
+"""The paper's figures of an attack: image, prediction, perturbation, prediction under attack."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Colours = npt.NDArray[np.uint8]
 
 Colour = tuple[float, float, float]
 
-SHOWN_CLASSES = 12  # in the legend
-SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
-VOC_COLOURS = 64  # beyond, VOC's colours are too much alike
+SHOWN_CLASSES = 12  # maximum in the legend
+SHOWN_SCORE = 0.3  # detections with a lower score are not drawn
+VOC_COLOURS = 64  # with more classes, VOC's colours are too similar
 PANEL_WIDTH = 3.4  # inches
-GAP = 0.03  # between panels, in their width
+GAP = 0.03  # between panels, in panel widths
 
 
 def voc_palette(count: int) -> Colours:
-    """PASCAL VOC's colours, the bits of the class spread over red, green and blue: (count, 3)."""
+    """Return PASCAL VOC's colours (count, 3): the class's bits spread over red, green and blue."""
     index = np.arange(count)
     colours = np.zeros((count, 3), dtype=np.uint8)
     for bit in range(8):
@@ -41,7 +41,7 @@ def voc_palette(count: int) -> Colours:
 
 
 def rank_palette(count: int) -> Colours:
-    """Colours (count, 3) that differ most between neighbours: hues a golden angle apart."""
+    """Return colours (count, 3) whose neighbours differ most: hues a golden angle apart."""
     rank = np.arange(count)
     tones = np.array([(0.62, 0.92), (0.85, 0.62), (0.40, 0.78)])  # saturation, brightness
     hues = (0.58 + 0.618034 * rank[:, None]) % 1
@@ -50,7 +50,7 @@ def rank_palette(count: int) -> Colours:
 
 
 def shares(*maps: Tensor) -> dict[int, list[float]]:
-    """Share of each class in each label map, those that are frequent in the first maps first."""
+    """Return the share of each class in each label map, sorted by the shares in the first map."""
     found = [torch.unique(labels.cpu(), return_counts=True) for labels in maps]
     classes = sorted({int(c) for values, _ in found for c in values})
     table = {c: [0.0] * len(maps) for c in classes}
@@ -63,10 +63,10 @@ def shares(*maps: Tensor) -> dict[int, list[float]]:
 def class_colours(
     table: dict[int, list[float]], palette: Sequence[tuple[int, int, int]] | None
 ) -> dict[int, Colour]:
-    """A colour in 0..1 for each class of a table of shares.
+    """Return a colour in 0..1 for each class of a table of shares.
 
-    Networks of few classes have their palette, or VOC's, the same in all figures; among many
-    classes only those in the picture are told apart.
+    With few classes, colours are the network's palette or VOC's, the same in all figures. With
+    many classes, they only distinguish the classes in the picture.
     """
     highest = max(table, default=-1)
     order = {c: c for c in table}
@@ -101,17 +101,17 @@ def attack_figure(
     """Write the figure of the paper's slides as one PNG.
 
     Args:
-        path: the file.
-        image: (3, H, W) clean image in [0, 1].
-        adversarial: (3, H, W) attacked image.
-        predicted: what the network sees in `image`: classes (h, w), enlarged to the image's size,
+        path: path of the file.
+        image: clean image (3, H, W) in [0, 1].
+        adversarial: attacked image (3, H, W).
+        predicted: prediction on `image`: classes (h, w), which are enlarged to the image's size,
             or detections: "boxes" (D, 4), "labels" and "scores" (D,).
-        attacked: what it sees in `adversarial`.
-        classes: names for the legend or the boxes.
+        attacked: prediction on `adversarial`.
+        classes: class names for the legend or the boxes.
         palette: colours (r, g, b) in 0..255 of the classes of label maps.
-        note: a line below the panels.
-        magnify: factor by which the perturbation is shown, around grey.
-        least: score from which a detection is drawn.
+        note: line below the panels.
+        magnify: factor by which the perturbation is multiplied; it is shown around grey.
+        least: minimum score of the detections that are drawn.
     """
     figure = Figure(dpi=150)
     panels = _panels(figure, image.shape[1] / image.shape[2])
@@ -140,11 +140,8 @@ def attack_figure(
         figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
 
 
-"""The same, for detections."""
-
-
 def _panels(figure: Figure, ratio: float) -> list[Axes]:
-    """Four panels of a ratio height / width that fill a figure, but for gaps between them."""
+    """Return four panels that fill a figure except for gaps. `ratio` is their height / width."""
     figure.set_size_inches(PANEL_WIDTH * (4 + 3 * GAP), PANEL_WIDTH * ratio)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=GAP)
     return list(figure.subplots(1, 4))
@@ -161,7 +158,7 @@ def _show(axes: Axes, title: str, pixels: npt.NDArray[np.float32], image: Tensor
 def _draw_boxes(
     axes: Axes, found: Mapping[str, Tensor], classes: Sequence[str] | None, least: float
 ) -> None:
-    """Draw detections with their classes and scores, in the pixels of the image."""
+    """Draw detections with their classes and scores, in pixel coordinates of the image."""
     boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
     for d in found["scores"].argsort(stable=True).tolist():  # the best on top
         if scores[d] < least:
@@ -201,7 +198,7 @@ def _legend(
     colours: dict[int, Colour],
     classes: Sequence[str] | None,
 ) -> list[Patch]:
-    """Colour and text of the classes with the largest share, before or after the attack."""
+    """Return legend entries for the classes with the largest share before or after the attack."""
     room = SHOWN_CLASSES if len(table) <= SHOWN_CLASSES else SHOWN_CLASSES - 1
     most = sorted(table, key=lambda c: -max(table[c]))[:room]
     entries = []
@@ -218,12 +215,12 @@ def _legend(
 
 
 def _plain(text: str) -> str:
-    """A text whose dollar signs matplotlib leaves as they are."""
+    """Escape the dollar signs of a text for matplotlib."""
     return text.replace("$", r"\$")
 
 
 def class_name(index: int, classes: Sequence[str] | None) -> str:
-    """A class as people read it."""
+    """Return the name of a class, or "class INDEX" if it has none."""
     if classes is None or index >= len(classes):
         return f"class {index}"
     return str(classes[index])

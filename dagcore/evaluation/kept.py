@@ -1,4 +1,4 @@
-"""Results that are kept with what they follow from, and taken up only where that still holds."""
+"""Keep results together with what they depend on, and reuse them only while that is unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files import atomic_write
 def differences(
     had: Mapping[str, Any], have: Mapping[str, Any], without: Collection[str] = ()
 ) -> list[str]:
-    """What two results do not share of what they follow from, in words."""
+    """Return the differences between what two results depend on, in words."""
 
     def told(values: Mapping[str, Any], name: str) -> str:
         return repr(values[name]) if name in values else "not set"
@@ -31,23 +31,23 @@ def differences(
 
 
 def refuse(where: Path, differ: Sequence[str]) -> None:
-    """Raise where results are of other settings."""
+    """Raise if results were made with other settings."""
     if differ:
         raise ArgumentError(
             f"--out: {where} has results of other settings: {'; '.join(differ)}. Choose another "
-            "folder, or the old settings"
+            "folder, or use the old settings"
         )
 
 
 def keep_json(path: Path, kept: Mapping[str, Any], of: Mapping[str, Any]) -> None:
-    """Keep numbers in a file, with what they follow from."""
+    """Write numbers to a file, with what they depend on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**kept, "of": of}) + "\n")
 
 
 def read_json(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a file keeps, if that still follows from what there is."""
+    """Return the content of a file if it depends on `of`, or None."""
     if not path.is_file():
         return None
     try:
@@ -60,7 +60,7 @@ def read_json(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 def keep_tensor(
     path: Path, name: str, values: Tensor, known: Mapping[str, Any], of: Mapping[str, Any]
 ) -> None:
-    """Keep a tensor in a file, with what is known of it and what it follows from."""
+    """Write a tensor to a file, with what is known of it and what it depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(value) for key, value in {**known, "settings": of}.items()}
     with atomic_write(path) as temporary:
@@ -68,19 +68,19 @@ def keep_tensor(
 
 
 def known_of(path: Path) -> dict[str, Any]:
-    """What is known of a tensor that is kept, "settings" included."""
+    """Return what is known of a kept tensor, including its "settings"."""
     try:
         with safe_open(path, "pt") as file:
             return {key: json.loads(value) for key, value in file.metadata().items()}
-    except Exception as error:  # bytes that are none of our files fail in any way at all
+    except Exception as error:  # foreign files can raise anything
         raise ArgumentError(f"--out: {path} cannot be read, remove it: {error}") from error
 
 
 def is_kept(path: Path, of: Mapping[str, Any]) -> bool:
-    """Whether a tensor is kept.
+    """Whether a tensor is kept in a file.
 
     Raises:
-        ArgumentError: one that follows from something else, or a file that cannot be read.
+        ArgumentError: if the tensor depends on other settings, or the file cannot be read.
     """
     if not path.is_file():
         return False
@@ -90,6 +90,6 @@ def is_kept(path: Path, of: Mapping[str, Any]) -> bool:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor that is kept."""
+    """Read a kept tensor."""
     values: Tensor = load_file(path)[name]
     return values

@@ -1,4 +1,4 @@
-"""How images are to be attacked, as users say it."""
+"""The user's options for attacks on images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..losses import UNTARGETED
 from ..victims import Detector, Victim, load
 from .adversary import is_pattern
 
-LEVELS = ("256", "none")  # that images which are written to 8-bit files can be attacked on
+LEVELS = ("256", "none")  # on which images for 8-bit files can be attacked
 
 KnownAttack = DAG | BallAttack
 
@@ -33,12 +33,12 @@ ATTACKS: dict[str, tuple[Callable[..., KnownAttack], dict[str, Any]]] = {
     "cospgd": (CosPGD, _PGD),
     "apgd": (APGD, {"loss": "cross-entropy", **_IN_A_BALL, "steps": 100}),
 }
-"""The attacks by name, with the options that go with each and their defaults."""
+"""The attacks by name, each with its options and their defaults."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """The network, where it runs, and the seed of all random choices."""
+    """The network, its device, and the seed of all random choices."""
 
     model: str
     weights: Path | None = None
@@ -49,10 +49,10 @@ class NetworkOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackOptions(NetworkOptions):
-    """How images are attacked: the options that commands share, by their names.
+    """Options of the attack, shared by the commands.
 
-    Those that go with some attacks only are None for the others, and where they are not given the
-    attack's default.
+    Options that the attack does not have are None. Options that are not given get the attack's
+    default.
     """
 
     attack: str = "dag"
@@ -84,7 +84,7 @@ class AttackOptions(NetworkOptions):
             elif value is not None:
                 others = [attack for attack, (_, other) in ATTACKS.items() if name in other]
                 raise ArgumentError(
-                    f"--{name.replace('_', '-')} goes with --attack {checks.names(others)}, "
+                    f"--{name.replace('_', '-')} requires --attack {checks.names(others)}, "
                     f"got --attack {self.attack}"
                 )
         if self.adversarial is None:
@@ -92,17 +92,17 @@ class AttackOptions(NetworkOptions):
 
     @property
     def draws(self) -> bool:
-        """Whether the attack always has adversarial labels."""
+        """Whether the attack always needs adversarial labels."""
         return self.attack == "dag" or self.loss == "dag"
 
     @property
     def aims(self) -> str:
-        """How adversarial labels are chosen: `adversarial` once it has been filled in."""
+        """How adversarial labels are chosen: `adversarial`, or its default."""
         assert self.adversarial is not None
         return self.adversarial
 
     def build(self) -> KnownAttack:
-        """The attack; ArgumentError where options contradict each other."""
+        """Create the attack. Raise ArgumentError if options contradict each other."""
         if self.levels not in LEVELS:
             raise ArgumentError(f"--levels must be {' or '.join(LEVELS)}, got {self.levels!r}")
         kind, own = ATTACKS[self.attack]
@@ -113,11 +113,11 @@ class AttackOptions(NetworkOptions):
                 raise ArgumentError("--goal must be reach for a pattern, got leave")
             settings["goal"] = self.goal or ("reach" if paints else "leave")
             if settings["goal"] == "reach" and self.aims == "runner-up":
-                raise ArgumentError("--adversarial runner-up goes with --goal leave only")
+                raise ArgumentError("--adversarial runner-up requires --goal leave")
         if self.draws and self.aims == UNTARGETED:
-            raise ArgumentError(f"--adversarial {UNTARGETED} does not go with DAG's loss")
+            raise ArgumentError(f"--adversarial {UNTARGETED} cannot be used with DAG's loss")
         if not self.draws and self.aims == "runner-up":
-            raise ArgumentError("--adversarial runner-up goes with DAG's loss only")
+            raise ArgumentError("--adversarial runner-up requires DAG's loss")
         return kind(
             **settings,
             tolerance=self.tolerance,
@@ -127,28 +127,28 @@ class AttackOptions(NetworkOptions):
 
     @property
     def leaves(self) -> bool:
-        """Whether targets are to leave their labels, rather than to reach others."""
+        """Whether targets are to leave their labels, rather than reach other ones."""
         if self.attack == "dag":
             return self.goal != "reach" and not is_pattern(self.aims)
         return self.draws or self.aims == UNTARGETED
 
 
 def find_victim(options: NetworkOptions, device: torch.device) -> Victim | Detector:
-    """The network that is attacked, for images of any size where it takes only one."""
+    """Load the network to attack. If a size is given, it resizes its images to that size."""
     size = None if options.size is None else parse_size(options.size)
     return load(options.model, options.weights, device, size=size)
 
 
 def parse_size(given: str) -> tuple[int, int]:
-    """A size WIDTHxHEIGHT as (height, width)."""
+    """Parse a size WIDTHxHEIGHT, and return (height, width)."""
     width, _by, height = given.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ArgumentError(f"size must be WIDTHxHEIGHT, {given!r} is no size like 512x384")
+        raise ArgumentError(f"size must be WIDTHxHEIGHT, such as 512x384, got {given!r}")
     return int(height), int(width)
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device to run on: a GPU where there is one, unless told otherwise."""
+    """Return the device to run on. The default is a GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -160,6 +160,6 @@ def find_device(name: str | None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ArgumentError(
-            f"--device {name} is not there: torch sees {count} CUDA devices, try cpu"
+            f"--device {name} is not available: torch sees {count} CUDA devices, try cpu"
         )
     return device

@@ -1,4 +1,4 @@
-"""What an attack made of one image: measured, and written into a folder."""
+"""The measured result of an attack on one image, and its files."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from .predict import Prediction
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """One attacked image, (3, H, W) in [0, 1]."""
+    """The result of an attack on one image. Images are (3, H, W) in [0, 1]."""
 
     name: str
     image: Tensor
     adversarial: Tensor
     predicted: Prediction
-    """What the network sees in the clean image: a label map (h, w), or detections."""
+    """Prediction on the clean image: a label map (h, w), or detections."""
     attacked: Prediction
-    """What it sees in the attacked image as its 8-bit file holds it."""
+    """Prediction on the attacked image as stored in its 8-bit file."""
     status: Status
     iterations: int
     active: list[int]
-    """Active targets after 0, 1, ... updates."""
+    """Number of active targets after 0, 1, ... updates."""
     left: int
-    """Active targets of the attacked image."""
+    """Number of active targets of the attacked image."""
     to_fool: int
-    """Active targets of the clean image."""
+    """Number of active targets of the clean image."""
     targets: int
-    """Targets that count: neither ignored nor, for "leave", meant for their label."""
+    """Number of counted targets: not ignored and, for "leave", not aimed at their own label."""
     right_before: int
-    """Those of them that the network has right on the clean image."""
+    """Number of counted targets that are correct on the clean image."""
     active_after_rounding: int
-    """Active targets of the attacked image as its 8-bit file holds it."""
+    """Number of active targets of the attacked image as stored in its 8-bit file."""
     perceptibility: float
     perceptibility_after_rounding: float
     notes: list[str]
-    """What users should know of the image."""
+    """Notes on the image for the user."""
 
     @property
     def perturbation(self) -> Tensor:
-        """(3, H, W), attacked minus clean."""
+        """Attacked minus clean image, (3, H, W)."""
         return self.adversarial - self.image
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers, ready for JSON."""
+        """Return the numbers, ready for JSON."""
         maps = ("image", "adversarial", "predicted", "attacked")
         fields = [field.name for field in dataclasses.fields(self) if field.name not in maps]
         return {name: getattr(self, name) for name in fields}
 
     def record(self) -> dict[str, Any]:
-        """The numbers, and what a detector has found, ready for JSON."""
+        """Return the numbers and a detector's detections, ready for JSON."""
         record = self.numbers()
         if isinstance(self.predicted, Mapping) and isinstance(self.attacked, Mapping):
             for name, seen in (("detections", self.predicted), ("attacked", self.attacked)):
@@ -68,7 +68,7 @@ class Outcome:
         return record
 
     def line(self) -> str:
-        """What became of it, in short."""
+        """Return the result in one line for the terminal."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
             f"{self.left} targets active, {self.right_before} of {self.targets} right before"
@@ -76,15 +76,15 @@ class Outcome:
         )
 
     def remarks(self) -> str:
-        """The notes, behind a line."""
+        """Return the notes in brackets, to append to a line."""
         return f" ({'; '.join(self.notes)})" if self.notes else ""
 
     def note(self, *, leaves: bool) -> str:
-        """The numbers in one line."""
+        """Return the numbers in one line for a figure."""
         if not self.targets:
-            return "no targets: the image is left as it is"
+            return "no targets: the image is unchanged"
         if not self.to_fool:
-            return f"none of {self.targets} targets to fool: the image is left as it is"
+            return f"none of {self.targets} targets to fool: the image is unchanged"
         state = "left" if leaves else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
@@ -95,7 +95,7 @@ class Outcome:
 
 
 def output_files(folder: Path, name: str) -> dict[str, Path]:
-    """The files of one attacked image."""
+    """Return the paths of the files of one attacked image."""
     endings = {
         "image": "png",
         "perturbation": "perturbation.safetensors",
@@ -113,7 +113,7 @@ def write(
     leaves: bool,
     record: dict[str, Any],
 ) -> None:
-    """Write the attacked image, the perturbation, the figure and, last, the record."""
+    """Write the attacked image, the perturbation, the figure and finally the record."""
     paths = output_files(folder, outcome.name)
     files.write_image(paths["image"], outcome.adversarial)
     with files.atomic_write(paths["perturbation"]) as temporary:

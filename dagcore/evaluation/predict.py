@@ -1,4 +1,4 @@
-"""What a network sees in an image."""
+"""Predictions of networks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def predict(
     image: Tensor,  # (3, H, W)
     size: tuple[int, int],
 ) -> Prediction:
-    """A label map of a size (h, w), or detections, on the CPU."""
-    given = image[None].clone()  # the network's to write into
+    """Return a network's label map of a size (h, w), or its detections, on the CPU."""
+    given = image[None].clone()  # a copy, as the network may write to it
     with device_for(given.device).current(), frozen(victim), torch.no_grad():
         if isinstance(victim, Detector):
             (found,) = victim.detect(given)

@@ -1,4 +1,4 @@
-"""What long work tells of itself; the commands show it."""
+"""Interfaces through which long work reports its progress, so that commands can show it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Progress(Protocol):
-    """How far several pieces of work are, each called by a name."""
+    """Progress of several named tasks."""
 
     def add(self, what: str, total: int, *, done: int = 0) -> None:
-        """Announce a piece of work, of which some may be done already."""
+        """Add a task of `total` steps, of which `done` are finished already."""
 
     def advance(self, what: str, count: int = 1) -> None:
-        """Count what has been done."""
+        """Advance a task by `count` steps."""
 
 
 class ImageProgress(Protocol):
-    """How far a run over images is, from `begin` on while a `with` block runs."""
+    """Progress of a run over images. `begin` is called first, then a `with` block is entered."""
 
     def __enter__(self) -> object: ...
 
@@ -32,16 +32,16 @@ class ImageProgress(Protocol):
     ) -> None: ...
 
     def begin(self, total: int, missing: int, *, silent: bool = False) -> None:
-        """Announce the images, of which some are done already; all but the first rank is silent."""
+        """Announce `total` images, of which `missing` remain. All but the first rank are silent."""
 
     def watched(self, keys: Sequence[object], active: Tensor) -> None:
-        """Hear of the active targets of the images under attack, -1 of those that stopped."""
+        """Receive the active targets of the images under attack, -1 for images that stopped."""
 
     def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
-        """Hear what became of an image, of which so many have been finished by all ranks."""
+        """Receive the result of an image as text. All ranks have finished `count` images by now."""
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
-        """Show the summary of the run, and how many images were attacked a second."""
+        """Show the summary of the run, and its speed in images per second."""
 
 
 class Silent:
@@ -54,13 +54,13 @@ class Silent:
         pass
 
     def begin(self, total: int, missing: int, *, silent: bool = False) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def watched(self, keys: Sequence[object], active: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finished(self, count: int, what: str, *, passed_over: bool = False) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def summary(self, summary: Mapping[str, Any], speed: float | None) -> None:
-        """Nothing."""
+        """Do nothing."""

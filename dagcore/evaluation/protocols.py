@@ -1,4 +1,4 @@
-"""Protocols: which attacks a number for robustness stands for, by a name that has a version."""
+"""Protocols: named and versioned sets of attacks that define a measure of robustness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .settings import read_toml
 from .tog import GOALS
 
 TASKS = ("segmentation", "detection")
-# Settings of an entry; others are its attack's.
+# Settings of an entry itself; all others are arguments of its attack.
 OWN = ("name", "attack", "task", "adversarial", "epsilon", "class_weights", "returns")
 BALANCED = "balanced"
 
@@ -31,19 +31,18 @@ class Entry:
     """An attack of a protocol.
 
     Attributes:
-        name: what results call it.
-        attack: its kind: "dag", "pgd", "segpgd", "cospgd" or "apgd".
-        task: what networks it is for, "segmentation" or "detection"; None: both.
-        adversarial: how adversarial labels are chosen: for segmentation as `Attack.__call__` has
-            it, for detectors a goal of TOG's (`tog.GOALS`) or, for DAG's loss, as
-            `Detector.dense_targets` has it. None: "permutation" for DAG, else "untargeted".
-        epsilon: one or more radii of its own, in place of the protocol's. DAG has a ball only
-            where they are given.
-        class_weights: "balanced" weighs the loss of a target by how rare its class is: 1 over its
-            number of pixels in the data set, all weights adding up to 1; None: all classes alike.
-        returns: which iterate counts: the "best", which has the fewest active targets, or the
-            "last".
-        settings: of the attack, by the names of its arguments.
+        name: name of the attack in results.
+        attack: kind of attack: "dag", "pgd", "segpgd", "cospgd" or "apgd".
+        task: task of the networks it is for, "segmentation" or "detection". None is both.
+        adversarial: how adversarial labels are chosen. For segmentation see `Attack.__call__`. For
+            detectors it is a goal of TOG (`tog.GOALS`) or, with DAG's loss, a choice of
+            `Detector.dense_targets`. None is "permutation" for DAG, else "untargeted".
+        epsilon: one or more radii to use instead of the protocol's. DAG has a ball only if they
+            are given.
+        class_weights: "balanced" weights the loss of a target by 1 over the number of pixels of
+            its class in the data set, scaled to sum to 1. None weights all classes equally.
+        returns: which iterate counts: the "best", with the fewest active targets, or the "last".
+        settings: arguments of the attack, by name.
     """
 
     name: str
@@ -68,15 +67,15 @@ class Entry:
         if self.class_weights is not None:
             checks.choice("class_weights", self.class_weights, (BALANCED,))
             if not isinstance(self.settings.get("loss"), str):
-                raise ArgumentError(f"class_weights go with a loss by name, {self.name!r} has none")
+                raise ArgumentError(f"class_weights require a loss by name, {self.name!r} has none")
             if self.task != "segmentation":
-                raise ArgumentError(f"class_weights go with segmentation, got task {self.task!r}")
+                raise ArgumentError(f"class_weights require task 'segmentation', got {self.task!r}")
         made = self.build(1.0 if self.in_a_ball else None)
         for task in TASKS if self.task is None else (self.task,):
             self._check_aim(task, made)
 
     def _check_aim(self, task: str, made: KnownAttack) -> None:
-        """Raise unless adversarial labels can be chosen so for a task."""
+        """Raise unless the choice of adversarial labels is valid for a task."""
         if task == "segmentation":
             made.check_kind(self.adversarial)
             return
@@ -86,23 +85,23 @@ class Entry:
 
     @property
     def aims(self) -> str:
-        """How adversarial labels are chosen: `adversarial` once it has been filled in."""
+        """How adversarial labels are chosen: `adversarial`, or its default."""
         assert self.adversarial is not None
         return self.adversarial
 
     @property
     def balls(self) -> tuple[float, ...]:
-        """Radii of its own."""
+        """Radii of this entry; empty if it uses the protocol's."""
         return () if self.epsilon is None else radii_of(self.epsilon)
 
     @property
     def in_a_ball(self) -> bool:
-        """Whether it has a radius."""
+        """Whether the attack is bounded by a radius."""
         return self.attack != "dag" or self.epsilon is not None
 
     @property
     def norm(self) -> str:
-        """The norm of its ball."""
+        """Norm of the attack's ball."""
         return str(self.settings.get("norm", "linf"))
 
     def build(
@@ -111,10 +110,10 @@ class Entry:
         levels: int | None = None,
         class_weights: Tensor | None = None,  # (C,)
     ) -> KnownAttack:
-        """The attack within a radius.
+        """Create the attack with a radius.
 
         Raises:
-            TypeError, ValueError: settings that it does not have, or out of their range.
+            TypeError, ValueError: if the attack does not have a setting, or a value is invalid.
         """
         kind, _ = ATTACKS[self.attack]
         known = inspect.signature(kind).parameters
@@ -132,21 +131,22 @@ class Entry:
         return made
 
     def record(self) -> dict[str, Any]:
-        """Everything that its results follow from, ready for JSON."""
+        """Return everything that the results depend on, ready for JSON."""
         radii = list(self.balls) or None
         return {**dataclasses.asdict(self), "epsilon": radii, "settings": dict(self.settings)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The attacks that a number for robustness stands for.
+    """A named set of attacks that defines a measure of robustness.
 
     Attributes:
-        name: with a version, such as a year; do not compare numbers across versions.
-        title: what it is, and where it comes from.
-        attacks: in their order, those of each task with names of their own.
-        epsilon: one or more radii, for images in 0..1; empty for attacks without a ball.
-        norm: the norm that these radii are in.
+        name: name with a version, such as a year. Results of different versions are not
+            comparable.
+        title: description and source of the protocol.
+        attacks: attacks in their order. Those for one task have different names.
+        epsilon: one or more radii, for images in 0..1. Empty for attacks without a ball.
+        norm: norm of these radii.
     """
 
     name: str
@@ -170,24 +170,24 @@ class Protocol:
         for entry in self.attacks:
             if entry.in_a_ball and not self.radii(entry):
                 raise ArgumentError(
-                    f"attacks: {entry.name} must have an epsilon in the norm {entry.norm}, which "
-                    f"those of the protocol are not in"
+                    f"attacks: {entry.name} must have an epsilon in the norm {entry.norm}, for "
+                    f"which the protocol has none"
                 )
 
     def _of(self, task: str) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.attacks if entry.task in (None, task))
 
     def attacks_for(self, task: str) -> tuple[Entry, ...]:
-        """The attacks on networks for a task."""
+        """Return the attacks on networks for a task."""
         found = self._of(task)
         if not found:
             raise ArgumentError(f"protocol {self.name} must have attacks for {task}, it has none")
         return found
 
     def radii(self, entry: Entry, given: Sequence[float] | None = None) -> tuple[float | None, ...]:
-        """The radii of an attack in rising order, (None,) where it has no ball.
+        """Return the radii of an attack in ascending order, or (None,) if it has no ball.
 
-        Those that users give take the place of the protocol's, in its norm.
+        Radii given by the user replace those of attacks in the protocol's norm.
         """
         if not entry.in_a_ball:
             return (None,)
@@ -197,11 +197,11 @@ class Protocol:
 
     @property
     def balls(self) -> tuple[float, ...]:
-        """The radii."""
+        """Radii of the protocol."""
         return radii_of(self.epsilon)
 
     def record(self) -> dict[str, Any]:
-        """Everything that its results follow from, ready for JSON."""
+        """Return everything that the results depend on, ready for JSON."""
         return {
             **dataclasses.asdict(self),
             "epsilon": list(self.balls),
@@ -210,7 +210,7 @@ class Protocol:
 
 
 def radii_of(epsilon: Any) -> tuple[float, ...]:
-    """One or more radii as a tuple; raise unless they are numbers above 0."""
+    """Return one or more radii as a tuple. Raise unless they are numbers above 0."""
     radii = tuple(epsilon) if isinstance(epsilon, (list, tuple)) else (epsilon,)
     for radius in radii:
         checks.number("epsilon", radius, above=0)
@@ -223,7 +223,7 @@ def _sea(name: str, loss: str, class_weights: str | None = None) -> Entry:
 
 
 def _three(steps: int, **settings: Any) -> tuple[Entry, ...]:
-    """PGD, SegPGD and CosPGD of so many steps."""
+    """Return entries for PGD, SegPGD and CosPGD with a number of steps."""
     kinds = {"PGD": "pgd", "SegPGD": "segpgd", "CosPGD": "cospgd"}
     return tuple(
         Entry(name=name, attack=attack, settings={"steps": steps, **settings})
@@ -321,14 +321,15 @@ PROTOCOLS = {one.name: one for one in (SEA, SEMSEGBENCH, COSPGD, TOG, DAG_2017)}
 
 
 def find_protocol(given: str | Path | Protocol) -> Protocol:
-    """A protocol by its name, or from a TOML file of one's own.
+    """Return a protocol by its name, or read it from a TOML file.
 
-    The file has `name`, and may have `title`, `epsilon` and `norm`; each of its tables
-    `[[attacks]]` has `name` and `attack`, and may have what else `Entry` has, and the arguments of
-    the attack. Numbers may be written as fractions: "8/255".
+    The file must have `name`, and may have `title`, `epsilon` and `norm`. Each of its tables
+    `[[attacks]]` must have `name` and `attack`, and may have the other attributes of `Entry` and
+    the arguments of the attack. Numbers may be written as fractions: "8/255".
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: no such protocol, or what is wrong in the file.
+        FileNotFoundError, TypeError, ValueError: if there is no such protocol, or the file is
+            invalid. The message names the problem.
     """
     if isinstance(given, Protocol):
         return given
@@ -393,7 +394,7 @@ def _entry(table: Mapping[str, Any], norm: str | None) -> Entry:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A fraction in text as a number, everything else as it is."""
+    """Convert a fraction written as text to a number. Return everything else unchanged."""
     if isinstance(value, str) and value.lstrip("+-.")[:1].isdigit():
         return checks.fraction(name, value)
     return value

@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or those that torchrun has started."""
+"""The processes of a run: a single one, or those started by torchrun."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import ArgumentError
 
-BEYOND = 2**40  # images
-TIMEOUT = datetime.timedelta(days=7)  # from one rank's last image to the next one's
+BEYOND = 2**40  # more images than any data set has
+TIMEOUT = datetime.timedelta(days=7)  # between the last images of two ranks
 
 
 class Ranks:
-    """A process that is alone."""
+    """A single process."""
 
     rank, world = 0, 1
 
@@ -28,23 +28,23 @@ class Ranks:
         self._finished = itertools.count(1)
 
     def claim(self) -> int:
-        """The next number that no rank has claimed, from 0."""
+        """Return the next number from 0 on that no rank has claimed."""
         return next(self._claims)
 
     def stop(self) -> None:
-        """Let no rank claim anything any more."""
+        """Stop all ranks from claiming more images."""
         self._claims = itertools.count(BEYOND)
 
     def count(self) -> int:
-        """Count an image that is finished; how many are by now, of all ranks."""
+        """Count a finished image, and return how many all ranks have finished."""
         return next(self._finished)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on each of them."""
+        """Return the values of all ranks, on each rank."""
         return [value]
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on the first rank what went wrong on any; the others end without a word."""
+        """Raise on the first rank if any rank has an error. The other ranks exit silently."""
         errors = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None and self.rank == 0:
             raise error
@@ -56,21 +56,21 @@ class Ranks:
         raise SystemExit(2)
 
     def device(self) -> str | None:
-        """The device that this rank is to run on; None where that is open."""
+        """Return the device for this rank; None if it may be any."""
         return None
 
     def close(self) -> None:
-        """Part from the others."""
+        """Disconnect from the other ranks."""
 
 
 class Torchrun(Ranks):
-    """One of several processes, which take images from one counter as they get to them.
+    """One of several processes, which claim images from a shared counter.
 
-    They exchange numbers and short texts only, through the store and gloo; on GPUs there is nccl,
-    as torch expects it, but no tensor for it to send.
+    They exchange only numbers and short texts, through the store and gloo. On GPUs nccl is set up
+    too, because torch expects it, but it never sends a tensor.
     """
 
-    calls = itertools.count()  # the store keeps what earlier ones in this process have left
+    calls = itertools.count()  # for new names: the store keeps the values of earlier calls
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,19 +83,19 @@ class Torchrun(Ranks):
         self._store = PrefixStore("images", store)
 
     def claim(self) -> int:
-        """The next number that no rank has claimed, from 0."""
+        """Return the next number from 0 on that no rank has claimed."""
         return int(self._store.add("claimed", 1)) - 1
 
     def stop(self) -> None:
-        """Let no rank claim anything any more."""
+        """Stop all ranks from claiming more images."""
         self._store.add("claimed", BEYOND)
 
     def count(self) -> int:
-        """Count an image that is finished; how many are by now, of all ranks."""
+        """Count a finished image, and return how many all ranks have finished."""
         return int(self._store.add("finished", 1))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on each of them."""
+        """Return the values of all ranks, on each rank."""
         values: list[Any] = [None] * self.world
         try:
             distributed.all_gather_object(values, value)
@@ -106,17 +106,17 @@ class Torchrun(Ranks):
         return values
 
     def device(self) -> str | None:
-        """A GPU of its own on this machine, where there are GPUs."""
+        """Return this rank's GPU on its machine; None without GPUs."""
         if not torch.cuda.is_available():
             return None
         return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
 
     def close(self) -> None:
-        """Part from the others."""
+        """Disconnect from the other ranks."""
         distributed.destroy_process_group()
 
 
 def connect() -> Ranks:
-    """The processes of this run."""
+    """Connect to the processes of this run."""
     started = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     return Torchrun() if started else Ranks()

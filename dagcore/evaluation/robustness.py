@@ -1,4 +1,4 @@
-"""What the records of an evaluation come to: scores of each attack, and the worst case."""
+"""Summarise the records of an evaluation: scores of each attack, and the worst case."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .store import FAILED, Record
 from .summary import as_number, boxes_of, warning_of_labels
 
 STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 50, 70, 100, 140, 200, 300, 500, 700, 1000)
-"""After how many updates it is told what is right so far."""
+"""Numbers of updates after which correct pixels are reported."""
 STAGES = ("memory", "file")
-RISE = 1.0  # points of accuracy that a larger ball may leave more: attacks begin at random points
-FEW_STEPS = 4  # with which nothing can be said of the second half
-UNFINISHED = 5.0  # points of accuracy that the second half of the updates may take
+RISE = 1.0  # points by which accuracy may rise in a larger ball, as attacks start at random points
+FEW_STEPS = 4  # updates below which the second half says nothing
+UNFINISHED = 5.0  # points of accuracy that may be lost in the second half of the updates
 
 Cell = Mapping[str, Any]
-"""What an attack made of an image, or of all images: see `evaluate.Evaluation`."""
+"""Result of an attack on one image, or on all images; see `evaluator.Evaluation`."""
 Summary = Mapping[str, Any]
-"""What summary.json holds."""
+"""The content of summary.json."""
 Key = tuple[str, Any, Any, Any]
 
 
 def told_radius(cell: Cell) -> str:
-    """The ball of an attack in words."""
+    """Return the radius and the norm of an attack's ball in words."""
     epsilon, norm = cell["epsilon"], cell["norm"]
     if epsilon is None:
         return "no ball"
@@ -40,7 +40,7 @@ def told_radius(cell: Cell) -> str:
 
 
 def right_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = None) -> int:
-    """Pixels, or true objects, that the network has right."""
+    """Return the number of correct pixels, or of correctly detected objects."""
     judged = cell[next(name for name in STAGES if name in cell) if stage is None else stage]
     if "pixels" in judged:
         return sum(counts[0] for counts in judged["pixels"].values())
@@ -49,14 +49,14 @@ def right_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = No
 
 
 def _errors(found: Mapping[str, Any], truth: Mapping[str, Any]) -> ErrorCounts:
-    """The detections in one image by their errors."""
+    """Count the detections in one image by kind of error."""
     errors = DetectionErrors(2 + max([0, *truth["labels"], *found["labels"]]))
     errors.update(*boxes_of(found, truth))
     return errors.compute()
 
 
 def right_when_clean(record: Record) -> tuple[int, int]:
-    """Pixels, or true objects, that are right in the clean image, and all that count."""
+    """Return the numbers of correct and of all counted pixels (objects) in the clean image."""
     judged, truth = record["clean"], record.get("truth")
     if truth is None:
         counts = judged["pixels"].values()
@@ -66,7 +66,7 @@ def right_when_clean(record: Record) -> tuple[int, int]:
 
 
 def worst_images(records: Iterable[Record], count: int) -> list[Record]:
-    """Images of which the least is left, as a share of what was right when clean."""
+    """Return the images that keep the smallest share of their correct pixels or objects."""
     found = []
     for record in records:
         if "worst" in record and (right := right_when_clean(record)[0]):
@@ -77,7 +77,7 @@ def worst_images(records: Iterable[Record], count: int) -> list[Record]:
 def summarise(
     records: Sequence[Record], protocol: Protocol, classes: Sequence[str] | None, task: str
 ) -> dict[str, Any]:
-    """The summary of an evaluation, from the records of all its images."""
+    """Return the summary of an evaluation, from the records of all its images."""
     done = [record for record in records if record["status"] != FAILED]
     summary: dict[str, Any] = {
         "protocol": protocol.record(),
@@ -123,7 +123,7 @@ def summarise(
         "results": results,
         "worst_case": worst_cases(done, names) if task == "segmentation" else [],
         "cost": {
-            # Of the network that is attacked, and of the one that judges; for what TOG aims at.
+            # One of the attacked network, one of the judging network, one for TOG's targets.
             "clean passes per image": 2 if task == "segmentation" else 3,
             "forward": _mean(sum(c["forward"] for c in r["cells"]) for r in done),
             "backward": _mean(sum(c["backward"] for c in r["cells"]) for r in done),
@@ -133,7 +133,7 @@ def summarise(
 
 
 def _groups(records: Sequence[Record]) -> Iterator[tuple[Key, str, list[Cell]]]:
-    """What each attack made of every image, in the order of the protocol."""
+    """Yield the results of each attack on all images, in the order of the protocol."""
     for k, first in enumerate(records[0]["cells"]):
         cells = [record["cells"][k] for record in records]
         key = (first["attack"], first["norm"], first["epsilon"], first["levels"])
@@ -143,9 +143,9 @@ def _groups(records: Sequence[Record]) -> Iterator[tuple[Key, str, list[Cell]]]:
 
 
 def _by_step(cells: Sequence[Cell]) -> dict[str, Any]:
-    """The share of pixels that are right after so many updates, in percent, of all images.
+    """Return the share of correct pixels over all images, in percent, by number of updates.
 
-    An image that has stopped keeps what it had.
+    An image that has stopped keeps its last number.
     """
     known = [
         {int(step): right for step, right in cell.get("right_by_step", {}).items()}
@@ -164,13 +164,13 @@ def _by_step(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _counts(cell: Cell) -> list[list[int]]:
-    """Pixels of each class rightly seen, seen, and true; none of a detector."""
+    """Return the correct, predicted and true pixels of each class; an empty list for detectors."""
     judged = next(cell[stage] for stage in STAGES if stage in cell)
     return list(judged.get("pixels", {}).values())
 
 
 def tables(judged: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor:
-    """Pixels of each class rightly seen, seen, and true: (N, C, 3) int64."""
+    """Return the correct, predicted and true pixels of each image and class, (N, C, 3) int64."""
     found = torch.zeros(len(judged), num_classes, 3, dtype=torch.int64)
     for n, one in enumerate(judged):
         for c, counts in one["pixels"].items():
@@ -181,7 +181,7 @@ def tables(judged: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor:
 def segmentation_scores(
     judged: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> dict[str, Any]:
-    """aAcc, mAcc, mIoU in percent, over all pixels; aAcc also as the mean over images."""
+    """Return aAcc, mAcc and mIoU over all pixels, and the mean aAcc over images, in percent."""
     counts = tables(judged, len(names))
     hits, seen, true = counts.sum(0).unbind(1)
     overlap = iou(hits, seen, true)
@@ -209,8 +209,8 @@ def _image_mean(hits: Tensor, true: Tensor) -> float | None:
 
 
 def detection_scores(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Mean average precision in percent as in VOC and COCO at IoU 0.5, and kinds of errors."""
-    count = len(names) + 1  # class 0 is kept for the background, which a detector may have anywhere
+    """Return the mAP of VOC and COCO at IoU 0.5, in percent, and the counts of errors."""
+    count = len(names) + 1  # class 0 is the measures' background; a detector's may be any class
     measures: dict[str, Any] = {
         "mAP": AveragePrecision(count),
         "AP50 (COCO)": AveragePrecision(count, protocol="coco"),
@@ -233,9 +233,9 @@ def detection_scores(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) 
 
 
 def worst_cases(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of all attacks in the same ball, the worst for each image, and for the mean IoU of all.
+    """Return the worst case over all attacks in each ball: per image, and for the mean IoU.
 
-    The search for the latter is begun with each attack, and the lowest result counts.
+    The search for the lowest mean IoU starts from each attack in turn. The lowest result counts.
     """
     balls: dict[tuple[Any, Any, Any, str], dict[str, Tensor]] = {}
     for (attack, norm, epsilon, levels), stage, cells in _groups(records):
@@ -275,21 +275,21 @@ def _won(attacks: Sequence[str], choice: Sequence[int]) -> dict[str, int]:
 
 
 def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[str]:
-    """What users should know of the evaluation."""
+    """Return the warnings about an evaluation."""
     done = [record for record in records if record["status"] != FAILED]
     warnings = [told] if (told := warning_of_labels(done)) is not None else []
     unlabelled = sum(not record["labelled"] for record in done)
     if unlabelled:
         warnings.append(
-            f"{unlabelled} of {len(done)} images have no labels: what the network sees in the "
-            "clean image stands for them, so that its clean score is 100 %"
+            f"{unlabelled} of {len(done)} images have no labels: the network's predictions on the "
+            "clean images are used instead, so its clean score is 100 %"
         )
     if summary["task"] == "segmentation":
         views = {
             (one["attack"], one["norm"], one["epsilon"], one["levels"]): one
             for one in reversed(summary["results"])
         }
-        first = list(reversed(views.values()))  # in memory, where that is measured
+        first = list(reversed(views.values()))  # in memory if that is measured
         warnings += [*_rising(first), *_unfinished(first)]
     warnings += _of_levels(summary["results"])
     large = {told_radius(one) for one in summary["results"] if (one["epsilon"] or 0.0) >= 1}
@@ -301,7 +301,7 @@ def warnings_of(records: Sequence[Record], summary: Mapping[str, Any]) -> list[s
 
 
 def _rising(results: Sequence[Cell]) -> Iterator[str]:
-    """Attacks that leave more in a larger ball."""
+    """Warn of attacks that leave a higher accuracy in a larger ball."""
     for smaller in results:
         for larger in results:
             same = all(smaller[key] == larger[key] for key in ("attack", "norm", "levels"))
@@ -316,7 +316,7 @@ def _rising(results: Sequence[Cell]) -> Iterator[str]:
 
 
 def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
-    """Balls whose longest attack made progress in the second half of its updates."""
+    """Warn of balls whose longest attack still progresses in the second half of its updates."""
     for ball in dict.fromkeys((one["norm"], one["epsilon"], one["levels"]) for one in results):
         inside = [
             one
@@ -340,7 +340,7 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
 
 
 def _of_levels(results: Sequence[Cell]) -> Iterator[str]:
-    """Balls that 8-bit files do not resolve, or that rounding leads out of."""
+    """Warn of balls that are too small for 8-bit files, or that rounding can leave."""
     rounded = [one for one in results if one["stage"] == "file" and one["levels"] is None]
     radii = {told_radius(one): one["epsilon"] for one in rounded if one["norm"] == "linf"}
     small = [told for told, epsilon in radii.items() if epsilon < 0.5 / 255]
@@ -358,12 +358,12 @@ def _of_levels(results: Sequence[Cell]) -> Iterator[str]:
     if between:
         yield (
             f"rounding to 8 bits may lead out of balls of radius {', '.join(between)}: --levels "
-            "256 attacks files within them"
+            "256 keeps files within them"
         )
 
 
 def _names(count: int, classes: Sequence[str] | None) -> list[str]:
-    """Names of classes, their numbers where there are none, each once."""
+    """Return distinct names of the classes. Classes without a name get their number."""
     given = list(classes or ())
     names = [given[c] if c < len(given) else str(c) for c in range(count)]
     return [f"{name} ({c})" if names.count(name) > 1 else name for c, name in enumerate(names)]

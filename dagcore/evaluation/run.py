@@ -1,4 +1,4 @@
-"""A run: images attacked in slots, and written as they finish."""
+"""`dagcore run`: attack the images of a data set in slots, and write each as it finishes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .work import Work, carry_out
 
 
 class Run(Work):
-    """What every rank of a run has."""
+    """A run, as each rank carries it out."""
 
     command = "run"
     form = 3
@@ -42,11 +42,11 @@ class Run(Work):
         self.drawn = {k * count // wanted for k in range(wanted)}
 
     def probe(self) -> None:
-        """Raise where the first fit image cannot be attacked."""
+        """Raise if the first usable image cannot be attacked."""
         self.driver.probe()
 
     def attack(self, numbers: Iterator[int]) -> Iterator[str]:
-        """Attack images as they are claimed, and write what came of each."""
+        """Attack images as they are claimed, and write the results. Yield a line for each image."""
         finished = self.driver.run(
             numbers,
             failed=None if self.settings.strict else self.failed,
@@ -58,7 +58,7 @@ class Run(Work):
                 yield outcome.line()
 
     def keep(self, job: Job, outcome: Outcome) -> None:
-        """Write what came of an image."""
+        """Write the result of an image."""
         if job.number in self.drawn:
             path = self.folder.path("figures", job.name, "png")
             draw(outcome, path, self.victim, note=outcome.note(leaves=self.settings.leaves))
@@ -71,7 +71,7 @@ class Run(Work):
         )
 
     def record(self, job: Job, outcome: Outcome) -> Record:
-        """The numbers of an image."""
+        """Return the record of an image."""
         stages = dict(zip(STAGES, (outcome.predicted, outcome.attacked), strict=True))
         judged: Record
         if job.target.truth is not None:
@@ -99,7 +99,7 @@ class Run(Work):
         }
 
     def finish(self, records: dict[int, Record], speed: float | None) -> list[str]:
-        """Write the summary, and show it."""
+        """Write and show the summary, and return the warnings."""
         made = list(records.values())
         summary = summarise(made, self.victim.classes, self.settings.tolerance)
         warnings = warnings_of(made, self.driver.attack, prepared=self.settings.prepare)
@@ -110,7 +110,7 @@ class Run(Work):
 
 
 def flagged(truth: Mapping[str, Tensor]) -> dict[str, Any]:
-    """True boxes as a record has them, each with its flags."""
+    """Return true boxes as records store them, with flags for each box."""
     values = {name: value.tolist() for name, value in truth.items()}
     for flags in ("difficult", "iscrowd"):
         values.setdefault(flags, [False] * len(values["labels"]))
@@ -118,12 +118,13 @@ def flagged(truth: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def run(settings: Settings, progress: ImageProgress) -> int:
-    """Attack a data set; what an earlier run of the same settings has done is not done again.
+    """Attack a data set. Images that an earlier run with the same settings finished are skipped.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped it.
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
+        ValueError, TypeError, OSError, ImportError: if a setting is invalid. The message names the
+            setting and the problem.
     """
     return carry_out(lambda ranks: Run(settings, ranks, progress))

@@ -1,4 +1,4 @@
-"""Settings of work on a data set: from the command line or a file, and kept with the results."""
+"""Settings of work on a data set. They come from the command line or a file, and are kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ else:
 if TYPE_CHECKING:
     from typing_extensions import Self  # in Python 3.10
 
-TABLES = ("made_with", "versions")  # of a kept file: what is no setting
+TABLES = ("made_with", "versions")  # of a kept file that hold no settings
 PATHS = ("weights", "labels", "out")
 FRACTIONS = ("gamma", "alpha", "epsilon", "tolerance", "margin")
-# These change no result, or what they stand for is compared.
+# Either these do not change results, or their contents are compared instead.
 NOT_COMPARED = (
     *("out", "strict", "figures", "weights", "device"),
     *("protocol", "check", "surrogate"),
@@ -34,20 +34,21 @@ NOT_COMPARED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings(NetworkOptions):
-    """A data set, and how work on it is done.
+    """A data set, and options for the work on it.
 
     Attributes:
         data: "scenes", a VOCdevkit folder, or a folder of images.
-        out: folder of the results.
+        out: folder for the results.
         labels: for a folder of images: a folder of label maps or of VOC's XML files, or a file in
-            COCO's format; None for what the network sees.
-        set: of scenes "FAMILY/SPLIT", of VOC "YEAR/LIST".
-        images: how many at the most; all of them if None (200 scenes).
-        slots: images attacked at a time; 1 on the CPU and 8 on a GPU if None. Only with 1 do other
-            processes and interruptions leave every bit as it is.
-        prepare: whether to attack a faster copy of the network (`victims.prepare`); it is judged
-            by the network itself.
-        figures: of how many images there are pictures.
+            COCO's format. None takes the network's predictions.
+        set: part of the data set: "FAMILY/SPLIT" for scenes, "YEAR/LIST" for VOC.
+        images: maximum number of images. None takes all of them, or 200 scenes.
+        slots: number of images attacked at the same time. None is 1 on the CPU and 8 on a GPU.
+            Only with 1 are results independent of interruptions and of the number of processes,
+            bit for bit.
+        prepare: whether to attack a faster copy of the network (`victims.prepare`). The network
+            itself judges the results.
+        figures: number of images for which figures are drawn.
         strict: whether to stop at the first image that cannot be attacked.
     """
 
@@ -70,36 +71,36 @@ class DataSettings(NetworkOptions):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """Settings by their names, in TOML's types.
+        """Create settings from their names and values, in TOML's types.
 
         Raises:
-            ValueError, TypeError: a name that is none, one that is missing, or a wrong value.
+            ValueError, TypeError: if a name is unknown or missing, or a value is invalid.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(name, known)
-                hint = f": did you mean {near[0]}?" if near else f", but {', '.join(known)}"
-                raise ArgumentError(f"{name!r} is no setting{hint}")
+                hint = f": did you mean {near[0]}?" if near else f"; use one of {', '.join(known)}"
+                raise ArgumentError(f"{name!r} is not a setting{hint}")
         for name, field in known.items():
             if field.default is dataclasses.MISSING and given.get(name) is None:
                 raise ArgumentError(f"{name} must be given")
         return cls(**{name: _value(known[name], value) for name, value in given.items()})
 
     def record(self) -> dict[str, Any]:
-        """Every setting in TOML's types, but those that are None and `out`."""
+        """Return the settings in TOML's types, without `out` and without those that are None."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "out"}
-        values["data"] = Path(self.data)  # without what may stand at its end
+        values["data"] = Path(self.data)  # without a trailing slash
         kept = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(AttackOptions, DataSettings):
-    """What a run attacks, and how.
+    """Settings of `dagcore run`: the network, the data set and the attack.
 
     Attributes:
-        perturbations: whether to write them too, unrounded.
+        perturbations: whether to write the perturbations too, unrounded.
     """
 
     perturbations: bool = False
@@ -113,7 +114,7 @@ class Settings(AttackOptions, DataSettings):
 
 
 def _value(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value as a field has it."""
+    """Convert a value to the type of a field."""
     name, kind = field.name, str(field.type).partition(" ")[0]
     if value is None:
         return None
@@ -135,10 +136,10 @@ def _value(field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
-    """The settings in a file, or a table that a kept one has beside them.
+    """Read the settings of a TOML file, or another table of a kept one.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing, or that is no TOML.
+        FileNotFoundError, ValueError: if the file is missing or is not TOML.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -154,7 +155,7 @@ def read_toml(path: Path, table: str | None = None) -> dict[str, Any]:
 
 
 def to_toml(settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Plain values as TOML, whose strings, numbers and truth values are written as in JSON."""
+    """Return plain values as TOML. Strings, numbers and booleans are written as in JSON."""
     lines = [f"{name} = {_toml(value)}" for name, value in settings.items()]
     for table, values in tables.items():
         lines += ["", f"[{table}]"]

@@ -1,4 +1,4 @@
-"""Whether an evaluation is sound: the checks of `validity`, made on its own attack and images."""
+"""Check an evaluation with `validity`, on its own strongest attack and some of its images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .validity import Finding
 if TYPE_CHECKING:
     from .evaluator import Evaluation
 
-CHECKED_STEPS = 40  # updates of the attack that is checked: the checks run it ten times
+CHECKED_STEPS = 40  # maximum updates of the checked attack, which the checks run ten times
 
 
 def findings(
     evaluation: Evaluation, records: Sequence[Record], summary: Summary
 ) -> list[dict[str, Any]]:
-    """Whether the evaluation itself is sound, as a few images show; kept in checks.json."""
+    """Return the findings of the checks on a few images. They are kept in checks.json."""
     done = [r for r in records if r["status"] != FAILED and r["targets"]]
     if evaluation.task != "segmentation" or not evaluation.settings.check or not done:
         return []
@@ -49,7 +49,7 @@ def findings(
 
 
 def strongest_of(evaluation: Evaluation, summary: Summary) -> tuple[str, float | None]:
-    """The untargeted attack that leaves the fewest pixels in a largest ball, and its radius."""
+    """Return the untargeted attack with the lowest accuracy in its largest ball, and its radius."""
     inside = [
         one
         for entry in evaluation.entries

@@ -1,4 +1,4 @@
-"""The images of a run, each with a name and, if it has one, its ground truth."""
+"""The images of a run, each with its name and, if there is one, its ground truth."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ SUFFIXES = frozenset(
     {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png"}
     | {".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-NAMED = 5  # of the files that are passed over
-SCENES = 200  # unless settings say how many
+NAMED = 5  # how many of the files that are passed over
+SCENES = 200  # if the settings give no number
 
 
 class Source(abc.ABC):
-    """Images by number."""
+    """A source of images, which are numbered from 0."""
 
     names: Sequence[str]
-    """What results are called: plain names, or paths below a folder."""
+    """Names of the images in results: plain names, or paths below a folder."""
     note = ""
-    """What users should know of them all."""
+    """Note on the whole source for the user."""
 
     @abc.abstractmethod
     def read(self, index: int) -> tuple[Tensor, Truth]:
-        """An image (3, H, W) and its truth.
+        """Return an image (3, H, W) and its truth.
 
         Raises:
-            OSError, ValueError: an image that is broken, or whose truth is.
+            OSError, ValueError: if the image or its truth is broken.
         """
 
     def notes(self, index: int) -> list[str]:
-        """What users should know of an image that can be read."""
+        """Return notes for the user on an image that can be read."""
         return []
 
     def digest(self) -> str:
-        """The names of all images, and what else can be told at a glance, in one number."""
+        """Return a hash of the names and the fingerprints of all images."""
         lines = [f"{name} {self.fingerprint(k)}" for k, name in enumerate(self.names)]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     def fingerprint(self, index: int) -> str:
-        """What changes, more likely than not, when an image or its truth does."""
+        """Return a text that is likely to change when the image or its truth changes."""
         return ""
 
 
 def source_of(settings: DataSettings, victim: Victim | Detector) -> Source:
-    """The images that settings ask for.
+    """Return the source of the images that the settings ask for.
 
     Raises:
-        FileNotFoundError, ValueError: data that are missing, or settings that do not go with them.
+        FileNotFoundError, ValueError: if the data are missing, or the settings do not fit them.
     """
     kind = settings.data
     root = Path(kind)
@@ -74,11 +74,11 @@ def source_of(settings: DataSettings, victim: Victim | Detector) -> Source:
             f"--out must not lie in the folder of --data {kind}, got {settings.out}"
         )
     if kind != "scenes" and not root.is_dir():
-        raise FileNotFoundError(f"--data must be scenes or a folder, {kind} is none")
+        raise FileNotFoundError(f"--data must be scenes or a folder, got {kind}")
     if settings.labels is not None and (kind == "scenes" or is_voc):
-        raise ArgumentError(f"--labels goes with a folder of images, {kind} has labels of its own")
+        raise ArgumentError(f"--labels requires a folder of images, {kind} has its own labels")
     if settings.set is not None and kind != "scenes" and not is_voc:
-        raise ArgumentError(f"--set goes with scenes and VOC, {kind} is a folder of images")
+        raise ArgumentError(f"--set requires scenes or VOC, {kind} is a folder of images")
     source: Source
     if kind == "scenes":
         family, split = _pair(settings.set or "07/test", "FAMILY/SPLIT, such as 07/test")
@@ -108,18 +108,18 @@ def _pair(text: str, form: str) -> tuple[str, str]:
 
 
 def plain(name: str) -> str:
-    """A class's name as names are compared: torchvision's background is __background__."""
+    """Normalise the name of a class for comparisons: torchvision's background is __background__."""
     return name.lower().strip("_")
 
 
 class Examples(Source):
-    """A data set of `dagcore.data`, or of the user's own, for a network of its classes.
+    """A data set of `dagcore.data` or of the user, for a network with the same classes.
 
     Args:
-        examples: of `dagcore.data.Example`, or of pairs (image, truth); see `Truth`.
-        names: what results are called.
-        classes: names of its classes, None where they are unknown.
-        victim: the network that they are for.
+        examples: sequence of `dagcore.data.Example`, or of pairs (image, truth); see `Truth`.
+        names: names of the images in results.
+        classes: class names of the data set; None if they are unknown.
+        victim: network that the examples are for.
     """
 
     def __init__(
@@ -134,25 +134,23 @@ class Examples(Source):
         if own and classes and differ:
             raise ArgumentError(
                 f"--model must have the classes of --data ({', '.join(classes[1:4])}, ...), it has "
-                f"{', '.join(own[1:4])}, ...: attack a folder of the images, without their labels"
+                f"{', '.join(own[1:4])}, ...: attack the images as a folder, without their labels"
             )
         self.examples, self.names = examples, list(names)
         self.boxes = isinstance(victim, Detector)
 
     @classmethod
     def of(cls, dataset: Any, victim: Victim | Detector, most: int | None = None) -> Examples:
-        """At most so many examples of a data set, by names that do not cost reading them."""
+        """Wrap at most `most` examples of a data set. Finding their names reads no example."""
         numbers = range(len(dataset))[:most]
         if isinstance(dataset, Scenes):
-            stem = f"{dataset.family}-{dataset.split}-{dataset.seed}"
-            names = [f"{stem}-{dataset.first + k:06d}" for k in numbers]
-            return cls(dataset, names, SCENE_CLASSES, victim)
+            return cls(dataset, [dataset.key(k) for k in numbers], SCENE_CLASSES, victim)
         if isinstance(dataset, VOC):
             return cls(dataset, dataset.keys[:most], VOC_CLASSES, victim)
         return cls(dataset, [f"{k:06d}" for k in numbers], None, victim)
 
     def fingerprint(self, index: int) -> str:
-        """The sizes of VOC's files, a hash of what is no file; scenes have their names."""
+        """Return file sizes for VOC, the image size for scenes, and else a hash of the example."""
         if isinstance(self.examples, Scenes):
             return " ".join(map(str, self.examples.size))
         if not isinstance(self.examples, VOC):
@@ -161,13 +159,13 @@ class Examples(Source):
         return " ".join(str(path.stat().st_size) for path in paths if path.is_file())
 
     def notes(self, index: int) -> list[str]:
-        """Objects of unknown classes."""
+        """Return a note on objects of unknown classes."""
         if not (self.boxes and isinstance(self.examples, VOC)):
             return []
         return notes_on_names(unknown_voc_names(self.examples.files(index)[1]))
 
     def read(self, index: int) -> tuple[Tensor, Truth]:
-        """An example's image, with its mask or its boxes."""
+        """Return an example's image, with its mask or its boxes."""
         example = self.examples[index]
         if not isinstance(example, Example):
             return self._pair(index, example)
@@ -179,7 +177,7 @@ class Examples(Source):
         return example.image, torch.where(example.mask == 255, files.IGNORE, example.mask.int())
 
     def _hash(self, index: int) -> str:
-        """The pixels and the truth of an example in one number."""
+        """Return a hash of an example's pixels and truth."""
         try:
             image, truth = self.read(index)
         except (OSError, ValueError, TypeError) as error:
@@ -195,7 +193,7 @@ class Examples(Source):
         return total.hexdigest()
 
     def _boxes(self, name: str, truth: Any) -> Truth:
-        """True boxes of the user's own."""
+        """Check and return the user's true boxes."""
         if not isinstance(truth, Mapping) or not {"boxes", "labels"} <= set(truth):
             raise ArgumentError(
                 f"the truth of {name} must have 'boxes' and 'labels', got {type(truth).__name__}"
@@ -211,7 +209,7 @@ class Examples(Source):
         return found
 
     def _pair(self, index: int, example: Any) -> tuple[Tensor, Truth]:
-        """A pair of the user's own."""
+        """Check and return the user's pair (image, truth)."""
         name = f"dataset[{index}]"
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise ArgumentTypeError(
@@ -231,20 +229,21 @@ class Examples(Source):
         checks.tensor(f"the label map of {name}", truth, checks.LABEL_DTYPES)
         if truth.numel() and int(truth.min()) < 0:
             raise ArgumentError(
-                f"the label map of {name} must hold classes, 255 is ignored, got {int(truth.min())}"
+                f"the label map of {name} must not hold classes below 0 (255 is ignored), "
+                f"got {int(truth.min())}"
             )
         return image, torch.where(truth == 255, files.IGNORE, truth.int())
 
 
 class ImageFiles(Source):
-    """Image files, with label files for each or for none.
+    """Image files, all with labels or all without.
 
     Args:
-        paths: the files.
-        names: what results are called.
-        keys: what label files are found by.
-        labels: see `TruthFiles`.
-        victim: the network that they are for.
+        paths: paths of the files.
+        names: names of the images in results.
+        keys: names or paths by which labels are found.
+        labels: folder or file with the labels; see `TruthFiles`.
+        victim: network that the images are for.
     """
 
     def __init__(
@@ -266,11 +265,11 @@ class ImageFiles(Source):
             )
 
     def truth_file(self, index: int) -> Path | None:
-        """The file with an image's labels."""
+        """Return the file with an image's labels; None without labels."""
         return None if self.truths is None else self.truths.find(self.keys[index])
 
     def fingerprint(self, index: int) -> str:
-        """The sizes of the files."""
+        """Return the file sizes of an image and its labels."""
         sizes = [self.paths[index].stat().st_size]
         with contextlib.suppress(FileNotFoundError):
             labels = self.truth_file(index)
@@ -279,13 +278,13 @@ class ImageFiles(Source):
         return " ".join(map(str, sizes))
 
     def notes(self, index: int) -> list[str]:
-        """Frames and objects that were left out."""
+        """Return notes on frames and objects that are left out."""
         frames = files.frame_count(self.paths[index])
         first = [f"the first of its {frames} frames"] if frames > 1 else []
         return first + ([] if self.truths is None else self.truths.notes(self.keys[index]))
 
     def read(self, index: int) -> tuple[Tensor, Truth]:
-        """An image file and its labels."""
+        """Read an image file and its labels."""
         image = files.read_image(self.paths[index])
         if self.truths is None:
             return image, None
@@ -293,9 +292,9 @@ class ImageFiles(Source):
 
 
 class ImageFolder(ImageFiles):
-    """The image files in a folder and below, in the order of their names.
+    """The image files in a folder and its subfolders, sorted by path.
 
-    Hidden ones are left out, and folders that are links. `note` names other files.
+    Hidden files and linked folders are left out. `note` lists files of other formats.
     """
 
     def __init__(self, root: Path, labels: Path | None, victim: Victim | Detector) -> None:

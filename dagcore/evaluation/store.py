@@ -1,4 +1,4 @@
-"""The folder of a run's results: one process at a time, every file whole or not there at all."""
+"""The folder of a run's results. One process uses it at a time, and no file is left incomplete."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{16}\.part")  # of files.atomic_write
 
 
 def _ours(path: Path) -> bool:
-    """Whether a file may be in a folder whose run was killed before it had begun."""
+    """Whether a file may be left over from a run that was killed before it began."""
     return path.name == ".lock" or bool(_TEMPORARY.fullmatch(path.name))
 
 
 class Folder:
-    """The results of a run.
+    """The folder of a run's results.
 
-    settings.toml: all settings, and what they were first used with.
-    images/NAME.png, perturbations/NAME.safetensors, figures/NAME.png: what came of an image.
-    records/NUMBER.json: the numbers of an image, written last: it is done once this is there.
-    images.jsonl: all records, one a line in the order of the images, once all are there.
-    summary.json, speed.json: what they come to, and how fast it went.
+    settings.toml: all settings, and what else the first run depended on.
+    images/NAME.png, perturbations/NAME.safetensors, figures/NAME.png: the results of an image.
+    records/NUMBER.json: the record of an image. It is written last and marks the image as done.
+    images.jsonl: all records, one per line in the order of the images, once they are complete.
+    summary.json, speed.json: the summary of all records, and the speed of the run.
 
     Args:
-        out: where it is.
-        numbers: what the record of an image that was attacked must have.
+        out: path of the folder.
+        numbers: keys that the record of an attacked image must have.
     """
 
     def __init__(self, out: Path, numbers: Sequence[str]) -> None:
@@ -68,17 +68,17 @@ class Folder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs away from the folder; a lock ends with its process, however that ends.
+        """Lock the folder against other runs. The lock ends with the process, even if it is killed.
 
         Raises:
-            ValueError: a folder that another run is at work in, or that is not a run's.
-            OSError: one that cannot be written to or locked.
+            ValueError: if another run uses the folder, or it is neither new nor that of a run.
+            OSError: if the folder cannot be written to or locked.
         """
         files.make_folder(self.out)
         foreign = sorted(path.name for path in self.out.iterdir() if not _ours(path))
         if foreign and not self._is_a_runs():
             raise ArgumentError(
-                f"--out must be a new folder or a run's, {self.out} has {foreign[0]}"
+                f"--out must be a new folder or that of a run, {self.out} has {foreign[0]}"
             )
         with open(self.out / ".lock", "a+", encoding="utf-8") as lock:
             try:
@@ -86,7 +86,7 @@ class Folder:
             except BlockingIOError:
                 lock.seek(0)
                 raise ArgumentError(
-                    f"--out {self.out}: another run is at work there ({lock.read().strip()}), wait "
+                    f"--out {self.out}: another run is using it ({lock.read().strip()}), wait "
                     "for it or choose another folder"
                 ) from None
             except OSError as error:
@@ -100,7 +100,7 @@ class Folder:
         return self.settings.is_file() and bool(read_toml(self.settings, "made_with"))
 
     def _remove_temporaries(self) -> None:
-        """Remove what processes that were killed have left half-written."""
+        """Remove incomplete files that killed processes left behind."""
         for place in (self.out, *(self.out / kind for kind in FOLDERS)):
             for path in place.rglob(".*") if place != self.out else place.glob(".*"):
                 if _TEMPORARY.fullmatch(path.name) and path.is_file():
@@ -109,18 +109,18 @@ class Folder:
     def begin(
         self, settings: DataSettings, made_with: Mapping[str, Any], versions: Mapping[str, Any]
     ) -> list[str]:
-        """Keep the settings, or see that they are those of the results that are there.
+        """Keep the settings, or compare them with those of the results in the folder.
 
         Args:
-            settings: those of this run.
-            made_with: what else results follow from, in TOML's types.
-            versions: what they follow from in their last bits.
+            settings: settings of this run.
+            made_with: what else the results depend on, in TOML's types.
+            versions: versions that the last bits of the results depend on.
 
         Returns:
-            Versions that have changed since, in words.
+            The versions that have changed since, in words.
 
         Raises:
-            ValueError: other settings, each with its old and its new value.
+            ValueError: if settings differ. The message has the old and the new values.
         """
         tables = {"made_with": made_with, "versions": versions}
         if not self.settings.is_file():
@@ -138,7 +138,7 @@ class Folder:
     def write(
         self, number: int, name: str, outcome: Outcome, record: Record, *, perturbation: bool
     ) -> None:
-        """Write what came of an image, its record last."""
+        """Write the result of an image, its record last."""
         files.write_image(self.path("images", name, "png"), outcome.adversarial)
         if perturbation:
             path = self.path("perturbations", name, "safetensors")
@@ -147,26 +147,26 @@ class Folder:
         self.write_record(number, record)
 
     def write_record(self, number: int, record: Record) -> None:
-        """Write the record of an image, over that of an earlier failure."""
+        """Write the record of an image. It replaces the record of an earlier failure."""
         self.records.mkdir(exist_ok=True)
         with files.atomic_write(self.records / f"{number:08d}.json") as temporary:
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def path(self, kind: str, name: str, ending: str) -> Path:
-        """A file of an image, its folder made."""
+        """Return the path of a file of an image, and create its folder."""
         self.check_name(name)
         path = self.out / kind / f"{name}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def keep_only(self, kind: str, paths: Collection[str]) -> None:
-        """Remove the files of a kind that are none of these paths in the folder."""
+        """Remove the files of a kind whose paths in the folder are not in `paths`."""
         for path in (self.out / kind).rglob("*.png"):
             if path.relative_to(self.out).as_posix() not in paths:
                 path.unlink()
 
     def check_name(self, name: str) -> None:
-        """Raise ValueError for a name that leads out of the folder, or that is too long."""
+        """Raise ValueError if a name leads out of the folder or is too long."""
         if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
             raise ArgumentError(f"an image's name must leave room for its ending, got {name!r}")
         for folder in (self.out / kind for kind in FOLDERS):
@@ -175,10 +175,10 @@ class Folder:
                 raise ArgumentError(f"an image's name must stay below its folder, got {name!r}")
 
     def read(self, count: int) -> dict[int, Record]:
-        """The records of `count` images that are there, by their number, in rising order.
+        """Read the records that exist for `count` images, by number, in ascending order.
 
         Raises:
-            ValueError: a file that is not as a run has left it.
+            ValueError: if a file is not one that a run has written.
         """
         found: dict[int, Record] = {}
         for path in [self.lines, *sorted(self.records.glob("*.json"))]:
@@ -200,7 +200,7 @@ class Folder:
         return dict(sorted(found.items()))
 
     def finish(self, records: Mapping[int, Record], summary: Mapping[str, Any]) -> None:
-        """Write all records as lines, and the summary; then single ones are of no more use."""
+        """Write all records into one file, and the summary. Then remove the single records."""
         with files.atomic_write(self.lines) as temporary:
             temporary.write_text(
                 "".join(json.dumps(record) + "\n" for record in records.values()),
@@ -214,7 +214,7 @@ class Folder:
             self.records.rmdir()
 
     def add_speed(self, speed: Mapping[str, Any]) -> None:
-        """Keep how fast the run went since it was last started, once it has come to its end."""
+        """Append the speed of a finished run since it was last started."""
         try:
             known = json.loads(self.speed.read_text()) if self.speed.is_file() else []
         except ValueError as error:

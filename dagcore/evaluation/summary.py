@@ -1,4 +1,4 @@
-"""What the records of a run come to."""
+"""Summarise the records of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .options import KnownAttack
 from .store import FAILED, Record
 
 STAGES = ("before", "after")  # of the attack, in the files
-FEW = 0.2  # of the labelled targets right on the clean images: users are warned below
+FEW = 0.2  # share of the labelled targets; users are warned if fewer are right on the clean images
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
-    """Pixels of each class: rightly seen, seen, and true, where the labels (h, w) count."""
+    """Count the correct, predicted and true pixels of each class, at labels (h, w) that count."""
     counted = labels != files.IGNORE
     seen, labels = seen[counted].long(), labels[counted].long()
     classes = int(torch.cat([seen, labels]).max()) + 1 if len(labels) else 0
@@ -33,10 +33,10 @@ def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
 def summarise(
     records: Sequence[Record], classes: Sequence[str] | None, tolerance: float
 ) -> dict[str, Any]:
-    """The summary of a run, from the records of all its images.
+    """Return the summary of a run, from the records of all its images.
 
-    What the attack achieved is told of the images that had something to fool (see `to_fool`): what
-    was wrong on the clean image is not the attack's success.
+    The attack's success is measured on images that have targets to fool (see `to_fool`). Targets
+    that were wrong on the clean image are no success of the attack.
     """
     attacked = [record for record in records if record["status"] != FAILED]
     with_targets = [record for record in attacked if record["targets"]]
@@ -70,31 +70,32 @@ def summarise(
 
 
 def to_fool(record: Record) -> int:
-    """Targets that an attack has to fool.
+    """Return the number of targets that an attack has to fool.
 
-    Those that are active on the clean image: right, or wrong by less than the margin; of targeted
-    attacks not at their adversarial label by the margin.
+    These are the active targets of the clean image: targets that are right, or wrong by less than
+    the margin. For targeted attacks, they are the targets whose adversarial label does not win by
+    the margin.
     """
     return int(record["to_fool"])
 
 
 def succeeded(record: Record, tolerance: float) -> bool:
-    """Whether the 8-bit file has no more active targets than are tolerated of those to fool."""
+    """Whether the tolerance allows the active targets of the 8-bit file, out of those to fool."""
     return _within(record, tolerance, to_fool(record))
 
 
 def _within(record: Record, tolerance: float, targets: int) -> bool:
-    """Whether the 8-bit file has no more active targets than are tolerated of so many."""
+    """Whether the tolerance allows the active targets of the 8-bit file, out of `targets`."""
     allowed = UntilFooled(0, tolerance).allowed(torch.tensor([targets]))
     return bool(record["active_after_rounding"] <= allowed)
 
 
 def warning_of_labels(records: Sequence[Record]) -> str | None:
-    """What is wrong with labels that were given, if hardly any fit what the network sees.
+    """Return a warning if hardly any of the given labels match the network's predictions.
 
-    That is, where less than `FEW` of all targets are right on the clean images, or less than `FEW`
-    of the images with objects have targets. If labels one less or one more are right at least
-    there and twice as often, the message says so.
+    That is the case if less than `FEW` of all targets are right on the clean images, or less than
+    `FEW` of the images with objects have targets. The message mentions labels one less or one more
+    if at least `FEW` of them, and at least twice as many as now, would be right.
     """
     labelled = [record for record in records if record.get("labelled")]
     targets, right = (sum(r[name] for r in labelled) for name in ("targets", "right_before"))
@@ -122,7 +123,7 @@ def warning_of_labels(records: Sequence[Record]) -> str | None:
 def warning_of_files(
     records: Sequence[Record], tolerance: float, levels: int | None, prepared: bool = False
 ) -> str | None:
-    """What users should know where attacks that converged have failed in the 8-bit files."""
+    """Return a warning if attacks that converged have active targets in the 8-bit files."""
     converged = [r for r in records if r["status"] == Status.CONVERGED and to_fool(r)]
     again = [one for one in converged if not _within(one, tolerance, one["targets"])]
     if not again:
@@ -132,7 +133,7 @@ def warning_of_files(
     if levels is None:
         hint = ": --levels 256 attacks what the files hold"
     elif prepared:
-        hint = ": a prepared copy of the network was attacked, --no-prepare attacks itself"
+        hint = ": a prepared copy was attacked, --no-prepare attacks the network itself"
     return (
         f"{len(again)} of {len(converged)} images that converged have active targets in their "
         f"8-bit files, {worst['name']} {worst['active_after_rounding']} of {worst['targets']}"
@@ -141,21 +142,21 @@ def warning_of_files(
 
 
 def warning_of_epsilon(attack: KnownAttack) -> str | None:
-    """That 8-bit files may leave the ball, where its radius is no whole number of levels."""
+    """Return a warning if 8-bit files may leave the ball: its radius is between two levels."""
     if attack.levels is not None or attack.epsilon is None or attack.norm != "linf":
         return None
     if abs(attack.epsilon * 255 - round(attack.epsilon * 255)) < 1e-4:
         return None
     return (
-        f"--epsilon {attack.epsilon:.6g} is no multiple of 1/255, and rounding to 8 bits may lead "
-        "out of it: --levels 256 keeps files within epsilon"
+        f"--epsilon {attack.epsilon:.6g} is not a multiple of 1/255, so rounding to 8 bits may "
+        "exceed it: --levels 256 keeps files within epsilon"
     )
 
 
 def warnings_of(
     records: Sequence[Record], attack: KnownAttack, *, prepared: bool = False
 ) -> list[str]:
-    """What users should know of all images that were attacked."""
+    """Return the warnings about a run."""
     attacked = [record for record in records if record["status"] != FAILED]
     told = (
         warning_of_labels(attacked),
@@ -168,7 +169,7 @@ def warnings_of(
 def scores(
     records: Sequence[Record], classes: Sequence[str] | None, measure: str
 ) -> dict[str, Any]:
-    """A score of all images at each stage, in percent: its mean, and that of each class."""
+    """Return the score before and after the attack over all images, in percent."""
     found = {}
     for stage in STAGES:
         count = max(record["num_classes"] for record in records)
@@ -189,7 +190,7 @@ def scores(
 
 
 def mean_iou(tallies: Sequence[Mapping[str, Sequence[int]]], num_classes: int) -> Score:
-    """Mean IoU over the tallies of all images."""
+    """Return the mean IoU from the tallies of all images."""
     total = torch.zeros(num_classes, 3, dtype=torch.int64)
     for one in tallies:
         for c, counts in one.items():
@@ -198,8 +199,8 @@ def mean_iou(tallies: Sequence[Mapping[str, Sequence[int]]], num_classes: int) -
 
 
 def average_precision(records: Sequence[Record], stage: str, num_classes: int) -> Score:
-    """Mean average precision at IoU 0.5 as in VOC2007."""
-    # The measure keeps class 0 for the background, which a detector may have anywhere.
+    """Return the mean average precision at IoU 0.5, as in VOC2007."""
+    # The measure's background is class 0; a detector's may be any class.
     measure = AveragePrecision(num_classes + 1)
     for record in records:
         measure.update(*boxes_of(record["seen"][stage], record["truth"]))
@@ -208,7 +209,7 @@ def average_precision(records: Sequence[Record], stage: str, num_classes: int) -
 
 
 def boxes_of(found: Mapping[str, Any], truth: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What measures of detection count, from what a record has found and true; classes from 1."""
+    """Return a record's detections and true boxes as arguments of a measure; classes from 1."""
     return (
         {name: _tensor(name, found[name]) for name in ("boxes", "labels", "scores")},
         *(_tensor(name, truth[name]) for name in ("boxes", "labels", "difficult", "iscrowd")),
@@ -224,7 +225,7 @@ def _tensor(name: str, values: Sequence[Any]) -> Tensor:
 
 
 def as_number(value: float) -> float | None:
-    """A score as JSON has it: None for a NaN."""
+    """Return a score for JSON: None instead of NaN."""
     return None if value != value else value
 
 

@@ -1,4 +1,4 @@
-"""What an attack on an image aims at: from the user's options, the network and the truth."""
+"""Targets of the attack on an image, from the user's options, the network and the truth."""
 
 from __future__ import annotations
 
@@ -24,56 +24,56 @@ from .options import AttackOptions
 from .predict import Prediction
 from .truth import Truth, size_of
 
-CONFIDENT = 0.5  # score of the detections that stand for the truth where none is given
+CONFIDENT = 0.5  # minimum score of the detections that replace a missing truth
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageTarget:
-    """What an attack on one image aims at; see `dagcore.Sample`."""
+    """Targets of an attack on one image; see `dagcore.Sample`."""
 
     labels: Tensor
     adversarial: Tensor | str
     prediction: Prediction
-    """What the network sees in the clean image."""
+    """Prediction of the network on the clean image."""
     seen: Tensor
-    """The class that wins there at each target: int64, shaped like `labels`; -1 for none."""
+    """Predicted class of each target of the clean image: int64, shaped like `labels`; -1: none."""
     record: dict[str, Any]
-    """What the image's record says of it."""
+    """Entries for the image's record."""
     boxes: Tensor | None = None
     truth: Mapping[str, Tensor] | None = None
-    """A detector's, its own detections where none was given."""
+    """Ground truth of a detector's image: its own detections if no truth was given."""
     known: tuple[Tensor, Tensor] | None = None
-    """The image as a leaf with its scores; see `dagcore.Sample`."""
+    """The image as an autograd leaf, with its scores; see `dagcore.Sample`."""
 
     @property
     def right(self) -> Tensor:
-        """Where the network sees the labels: bool, shaped like `labels`."""
+        """Whether the network predicts the label at each target: bool, shaped like `labels`."""
         return self.seen == self.labels.long()
 
     @property
     def aims(self) -> Tensor | str:
-        """The adversarial labels of a batch of one."""
+        """Adversarial labels of a batch with this image only."""
         return self.adversarial if isinstance(self.adversarial, str) else self.adversarial[None]
 
     @property
     def num_classes(self) -> int:
-        """C of the scores."""
+        """Number of classes C of the scores."""
         return int(self.record["num_classes"])
 
 
 class UnfitImageError(ArgumentError):
-    """An image that a network cannot take, or whose truth does not go with it."""
+    """Error for an image that the network cannot take, or whose truth does not match it."""
 
 
 class TargetRules(abc.ABC):
-    """The targets of the images of one network, made by `rules_for`.
+    """Rules for the targets of a network's images. `rules_for` creates them.
 
-    The network is run once on each image: its scores serve as labels where none are given, as the
-    prediction on the clean image, and as the attack's first evaluation.
+    The network runs once on each image. Its scores give the prediction on the clean image, the
+    attack's first evaluation and, if no labels are given, the labels.
 
     Args:
-        options: how images are to be attacked.
-        model: the network that is attacked: a `Victim`, a `Detector`, or what `prepare` made.
+        options: options of the attack.
+        model: network that is attacked: a `Victim`, a `Detector`, or the result of `prepare`.
     """
 
     num_classes: int
@@ -90,18 +90,19 @@ class TargetRules(abc.ABC):
         *,
         with_graph: bool = False,
     ) -> ImageTarget:
-        """Run the network on an image, and say what an attack on it aims at.
+        """Run the network on an image, and return the targets of an attack on it.
 
         Args:
-            name: what messages call it.
-            image: on the network's device.
-            truth: see `Truth`.
+            name: name of the image in messages.
+            image: image (3, H, W) on the network's device.
+            truth: ground truth; see `Truth`.
             generator: source of the random choices.
-            with_graph: whether the scores are to be handed on as the attack's first evaluation.
+            with_graph: whether to keep the graph of the scores, so that they can serve as the
+                attack's first evaluation.
 
         Raises:
-            UnfitImageError: an image that the network cannot take, or that its truth does not fit.
-            ArgumentError: a network that cannot be attacked, or options that do not go with it.
+            UnfitImageError: if the network cannot take the image, or the truth does not match it.
+            ArgumentError: if the network cannot be attacked, or the options do not fit it.
         """
         leaf = image[None].detach().requires_grad_(with_graph)
         with frozen(self.model), torch.inference_mode(False), torch.set_grad_enabled(with_graph):
@@ -109,9 +110,10 @@ class TargetRules(abc.ABC):
 
     @abc.abstractmethod
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
-        """Raise unless an image (3, H, W) with its truth can be attacked, as far as can be told.
+        """Raise if it is clear that an image (3, H, W) with its truth cannot be attacked.
 
-        The network is run on images of sizes that it has not been run on. Raises as `target`.
+        A segmentation network only runs on image sizes that it has not run on before. The errors
+        are those of `target`.
         """
 
     @abc.abstractmethod
@@ -121,7 +123,7 @@ class TargetRules(abc.ABC):
 
     @contextlib.contextmanager
     def _running(self, name: str, leaf: Tensor) -> Any:
-        """Tell of errors of the network as the image's, where they are."""
+        """Turn errors of the network that the image may have caused into `UnfitImageError`."""
         try:
             yield
         except ArgumentError:
@@ -143,21 +145,21 @@ class TargetRules(abc.ABC):
 
 
 def rules_for(options: AttackOptions, model: Any) -> TargetRules:
-    """The targets of a network's images."""
+    """Return the target rules for a network."""
     return BoxRules(options, model) if isinstance(model, Detector) else MapRules(options, model)
 
 
 class MapRules(TargetRules):
-    """A segmentation network, whose targets are pixels or cells."""
+    """Target rules for a segmentation network, whose targets are pixels or cells."""
 
     adversary: Adversary | None = None
 
     def __init__(self, options: AttackOptions, model: Any) -> None:
         super().__init__(options, model)
-        self.maps: dict[tuple[int, int], tuple[int, int]] = {}  # of images, of their scores
+        self.maps: dict[tuple[int, int], tuple[int, int]] = {}  # image size -> score size
 
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
-        """Raise unless a label map fits, and a pattern can be painted."""
+        """Raise unless the label map matches the image, and a pattern can be painted."""
         if size_of(image) not in self.maps:
             with frozen(self.model), torch.no_grad():
                 self._scores(name, image[None])
@@ -165,14 +167,14 @@ class MapRules(TargetRules):
         self.adversary.check(*self._size(name, size_of(image), truth))
 
     def _scores(self, name: str, leaf: Tensor) -> Tensor:
-        """The network's scores of an image; the options are read once the classes are known."""
+        """Return the network's scores. The first call parses the options that name classes."""
         model = self.model
         with self._running(name, leaf):
             scores = read_scores(model(leaf.clone()), leaf)
         seen = scores.detach()
         if not bool(seen.isfinite().all()):
             raise UnfitImageError(
-                f"model {self.options.model!r} must return finite scores, for {name} it does not"
+                f"model {self.options.model!r} must return finite scores, but does not for {name}"
             )
         if seen.dim() != 4:
             raise ArgumentError(
@@ -228,9 +230,9 @@ class MapRules(TargetRules):
         return ImageTarget(labels, adversarial, prediction.cpu(), prediction, record, known=known)
 
     def _size(self, name: str, image: tuple[int, int], truth: Truth) -> tuple[int, int]:
-        """How many rows and columns of targets an image has; raise for a truth of another size."""
+        """Return (rows, columns) of an image's targets. Raise if the truth has another size."""
         scores = self.maps[image]
-        fits = scores[0] <= image[0] and scores[1] <= image[1]  # scores are enlarged only
+        fits = scores[0] <= image[0] and scores[1] <= image[1]  # scores are never reduced
         sizes = {scores: "the model's score map"}
         if fits:
             sizes = {image: "the image"} | sizes
@@ -255,22 +257,22 @@ class MapRules(TargetRules):
 
 
 class BoxRules(TargetRules):
-    """A detector, whose targets are proposals, anchors or queries near objects."""
+    """Target rules for a detector, whose targets are proposals, anchors or queries near objects."""
 
     def __init__(self, options: AttackOptions, model: Detector) -> None:
         super().__init__(options, model)
         if is_pattern(options.aims):
-            raise ArgumentError(f"--adversarial {options.aims} goes with segmentation only")
+            raise ArgumentError(f"--adversarial {options.aims} requires a segmentation network")
         for option, value in (
             ("--foreground", options.foreground),
             ("--background", options.background),
         ):
             if value is not None:
-                raise ArgumentError(f"{option} goes with a pattern only")
+                raise ArgumentError(f"{option} requires a pattern")
         self.target_class: int | None = None
 
     def check(self, name: str, image: Tensor, truth: Truth) -> None:
-        """Raise unless the true boxes are the detector's."""
+        """Raise unless the detector can take the true boxes."""
         if truth is not None:
             self._true(name, truth, image[None])
 
@@ -312,8 +314,8 @@ class BoxRules(TargetRules):
                     scores = model(leaf.clone(), boxes)
                 if not bool(scores.detach().isfinite().all()):
                     raise UnfitImageError(
-                        f"model {self.options.model!r} must return finite scores, for {name} it "
-                        "does not"
+                        f"model {self.options.model!r} must return finite scores, but does not "
+                        f"for {name}"
                     )
                 seen = scores[0].detach().argmax(0)
                 known = (leaf, scores) if leaf.requires_grad else None

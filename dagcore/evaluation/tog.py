@@ -1,9 +1,9 @@
-"""TOG's four goals, as dense targets of any detector.
+"""TOG's four goals as dense targets of any detector.
 
 Chow et al., "Adversarial Objectness Gradient Attacks in Real-time Object Detection Systems"
-(TPS-ISA 2020), lead a detector astray in four ways, by 10 steps of 2/255 in a ball of 8/255 on
-its training loss. Here the goals are labels for a loss over the victim's candidates, so that
-two-stage detectors, anchors, points and queries are attacked alike:
+(TPS-ISA 2020), attack a detector with four goals. They take 10 steps of 2/255 in a ball of 8/255
+on its training loss. Here, a goal gives labels for a loss over the victim's candidates. So it works
+for two-stage detectors, anchors, points and queries alike:
 
     targets = goal_targets(victim, image, truth, goals=["vanish"])["vanish"]
     attack = dagcore.PGD(epsilon=8 / 255, alpha=2 / 255, steps=10, tolerance=None)
@@ -11,12 +11,12 @@ two-stage detectors, anchors, points and queries are attacked alike:
     result = attack(
         victim, image[None], targets.labels[None], targets.adversarial[None], boxes=boxes
     )
-    victim.detect(result.last)  # as TOG: the last iterate, not the one with most targets astray
+    victim.detect(result.last)  # like TOG: the last iterate, not the best one
 
-What differs from attacking the training loss: only class scores are attacked. The loss of the
-region network, of box offsets and of a centre-ness are not part of it, so a detector that
-multiplies its scores by a centre-ness is harder to make see objects. TOG takes the detector's own
-detections for the truth; here it is given.
+There are two differences from TOG. Only class scores are attacked, but not the losses of region
+proposals, box offsets and centre-ness. So objects are harder to fabricate for a detector that
+multiplies its scores by a centre-ness. And the truth is given here, while TOG uses the detector's
+own detections.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from ..victims.detection.targets import match, stack
 
 GOALS = ("vanish", "mislabel", "fabricate", "untargeted")
 RIVALS = ("least-likely", "most-likely")
-# As in Detector.dense_targets: which candidates there are, and which of them are near an object.
+# As in Detector.dense_targets: which candidates are kept, and which of them are near an object.
 NMS_THRESHOLD = 0.9
 NEAR = {"min_iou": 0.1, "min_score": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GoalTargets:
-    """What an attack with one goal aims at: P targets of an image, padding included."""
+    """Targets of an attack with one goal: P targets of an image, including padding."""
 
     labels: Tensor
-    """(P,) int64; the ignore label where there is no target."""
+    """Labels (P,) int64, with the ignore label where there is no target."""
     adversarial: Tensor | str
-    """(P,) int64, the ignore label likewise; or "untargeted"."""
+    """Adversarial labels (P,) int64, ignored like `labels`; or "untargeted"."""
     boxes: Tensor | None
-    """(P, 4) in pixels, NaN where padded; None for a detector with targets of its own."""
+    """Boxes (P, 4) in pixels, NaN for padding; None if the detector has its own targets."""
 
 
 def goal_targets(
@@ -65,36 +65,38 @@ def goal_targets(
     max_proposals: int = 3000,
     ignore_index: int = 255,
 ) -> dict[str, GoalTargets]:
-    """What each goal aims at in an image, from one pass of the detector over it.
+    """Return the targets of each goal in an image, from one pass of the detector.
 
-    A candidate is near an object as in `Detector.dense_targets`. Goals:
+    `Detector.dense_targets` defines when a candidate is near an object. The goals are:
 
-        "vanish": all candidates, from their likeliest object class to the background. If only
+        "vanish": moves all candidates from their likeliest object class to the background. If only
             those near objects counted, detections would appear elsewhere.
-        "mislabel": candidates near objects, from the true class to another one.
-        "fabricate": candidates that are background, to their likeliest object class.
-        "untargeted": candidates near objects, away from the true class.
+        "mislabel": moves candidates near objects from the true class to another one.
+        "fabricate": moves candidates that are background to their likeliest object class.
+        "untargeted": moves candidates near objects away from the true class.
 
-    Inside `detector.encoded(image[None])` the features are shared with what else is asked there.
+    Inside `detector.encoded(image[None])`, the image's features are computed only once.
 
     Args:
-        detector: the victim.
-        image: floating point in [0, 1].
+        detector: victim.
+        image: image (3, H, W), floating point in [0, 1].
         truth: "boxes" (K, 4) in pixels, "labels" (K,), and "iscrowd" (K,) if there are crowds,
             which are left out.
-        goals: which of `GOALS`.
-        mislabel: the class that objects are led to, each of its own: the "least-likely" one by
-            the mean probability of its candidates in the clean image, or the "most-likely" one
-            but the true. The least likely is the default because it leaves the lower mAP, and
-            because no success can be a confusion that the detector is prone to anyway.
-        max_proposals: candidates at the most, the best ones; two-stage detectors only.
-        ignore_index: label of what is no target; give the attack's.
+        goals: goals out of `GOALS`.
+        mislabel: adversarial class of each object: the "least-likely" or the "most-likely" wrong
+            class, by the mean probability of the object's candidates in the clean image. The
+            default is "least-likely", because it gives a lower mAP and because its successes
+            cannot be confusions to which the detector is prone anyway.
+        max_proposals: maximum number of candidates; the best ones are kept. Only for two-stage
+            detectors.
+        ignore_index: label of candidates that are no targets. It must be the attack's.
 
     Returns:
         The targets of each goal, in the order of `goals`.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: if an argument is invalid. The message names it, what was required
+            and what was given.
     """
     _check(detector, image, goals, mislabel, max_proposals, ignore_index)
     images = image[None]
@@ -105,12 +107,12 @@ def goal_targets(
     num_classes = scores.shape[1]
     if 0 <= ignore_index < num_classes:
         raise ArgumentError(
-            f"ignore_index must be no class, of which there are {num_classes}, got {ignore_index}"
+            f"ignore_index must not be one of the {num_classes} classes, got {ignore_index}"
         )
     true_boxes, true_labels = detector.check_truth(0, truth, images, num_classes)
     objects = detector.objects(num_classes).to(scores.device)
     if "mislabel" in goals and len(objects) < 2:
-        raise ArgumentError("goals must be without 'mislabel' for a detector of one object class")
+        raise ArgumentError("goals must not have 'mislabel' for a detector with one object class")
     probabilities = detector.probabilities(scores)
     owner = match(
         boxes.to(true_boxes.dtype),
@@ -122,7 +124,7 @@ def goal_targets(
     )
 
     def near(classes: Tensor) -> Tensor:
-        """A class of each object (K,), at the candidates that are near it (P,)."""
+        """Spread a class of each object (K,) to the candidates near it (P,)."""
         return functional.pad(classes, (0, 1), value=ignore_index)[owner]
 
     likeliest = objects[scores[:, objects].argmax(1)]
@@ -151,7 +153,7 @@ def _check(
     max_proposals: int,
     ignore_index: int,
 ) -> None:
-    """Raise unless the arguments of `goal_targets` are what they must be."""
+    """Raise unless the arguments of `goal_targets` are valid."""
     if not isinstance(detector, Detector):
         raise ArgumentTypeError(
             f"detector must be a dagcore.victims.Detector, got {type(detector).__name__}"
@@ -173,7 +175,7 @@ def _rivals(
     objects: Tensor,
     kind: str,
 ) -> Tensor:
-    """The other object class that is the least or the most likely at each object: (K,)."""
+    """Return the least or the most likely wrong object class of each object, (K,)."""
     count = len(true_labels)
     belongs = functional.one_hot(owner, count + 1)[:, :count].to(probabilities.dtype)
     sums = belongs.T @ probabilities
@@ -191,7 +193,7 @@ def _fitted(
     *,
     own: bool,
 ) -> GoalTargets:
-    """The targets alone with their boxes, padded; all of a detector that has its own."""
+    """Keep the targets with their boxes, and pad them. Keep all if the detector has its own."""
     if own:
         return GoalTargets(labels, adversarial, None)
     counted = labels != ignore_index

@@ -1,4 +1,4 @@
-"""Work on a data set, by one process or many: images claimed one by one, nothing lost, resumed."""
+"""Resumable work on a data set, by one or more processes that claim the images one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .settings import DataSettings
 from .sources import Source, source_of
 from .store import FAILED, Folder, Record
 
-SIGNAL_SECONDS = 5  # from a signal to the next that counts
+SIGNAL_SECONDS = 5  # after a signal, during which others are ignored
 
 SourceFor = Callable[[DataSettings, "Victim | Detector"], Source]
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """A signal to stop."""
+    """Raised by a signal that asks the process to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -44,23 +44,24 @@ class Interrupted(BaseException):
 
 
 class Work(abc.ABC):
-    """What every rank has, and what it does with the images that it claims.
+    """Work on a data set, as each rank does it for the images that it claims.
 
     Args:
-        settings: the network, the data, and how.
-        ranks: the processes.
-        progress: hears of every image.
-        victim: the network, in place of the one that settings name.
-        source_for: makes the images for a network, in place of those that settings name.
-        silent: whether nothing is printed; warnings are Python's then.
+        settings: the network, the data set, and options for the work.
+        ranks: processes that share the work.
+        progress: object that is told about every image.
+        victim: network to use instead of the one named in the settings.
+        source_for: function that returns the images for a network, instead of those named in the
+            settings.
+        silent: whether to print nothing, and to issue warnings with Python's `warnings`.
     """
 
     command: str
-    """What messages call it."""
+    """Name of the command in messages."""
     form: int
-    """Of its records; raised where older ones cannot be resumed."""
+    """Version of the records' format. It rises when older records can no longer be resumed."""
     numbers: Sequence[str]
-    """What the record of an image must have."""
+    """Keys that the record of an image must have."""
 
     def __init__(
         self,
@@ -86,18 +87,18 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def probe(self) -> None:
-        """Raise where network, data and settings do not go together."""
+        """Raise unless network, data and settings fit together."""
 
     @abc.abstractmethod
     def attack(self, numbers: Iterator[int]) -> Iterator[str]:
-        """Attack images as they are claimed, and keep what came of each; a line as one finishes."""
+        """Attack images as they are claimed, and keep the results. Yield a line for each image."""
 
     @abc.abstractmethod
     def finish(self, records: dict[int, Record], speed: float | None) -> list[str]:
-        """Summarise all records, on the first rank, and show it: what users should know."""
+        """Summarise all records on the first rank, show the summary, and return the warnings."""
 
     def _prepared(self) -> Any:
-        """The network as it is attacked."""
+        """Return the network to attack: a prepared copy, or the victim itself."""
         if not self.options.prepare:
             return self.victim
         try:
@@ -105,18 +106,18 @@ class Work(abc.ABC):
                 return prepare(self.victim)
             return prepare(self.victim, low_resolution=False if self.victim.cells else None)
         except (TypeError, ValueError, RuntimeError) as error:
-            if str(error).startswith("model must return"):  # prepared or not
+            if str(error).startswith("model must return"):  # fails unprepared too
                 raise
             one_size = ", --size WIDTHxHEIGHT resizes images for a network that takes one size"
             raise ArgumentError(
                 f"--model {self.options.model} cannot be prepared ({error}): --no-prepare attacks "
-                "it as it is"
+                "it unprepared"
                 + one_size
                 * (str(error).startswith("example") and self.options.size is None)
             ) from error
 
     def made_with(self) -> dict[str, Any]:
-        """What results follow from beside the settings."""
+        """Return what the results depend on besides the settings."""
         return {
             "form of the records": self.form,
             "images": len(self.source.names),
@@ -125,24 +126,24 @@ class Work(abc.ABC):
         }
 
     def versions(self) -> dict[str, Any]:
-        """What they follow from in their last bits."""
+        """Return the versions that the last bits of the results depend on."""
         device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         known = {name: version for name, version in info.versions().items() if version}
         return {**known, "device": device}
 
     def model_faults(self) -> contextlib.AbstractContextManager[None]:
-        """Tell of errors of the network as the user's, at the images that it may be that of."""
+        """Report errors of the network as the user's, with the images that may have caused them."""
         return faults.of_model(self.options.model, self.in_flight)
 
     def tell(self, kind: str, text: str) -> None:
-        """Tell users a note, a warning, or how it ended."""
+        """Report a note, a warning or the end of the work to the user."""
         if not self.silent:
             print(f"dagcore {self.command}: {kind + ': ' if kind else ''}{text}", file=sys.stderr)
         elif kind == "warning":
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def claimed(self, missing: list[int]) -> Iterator[int]:
-        """Images as this rank gets to them."""
+        """Yield the numbers of the images that this rank claims."""
         while (place := self.ranks.claim()) < len(missing):
             number = missing[place]
             try:
@@ -155,7 +156,7 @@ class Work(abc.ABC):
             yield number
 
     def failed(self, number: int, reason: str) -> None:
-        """Put on record that an image cannot be attacked."""
+        """Record that an image cannot be attacked."""
         name = self.source.names[number]
         record = {"number": number, "name": name, "status": FAILED, "reason": reason}
         self.folder.write_record(number, record)
@@ -165,7 +166,7 @@ class Work(abc.ABC):
 
 
 def digest(victim: object) -> str:
-    """The weights of a network in one number."""
+    """Return a hash of a network's weights and buffers."""
     if not isinstance(victim, nn.Module):
         return "unknown"
     total = hashlib.sha256()
@@ -178,16 +179,17 @@ def digest(victim: object) -> str:
 
 
 def carry_out(make: Callable[[Ranks], Work]) -> int:
-    """Do the work on a data set; what was done before with the same settings is not done again.
+    """Do the work on a data set. Images that were finished with the same settings are skipped.
 
     Args:
-        make: loads what a rank needs.
+        make: function that creates the work of a rank.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped it.
+        The exit status: 0, or 128 + the number of the signal that stopped the work.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: what is wrong, and with which setting.
+        ValueError, TypeError, OSError, ImportError: if a setting is invalid. The message names the
+            setting and the problem.
     """
     ranks = connect()
     with contextlib.ExitStack() as stack:
@@ -211,12 +213,12 @@ def carry_out(make: Callable[[Ranks], Work]) -> int:
 
 
 def agreed(ranks: Ranks, step: Callable[[], T]) -> T:
-    """What a step gives, once it has ended well on all ranks; else all of them end."""
+    """Run a step, and return its result if it succeeds on all ranks. Otherwise end all ranks."""
     made: list[T] = []
     failed: Exception | None = None
     try:
         made.append(step())
-    except Exception as error:  # told by the first rank, whatever it is
+    except Exception as error:  # of any kind: the first rank reports it
         failed = error
         ranks.stop()
     ranks.agree(failed)
@@ -224,14 +226,14 @@ def agreed(ranks: Ranks, step: Callable[[], T]) -> T:
 
 
 def begin(work: Work) -> Work:
-    """See whether everything goes together."""
+    """Check that network, data and settings fit together."""
     with work.model_faults():
         work.probe()
     return work
 
 
 def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
-    """The images that are still to be attacked, on the first rank, which locks the folder."""
+    """Lock the folder and return the images still to be attacked, on the first rank only."""
     if work.ranks.rank > 0:
         return []
     stack.enter_context(work.folder.locked())
@@ -245,7 +247,7 @@ def missing_images(work: Work, stack: contextlib.ExitStack) -> list[int]:
 
 
 def attack_all(work: Work, missing: list[int]) -> int:
-    """Attack the images that this rank gets to; how many these were."""
+    """Attack the images that this rank claims, and return their number."""
     count = 0
     work.progress.begin(len(work.source.names), len(missing), silent=work.ranks.rank > 0)
     with work.progress, work.model_faults():
@@ -258,7 +260,7 @@ def attack_all(work: Work, missing: list[int]) -> int:
 
 
 def finish(work: Work, attacked: int, seconds: float) -> None:
-    """Write the summary, on the first rank, and show it."""
+    """Write and show the summary, on the first rank."""
     if work.ranks.rank > 0:
         return
     names = work.source.names
@@ -266,8 +268,8 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
     if list(records) != list(range(len(names))):
         absent = [name for k, name in enumerate(names) if k not in records]
         raise ArgumentError(
-            f"--out {work.folder.out} must have a record of each of {len(names)} images, of "
-            f"{len(absent)} there is none ({', '.join(absent[:3])}, ...): do all processes share "
+            f"--out {work.folder.out} must have a record of each of {len(names)} images, "
+            f"{len(absent)} are missing ({', '.join(absent[:3])}, ...): do all processes share "
             "the folder? The same command resumes"
         )
     told = work.finish(records, attacked / seconds if attacked else None)
@@ -295,12 +297,12 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise `Interrupted`; more of them soon after do nothing."""
+    """Let SIGINT and SIGTERM raise `Interrupted`. Further signals soon after are ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    first: float | None = None  # when the first came
+    first: float | None = None  # time of the first signal
 
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal first

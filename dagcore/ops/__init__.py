@@ -1,7 +1,7 @@
-"""The fused ops: schemas, public wrappers and what torch needs to know of them.
+"""The fused ops: schemas, public wrappers and what torch needs to know about them.
 
-The native module registers CPU and CUDA kernels; `fallback` has every op's default kernel, so that
-everything runs where there is no native one, after one warning.
+The native module registers CPU and CUDA kernels. `fallback` has the default kernel of every op, so
+that everything also runs without a native kernel, after a single warning.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ _library.define(
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
-_fakes: dict[str, Callable[..., Any]] = {}  # what an op returns in shape and dtype
+_fakes: dict[str, Callable[..., Any]] = {}  # return the shapes and dtypes of an op's results
 
 
 def _fake(op: str) -> Callable[[_Kernel], _Kernel]:
-    """Register what an op returns in shape and dtype, for torch.compile."""
+    """Register a fake kernel, which returns the shapes and dtypes of an op, for torch.compile."""
 
     def register(kernel: _Kernel) -> _Kernel:
         _fakes[op] = kernel
@@ -114,14 +114,14 @@ for _op in OPS:
 def _check_one_device(*tensors: Tensor) -> None:
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
-        raise RuntimeError(f"tensors must be on one device, got {checks.names(sorted(devices))}")
+        raise RuntimeError(f"tensors must be on one device, got {' and '.join(sorted(devices))}")
 
 
 def _is_negative(active: Tensor) -> bool:  # (N,)
-    """Whether a count says that a label is out of range; not asked of a GPU, which would wait."""
+    """Return whether a count reports a label out of range; not on a GPU, which would stall."""
     if torch.compiler.is_compiling() or active.device.type != "cpu":
         return False
-    return any(count < 0 for count in active.tolist())  # a third of what tensor operations take
+    return any(count < 0 for count in active.tolist())  # three times as fast as a tensor op
 
 
 @_fake("dag_seed")
@@ -276,19 +276,20 @@ def dag_seed(
     ignore_index: int = 255,
     margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Seed of the backward pass and number of active targets: lines 3 and 4 of Algorithm 1.
+    """Return the seed of the backward pass and the active targets: lines 3 and 4 of Algorithm 1.
 
-    A target is active while its argmax over the classes is its label (goal "leave"), or while it
-    is not yet its adversarial label (goal "reach"). Ties go to the lowest class. The seed is +1 at
-    an active target's adversarial label, -1 at its label ("leave") or at its argmax ("reach"), and
-    0 elsewhere: the gradient of sum over active t of f_l'(t) - f_l(t) with respect to the scores.
+    With the goal "leave", a target is active while its argmax over the classes is its label; with
+    "reach", until its argmax is its adversarial label. Ties go to the lowest class. The seed is the
+    gradient of f_l'(t) - f_l(t), summed over the active targets t, with respect to the scores: +1
+    at the adversarial label of each active target, -1 at its label ("leave") or at its argmax
+    ("reach"), and 0 elsewhere.
 
-    With a margin kappa above 0 a target that is won still counts while it is won by less: "leave"
-    while the label is less than kappa behind the winner, "reach" while the strongest other class,
-    which then gets the -1, is less than kappa behind the adversarial label. Differences are taken
-    in float32 (float64 for float64 scores).
+    With a margin kappa above 0, a target that is won stays active while it is won by less than
+    kappa: with "leave" while its label is less than kappa behind the winner; with "reach" while the
+    strongest other class, which then gets the -1, is less than kappa behind the adversarial label.
+    Differences are computed in float32 (float64 for float64 scores).
 
-    Targets labelled `ignore_index` never count; for "leave", neither do those whose adversarial
+    Targets labelled `ignore_index` never count; with "leave", neither do those whose adversarial
     label is their label. A target with a NaN among its scores is active whatever its argmax, so
     that a broken network is never taken for a successful attack.
 
@@ -297,8 +298,8 @@ def dag_seed(
             float32 or float64, before softmax.
         labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
         adversarial_labels: (N, *T) likewise, or "runner-up" for the strongest other class (goal
-            "leave" only). Not read where `labels` is `ignore_index`; a value of `ignore_index`
-            that is no class excludes the target too.
+            "leave" only). Not read where `labels` is `ignore_index`. An adversarial label of
+            `ignore_index` that is not a class excludes the target too.
         goal: "leave" or "reach".
         ignore_index: the label of targets that never count.
         margin: kappa, in the units of the scores, at least 0.
@@ -309,9 +310,9 @@ def dag_seed(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or choice, or a label out of range. On CUDA and inside
-            torch.compile reading the labels would synchronise: there an image that holds such a
-            label comes back with a negative number of active targets, and the bad target is
-            left out of the seed.
+            torch.compile, labels are not read, as that would synchronise. An image with a label out
+            of range then returns a negative number of active targets, and the bad target is left
+            out of the seed.
     """
     adversarial = checks.seed_arguments(
         scores, labels, adversarial_labels, goal, ignore_index, margin
@@ -334,11 +335,11 @@ def dag_seed_bilinear(
     margin: float = 0.0,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`dag_seed` through a bilinear enlargement of the scores that never exists in memory.
+    """Return `dag_seed` of bilinearly enlarged scores, without enlarging them in memory.
 
-    Targets are the pixels of the labels. Their scores are those that
-    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")` would give; the seed is the
-    gradient with respect to the low-resolution scores. Scores are blended in float32 (float64 for
+    Targets are the pixels of the labels. Their scores are those of
+    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")`; the seed is the gradient
+    with respect to the low-resolution scores. Scores are interpolated in float32 (float64 for
     float64 scores), so where two classes are closer than rounding, the winner may differ from
     interpolate's.
 
@@ -381,10 +382,10 @@ def loss_seed(
     class_weights: Tensor | None = None,  # (C,)
     ignore_index: int = 255,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a loss over the targets, its gradient to the scores, and how many targets are right.
+    """Return a loss's gradient at the scores, its sum over the targets, and the number of hits.
 
-    z are the scores of a target, y its label, p = softmax z, e_y one-hot, c = 1 where the argmax
-    is y, else 0. An attack ascends
+    z are the scores of a target, y its label, p = softmax z, e_y one-hot, c = 1 if the argmax is y,
+    else 0. Attacks maximise
 
     ======================= =============================================================
     "cross-entropy"         -ln p_y
@@ -402,45 +403,52 @@ def loss_seed(
     where z_(1) is the largest score and |.| the Euclidean norm. Ties go to the lowest class. With
     kappa 0, "margin" and "dag" count a target while its argmax is its label.
 
-    With adversarial labels l' a loss is targeted: the negative of the loss of l', in which a target
-    counts until l' is reached. So, with c and w those of l', "masked-cross-entropy" has 1 - c for
-    c, "blended-cross-entropy" has its two weights swapped, "cosine" has 1 - w, "margin" is
-    -max(max_{k != l'} z_k - z_l', -kappa), "masked-spherical" is (1 - c) z_l' / |z|, and "dlr" is
-    -(z_y - z_l') / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12). "dag" always has adversarial labels.
+    With adversarial labels l' a loss is targeted: it is the negative of the loss of l', in which a
+    target counts until l' is reached. So, with c and w those of l',
 
-    Computed in float32 (float64 for float64 scores). A class at -inf has probability 0. Scores
-    without a finite maximum (a NaN, +inf, or -inf alone) make the loss of their image NaN and add
-    0 to the seed. A target with a NaN is a hit whatever its argmax, so that a broken network is
-    never taken for a successful attack. Where |z| of "masked-spherical" is 0 or infinite, or a
-    difference of "dlr" is infinite, seed and loss are 0. Seeds that the dtype cannot hold are its
-    largest finite number.
+    - "masked-cross-entropy" has 1 - c instead of c,
+    - "blended-cross-entropy" swaps its two weights,
+    - "cosine" has 1 - w instead of w,
+    - "margin" is -max(max_{k != l'} z_k - z_l', -kappa),
+    - "masked-spherical" is (1 - c) z_l' / |z|,
+    - "dlr" is -(z_y - z_l') / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12),
+    - "dag" always has adversarial labels.
+
+    Losses are computed in float32 (float64 for float64 scores). A class at -inf has probability 0.
+    A target whose scores have no finite maximum (a NaN, +inf, or only -inf) makes the loss of its
+    image NaN and adds 0 to the seed. A target with a NaN is a hit whatever its argmax, so that a
+    broken network is never taken for a successful attack. If |z| of "masked-spherical" is 0 or
+    infinite, or a difference of "dlr" is infinite, seed and loss are 0. Seeds that overflow the
+    dtype become its largest finite number.
 
     Args:
         scores: (N, C, *T), any number of target dimensions and any strides; float16, bfloat16,
             float32 or float64, before softmax.
         labels: (N, *T) uint8, int32 or int64: class indices, or `ignore_index`.
         adversarial_labels: (N, *T) likewise for a targeted loss; "runner-up", the strongest other
-            class, is for "dag" only. Not read where `labels` is `ignore_index`; a value of
-            `ignore_index` that is no class excludes the target too.
-        loss: a name of the table.
-        blend: of "blended-cross-entropy", from 0 to 1; SegPGD's lambda. A number, or (N,) float64
-            for images at different updates, whose values only a CPU's tensor is checked for.
-        q: of "tsallis", at most 1.
-        kappa: of "margin" and "dag", in the units of the scores, at least 0; may be infinite.
-        class_weights: (C,) of any floating dtype; a target's loss is multiplied by that of its
-            label.
+            class, is for "dag" only. Not read where `labels` is `ignore_index`. An adversarial
+            label of `ignore_index` that is not a class excludes the target too.
+        loss: a name from the table.
+        blend: weight of "blended-cross-entropy", from 0 to 1; SegPGD's lambda. A number, or (N,)
+            float64 for images at different updates; the values of a tensor are checked only on the
+            CPU.
+        q: parameter of "tsallis", at most 1.
+        kappa: parameter of "margin" and "dag", in the units of the scores, at least 0; may be
+            infinite.
+        class_weights: (C,) of any floating dtype; a target's loss is multiplied by the weight of
+            its label.
         ignore_index: the label of targets that never count.
 
     Returns:
         seed, the gradient of the sum of the losses, with the dtype, shape and layout of `scores`;
-        loss, (N,) float64, the sums, added in an order that no number of threads changes; hits,
-        (N,) int32, the counted targets whose argmax is their label.
+        loss, (N,) float64, its sums, added in an order that does not depend on the number of
+        threads; hits, (N,) int32, the number of targets that count and whose argmax is their label.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, choice or number, or a label out of range. On CUDA and
-            inside torch.compile, an image with such a label comes back with negative hits, and
-            the bad target is left out of seed and loss, as in `dag_seed`.
+            inside torch.compile, an image with a label out of range returns negative hits, and the
+            bad target is left out of seed and loss, as in `dag_seed`.
     """
     adversarial = checks.loss_arguments(
         scores, labels, adversarial_labels, loss, blend, q, kappa, class_weights, ignore_index
@@ -475,14 +483,14 @@ def loss_seed_bilinear(
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`loss_seed` through a bilinear enlargement of the scores that never exists in memory.
+    """Return `loss_seed` of bilinearly enlarged scores, without enlarging them in memory.
 
-    Targets are the pixels of the labels. Their scores are those that
-    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")` would give; the seed is the
-    gradient with respect to the low-resolution scores. Scores are blended as in
-    `dag_seed_bilinear` and `argmax_bilinear`, to the bit; the gradients of the pixels are summed in
-    an order that no number of threads changes. Nothing of the enlarged size is allocated: on the
-    CPU at most twice what the scores take, on CUDA eight bytes a score. Where the labels have the
+    Targets are the pixels of the labels. Their scores are those of
+    `torch.nn.functional.interpolate(scores, (H, W), mode="bilinear")`; the seed is the gradient
+    with respect to the low-resolution scores. Scores are interpolated as in `dag_seed_bilinear` and
+    `argmax_bilinear`, to the same bits. The gradients of the pixels are summed in an order that
+    does not depend on the number of threads. Nothing is allocated at the enlarged size: the CPU
+    needs at most twice the memory of the scores, CUDA eight bytes per score. If the labels have the
     size of the scores, this is `loss_seed`.
 
     Args:
@@ -544,7 +552,7 @@ def loss_seed_bilinear(
 def _loss_vectors(
     scores: Tensor, loss: str, blend: float | Tensor, class_weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Blend (N,) and class weights (C,) as the loss ops take them."""
+    """Return blend (N,) and class weights (C,) in the form that the loss ops take."""
     if class_weights is not None:
         class_weights = class_weights.detach().to(fallback.real(scores)).contiguous()
     if loss != "blended-cross-entropy":
@@ -560,7 +568,7 @@ def argmax_bilinear(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """Predicted labels at a larger size, without enlarging the scores.
+    """Return the predicted labels at a larger size, without enlarging the scores in memory.
 
     Args:
         scores: (N, C, h, w) float16, bfloat16, float32 or float64, any strides.
@@ -568,7 +576,7 @@ def argmax_bilinear(
         align_corners: as for `torch.nn.functional.interpolate`.
 
     Returns:
-        (N, H, W) int64: the first of the largest classes at each pixel.
+        (N, H, W) int64: the class with the largest score at each pixel, the lowest of equals.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or size.
@@ -597,14 +605,14 @@ def linf_step_(
 ) -> Tensor:
     """Take one step in place: X <- clip(X + gamma / ||r||_inf * r), lines 5 to 7 of Algorithm 1.
 
-    The norm is each image's own. The clip is to [origin - epsilon, origin + epsilon], then to
-    [lower, upper]. Images with `active` <= 0 are not touched, and neither are images whose norm is
-    0 or not finite (or so small that gamma / norm overflows). 16-bit images are stepped in float32
-    and rounded once.
+    The norm is taken per image. The result is clipped to [origin - epsilon, origin + epsilon], then
+    to [lower, upper]. Images with `active` <= 0 are not touched, nor are images whose norm is 0 or
+    not finite (or so small that gamma / norm overflows). 16-bit images are stepped in float32 and
+    rounded once.
 
-    With `levels`, the images are the shadow that steps accumulate in, and `grid` gets what they
-    look like: of each pixel the nearest of so many levels evenly from `lower` to `upper`, among
-    those within `epsilon`, rounded inward, of the level of the origin.
+    With `levels`, `images` is the shadow copy in which steps accumulate, and `grid` receives its
+    image on the levels: each pixel at the nearest of `levels` values evenly spaced from `lower` to
+    `upper`, among those within `epsilon`, rounded inward, of the level of the origin.
 
     Args:
         images: (N, *) float16, bfloat16, float32 or float64, any strides; written in place.
@@ -613,13 +621,13 @@ def linf_step_(
         active: (N,) int32, number of active targets of each image.
         gamma: step length, in the units of `images`.
         lower, upper: the valid range, None for no bound.
-        epsilon: radius of the ball around `origin`, None for none.
-        grid: like `images`; written in place where an image is stepped. With `levels` only.
+        epsilon: radius of the ball around `origin`, None for no ball.
+        grid: like `images`; written in place if an image is stepped. With `levels` only.
         levels: number of levels, 256 for 8-bit images; None for no grid.
 
     Returns:
-        norms: (N,) ||gradient||_inf of each image in float32 (float64 for float64 images), NaN
-        where the gradient has a NaN; 0 for images that are not active.
+        norms: (N,) ||gradient||_inf of each image in float32 (float64 for float64 images), NaN if
+        the gradient has a NaN; 0 for images that are not active.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -665,44 +673,44 @@ def pgd_step_(
 ) -> Tensor:
     """Take one step of PGD, momentum PGD or APGD in place, each image of a batch on its own.
 
-    The direction d is the gradient g or, with momentum m, what m <- decay m + g / ||g||_1 becomes
-    (MI-FGSM; Dong et al., CVPR 2018). The image x then goes to
+    The direction d is the gradient g or, with momentum m, the new m <- decay m + g / ||g||_1
+    (MI-FGSM; Dong et al., CVPR 2018). The image x then moves to
 
     - v = x + alpha sign(d) for the norm "linf", v = x + alpha d / ||d||_2 for "l2";
-    - z = P(v), where P projects into the ball of radius epsilon around the origin, then clips to
-      [lower, upper]. In L2, o + r with ||r||_2 > epsilon becomes o + r epsilon / ||r||_2, o being
-      the origin;
-    - with `previous`, P(x + share (z - x) + (1 - share) (x - previous)) in place of z, and
-      previous <- x (APGD; Croce and Hein, ICML 2020: share is 0.75, and 1 in the first step).
+    - z = P(v), where P projects onto the ball of radius epsilon around the origin o, then clips to
+      [lower, upper]. In L2, o + r with ||r||_2 > epsilon becomes o + r epsilon / ||r||_2;
+    - with `previous`, P(x + share (z - x) + (1 - share) (x - previous)) instead of z, and previous
+      <- x (APGD; Croce and Hein, ICML 2020: share is 0.75, and 1 in the first step).
 
-    An image is not stepped if `active` <= 0, its gradient has a NaN or an infinity, its direction
-    is zero everywhere, or the norm that a direction is divided by has no finite inverse. Then
-    nothing of it is written to. 16-bit images are stepped in float32 and rounded once. Norms are
-    summed up in float64, in an order that no number of threads changes.
+    An image is not stepped if `active` <= 0, if its gradient has a NaN or an infinity, if its
+    direction is zero everywhere, or if the norm that a direction is divided by has no finite
+    inverse. None of its tensors is then written to. 16-bit images are stepped in float32 and
+    rounded once. Norms are summed in float64, in an order that does not depend on the number of
+    threads.
 
-    With `levels`, the images are the shadow that steps accumulate in, and `grid` gets what they
-    look like at so many levels evenly from `lower` to `upper`, within `epsilon` of the level of the
-    origin: in L-infinity each pixel at the nearest level that is; in L2 at one of the two levels
-    around it, the nearer one unless the image would then leave the ball. See
+    With `levels`, `images` is the shadow copy in which steps accumulate, and `grid` receives its
+    image on the levels, evenly spaced from `lower` to `upper` and within `epsilon` of the level of
+    the origin. In L-infinity, each pixel takes the nearest level within `epsilon`. In L2 it takes
+    one of the two levels around it, the nearer one unless the image would then leave the ball. See
     `dagcore.levels.shown`.
 
     Args:
         images: (N, *) float16, bfloat16, float32 or float64, any strides; written in place.
         origin: like `images`: the clean images.
-        gradient: like `images`: of the loss that is to grow.
+        gradient: like `images`: the gradient of the loss to maximise.
         active: (N,) int32, above 0 for the images to step.
         norm: "linf" or "l2".
-        alpha: step length above 0, in the units of `images`; a number or, for a length of each
-            image, (N,) float64.
-        epsilon: radius of the ball around `origin`, likewise; None or infinity for none.
+        alpha: step length above 0, in the units of `images`: a number, or (N,) float64 for one
+            length per image.
+        epsilon: radius of the ball around `origin`, likewise; None or infinity for no ball.
         lower, upper: the valid range, None for no bound.
-        momentum: like `images`, but float32 where those have 16 bits; written in place, zero at
-            first. None for none.
-        decay: what momentum is multiplied by, at least 0.
-        previous: like `images`: where the images were a step ago; written in place. At first the
-            images themselves.
-        share: of the new step, from 0 to 1, a number or (N,) float64; with `previous` only.
-        grid: like `images`; written in place where an image is stepped. With `levels` only.
+        momentum: like `images`, but float32 for 16-bit images; written in place, zero at first.
+            None for no momentum.
+        decay: factor of the old momentum, at least 0.
+        previous: like `images`: the images one step ago; written in place. At first the images
+            themselves.
+        share: weight of the new step, from 0 to 1, a number or (N,) float64; with `previous` only.
+        grid: like `images`; written in place if an image is stepped. With `levels` only.
         levels: number of levels, 256 for 8-bit images; None for no grid.
 
     Returns:
@@ -711,7 +719,7 @@ def pgd_step_(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value. On CUDA and inside torch.compile the values of
-            alpha, epsilon and share are not read: there an image with a wrong one is not stepped.
+            alpha, epsilon and share are not read; an image with a wrong value is then not stepped.
     """
     lengths, balls, parts, low, high = checks.pgd_arguments(
         images,
@@ -752,7 +760,7 @@ def pgd_step_(
 
 
 def _mark_written(*tensors: Tensor | None) -> None:
-    """Tell autograd of writes that went past it."""
+    """Tell autograd about writes that bypassed it."""
     for written in tensors:
         if written is not None and not (torch.compiler.is_compiling() or written.is_inference()):
             torch.autograd.graph.increment_version(written)
@@ -771,30 +779,30 @@ def linf_prox_(
     lower: float | None,
     upper: float | None,
 ) -> Tensor:
-    """Take one proximal step in place: X <- X_0 + p, the norm of the perturbation p made smaller.
+    """Take one proximal step in place: X <- X_0 + p, with a smaller norm of the perturbation p.
 
     With d = X - X_0 + alpha g / H, p minimises alpha weight ||p||_inf + sum_i H_i (p_i - d_i)^2 / 2
-    where lower <= X_0 + p <= upper and ||p||_inf <= epsilon: it is d within the bounds, no larger
-    than epsilon and than a t >= 0 for which
+    subject to lower <= X_0 + p <= upper and ||p||_inf <= epsilon. It is d clipped to the bounds,
+    then to [-t, t] and [-epsilon, epsilon], for a t >= 0 with
 
         sum H_i (|d_i| - t) over the i whose |d_i| within the bounds is above t  =  alpha weight,
 
-    or at which that sum falls past alpha weight; t is 0 where it never is as large. It is found to
-    2^-24 (float64: 2^-48) of the largest |d_i|, of sums in float64. 16-bit images are stepped in
-    float32 and rounded once.
+    or at which that sum falls past alpha weight; t is 0 if the sum never reaches it. t is accurate
+    to 2^-24 (float64: 2^-48) of the largest |d_i|, with sums in float64. 16-bit images are stepped
+    in float32 and rounded once.
 
-    Images with `active` <= 0 are not touched, and neither are images whose d is 0 or not finite.
+    Images with `active` <= 0 are not touched, nor are images whose d is 0 or not finite.
 
     Args:
         images: (N, *) float16, bfloat16, float32 or float64, any strides, within the bounds;
             written in place.
         origin: like `images`: the clean images, within the bounds.
-        gradient: like `images`: g, which the images are moved along.
+        gradient: like `images`: g, along which the images move.
         metric: (N, *) float32, or float64 for float64 images: H, above 0.
         active: (N,) int32, number of active targets of each image.
-        alpha: step length above 0, a number or, for a length of each image, (N,) float64.
-        epsilon: radius of the ball around `origin`, likewise; None or infinity for none.
-        weight: of the norm, at least 0.
+        alpha: step length above 0: a number, or (N,) float64 for one length per image.
+        epsilon: radius of the ball around `origin`, likewise; None or infinity for no ball.
+        weight: factor of the norm, at least 0.
         lower, upper: the valid range, None for no bound.
 
     Returns:
@@ -803,7 +811,7 @@ def linf_prox_(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value. On CUDA and inside torch.compile the values of
-            alpha and epsilon are not read: there an image with a wrong one is not stepped.
+            alpha and epsilon are not read; an image with a wrong value is then not stepped.
     """
     lengths, balls, low, high = checks.prox_arguments(
         images, origin, gradient, metric, active, alpha, epsilon, weight, lower, upper
@@ -838,12 +846,12 @@ def settle_(
     max_iter: int,
     patience: int,
 ) -> Tensor:
-    """What an evaluation and a step change in the rows of images under attack, in place.
+    """Update the rows of images under attack after an evaluation and a step, in place.
 
-    The loop's own (`dagcore.engine.loop`), in one launch; all tensors are contiguous. Of an image
-    that runs the active targets go into its history. It stops when it is `done` (None: when no
-    step is `wanted`), at `max_iter` updates, or when `patience` wanted steps in a row have not
-    `moved` it.
+    This is an internal op of the loop (`dagcore.engine.loop`), in a single launch; all tensors are
+    contiguous. The active targets of a running image are added to its history. It stops when it is
+    `done` (or, if that is None, when no step is `wanted`), after `max_iter` updates, or when
+    `patience` wanted steps in a row have not `moved` it.
 
     Returns:
         (N, K) int32, the active targets, -1 for an image that had stopped.

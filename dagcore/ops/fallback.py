@@ -1,4 +1,4 @@
-"""Kernels of the ops in PyTorch, for devices that have no native one."""
+"""PyTorch kernels of the ops, for devices that have no native one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _warned: set[str] = set()
 
 
 def warned(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that says once per device that it is in use."""
+    """Make a kernel warn once per device that it is in use."""
 
     def run(*args: Any) -> Any:
         device = args[0].device.type
@@ -32,7 +32,7 @@ def warned(kernel: Callable[..., Any]) -> Callable[..., Any]:
                 else f"dagcore's native module was built without kernels for {device}"
             )
             warnings.warn(
-                f"{why}: running slower PyTorch code (see README, Building)",
+                f"{why}: running slower PyTorch code (see docs/building.md)",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -60,7 +60,7 @@ def dag_seed(
     label = torch.where(counted, labels.long(), 0)
     best, winner = scores.max(1)
     second, rest = scores.scatter(1, winner.unsqueeze(1), -math.inf).max(1)
-    rest = torch.where(rest == winner, min(1, classes - 1), rest)  # all others are -inf
+    rest = torch.where(rest == winner, min(1, classes - 1), rest)  # all other classes are at -inf
     if adversarial is None:
         plus = torch.where(winner == label, rest, winner)
         counted = counted & (classes > 1)
@@ -150,7 +150,7 @@ def _softmax_weight(
     q: float,
     targeted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """w of the gradient w (p - e_y), and the loss, (N, *T)."""
+    """Return w of the gradient w (p - e_y), and the loss, (N, *T)."""
     own = ln_p.exp()
     if loss == "jensen-shannon":
         weight = own * (own.log1p() - ln_p.clamp(min=-1e30)) / 2
@@ -173,7 +173,7 @@ def _softmax_weight(
 def _difference(
     loss: str, z: Tensor, label: Tensor, aim: Tensor | None, kappa: float
 ) -> tuple[Tensor, Tensor]:
-    """Seed and values of a loss that has a gradient at a few classes of each target."""
+    """Return seed and values of a loss whose gradient lies at only a few classes per target."""
     classes = z.shape[1]
     order = z.sort(dim=1, descending=True, stable=True).indices.unbind(1)
 
@@ -214,7 +214,7 @@ def _difference(
 
 
 def _count(which: Tensor) -> Tensor:
-    """How many targets of each image, (N,) int32."""
+    """Count the marked targets of each image, (N,) int32."""
     return which.reshape(len(which), -1).sum(1, dtype=torch.int32)
 
 
@@ -289,7 +289,7 @@ def linf_step_(
     grid: Tensor | None,
     levels: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `dagcore.ops.linf_step_`; also tells which images were stepped, (N,) bool."""
+    """See `dagcore.ops.linf_step_`; also returns which images were stepped, (N,) bool."""
     dtype = real(images)
     if images.numel() == 0:
         norms = images.new_zeros(len(images), dtype=dtype)
@@ -338,7 +338,7 @@ def pgd_step_(
         return norms
 
     def inverse(of: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-        """of / by, and where that is finite and above 0."""
+        """Return of / by, and where it is finite and above 0."""
         quotient = (of / by).to(dtype)
         return quotient, (quotient > 0) & (quotient < math.inf)
 
@@ -398,7 +398,7 @@ def linf_prox_(
     d = x - x0 + alpha.to(dtype)[:, None] * g / h
     inside = d.clamp(lower - x0, upper - x0)
     moved = (active > 0) & (alpha > 0) & (epsilon > 0) & d.isfinite().all(1) & (d != 0).any(1)
-    # Were the k largest above t, it would be the excess of their sum over that of H.
+    # If the k largest are above t, then t is (sum of H |d| over them - alpha weight) / sum of H.
     size, order = inside.abs().double().sort(1, descending=True)
     h = h.double().gather(1, order)
     sums = (h * d.abs().double().gather(1, order)).cumsum(1) - weight * alpha[:, None]
@@ -443,9 +443,9 @@ def settle_(
 
 
 def step_scale(norms: Tensor, gamma: float) -> Tensor:
-    """gamma / norm, (N,), by which `linf_step_` has moved the images; 0 where they stayed.
+    """Return gamma / norm, (N,), the factor of the step of `linf_step_`; 0 for images that stay.
 
-    That is where the norm is 0 or not finite, or the quotient is infinite.
+    Images stay if their norm is 0 or not finite, or the quotient is infinite.
     """
     gamma = gamma if gamma <= torch.finfo(norms.dtype).max else math.inf
     scale = torch.full_like(norms, gamma) / norms
@@ -453,5 +453,5 @@ def step_scale(norms: Tensor, gamma: float) -> Tensor:
 
 
 def real(values: Tensor) -> torch.dtype:
-    """The dtype in which values are compared and stepped, and norms returned."""
+    """Return the dtype in which values are compared and stepped, and norms returned."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The compiled module: None where it is missing, an error where it is there and cannot load."""
+"""The compiled module, None if it is missing; importing raises if it exists but cannot load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def _load() -> ModuleType | None:
-    # Only in this package: an editable install elsewhere would answer for a copy of the package.
+    # Only in this package: an editable install elsewhere would also answer for a copy of it.
     if PathFinder.find_spec("dagcore._native", [str(PACKAGE)]) is None:
         return None
     try:
@@ -25,13 +25,13 @@ def _load() -> ModuleType | None:
             f"dagcore's native module was built for torch {built.get('torch', '(unknown)')} "
             f"(CUDA {built.get('cuda') or 'none'}) and does not load with torch "
             f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}): {error}. "
-            "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps dagcore's "
-            "folder."
+            "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps PATH, where "
+            "PATH is dagcore's folder."
         ) from error
 
 
 def built_for() -> dict[str, str | None]:
-    """Versions that the native module was built for: {"torch": ..., "cuda": ...}."""
+    """Return the versions that the native module was built for: {"torch": ..., "cuda": ...}."""
     record = PACKAGE / "_build.json"
     if not record.exists():
         return {}

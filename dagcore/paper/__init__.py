@@ -1,4 +1,4 @@
-"""The paper's experiments: perturbations made once and kept, and what is read off them."""
+"""The paper's experiments: perturbations, made once and kept, and the results from them."""
 
 from .work import Attack, Perturbation, Setup
 

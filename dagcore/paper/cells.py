@@ -1,4 +1,4 @@
-"""Scores of networks under perturbations, each measured once and kept in a file of its own."""
+"""Scores of networks under perturbations, each measured once and kept in its own file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from .work import Attack, Setup, read, run, score, settings_of
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is measured: a network, on images to which perturbations are added."""
+    """A measurement: a network on images to which perturbations are added."""
 
     network: str
+    """Name of the network."""
     attacks: tuple[Attack, ...] = ()
-    """Whose perturbations are added up; none: the clean images."""
+    """Attacks whose perturbations are summed; none for clean images."""
     permuted: bool = False
     """Whether rows and columns of the sum are permuted."""
 
     def path(self, setup: Setup) -> Path:
-        """The file that keeps its score."""
+        """Return the path of the file that keeps the score."""
         name = ",".join(attack.folder for attack in self.attacks) or "clean"
         name += "-permuted" if self.permuted else ""
         return setup.out / "scores" / str(setup.images) / find(self.network).slug / f"{name}.json"
 
     def made_of(self, setup: Setup) -> dict[str, Any]:
-        """What its score follows from."""
+        """Return all that the score depends on."""
         return {
             **setup.made_with([self.network]),
             "images": setup.images,
@@ -45,9 +46,9 @@ class Cell:
 def measure_cells(
     setup: Setup, cells: Sequence[Cell], counter: Progress, what: str
 ) -> dict[Cell, float]:
-    """The scores of some cells in percent, measured where they are not kept yet.
+    """Return the scores of cells in percent, measuring those that are not kept yet.
 
-    The perturbations must be there.
+    The perturbations must exist.
     """
     missing = [cell for cell in dict.fromkeys(cells) if known(setup, cell) is None]
     counter.add(what, len(cells), done=len(cells) - len(missing))
@@ -58,7 +59,7 @@ def measure_cells(
 
 
 def known(setup: Setup, cell: Cell) -> float | None:
-    """A score that is kept, if it still follows from what there is."""
+    """Return the kept score of a cell, or None if there is none or it is out of date."""
     kept = read_json(cell.path(setup), cell.made_of(setup))
     return None if kept is None else float(kept["score"])
 
@@ -73,7 +74,7 @@ def measure_cell(setup: Setup, cell: Cell) -> None:
 
 
 def added(setup: Setup, cell: Cell) -> Iterator[tuple[str | None, Tensor]]:
-    """For each image its key (None: for any), and what is added to it, (3, H, W)."""
+    """Yield for each image its key (None: any image) and the sum (3, H, W) that is added to it."""
     for k in range(setup.images):
         parts = [read(setup, attack, k) for attack in cell.attacks]
         total = combine(*(part.values for part in parts))

@@ -1,4 +1,4 @@
-"""What the attacks themselves show: how dense targets must be, and how fast they are led astray."""
+"""Diagnoses of the attacks: how dense targets must be, how fast attacks converge, how visible."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from ..errors import ArgumentError
 from ..evaluation.progress import Progress
 from .cells import Cell, measure_cells
 from .reports import Report, Row
-from .tables import SOURCES
 from .work import Attack, Perturbation, Setup, make_perturbations, read_all, seconds
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-TIMED = 8  # images of which the time is taken
-DENSENESS = ("FR-VGG-0712",)  # attacked at every threshold
-CONVERGENCE = (*SOURCES.values(), "R-FCN-RN50", "R-FCN-RN101", "FCOS-VGG")
+TIMED = 8  # number of images that are timed
+DENSENESS = ("FR-VGG-0712",)  # networks that are attacked at every threshold
+CONVERGENCE = tuple(entry.name for entry in zoo.ENTRIES)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -34,7 +33,7 @@ def denseness(
     *,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> Report:
-    """Detectors attacked with targets from region networks of several NMS thresholds."""
+    """Attack detectors on targets from region networks at several NMS thresholds."""
     for name in networks:
         if not zoo.find(name).two_stage:
             raise ArgumentError(
@@ -70,7 +69,7 @@ def denseness(
 
 
 def convergence(setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE) -> Report:
-    """How many images end within the budget, and how many targets are active on the way."""
+    """Measure how many images converge within the budget, and active targets after each update."""
     attacks = {name: setup.attack(name) for name in networks}
     every = with_targets(setup, counter, attacks)
     scores = before_and_after(setup, counter, "convergence", attacks)
@@ -96,7 +95,7 @@ def convergence(setup: Setup, counter: Progress, networks: Sequence[str] = CONVE
 def perceptibility(
     setup: Setup, counter: Progress, networks: Sequence[str] = CONVERGENCE
 ) -> Report:
-    """How visible each network's perturbations are: the slides' p, over the images."""
+    """Measure how visible each network's perturbations are: the slides' p over the images."""
     every = with_targets(setup, counter, {name: setup.attack(name) for name in networks})
     rows = []
     for name, made in every.items():
@@ -120,7 +119,7 @@ def perceptibility(
 def with_targets(
     setup: Setup, counter: Progress, attacks: Mapping[Key, Attack]
 ) -> dict[Key, list[Perturbation]]:
-    """The perturbations of each attack, but for images without targets."""
+    """Return the perturbations of each attack, without images that have no targets."""
     make_perturbations(setup, list(attacks.values()), counter)
     every = {key: read_all(setup, attack) for key, attack in attacks.items()}
     return {key: [one for one in made if one.targets] for key, made in every.items()}
@@ -129,7 +128,7 @@ def with_targets(
 def before_and_after(
     setup: Setup, counter: Progress, what: str, attacks: Mapping[Key, Attack]
 ) -> dict[Key, tuple[float, float]]:
-    """The scores of networks on clean images, and under the attacks on themselves."""
+    """Return the scores of networks on clean images and under the attacks on themselves."""
     clean = {key: Cell(attack.networks[0]) for key, attack in attacks.items()}
     attacked = {key: Cell(attack.networks[0], (attack,)) for key, attack in attacks.items()}
     cells = list(dict.fromkeys([*clean.values(), *attacked.values()]))
@@ -138,7 +137,7 @@ def before_and_after(
 
 
 def active_shares(made: Sequence[Perturbation], updates: int) -> list[float]:
-    """The share of the targets that are active after 0, 1, ... updates, mean over the images."""
+    """Return the fraction of targets active after 0, 1, ... updates, averaged over the images."""
     shares = [0.0] * (updates + 1)
     for one in made:
         for m in range(updates + 1):
@@ -152,13 +151,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _drawn(name: str, rows: list[Row], draw: Callable[..., None]) -> Report:
-    """A report with a figure."""
+    """Return a report with a figure."""
     pictures = [(f"{name}.png", f"{name}, as in the table above")]
     return Report.of_rows(name, rows, draw=partial(draw, rows=rows), pictures=pictures)
 
 
 def draw_denseness(figure: Figure, rows: list[Row]) -> None:
-    """mAP after the attack, targets and time, against the threshold."""
+    """Plot mAP after the attack, number of targets and time over the threshold."""
     columns = {
         "mAP after the attack": "mAP after the attack, %",
         "targets": "targets an image",
@@ -179,13 +178,15 @@ def draw_denseness(figure: Figure, rows: list[Row]) -> None:
 
 
 def draw_convergence(figure: Figure, rows: list[Row]) -> None:
-    """Active targets against updates, and a histogram of the updates."""
+    """Plot active targets over updates, and a histogram of the number of updates."""
     left, right = figure.subplots(1, 2)
     for row, colour in zip(rows, itertools.cycle(colormaps["tab20"].colors)):  # type: ignore
         left.plot([100 * share for share in row["active"]], color=colour)
         style = {"histtype": "step", "linewidth": 1.3, "color": colour}
         right.hist(row["iterations"], bins=20, label=row["network"], **style)
-    left.set(yscale="log", xlabel="updates", ylabel="active targets, %")
+    if any(share > 0 for row in rows for share in row["active"]):
+        left.set_yscale("log")
+    left.set(xlabel="updates", ylabel="active targets, %")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
     right.set(xlabel="updates at the end", ylabel="images")
@@ -193,7 +194,7 @@ def draw_convergence(figure: Figure, rows: list[Row]) -> None:
 
 
 def draw_perceptibility(figure: Figure, rows: list[Row]) -> None:
-    """A box for each network, over the images."""
+    """Draw a box plot over the images for each network."""
     axes = figure.subplots()
     axes.boxplot([row["values"] for row in rows])
     axes.set_xticks(range(1, len(rows) + 1), [row["network"] for row in rows], rotation=30)

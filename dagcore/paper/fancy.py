@@ -27,27 +27,29 @@ from .work import IGNORE, Setup, run
 
 NETWORKS = ("FCN-Alex", "FCN-VGG")
 DETECTOR = "FR-VGG-07"
-PATTERNS = ("circle", "square", "stripes", "text:AI")  # few letters: score maps are coarse
+PATTERNS = ("circle", "square", "stripes", "text:AI")  # few letters, as score maps are coarse
 BACKGROUND = 0
-UPDATES = 600  # a prescribed segmentation takes more of them than leaving the true one
-ENOUGH = 0.01  # of the pixels may miss a prescribed mask, as in the authors' released code
+UPDATES = 600  # reaching a prescribed segmentation takes more updates than leaving the true one
+ENOUGH = 0.01  # fraction of the pixels that may miss a prescribed mask, as in the authors' code
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """One example: what its files are called, which networks see which image, and as what."""
+    """An example: networks, an image, and what each network is to see in it."""
 
     name: str
+    """Name of its files."""
     title: str
     networks: tuple[str, ...]
     image: int
+    """Index of the image."""
     patterns: tuple[str, ...] = ()
-    """What each network is to see; none: anything but the truth."""
+    """Pattern that each network is to see; none: anything but the truth."""
     noise: bool = False
-    """Whether noise takes the image's place."""
+    """Whether noise replaces the image."""
 
     def picture(self, network: str) -> str:
-        """The path of a network's picture within the folder of results."""
+        """Return the path of a network's picture within the folder of results."""
         suffix = "" if len(self.networks) == 1 else f"-{network.lower()}"
         return f"fancy/{self.name}{suffix}.png"
 
@@ -87,9 +89,13 @@ def fancy(
     *,
     scenarios: Sequence[Scenario] = SCENARIOS,
 ) -> Report:
-    """Make the examples that are not there yet; a row and a picture for each network of each."""
+    """Make the examples that are missing, and report a row and a picture per example and network.
+
+    Raises:
+        ValueError: if networks are given, since the examples have their own.
+    """
     if networks:
-        raise ArgumentError(f"fancy has networks of its own, got {', '.join(networks)}")
+        raise ArgumentError(f"fancy takes no networks, it has its own, got {', '.join(networks)}")
     missing = [scenario for scenario in scenarios if _known(setup, scenario) is None]
     counter.add("fancy examples", len(scenarios), done=len(scenarios) - len(missing))
     for _ in run(setup, make, [(scenario,) for scenario in missing]):
@@ -115,7 +121,7 @@ def _kept(setup: Setup, scenario: Scenario) -> Path:
 
 
 def _made_of(setup: Setup) -> dict[str, Any]:
-    """What the examples follow from."""
+    """Return all that the examples depend on."""
     return {
         **setup.made_with([*NETWORKS, DETECTOR]),
         "images": setup.images,
@@ -125,13 +131,13 @@ def _made_of(setup: Setup) -> dict[str, Any]:
 
 
 def _known(setup: Setup, scenario: Scenario) -> list[Row] | None:
-    """The rows of an example that is kept, if they still follow from what there is."""
+    """Return the kept rows of an example, or None if there are none or they are out of date."""
     known = read_json(_kept(setup, scenario), _made_of(setup))
     return None if known is None else list(known["rows"])
 
 
 def make(setup: Setup, scenario: Scenario) -> None:
-    """Make one example, draw it as each network sees it, and keep its numbers."""
+    """Make an example, draw each network's predictions, and keep the numbers."""
     example = setup.example(scenario.image % setup.images)
     generator = generator_of(setup.seed, 2, scenario.image)
     shape = example.image.shape
@@ -170,9 +176,10 @@ def prescribed(
     victims: Sequence[Any],
     generator: torch.Generator,
 ) -> list[Part]:
-    """Each network is to see a pattern of a class that is not in the image, background around.
+    """Return a part for each network: it is to see a pattern of a class that the image lacks.
 
-    In noise any object's class will do (the slides' type 2).
+    The background surrounds the pattern. In noise the pattern may have any object class (the
+    slides' type 2).
     """
     assert example.mask is not None
     parts = []
@@ -181,7 +188,7 @@ def prescribed(
         if not scenario.noise:
             present = set(example.mask.flatten().tolist())
             free = [c for c in free if c not in present]
-            purpose = scenario.image if len(victims) == 1 else 10 + k  # unlike any image's
+            purpose = scenario.image if len(victims) == 1 else 10 + k  # different from any image
             generator = generator_of(setup.seed, 3, purpose)
         inside = free[int(torch.randint(len(free), (), generator=generator))]
         aim = paint(pattern(what, *example.image.shape[1:]), inside, BACKGROUND)[None]
@@ -191,7 +198,7 @@ def prescribed(
 
 
 def untrue(example: Example, victims: Sequence[Any], generator: torch.Generator) -> list[Part]:
-    """A segmentation network and a detector are both to leave the truth."""
+    """Return the parts for a segmentation network and a detector, both to leave the truth."""
     segmenter, detector = victims
     assert example.mask is not None
     labels = example.mask[None].to(example.image.device).long()
@@ -204,7 +211,7 @@ def untrue(example: Example, victims: Sequence[Any], generator: torch.Generator)
 
 
 def seen(path: Path, part: Part, image: Tensor, result: Result, k: int, *, reach: bool) -> float:
-    """Draw what network `k` sees before and after the attack; the share that is as wanted."""
+    """Draw what network `k` sees before and after the attack; return the fraction as wanted."""
     victim: Any = part.model
     size = (image.shape[1], image.shape[2])
     before, after = (predict(victim, x, size) for x in (image, result.adversarial[0]))

@@ -1,4 +1,4 @@
-"""All experiments, and one page with their results: no script, no network, its pictures inside."""
+"""Run all experiments, and write one self-contained page with their results."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from collections.abc import Callable, Sequence
 from ..evaluation.progress import Progress
 from ..evaluation.reports import pages
 from ..info import versions
+from .defence import defence
 from .diagnoses import convergence, denseness, perceptibility
 from .fancy import fancy
 from .reading import findings, text, weaker
 from .reports import Report
 from .tables import TABLES, Scores, Table, measure
+from .why import why
 from .work import Setup
 
-EXPERIMENTS: dict[str, Callable[..., Report]] = {
+PAPER: dict[str, Callable[..., Report]] = {
     "denseness": denseness,
     "convergence": convergence,
     "perceptibility": perceptibility,
     "fancy": fancy,
 }
+# The questions that the paper ends with: they take networks trained against attacks.
+FURTHER: dict[str, Callable[..., Report]] = {"defence": defence, "why": why}
+EXPERIMENTS = PAPER | FURTHER
 
 
 def everything(
@@ -28,9 +33,9 @@ def everything(
     counter: Progress,
     *,
     tables: Sequence[Table] = TABLES,
-    experiments: Sequence[Callable[[Setup, Progress], Report]] = tuple(EXPERIMENTS.values()),
+    experiments: Sequence[Callable[[Setup, Progress], Report]] = tuple(PAPER.values()),
 ) -> list[str]:
-    """Run all experiments, write their reports and index.html; returns what the tables say."""
+    """Run all experiments, write their reports and index.html, and return the tables' findings."""
     scores = []
     for table in tables:
         scores.append(measure(setup, table, counter))
@@ -44,7 +49,7 @@ def everything(
 
 
 def page(setup: Setup, scores: Sequence[Scores], reports: Sequence[Report]) -> str:
-    """The page as HTML."""
+    """Return the page as HTML, without scripts or links to other files."""
     parts = [
         "<h1>Dense Adversary Generation: the paper's experiments</h1>",
         f"<p>{_data(setup)}, {setup.images} images a cell, seed {setup.seed}. Scores are mean IoU "
@@ -74,6 +79,7 @@ def _data(setup: Setup) -> str:
 
 
 def section(setup: Setup, report: Report) -> str:
-    """A report's table, and its pictures inside the page."""
+    """Return a section of the page: a report's table, its findings and its pictures, embedded."""
+    said = [f"<p>{html.escape(line)}</p>" for line in report.reading]
     pictures = [pages.picture(setup.out / path, caption) for path, caption in report.pictures]
-    return "\n".join([f"<h2>{html.escape(report.title)}</h2>", report.html(), *pictures])
+    return "\n".join([f"<h2>{html.escape(report.title)}</h2>", report.html(), *said, *pictures])

@@ -1,4 +1,4 @@
-"""The paper's own numbers, in percent: mean IoU and mean average precision on PASCAL VOC."""
+"""The paper's published numbers: mean IoU and mean average precision on PASCAL VOC, in percent."""
 
 SEGMENTATION = {
     "none": (48.04, 48.92, 65.49, 67.09, 70.72, 76.11),

@@ -1,4 +1,4 @@
-"""What the tables say, computed from their numbers and from the paper's alike."""
+"""Findings from the tables, computed in the same way from their numbers and from the paper's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .tables import Scores, Table, parse
 
 Rows = Mapping[str, Mapping[str, float]]
 
-# How far a network is from those that a perturbation was made for: the slides' levels.
+# Distances of a network from those that a perturbation was made for: the slides' levels.
 ITSELF, TRAINING_SET, ARCHITECTURE, TASK = ALL = range(4)
 ELSEWHERE = (ARCHITECTURE, TASK)
 
-# Name, kind of row, distances, and in words which cells it is the mean of.
+# Name, kind of row, distances, and a description of the cells that are averaged.
 FINDINGS = (
     ("White box", "single", [ITSELF], "each network under its own perturbation"),
     ("Across training sets", "single", [TRAINING_SET], "the architecture trained on the other set"),
@@ -34,15 +34,17 @@ LEVELS = [what for what, kind, *_ in FINDINGS if kind == "single"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing to read off the tables: the share of the clean score that is left, in percent."""
+    """A finding from the tables: the share of the clean score that is left, in percent."""
 
     what: str
+    """Name of the finding."""
     cells: str
-    """Which cells it is the mean of."""
+    """Description of the cells that are averaged."""
     measured: float
     paper: float | None
-    """None for what the paper does not have."""
+    """The share in the paper's tables; None if they do not have these cells."""
     count: int
+    """Number of cells."""
 
     def __str__(self) -> str:
         paper = "" if self.paper is None else f"; in the paper {self.paper:.0f} %"
@@ -53,17 +55,17 @@ class Finding:
 
 
 def family(network: str) -> str:
-    """Networks of one family differ in their training sets only."""
+    """Return the family of a network, whose members differ in their training sets only."""
     return network.removesuffix("*").removesuffix("-0712").removesuffix("-07")
 
 
 def is_detector(network: str) -> bool:
-    """Whether a network of the tables detects."""
+    """Return whether a network of the tables is a detector."""
     return network.startswith(("FR-", "R-FCN"))
 
 
 def distance(network: str, attacked: Sequence[str]) -> int:
-    """How far a network is from the nearest of those that a perturbation was made for."""
+    """Return the distance of a network from the nearest one that a perturbation was made for."""
     if network in attacked:
         return ITSELF
     if family(network) in map(family, attacked):
@@ -72,7 +74,7 @@ def distance(network: str, attacked: Sequence[str]) -> int:
 
 
 def published_rows(table: Table) -> Rows:
-    """The paper's table, as the measured ones are."""
+    """Return the paper's numbers of a table in the form of the measured ones."""
     return {
         row: dict(zip(table.networks, scores, strict=True))
         for row, scores in table.published.items()
@@ -80,7 +82,7 @@ def published_rows(table: Table) -> Rows:
 
 
 def shares(tables: Iterable[Rows], kind: str, distances: Collection[int]) -> Iterator[float]:
-    """score / clean score in percent, of the cells of a kind of row at some distances."""
+    """Yield score / clean score, in percent, for the cells of one kind of row at some distances."""
     seen = set()
     for rows in tables:
         for row, scores in rows.items():
@@ -88,14 +90,14 @@ def shares(tables: Iterable[Rows], kind: str, distances: Collection[int]) -> Ite
             for network, score in scores.items():
                 wanted = own == kind and distance(network, attacked) in distances
                 clean = rows["none"][network]
-                cell = (row, network, score, clean)  # one that two tables share counts once
+                cell = (row, network, score, clean)  # a cell that two tables share counts once
                 if wanted and clean > 0 and cell not in seen:
                     seen.add(cell)
                     yield 100 * score / clean
 
 
 def findings(measured: Iterable[Scores]) -> list[Finding]:
-    """The share of the clean score that each kind of perturbation leaves, here and in the paper."""
+    """Return the share of the clean score left by each kind of perturbation, and the paper's."""
     measured = list(measured)
     paper = [published_rows(scores.table) for scores in measured]
     found = []
@@ -109,7 +111,7 @@ def findings(measured: Iterable[Scores]) -> list[Finding]:
 
 
 def weaker(tables: Iterable[Rows]) -> list[str]:
-    """Where a joint ensemble leaves more than the sum of its members' own perturbations."""
+    """Describe where a joint ensemble leaves a higher score than the sum of its members' own."""
     lines = []
     for rows in tables:
         for row, joint in rows.items():
@@ -132,7 +134,7 @@ def weaker(tables: Iterable[Rows]) -> list[str]:
 
 
 def text(found: Iterable[Finding]) -> list[str]:
-    """The findings in sentences."""
+    """Return the findings as sentences."""
     found = list(found)
     lines = [str(one) for one in found]
     levels = [one for one in found if one.what in LEVELS]

@@ -1,4 +1,4 @@
-"""What an experiment found: its numbers as JSON, as a table in Markdown or HTML, and drawn."""
+"""Results of an experiment: as JSON, as a table in Markdown or HTML, and as figures."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ class Entry:
 
     text: str
     beside: str = ""
-    """The paper's own number."""
+    """The paper's number."""
     marked: bool = False
+    """Whether the entry is highlighted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """What an experiment found.
+    """Results of an experiment.
 
     Attributes:
-        name: of its files.
-        title: its heading.
-        networks: what it depends on, beside the data.
-        rows: the numbers, ready for JSON.
-        head: the columns of the table.
-        entries: the table row by row.
-        draw: draws its figure, NAME.png, if it has one.
+        name: name of its files.
+        title: heading.
+        networks: networks that the results depend on.
+        rows: the numbers, JSON-serialisable.
+        head: columns of the table.
+        entries: entries of the table, row by row.
+        draw: function that draws the figure NAME.png; None if there is no figure.
         pictures: paths within the folder, and captions.
+        reading: findings, in sentences.
     """
 
     name: str
@@ -52,10 +54,11 @@ class Report:
     entries: Sequence[Sequence[Entry]]
     draw: Callable[[Figure], None] | None = None
     pictures: Sequence[tuple[str, str]] = ()
+    reading: Sequence[str] = ()
 
     @classmethod
     def of_rows(cls, name: str, rows: Sequence[Row], hidden: str = "", **others: Any) -> Report:
-        """A report of numbers per network; its table leaves out lists and the column `hidden`."""
+        """Make a report of rows per network; the table omits lists and the column `hidden`."""
         head = [
             column
             for column, value in rows[0].items()
@@ -71,14 +74,15 @@ class Report:
         )
 
     def markdown(self) -> str:
-        """The table, the paper's own numbers in brackets."""
+        """Return the table in Markdown, with the paper's numbers in brackets."""
         lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)]]
         for entries in self.entries:
             lines.append([f"{e.text} ({e.beside})" if e.beside else e.text for e in entries])
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return table + "".join(f"\n{line}\n" for line in self.reading)
 
     def html(self) -> str:
-        """The table, the paper's own numbers small."""
+        """Return the table in HTML, with the paper's numbers in small print."""
         lines = ["".join(f"<th>{html.escape(name)}</th>" for name in self.head)]
         for entries in self.entries:
             line = ""
@@ -91,7 +95,7 @@ class Report:
         return f'<div class="scroll"><table>{rows}</table></div>'
 
     def write(self, setup: Setup) -> list[Path]:
-        """Write NAME.json, NAME.md and the figure; returns them and the other pictures."""
+        """Write NAME.json, NAME.md and the figure; return the paths of all files and pictures."""
         settings = {"images": setup.images, **setup.made_with(self.networks)}
         known = {"rows": self.rows, "settings": settings, "versions": versions()}
         paths = [setup.out / f"{self.name}.{ending}" for ending in ("json", "md")]
@@ -106,7 +110,7 @@ class Report:
 
 
 def shown(column: str, value: Any) -> str:
-    """A value for a table."""
+    """Format a value for a table."""
     if not isinstance(value, float):
         return str(value)
     if column in ("perceptibility", "lowest", "median", "highest"):

@@ -1,4 +1,4 @@
-"""The paper's three tables: networks attacked by their own and by others' perturbations."""
+"""The paper's three tables: networks under their own and other networks' perturbations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ SOURCES = {
 }
 
 
-# Rows of each network's own perturbations, by attacks that go beyond the paper's.
+# Rows with each network's own perturbations, made by attacks that the paper does not have.
 OWN: dict[str, dict[str, Any]] = {
+    "own, margin 2": {"margin": 2.0},
     "own, in 8 bits": {"levels": 256},
     "own, margin 2, in 8 bits": {"levels": 256, "margin": 2.0},
 }
@@ -34,17 +35,19 @@ OWN: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of the paper: its columns, and its own numbers row by row."""
+    """A table of the paper."""
 
     name: str
     networks: tuple[str, ...]
+    """The columns."""
     published: Mapping[str, Sequence[float]]
+    """The paper's numbers, row by row."""
     further: tuple[str, ...] = ()
     """Rows that the paper does not have."""
 
     @property
     def rows(self) -> list[str]:
-        """All rows: the paper's, then the others."""
+        """All rows: the paper's, then the further ones."""
         return [*self.published, *self.further]
 
 
@@ -53,13 +56,13 @@ TABLES = (
         "segmentation",
         ("FCN-Alex", "FCN-Alex*", "FCN-VGG", "FCN-VGG*", "DL-VGG", "DL-RN101"),
         published.SEGMENTATION,
-        ("joint r5 + r7", "joint r6 + r8", "universal r7", "own, in 8 bits"),
+        ("joint r5 + r7", "joint r6 + r8", "universal r7", *OWN),
     ),
     Table(
         "detection",
         ("FR-ZF-07", "FR-ZF-0712", "FR-VGG-07", "FR-VGG-0712", "R-FCN-RN50", "R-FCN-RN101"),
         published.DETECTION,
-        ("joint r1 + r3", "joint r2 + r4", "own, in 8 bits", "own, margin 2, in 8 bits"),
+        ("joint r1 + r3", "joint r2 + r4", *OWN),
     ),
     Table(
         "cross-task",
@@ -72,19 +75,19 @@ TABLES = (
             "joint r3 + r5 + r7",
             "joint r1 + r3 + r5 + r7",
             "universal r7",
-            "own, in 8 bits",
+            *OWN,
         ),
     ),
 )
 
 
 def parse(row: str) -> tuple[str, list[str]]:
-    """The kind of perturbation that a row adds, and the networks that it was made for.
+    """Return the kind of perturbation that a row adds, and the networks that it was made for.
 
-    "own": of each network itself, by an attack of `OWN`.
-    "none"; "single": of one network; "sum": of the perturbations of several; "permuted": such a
-    sum with rows and columns permuted; "joint": one perturbation made for several networks at
-    once; "universal": one for all images.
+    The kinds are "none"; "own", each network's own by an attack of `OWN`; "single", that of one
+    network; "sum", the sum of those of several networks; "permuted", such a sum with rows and
+    columns permuted; "joint", one made for several networks at once; and "universal", one for all
+    images.
     """
     if row == "none":
         return row, []
@@ -99,7 +102,7 @@ def parse(row: str) -> tuple[str, list[str]]:
 
 
 def attacks(setup: Setup, row: str, network: str) -> list[Attack]:
-    """The attacks whose perturbations a row adds up on the images of a network."""
+    """Return the attacks whose perturbations a row adds to the images of a network."""
     kind, networks = parse(row)
     if kind == "own":
         return [setup.attack(network, **OWN[row])]
@@ -111,26 +114,26 @@ def attacks(setup: Setup, row: str, network: str) -> list[Attack]:
 
 
 def sources(setup: Setup, table: Table) -> list[Attack]:
-    """The attacks that a table needs, each once."""
+    """Return the attacks that a table needs, without repeats."""
     cells = itertools.product(table.rows, table.networks)
     return list(dict.fromkeys(one for cell in cells for one in attacks(setup, *cell)))
 
 
 def cell(setup: Setup, row: str, network: str) -> Cell:
-    """What a row's score of a network is measured on."""
+    """Return the cell of a row and a network."""
     return Cell(network, tuple(attacks(setup, row, network)), parse(row)[0] == "permuted")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """A table as it was measured."""
+    """The measured scores of a table."""
 
     table: Table
     rows: dict[str, dict[str, float]]
-    """For each row the score of each network, in percent."""
+    """Score of each network in each row, in percent."""
 
     def report(self) -> Report:
-        """The table with the paper's own numbers; networks that a row was made for are marked."""
+        """Return the table with the paper's numbers, marking networks that a row was made for."""
         networks, entries = self.table.networks, []
         for row, own in self.rows.items():
             kind, attacked = parse(row)
@@ -152,7 +155,7 @@ class Scores:
 
 
 def measure(setup: Setup, table: Table, counter: Progress) -> Scores:
-    """Make what a table needs and is not there yet, and measure every cell."""
+    """Make the perturbations that a table still lacks, and measure every cell."""
     make_perturbations(setup, sources(setup, table), counter)
     cells = {row: {n: cell(setup, row, n) for n in table.networks} for row in table.rows}
     every = [one for own in cells.values() for one in own.values()]

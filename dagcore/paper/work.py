@@ -1,4 +1,4 @@
-"""Attacks on the images of an experiment, each made once and kept in a file of its own."""
+"""Attacks on the images of an experiment, each run once and kept in its own file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from .. import zoo
 from ..attacks import DAG, Part, Result, joint_stream, universal_perturbation
-from ..data import SCENE_CLASSES, VOC, VOC_CLASSES, Example, Scenes
+from ..data import SCENE_CLASSES, SCENES_VERSION, VOC, VOC_CLASSES, Example, Scenes
 from ..engine.stream import Sample
 from ..errors import ArgumentError
 from ..evaluation import kept
@@ -32,23 +32,23 @@ from ..seeds import generator_of
 from ..victims import Detector, Victim, load, prepare
 from ..zoo.evaluation import evaluate
 
-CHUNK = 5  # images that a process attacks together
+CHUNK = 5  # number of images that a process attacks together
 IGNORE = 255
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all experiments of a run share.
+    """Settings that all experiments of a run share.
 
     Attributes:
-        out: folder of everything that is made.
-        images: how many of the data's images.
-        max_iter: updates of every attack at the most; each experiment's own number if None.
-        seed: of adversarial labels and permutations.
-        device: where to run; a GPU where there is one if None.
+        out: output folder.
+        images: number of images.
+        max_iter: maximum number of updates of every attack; that of each experiment if None.
+        seed: seed of adversarial labels and permutations.
+        device: where to run; a GPU if there is one, if None.
         data: "scenes" (the test scenes of family 07), or the path of a VOCdevkit (VOC2007 test).
-        weights: folder with NAME.safetensors (or .pth) of networks; the zoo's own if None.
-        jobs: processes side by side; one per core if None, one on a GPU.
+        weights: folder with NAME.safetensors (or .pth) of networks; the zoo's weights if None.
+        jobs: number of parallel processes; if None one per core, or one on a GPU.
     """
 
     out: Path
@@ -61,26 +61,30 @@ class Setup:
     jobs: int | None = None
 
     def attack(self, *networks: str, **settings: Any) -> Attack:
-        """An attack with the paper's settings where no others are given."""
+        """Return an attack with the paper's settings, unless others are given."""
         limit = {} if self.max_iter is None else {"max_iter": self.max_iter}
         return Attack.of(*networks, **{**settings, **limit})
 
     def victim(self, network: str) -> Victim | Detector:
-        """A network of the zoo, as it is attacked."""
+        """Return a network of the zoo as a victim.
+
+        Raises:
+            ValueError: if its classes are not those of the data.
+        """
         path = None if self.weights is None else self.path(network)
         victim = load(network, path, find_device(self.device))
         if victim.classes is None:
-            victim.classes = VOC_CLASSES  # weights of the user's own
+            victim.classes = VOC_CLASSES  # the user's own weights
         wanted = SCENE_CLASSES if self.data == "scenes" else VOC_CLASSES
         if victim.classes != wanted:
             raise ArgumentError(
                 f"{network} must have the classes of --data {self.data} ({', '.join(wanted[1:4])}, "
-                f"...), it has {', '.join(victim.classes[1:4])}, ...: --weights gives others"
+                f"...), it has {', '.join(victim.classes[1:4])}, ...: use other --weights"
             )
         return victim
 
     def path(self, network: str) -> Path:
-        """The file with a network's weights."""
+        """Return the path of a network's weights."""
         entry = zoo.find(network)
         if self.weights is None:
             return entry.path
@@ -91,23 +95,24 @@ class Setup:
         raise FileNotFoundError(f"--weights: {stem}.safetensors or .pth does not exist")
 
     def made_with(self, networks: Sequence[str]) -> dict[str, Any]:
-        """What results depend on: the data, the seed, and the content of the weights."""
+        """Return what results depend on: the data, the seed, and the content of the weights."""
         weights = {network: _digest(self.path(network)) for network in networks}
-        return {"data": self.data, "seed": self.seed, "weights": weights}
+        data = f"scenes {SCENES_VERSION}" if self.data == "scenes" else self.data
+        return {"data": data, "seed": self.seed, "weights": weights}
 
     def examples(self, task: str) -> Sequence[Example]:
-        """The images, in order, with what `task` is measured by."""
+        """Return the images, in order, with the ground truth of a task."""
         return _examples(self.data, task, self.images)
 
     def others(self, task: str, count: int) -> Sequence[Example]:
-        """Images that are not among the `examples`, nor ever were in training on scenes."""
+        """Return images that are not among the `examples`, nor among the training scenes."""
         if self.data == "scenes":
             return Scenes("07", "val", count=count)  # type: ignore[return-value]
         found = VOC(self.data, task, sets=[("2007", "trainval")])
         return Subset(found, _in_order(found)[:count])  # type: ignore[return-value]
 
     def example(self, index: int) -> Example:
-        """One of the images, with its mask and its boxes."""
+        """Return one of the images, with both its mask and its boxes."""
         masked, boxed = (self.examples(task)[index] for task in ("segmentation", "detection"))
         return dataclasses.replace(boxed, mask=masked.mask)
 
@@ -120,7 +125,7 @@ def _digest(path: Path) -> str:
 
 
 def _in_order(examples: VOC) -> list[int]:
-    """The numbers of the images, in the order of their names."""
+    """Return the indices of the images, in the order of their names."""
     return sorted(range(len(examples)), key=examples.keys.__getitem__)
 
 
@@ -128,46 +133,46 @@ def _in_order(examples: VOC) -> list[int]:
 def _examples(data: str, task: str, count: int) -> Sequence[Example]:
     if data == "scenes":
         return Scenes("07", "test", count=count)  # type: ignore[return-value]
-    # Images that have masks as well as boxes, so that all tables are of the same ones.
+    # Only images that have both masks and boxes, so that all tables use the same ones.
     test = [("2007", "test")]
     names = set(VOC(data, "segmentation", sets=test).keys)
     found = VOC(data, task, sets=test)
     chosen = [k for k in _in_order(found) if found.keys[k] in names][:count]
     if len(chosen) < count:
         raise ArgumentError(
-            f"--images must be at most {len(chosen)}, as many as there are, got {count}"
+            f"--images must be at most {len(chosen)}, the number of images, got {count}"
         )
     return Subset(found, chosen)  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
-    """Networks attacked by one rule: one of them, or several by one perturbation.
+    """A DAG attack on one network, or on several with one perturbation.
 
-    A universal attack has one perturbation for all images, made on others.
+    A universal attack has one perturbation for all images, made on other images.
     """
 
     networks: tuple[str, ...]
     gamma: float = 0.5 / 255
     max_iter: int
     nms_threshold: float = 0.9
-    """Of a detector's region network."""
+    """NMS threshold of a detector's region network."""
     universal: int = 0
-    """Number of the other images; 0 for a perturbation of each image's own."""
+    """Number of other images that it is made on; 0 for one perturbation per image."""
     epsilon: float | None = None
     margin: float = 0.0
     levels: int | None = None
 
     @classmethod
     def of(cls, *networks: str, **settings: Any) -> Attack:
-        """The paper's settings: at most 200 updates for segmentation, 150 for detection."""
+        """Return an attack with the paper's updates: at most 200 for segmentation, else 150."""
         tasks = {zoo.find(network).task for network in networks}
         updates = 200 if "segmentation" in tasks else 150
         return cls(**{"networks": networks, "max_iter": updates, **settings})
 
     @property
     def folder(self) -> str:
-        """Name of the folder with its perturbations."""
+        """Name of the folder with the attack's perturbations."""
         plain = Attack.of(*self.networks)
         own = dataclasses.asdict(self)
         other = [k for k, v in dataclasses.asdict(plain).items() if own[k] != v]
@@ -175,11 +180,11 @@ class Attack:
         return "-".join([slugs, *(f"{k}={own[k]:.4g}" for k in sorted(other))])
 
     def count(self, setup: Setup) -> int:
-        """How many perturbations it has."""
+        """Return the number of perturbations: one per image, or 1 if the attack is universal."""
         return 1 if self.universal else setup.images
 
     def dag(self) -> DAG:
-        """The rule."""
+        """Return the attack itself."""
         return DAG(
             gamma=self.gamma,
             max_iter=self.max_iter,
@@ -192,39 +197,41 @@ class Attack:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perturbation:
-    """What an attack made of one image."""
+    """A kept perturbation, with the numbers of its attack."""
 
     key: str | None
-    """The image's; None where it is for any."""
+    """Key of the image; None for a universal perturbation."""
     values: Tensor
-    """(3, H, W)."""
+    """The perturbation (3, H, W)."""
     iterations: int
+    """Number of updates."""
     status: str
     active: list[int]
-    """Active targets after 0, 1, ... updates."""
+    """Number of active targets after 0, 1, ... updates."""
     targets: int
+    """Number of targets."""
     proposals: int
-    """A detector's, before the filter; the targets of a segmentation network."""
+    """Number of a detector's proposals before the filter; of a segmentation network's targets."""
     perceptibility: float
 
 
 def path_of(setup: Setup, attack: Attack, index: int) -> Path:
-    """The file with the perturbation of image number `index`."""
+    """Return the path of the file with the perturbation of image number `index`."""
     index = index if not attack.universal else 0
     return setup.out / "perturbations" / attack.folder / f"{index:06d}.safetensors"
 
 
 def settings_of(setup: Setup, attack: Attack) -> dict[str, Any]:
-    """What a kept perturbation must have been made with to be used again."""
+    """Return the settings that a kept perturbation must have to be used again."""
     return {
         **dataclasses.asdict(attack),
-        "networks": list(attack.networks),  # as JSON gives it back
+        "networks": list(attack.networks),  # a list, as JSON returns it
         **setup.made_with(attack.networks),
     }
 
 
 def read(setup: Setup, attack: Attack, index: int) -> Perturbation:
-    """A kept perturbation."""
+    """Read a kept perturbation."""
     path = path_of(setup, attack, index)
     known = kept.known_of(path)
     del known["settings"], known["versions"]
@@ -232,19 +239,19 @@ def read(setup: Setup, attack: Attack, index: int) -> Perturbation:
 
 
 def read_all(setup: Setup, attack: Attack) -> list[Perturbation]:
-    """The perturbations of all images, which must be there."""
+    """Read the perturbations of all images, which must exist."""
     return [read(setup, attack, k) for k in range(setup.images)]
 
 
 def is_kept(setup: Setup, attack: Attack, index: int) -> bool:
-    """Whether a perturbation is there already; raises for one of other settings."""
+    """Return whether a perturbation is kept already; raise if it has other settings."""
     return kept.is_kept(path_of(setup, attack, index), settings_of(setup, attack))
 
 
 def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progress) -> None:
-    """Make the perturbations of every image by every attack that are not kept yet."""
+    """Make the perturbations of all images by all attacks, except those that are kept already."""
     for network in {network for attack in attacks for network in attack.networks}:
-        setup.victim(network)  # what is wrong with it is told before any work
+        setup.victim(network)  # raises before any work if it is unfit
     missing: dict[Attack, list[int]] = {}
     for attack in attacks:
         count = attack.count(setup)
@@ -252,7 +259,7 @@ def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progres
         counter.add(attack.folder, count, done=count - len(gaps))
         if gaps:
             missing[attack] = gaps
-    # The same images together as without an interruption, so that they get the same bits.
+    # Attack the same images together as without an interruption, so that they get the same bits.
     tasks = [
         (attack, list(range(first, min(first + CHUNK, attack.count(setup)))))
         for attack, gaps in missing.items()
@@ -265,10 +272,10 @@ def make_perturbations(setup: Setup, attacks: Sequence[Attack], counter: Progres
 def run(
     setup: Setup, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
 ) -> Iterator[tuple[Any, Any]]:
-    """function(setup, *task) for each task, in processes side by side on the CPU.
+    """Call function(setup, *task) for each task, in parallel processes on the CPU.
 
     Yields:
-        Each task with its result, as it is done.
+        Each task with its result, in the order in which they finish.
     """
     on_gpu = find_device(setup.device).type != "cpu"
     jobs = setup.jobs or (1 if on_gpu else cores())
@@ -276,7 +283,7 @@ def run(
         for task in tasks:
             yield task, function(setup, *task)
         return
-    # As many threads however little is left to do: results depend on them in their last bits.
+    # The number of threads does not depend on the work left, since it changes the last bits.
     with pool(min(jobs, len(tasks)), threads=max(1, cores() // jobs)) as processes:
         running = {processes.submit(function, setup, *task): task for task in tasks}
         for future in as_completed(running):
@@ -285,12 +292,12 @@ def run(
 
 @lru_cache(maxsize=4)
 def _victim(setup: Setup, network: str) -> Any:
-    """A victim, prepared, and kept for the next images."""
+    """Return a prepared victim, cached for the next images."""
     return prepare(setup.victim(network))
 
 
 def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
-    """Attack some images together, and keep what comes of each and is not kept yet."""
+    """Attack some images together, and keep the perturbations that are not kept yet."""
     dag = attack.dag()
     victims = [_victim(setup, network) for network in attack.networks]
     if attack.universal:
@@ -311,7 +318,7 @@ def attack_images(setup: Setup, attack: Attack, indexes: Sequence[int]) -> None:
 
 
 class Plain(Sequence[Sample]):
-    """Examples with their masks, each target to leave its class for the runner-up."""
+    """Examples as samples with their masks, each target to leave its class for the runner-up."""
 
     def __init__(self, setup: Setup, examples: Sequence[Example]) -> None:
         self.device, self.examples = find_device(setup.device), examples
@@ -320,7 +327,7 @@ class Plain(Sequence[Sample]):
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        """One sample."""
+        """Return one sample."""
         example = self.examples[index]
         assert example.mask is not None
         return Sample(example.image.to(self.device), example.mask.to(self.device), "runner-up")
@@ -329,9 +336,9 @@ class Plain(Sequence[Sample]):
 def _keep(
     setup: Setup, attack: Attack, index: int, key: str | None, result: Result, proposals: int
 ) -> None:
-    """Keep what an attack made of an image."""
+    """Keep the perturbation of an image, with the numbers of its attack."""
     active = result.active[..., 0]
-    if active.dim() > 1:  # -1 where the image has stopped, for every network alike
+    if active.dim() > 1:  # one count per network; all are -1 once the image has stopped
         active = torch.where(active[:, 0] >= 0, active.sum(1), -1)
     known = {
         "key": key,
@@ -350,7 +357,7 @@ def _keep(
 
 
 def target(setup: Setup, attack: Attack, victims: Sequence[Any], index: int) -> Sample:
-    """What an attack on an image aims at; the sample's key is (index, image's key, proposals)."""
+    """Return the sample of an attack on an image; its key is (index, image's key, proposals)."""
     samples = [
         _target(setup, attack, network, victim, index)
         for network, victim in zip(attack.networks, victims, strict=True)
@@ -386,9 +393,9 @@ def _target(setup: Setup, attack: Attack, network: str, victim: Any, index: int)
 
 
 def seconds(setup: Setup, attacks: Sequence[Attack], count: int) -> dict[Attack, float]:
-    """Seconds that each attack on one network takes an image, taken once and kept.
+    """Return the seconds per image of each attack on one network, measured once and kept.
 
-    The images are attacked one by one, by the attacks in alternation.
+    The images are attacked one by one, and the attacks alternate.
     """
     paths = {one: setup.out / "scores" / "seconds" / f"{one.folder}.json" for one in attacks}
     of = {one: {**settings_of(setup, one), "images": count} for one in attacks}
@@ -415,13 +422,13 @@ def score(
     *,
     in_8_bits: bool = False,
 ) -> Score:
-    """A network's score on the images.
+    """Measure a network's score on the images.
 
     Args:
-        setup: the run.
-        network: its name.
+        setup: settings of the run.
+        network: name of the network.
         added: for each image its key, and the perturbation (3, H, W) that is added to it.
-        in_8_bits: whether the sums are read as from 8-bit files.
+        in_8_bits: whether the sums are rounded as in 8-bit files.
     """
     victim = setup.victim(network)
     examples = setup.examples(zoo.find(network).task)
@@ -440,6 +447,6 @@ def _added(
             raise ArgumentError(
                 f"--data must have masks and boxes of the same images, got {example.key} for {key}"
             )
-        r = fit(r[None], example.image.shape[1:])[0]  # a universal one's size is its own
+        r = fit(r[None], example.image.shape[1:])[0]  # a universal one may have another size
         image = (example.image + r).clamp(0, 1)
         yield dataclasses.replace(example, image=round_to_8_bits(image) if in_8_bits else image)

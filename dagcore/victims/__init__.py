@@ -1,9 +1,9 @@
-"""Networks to attack: images in [0, 1] in, scores before softmax out."""
+"""Networks to attack: they map images in [0, 1] to scores before softmax."""
 
 from .binary import binary
 from .detection import Detector, Targets, dense_detector, detector
 from .load import load
-from .prepare import prepare
+from .prepare import prepare, refresh
 from .prepare.low_resolution import low_resolution
 from .segmentation import Victim
 
@@ -17,4 +17,5 @@ __all__ = [
     "load",
     "low_resolution",
     "prepare",
+    "refresh",
 ]

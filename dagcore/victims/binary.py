@@ -1,4 +1,4 @@
-"""Binary segmentation: one logit a pixel as the scores of two classes."""
+"""Binary segmentation: one logit per pixel, as the scores of two classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 
 
 class Binary(nn.Module):
-    """A network made by `binary`; see there."""
+    """A network with two classes, made by `binary`."""
 
     def __init__(
         self,
@@ -30,26 +30,26 @@ class Binary(nn.Module):
         self.looked = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, 2, *T) of images (N, 3, H, W): the logit of the threshold, the network's."""
+        """Return scores (N, 2, *T) of images (N, 3, H, W): the threshold's logit, the network's."""
         logits = read_scores(self.network(images), images, least=1)
         if logits.shape[1] != 1:
             raise ArgumentError(
-                f"model must return one logit a target, ({len(images)}, 1, *targets), "
+                f"model must return one logit per target, ({len(images)}, 1, *targets), "
                 f"got {tuple(logits.shape)}"
             )
         constant = math.log(self.threshold / (1 - self.threshold))
-        if not self.looked and not 0 <= constant <= 1:  # the attack itself looks at the others
+        if not self.looked and not 0 <= constant <= 1:  # the attack itself checks other constants
             self.looked = True
             warn_of_probabilities(logits)
         return torch.cat([torch.full_like(logits, constant), logits], 1)
 
     @property
     def align_corners(self) -> bool:
-        """How scores at a lower resolution than the labels are to be enlarged."""
+        """Whether scores of lower resolution than the labels are enlarged with align_corners."""
         return aligns_corners(self.network)
 
     def around(self, network: Callable[[Tensor], Any]) -> Binary:
-        """The same with another network inside."""
+        """Return the same wrapper around another network."""
         return Binary(network, self.threshold, self.classes)
 
 
@@ -58,24 +58,24 @@ def binary(
     threshold: float = 0.5,
     classes: Sequence[str] = ("background", "object"),
 ) -> Binary:
-    """A network with one logit a pixel as one with two classes, which attacks need.
+    """Turn a network with one logit per pixel into one with two classes, as attacks need.
 
-    Class 1 has the network's logit, class 0 the logit of the threshold. So the best class is 1
-    exactly where the sigmoid is above the threshold, also in maps that are enlarged.
+    Class 1 gets the network's logit, class 0 the logit of the threshold. The best class is thus 1
+    exactly where the sigmoid is above the threshold, in enlarged maps too.
 
     Args:
         model: maps images (N, 3, H, W) to logits (N, 1, *T) before the sigmoid, in any form that an
-            attack takes; also what `prepare` made.
-        threshold: of the sigmoid, in (0, 1).
+            attack takes. It may be a result of `prepare`.
+        threshold: threshold of the sigmoid, in (0, 1).
         classes: names of the two classes.
 
     Returns:
-        A module: images (N, 3, H, W) -> scores (N, 2, *T), to be attacked, prepared, put into a
+        A module: images (N, 3, H, W) -> scores (N, 2, *T). It can be attacked, prepared, put into a
         `Victim`, or returned by the function of `--model module:function`.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came; and, once it runs, a
-            model with more than one class.
+        TypeError, ValueError: if an argument is invalid. The message names the argument, what was
+            required and what was given. Once it runs, also if the model has more than one class.
     """
     if not callable(model):
         raise ArgumentTypeError(f"model must be callable, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""Victims by name: the zoo's, torchvision's, the demo network, the user's own."""
+"""Load victims by name: networks of the zoo, of torchvision and of the user, and the demo's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .detection.dense import Dense
 from .segmentation import IMAGENET_MEAN, IMAGENET_STD, Victim, check_size
 from .weights import load_state, read_state
 
-# The layer whose rows are the classes: FCN and DeepLab, LR-ASPP; the same, for each anchor, of two
-# stages, RetinaNet and FCOS, SSD, SSDlite.
+# Layers with one row per class: of FCN and DeepLab, of LR-ASPP; and with one per anchor and class:
+# of two-stage detectors, of RetinaNet and FCOS, of SSD, of SSDlite.
 LAST_LAYERS = (
     "classifier.4.weight",
     "classifier.low_classifier.weight",
@@ -40,20 +40,20 @@ _registered: dict[str, Make] = {}
 
 
 def register(name: str, make: Make) -> None:
-    """Let `load` find a network by name: `make` is given a weights file, None for its own."""
+    """Register a network for `load`; `make` gets a weights file, or None for its own weights."""
     _registered[name] = make
 
 
 def canonical(name: str) -> str:
-    """A name as names are compared: without case, hyphens and underscores, * as "star"."""
+    """Normalise a name for comparison: no case, hyphens or underscores, and * as "star"."""
     return re.sub("[-_]", "", name.lower()).replace("*", "star")
 
 
 def find_name(given: str, known: Iterable[str], required: str = "name must be one of") -> str:
-    """The known name that a given one spells.
+    """Return the known name that matches a given one, in any case and spelling of hyphens.
 
     Raises:
-        ValueError: no such name; the message has those that there are, and one that is near.
+        ValueError: if there is no such name. The message lists the known names and suggests one.
     """
     names = {canonical(name): name for name in known}
     key = canonical(str(given))
@@ -65,14 +65,14 @@ def find_name(given: str, known: Iterable[str], required: str = "name must be on
 
 
 class PerCell(nn.Module):
-    """A classifier of efficientnet_lite_pytorch read at every cell of its feature map."""
+    """A classifier of efficientnet_lite_pytorch, applied to every cell of its feature map."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> scores (N, C, h, w)."""
+        """Return scores (N, C, h, w) of images (N, 3, H, W)."""
         classifier = self.network._fc
         features = self.network.extract_features(images)
         return nn.functional.conv2d(features, classifier.weight[:, :, None, None], classifier.bias)
@@ -85,28 +85,28 @@ def load(
     *,
     size: tuple[int, int] | None = None,
 ) -> Victim | Detector:
-    """The victim that a name stands for, in eval mode.
+    """Load a victim by name, in eval mode.
 
     Args:
-        spec: one of the zoo's networks ("DL-VGG", "FR-VGG-07", see `dagcore.zoo`), trained on
-            scenes; a segmentation network or detector of torchvision ("fcn_resnet50",
-            "fasterrcnn_resnet50_fpn"); "demo", ImageNet EfficientNet-Lite0 read at every cell of
-            its feature map, each in any case and spelling of hyphens; or
-            "package.module:function", called without arguments for a callable that takes images
-            in [0, 1] or a detector that `detector` understands.
+        spec: a network of the zoo, trained on scenes ("DL-VGG", "FR-VGG-07", see `dagcore.zoo`); a
+            segmentation network or detector of torchvision ("fcn_resnet50",
+            "fasterrcnn_resnet50_fpn"); or "demo", an ImageNet EfficientNet-Lite0 applied to every
+            cell of its feature map. Case, hyphens and underscores do not matter. Or
+            "package.module:function", a function without arguments that returns a callable for
+            images in [0, 1], or a detector that `detector` supports.
         weights: a state dict for a network of the zoo or of torchvision, .safetensors or made by
-            torch.save; the zoo's shipped ones or torchvision's own download if None.
-        device: where it shall run.
-        size: (height, width) that images are resized to for a network that takes one size; see
-            `Victim` and `dense_detector`. Other detectors resize by themselves.
+            torch.save; the zoo's shipped weights or torchvision's download if None.
+        device: where the victim runs.
+        size: (height, width) to which images are resized for a network that takes one size; see
+            `Victim` and `dense_detector`. Other detectors resize images themselves.
 
     Returns:
         A `Victim` for segmentation, a `Detector` for detection.
 
     Raises:
-        ValueError: an unknown name, weights that do not fit, or a size that cannot be set.
-        OSError: a file that is missing, or a download that fails.
-        ImportError: an optional package that is missing.
+        ValueError: if the name is unknown, the weights do not fit, or a size cannot be set.
+        OSError: if a file is missing or a download fails.
+        ImportError: if an optional package is missing.
     """
     if ":" in spec:
         network = _custom(spec, weights)
@@ -121,16 +121,16 @@ def load(
                 f"size must be None for model {spec!r}, a detector that resizes images itself"
             )
         if victim.size not in (None, size):
-            raise ArgumentError(f"size must be {victim.size}, model {spec!r}'s own, got {size}")
+            raise ArgumentError(f"size must be {victim.size} as in model {spec!r}, got {size}")
         victim.size = check_size(size)
     if any(p.is_inference() for p in victim.parameters()):
-        victim = copy.deepcopy(victim)  # an ordinary one
+        victim = copy.deepcopy(victim)  # with ordinary tensors, not inference tensors
     to_eval(victim)
     return victim.to(device)
 
 
 def around(network: Any) -> Victim | Detector:
-    """The victim that a network is: itself, a `Detector`, or a `Victim` around a callable."""
+    """Wrap a network as a `Detector` or a `Victim`, unless it is one already."""
     if isinstance(network, (Victim, Detector)):
         return network
     if isinstance(network, nn.Module) and is_detector(network):
@@ -190,7 +190,7 @@ def _download(name: str, weights: Any) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"torchvision's weights of {name} could not be downloaded ({error}): "
-            f"fetch {weights.url} elsewhere and give --weights FILE"
+            f"download {weights.url} elsewhere and use --weights FILE"
         ) from error
     return state
 
@@ -206,7 +206,7 @@ def _demo(weights: Path | None) -> Victim:
     load_state(network, read_state(path), f"{path} and efficientnet-lite0")
     return Victim(
         PerCell(network),
-        mean=[127 / 255] * 3,  # (255 x - 127) / 128, as it was trained
+        mean=[127 / 255] * 3,  # (255 x - 127) / 128, as in its training
         std=[128 / 255] * 3,
         classes=models.EfficientNet_B0_Weights.DEFAULT.meta["categories"],
         cells=True,
@@ -218,7 +218,7 @@ register("demo", _demo)
 
 def _check_no_weights(spec: str, weights: str | Path | None) -> None:
     if weights is not None:
-        raise ArgumentError(f"weights must be None for model {spec!r}, which brings its own")
+        raise ArgumentError(f"weights must be None for model {spec!r}, which has its own")
 
 
 def _custom(spec: str, weights: str | Path | None) -> Any:
@@ -237,7 +237,7 @@ def _custom(spec: str, weights: str | Path | None) -> Any:
         raise ArgumentError(f"model {spec!r}: {module_name} has no function {name!r}")
     try:
         network = function()
-    except Exception as error:  # the user's own code fails in any way at all
+    except Exception as error:  # user code may raise anything
         raise ArgumentError(
             f"model {spec!r} failed with {type(error).__name__}: {error}"
         ) from error

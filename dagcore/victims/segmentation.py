@@ -18,20 +18,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Victim(nn.Module):
-    """A network that takes images in [0, 1], with its normalisation inside.
+    """A segmentation network that takes images in [0, 1] and normalises them itself.
 
-    A network whose weights are in half precision or float64 is given its images in that.
+    A network with weights in half precision or float64 gets its images in that dtype.
 
     Args:
         network: maps normalised images (N, 3, H, W) to scores (N, C, *T) before softmax.
-        mean: per channel, in units of the [0, 1] range.
-        std: likewise.
+        mean: mean of the normalisation per channel, in units of the [0, 1] range.
+        std: standard deviation of the normalisation, likewise.
         classes: names of the classes, for figures and the command line.
         palette: colour (r, g, b) in 0..255 of each class, for figures.
-        cells: whether the commands take each cell of the scores as a target, not each pixel.
-        size: (height, width) that images are resized to for a network that takes one size:
-            bilinear, antialiased where that is smaller, without regard to their shape. Scores below
-            the images' size are enlarged to it as others are, larger ones reduced to it.
+        cells: whether the commands use each cell of the scores as a target, instead of each pixel.
+        size: (height, width) to which images are resized, for a network that takes one size.
+            Resizing is bilinear, antialiased if it shrinks, and ignores the aspect ratio. Scores
+            smaller than the images are enlarged to them as usual, larger ones are reduced to them.
     """
 
     mean: Tensor
@@ -58,7 +58,7 @@ class Victim(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Any:
-        """Scores of images (N, 3, H, W), as the network returns them, or fitted to the images."""
+        """Return the network's scores of images (N, 3, H, W), with `size` fitted to the images."""
         x = (resized(images, self.size) - self.mean) / self.std
         output = self.network(x.to(precision(self.network) or x.dtype))
         if self.size is not None:
@@ -70,7 +70,7 @@ class Victim(nn.Module):
         return aligned(output) if isinstance(output, Tensor) else output
 
     def _fitted(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Score maps (N, C, h, w), reduced to the images' size where they are larger."""
+        """Reduce score maps (N, C, h, w) to the images' size if they are larger."""
         size = images.shape[2:]
         if scores.dim() != 4 or (scores.shape[2] <= size[0] and scores.shape[3] <= size[1]):
             return scores
@@ -80,14 +80,14 @@ class Victim(nn.Module):
 
     @property
     def align_corners(self) -> bool:
-        """How scores at a lower resolution than the labels are to be enlarged: as the network says.
+        """Whether scores of lower resolution than the labels are enlarged with align_corners.
 
-        False where it says nothing.
+        It is the network's own attribute, False if it has none.
         """
         return aligns_corners(self.network)
 
     def around(self, network: Callable[[Tensor], Any]) -> Victim:
-        """The same victim with another network inside."""
+        """Return the same victim around another network."""
         victim = Victim(
             network, classes=self.classes, palette=self.palette, cells=self.cells, size=self.size
         )
@@ -97,7 +97,7 @@ class Victim(nn.Module):
 
 
 def check_size(size: Any) -> tuple[int, int]:
-    """A size that images are resized to; raise unless it is (height, width) in pixels."""
+    """Return a size as a tuple; raise unless it is (height, width) in pixels."""
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ArgumentTypeError(f"size must be (height, width), got {size!r}")
     for side in size:
@@ -106,16 +106,16 @@ def check_size(size: Any) -> tuple[int, int]:
 
 
 def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images (N, 3, H, W) at another size (H, W), differentiably; as they are if None."""
+    """Resize images (N, 3, H, W) to a size (H, W), differentiably; return them as is if None."""
     if size is None or tuple(images.shape[2:]) == tuple(size):
         return images
     return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def precision(network: Any) -> torch.dtype | None:
-    """The precision that a network has its weights in, where it is not float32's.
+    """Return the dtype of a network's weights; None for float32, or if it has no weights.
 
-    What `prepare` made converts images itself.
+    Also None for a result of `prepare`, which converts images itself.
     """
     if not isinstance(network, nn.Module) or hasattr(network, "preparation"):
         return None

@@ -1,4 +1,4 @@
-"""Weights read from files and loaded into networks."""
+"""Read weights from files and load them into networks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from ..optional import optional_import
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file: .safetensors, or a state dict saved by torch.save.
+    """Read the tensors of a weights file: .safetensors, or a state dict saved by torch.save.
 
-    Checkpoints that keep it under "model" or "state_dict", or with DataParallel's "module."
-    before each name, are understood. Nothing but tensors is ever unpickled.
+    The state dict may be stored under "model" or "state_dict", and its names may begin with
+    DataParallel's "module.". Only tensors are ever unpickled (`weights_only=True`).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file does not hold a state dict.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
@@ -28,7 +32,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no weights fail in any way at all
+    except Exception as error:  # a malformed file may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise ArgumentError(
             f"weights file {path} cannot be read as a state dict, .safetensors or by "
@@ -45,13 +49,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict; where anything is missing, left over or misshapen, say what."""
+    """Load a state dict into a network.
+
+    Raises:
+        ValueError: if entries are missing, unexpected or of another shape; the message says which.
+    """
     own = network.state_dict()
-    # Files from before torch 0.4.1 lack these counters, which serve training only.
+    # Files from before torch 0.4.1 lack these counters, which only training uses.
     wanted = [key for key in own if key in state or not key.endswith("num_batches_tracked")]
     faults = {
         "missing": [key for key in wanted if key not in state],
-        "left over": [key for key in state if key not in own],
+        "unexpected": [key for key in state if key not in own],
         "of another shape": [
             key for key in wanted if key in state and state[key].shape != own[key].shape
         ],

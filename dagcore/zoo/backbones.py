@@ -1,7 +1,7 @@
 """AlexNet, ZF, VGG-16 and ResNet as feature extractors, at any width.
 
-Every layer pads so that its output is its input's size over its stride, rounded up: feature maps
-have ceil(H / stride) rows for images of any height H.
+Every layer is padded so that its output size is its input size divided by its stride, rounded up.
+Feature maps therefore have ceil(H / stride) rows for images of any height H.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ RESNET_DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def scaled(channels: int, width: float) -> int:
-    """A layer's channels at a width: a multiple of 4 near width * channels, at least 8."""
+    """Return a layer's channels at a width: the multiple of 4 near width * channels, at least 8."""
     return max(8, 4 * round(width * channels / 4))
 
 
 class Plain(nn.Sequential):
-    """Convolutions with ReLU, pools and dropout in a row, under the names they have in Caffe.
+    """A sequence of convolutions with ReLU, pools and dropout, named as in Caffe.
 
     Args:
-        in_channels: channels of the input, not scaled.
-        width: multiplies the channels of every convolution.
-        norm: whether a batch norm follows each convolution, in the place of its bias: what
-            training from scratch needs. `fold` leads to the network without.
+        in_channels: number of input channels, not scaled.
+        width: factor on the channels of every convolution.
+        norm: whether each convolution has a batch norm instead of a bias, as training from scratch
+            needs. `fold` turns the network into one without.
     """
 
     def __init__(self, in_channels: int = 3, *, width: float, norm: bool) -> None:
@@ -44,7 +44,7 @@ class Plain(nn.Sequential):
         self.width, self.norm = width, norm
 
     def convolve(self, name: str, channels: int, size: int, **options: Any) -> Plain:
-        """Append a convolution and its ReLU; `channels` at width 1, options as of nn.Conv2d."""
+        """Append a convolution of `channels` at width 1 and a ReLU; options are nn.Conv2d's."""
         wide = scaled(channels, self.width)
         options.setdefault("padding", options.get("dilation", 1) * (size - 1) // 2)
         convolution = nn.Conv2d(self.out_channels, wide, size, bias=not self.norm, **options)
@@ -63,17 +63,17 @@ class Plain(nn.Sequential):
         return self
 
     def then(self, name: str, layer: nn.Module) -> Plain:
-        """Append a layer that keeps the number of channels."""
+        """Append a layer that does not change the number of channels."""
         self.add_module(name, layer)
         return self
 
 
 def fold(network: nn.Module) -> nn.Module:
-    """A copy in eval mode whose plain layers have their batch norms in the convolutions.
+    """Return a copy in eval mode with the batch norms of `Plain` layers folded.
 
-    What is trained with norm=True becomes what is built with norm=False: its state dict has the
-    same names, and its scores are the same within rounding. ResNets keep their batch norms, as in
-    the papers.
+    A network trained with norm=True becomes one as built with norm=False: the state dict has the
+    names of the latter, and the scores stay the same within rounding. ResNets keep their batch
+    norms, as in the papers.
     """
     network = copy.deepcopy(network).eval()
     for module in network.modules():
@@ -84,9 +84,9 @@ def fold(network: nn.Module) -> nn.Module:
 
 
 def alexnet(*, width: float, norm: bool, enlarge: int = 1) -> Plain:
-    """The five convolutions of AlexNet with their overlapping pools, stride 32.
+    """Build the five convolutions of AlexNet with their overlapping pools, stride 32.
 
-    Without the local response normalisation. Images are first enlarged bilinearly.
+    It has no local response normalisation. Images are first enlarged `enlarge` times, bilinearly.
     """
     net = Plain(width=width, norm=norm)
     if enlarge > 1:
@@ -99,7 +99,7 @@ def alexnet(*, width: float, norm: bool, enlarge: int = 1) -> Plain:
 
 
 def zf(*, width: float, norm: bool) -> Plain:
-    """The five convolutions of Zeiler and Fergus's network, stride 16, without the last pool."""
+    """Build the five convolutions of ZF (Zeiler and Fergus), stride 16, without the last pool."""
     net = Plain(width=width, norm=norm)
     net.convolve("conv1", 96, 7, stride=2).pool("pool1", 3, 2)
     net.convolve("conv2", 256, 5, stride=2).pool("pool2", 3, 2)
@@ -109,14 +109,14 @@ def zf(*, width: float, norm: bool) -> Plain:
 def vgg16(
     *, width: float, norm: bool, pool_size: int = 2, strides: Sequence[int] = (2, 2, 2, 2, 2)
 ) -> Plain:
-    """The thirteen convolutions of VGG-16 in five stages.
+    """Build the thirteen convolutions of VGG-16 in five stages.
 
     Args:
-        width: multiplies the channels.
+        width: factor on the channels.
         norm: whether a batch norm follows each convolution.
-        pool_size: side of the pools' windows.
-        strides: of the pool after each stage; stages beyond the last have none. From a pool of
-            stride 1 on, convolutions are dilated by the stride it would have had.
+        pool_size: side of the pooling windows.
+        strides: stride of the pool after each stage; further stages have no pool. Each pool of
+            stride 1 doubles the dilation of the convolutions after it.
     """
     net = Plain(width=width, norm=norm)
     dilation = 1
@@ -136,16 +136,16 @@ def resnet(
     strides: Sequence[int] = (1, 2, 2, 2),
     dilations: Sequence[int] = (1, 1, 1, 1),
 ) -> nn.Sequential:
-    """The convolutions of ResNet-50 or ResNet-101, under torchvision's names.
+    """Build the convolutions of ResNet-50 or ResNet-101, under torchvision's names.
 
-    torchvision's bottleneck: a stage's stride lies in its first 3x3 convolution. All 3x3
-    convolutions of a dilated stage are dilated.
+    The bottleneck is torchvision's, with the stride of a stage in its first 3x3 convolution. All
+    3x3 convolutions of a dilated stage are dilated.
 
     Args:
         depth: 50 or 101.
-        width: multiplies the channels.
-        strides: of the four stages; the stem has stride 4.
-        dilations: of the four stages.
+        width: factor on the channels.
+        strides: strides of the four stages; the stem has stride 4.
+        dilations: dilations of the four stages.
     """
     channels = scaled(64, width)
     net = nn.Sequential()
@@ -176,6 +176,6 @@ def _resnet_stage(
         bottleneck(in_channels, planes, stride, shortcut, dilation=dilation),
         *(bottleneck(channels, planes, dilation=dilation) for _ in range(blocks - 1)),
     ]
-    for block in stage:  # at first, each block is its shortcut: a hundred layers train so
+    for block in stage:  # each block begins as its shortcut, so that a hundred layers can train
         nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*stage)

@@ -1,4 +1,4 @@
-"""Weights of the zoo's networks in safetensors files, with what is known about them."""
+"""Weights of the zoo's networks in safetensors files, with metadata."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..victims.segmentation import Victim
 
 
 def inside(network: nn.Module) -> nn.Module:
-    """The network whose state dict a weights file holds: a victim's own, else itself."""
+    """Return the network whose state dict a weights file holds: that in a `Victim`, else itself."""
     return network.network if type(network) is Victim else network  # type: ignore[return-value]
 
 
 def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Write a network's weights, whole or not at all.
+    """Write a network's weights to a file, atomically.
 
-    Weights of two and more dimensions are rounded to float16; biases and the like, which are few,
-    keep their float32.
+    Weights with two or more dimensions are rounded to float16. Biases and other vectors, which are
+    small, stay in float32.
 
     Args:
-        path: ends in .safetensors; folders that are missing are made.
-        network: as `build` makes it, or `fold`ed.
-        metadata: values that JSON can hold, by name. `load` reads "width" and "classes", the
-            names of the classes; "training_set", "seed" and "score" are for people.
+        path: path that ends in .safetensors; missing folders are made.
+        network: a network made by `build` or `fold`.
+        metadata: JSON-serialisable values by name. `load` reads "width" and "classes" (the names of
+            the classes). "training_set", "seed" and "score" are for information only.
 
     Raises:
-        ValueError: a path with another ending, metadata that JSON cannot hold, or weights that
-            are not finite in float16.
+        ValueError: if the path has another ending, the metadata cannot be serialised as JSON, or
+            the weights are not finite in float16.
     """
     from ..files import atomic_write  # needs Pillow, which loading does not
 
@@ -45,7 +45,7 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
     try:
         text = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"metadata must hold values that JSON can hold: {error}") from error
+        raise ArgumentError(f"metadata must be serialisable as JSON: {error}") from error
     save_file = optional_import("safetensors.torch", "cli").save_file
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -54,7 +54,7 @@ def save_weights(path: str | Path, network: nn.Module, metadata: Mapping[str, An
 
 
 def _put_in_order(path: Path) -> None:
-    """Sort the header of a safetensors file, whose order is random: equal weights, equal bytes."""
+    """Sort the header of a safetensors file, whose order is random, for reproducible bytes."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
@@ -67,16 +67,16 @@ def _stored(key: str, value: Tensor) -> Tensor:
     if value.is_floating_point() and value.dim() > 1:
         value = value.to(torch.float16)
     if value.is_floating_point() and not value.isfinite().all():
-        raise ArgumentError(f"network must have weights that are finite in float16, {key} has not")
+        raise ArgumentError(f"network must have weights that are finite in float16, {key} is not")
     return value
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_weights` was told, without reading the weights; empty for files of other makers.
+    """Read the metadata that `save_weights` wrote, without the weights; empty for other files.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a safetensors file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a safetensors file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
@@ -84,7 +84,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
-    except Exception as error:  # bytes that are no weights fail in any way at all
+    except Exception as error:  # a malformed file may raise anything
         raise ArgumentError(
             f"weights file {path} cannot be read as .safetensors: {error}"
         ) from error
@@ -93,5 +93,5 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         try:
             found[key] = json.loads(value)
         except ValueError:
-            continue  # another maker's: {"format": "pt"}
+            continue  # written by another program, such as {"format": "pt"}
     return found

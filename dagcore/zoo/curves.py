@@ -1,4 +1,4 @@
-"""A picture of the losses of a training."""
+"""Plots of training losses."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..files import atomic_write
 
 
 def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> None:
-    """Write curves of the losses over the samples seen, as a PNG.
+    """Plot the losses over the samples seen, and write the plot as a PNG.
 
     Args:
-        path: of the picture.
-        name: of the network.
-        log: "samples" and losses by name, in order.
+        path: path of the PNG.
+        name: name of the network, used as the title.
+        log: for each point in order, "samples" and the losses by name.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     samples = [line["samples"] for line in log]
     keys = [key for key in log[-1] if key != "samples"]
-    for key in keys if len(keys) > 2 else ["loss"]:  # one alone is the sum
+    for key in keys if len(keys) > 2 else ["loss"]:  # a single loss equals the sum
         weight = 2.0 if key == "loss" else 1.0
         label = "sum" if key == "loss" else key.removeprefix("loss_").replace("_", " ")
         axes.plot(samples, [line[key] for line in log], label=label, linewidth=weight)

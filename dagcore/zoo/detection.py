@@ -1,7 +1,7 @@
 """The paper's detectors, as torchvision's FasterRCNN with other parts inside, and an FCOS.
 
-They take a list of images (3, H, W) in [0, 1]; training, proposals, losses and detections are
-torchvision's own. All read one feature map, "0": of stride 16, FCOS of stride 8.
+They take a list of images (3, H, W) in [0, 1]. Training, proposals, losses and detections are
+torchvision's own. Each detector has one feature map, "0", of stride 16; FCOS's has stride 8.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from .backbones import EXPANSION, resnet, scaled, vgg16, zf
 
 STRIDE = 16
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-# Image sides and anchors: for scenes of 128x160 with objects of 25 to 110 pixels, and the papers'.
+# Image sides and anchors, for scenes of 128x160 with objects of 25 to 110 pixels and as in the
+# papers.
 SCENE_SCALE: dict[str, Any] = {"min_size": 128, "max_size": 213, "anchor_sizes": (16, 32, 64, 96)}
 PAPER_SCALE: dict[str, Any] = {"min_size": 600, "max_size": 1000, "anchor_sizes": (128, 256, 512)}
-# The papers' mini-batches and numbers of proposals, where torchvision's differ.
+# The papers' batch sizes and numbers of proposals, where torchvision's differ.
 PAPER_OPTIONS = {
     "rpn_pre_nms_top_n_train": 12000,
     "rpn_pre_nms_top_n_test": 6000,
@@ -32,20 +33,20 @@ PAPER_OPTIONS = {
 
 
 def faster_rcnn_zf(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
-    """Faster R-CNN on ZF: 6x6 RoI pooling of conv5, two fully connected layers."""
+    """Build Faster R-CNN on ZF: 6x6 RoI pooling of conv5, two fully connected layers."""
     return _faster_rcnn(zf(width=width, norm=norm), 6, 256, num_classes, width, **options)
 
 
 def faster_rcnn_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
-    """Faster R-CNN on VGG-16: 7x7 RoI pooling of conv5_3, two fully connected layers."""
+    """Build Faster R-CNN on VGG-16: 7x7 RoI pooling of conv5_3, two fully connected layers."""
     features = vgg16(width=width, norm=norm, strides=(2, 2, 2, 2))
     return _faster_rcnn(features, 7, 512, num_classes, width, **options)
 
 
 def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.Module:
-    """R-FCN on ResNet-50 or -101: proposals from conv4, position-sensitive maps on conv5.
+    """Build R-FCN on ResNet-50 or -101: proposals from conv4, position-sensitive maps on conv5.
 
-    The boxes are refined alike for all classes, as in the paper.
+    Box refinement is class-agnostic, as in the paper.
     """
     backbone: Any = resnet(depth, width=width, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
     pool = PositionSensitive(backbone.layer4, num_classes, width=width)
@@ -56,13 +57,13 @@ def r_fcn(num_classes: int, *, depth: int, width: float, **options: Any) -> nn.M
 
 
 def fcos_vgg(num_classes: int, *, width: float, norm: bool, **options: Any) -> nn.Module:
-    """FCOS on VGG-16 with a dilated conv5: one level of points, 8 pixels apart."""
+    """Build FCOS on VGG-16 with a dilated conv5: one level of points, 8 pixels apart."""
     detection = optional_import("torchvision.models.detection", "vision")
     backbone = vgg16(width=width, norm=norm, pool_size=3, strides=(2, 2, 2, 1))
     sides = {key: SCENE_SCALE[key] for key in ("min_size", "max_size")}
     channels = backbone.out_channels
-    head = detection.fcos.FCOSHead(32, 1, num_classes)  # hands on no norm: its parts are made here
-    # Groups for any number of channels; at width 1 there are FCOS's 32.
+    head = detection.fcos.FCOSHead(32, 1, num_classes)  # takes no norm: its parts are made below
+    # A number of groups that divides the channels; at width 1 it is FCOS's 32.
     normed = partial(nn.GroupNorm, math.gcd(32, channels))
     head.classification_head = detection.fcos.FCOSClassificationHead(
         channels, 1, num_classes, norm_layer=normed
@@ -85,7 +86,7 @@ Sizes = list[tuple[int, int]]
 
 
 class OnOneMap(nn.Module):
-    """A pooling of torchvision.ops, called as torchvision's RoIHeads call theirs.
+    """A pooling layer of torchvision.ops with the interface that torchvision's RoIHeads expect.
 
     Attributes:
         cell: side of the feature map's cells in pixels, to which boxes are rounded.
@@ -98,25 +99,25 @@ class OnOneMap(nn.Module):
         self.pool = pool
 
     def forward(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
-        """(R, channels, k, k) of feature maps and proposals (R_n, 4), for each image a list."""
+        """Pool feature maps at the proposals (R_n, 4) of each image: (R, channels, k, k)."""
         pooled: Tensor = self.pool(features["0"], proposals)
         return pooled
 
 
 def position_sensitive_pool(maps: Tensor, proposals: list[Tensor], bins: int) -> Tensor:
-    """Each part of each box from maps of its own, averaged over the cells that it touches.
+    """Pool each part of each box from its own maps, averaging over the cells that it touches.
 
     Args:
-        maps: (N, channels * bins^2, h, w), part by part for each channel.
-        proposals: for each image (R_n, 4), in pixels of the images.
+        maps: (N, channels * bins^2, h, w), ordered by channel, then by part.
+        proposals: boxes (R_n, 4) of each image, in pixels of the images.
         bins: boxes have bins x bins parts.
 
     Returns:
-        (R, channels, bins, bins) of all boxes; 0 where a part lies outside the maps.
+        (R, channels, bins, bins) for all boxes; 0 where a part lies outside the maps.
     """
     ps_roi_pool = optional_import("torchvision.ops", "vision").ps_roi_pool
-    # torchvision's forward leaves out the last row and column, which its backward sends gradients
-    # to: let these be zeros that nobody reads.
+    # torchvision's forward leaves out the last row and column, but its backward sends gradients to
+    # them. The padding makes them zeros that nothing reads.
     padded = nn.functional.pad(maps, (0, 1, 0, 1))
     pooled: Tensor = ps_roi_pool(padded, proposals, bins, 1 / STRIDE)
     return pooled
@@ -125,14 +126,14 @@ def position_sensitive_pool(maps: Tensor, proposals: list[Tensor], bins: int) ->
 class PositionSensitive(nn.Module):
     """R-FCN after conv4: conv5, a 1x1 reduction, and position-sensitive pooling of score maps.
 
-    conv4 is the one feature map of the detector, so that the region network reads that; all
-    convolutions run on the whole map before any box is looked at.
+    conv4 is the detector's only feature map, so that the region network reads it. All convolutions
+    run on the whole map before boxes are pooled.
 
     Args:
         layer4: conv5.
-        num_classes: with the background.
-        width: multiplies the channels.
-        bins: boxes are pooled over bins x bins parts, each from score maps of its own.
+        num_classes: number of classes, with the background.
+        width: factor on the channels.
+        bins: boxes are pooled over bins x bins parts, each from its own score maps.
 
     Attributes:
         cell: side of the maps' cells in pixels, to which boxes are rounded.
@@ -152,12 +153,12 @@ class PositionSensitive(nn.Module):
             _small(layer)
 
     def score_maps(self, conv4: Tensor) -> Tensor:
-        """(C * bins^2, h, w) per image, bin by bin for each class."""
+        """Return score maps (N, C * bins^2, h, w) of conv4, ordered by class, then by bin."""
         scores: Tensor = self.rfcn_cls(self._reduced(conv4))
         return scores
 
     def pool_maps(self, maps: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
-        """(R, C, bins, bins): score maps read in each part of each proposal."""
+        """Pool score maps in each part of each proposal: (R, C, bins, bins)."""
         return position_sensitive_pool(maps["0"], proposals, self.bins)
 
     def _reduced(self, conv4: Tensor) -> Tensor:
@@ -165,21 +166,21 @@ class PositionSensitive(nn.Module):
         return reduced
 
     def forward(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Tensor:
-        """(R, C + 4, bins, bins): class scores and box offsets in each part of each proposal."""
+        """Return scores and box offsets in each part of each proposal: (R, C + 4, bins, bins)."""
         reduced = self._reduced(features["0"])
         maps = torch.cat([self.rfcn_cls(reduced), self.rfcn_bbox(reduced)], 1)
         return self.pool_maps({"0": maps}, proposals, image_shapes)
 
 
 class Vote(nn.Module):
-    """The mean over a box's parts: (R, C + 4, k, k) -> scores (R, C), offsets (R, 4 C)."""
+    """The mean over the parts of a box: (R, C + 4, k, k) -> scores (R, C), offsets (R, 4 C)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores before softmax, and the class-agnostic offsets repeated for every class."""
+        """Return scores before softmax, and the class-agnostic offsets repeated for every class."""
         votes = pooled.mean((2, 3))
         scores, offsets = votes[:, : self.num_classes], votes[:, self.num_classes :]
         return scores, offsets.repeat(1, self.num_classes)
@@ -218,13 +219,16 @@ def _detector(
     predictor: nn.Module,
     options: Mapping[str, Any],
 ) -> nn.Module:
-    """torchvision's FasterRCNN; `options` are its own, `anchor_sizes` and `aspect_ratios`."""
+    """Build torchvision's FasterRCNN from parts.
+
+    `options` are its keyword arguments, and `anchor_sizes` and `aspect_ratios`.
+    """
     detection = optional_import("torchvision.models.detection", "vision")
     settings = {"aspect_ratios": (0.5, 1.0, 2.0), **SCENE_SCALE, **PAPER_OPTIONS, **options}
     anchors = detection.rpn.AnchorGenerator(
         (tuple(settings.pop("anchor_sizes")),), (tuple(settings.pop("aspect_ratios")),)
     )
-    # torchvision's region head, its 3x3 convolution to any number of channels.
+    # torchvision's region head, with a 3x3 convolution to another number of channels.
     region_head = detection.rpn.RPNHead(rpn_channels, anchors.num_anchors_per_location()[0])
     region_head.conv[0][0] = _small(nn.Conv2d(backbone.out_channels, rpn_channels, 3, padding=1))
     network: Any = detection.FasterRCNN(
@@ -237,12 +241,12 @@ def _detector(
         box_predictor=predictor,
         **settings,
     )
-    network.roi_heads.box_roi_pool = pool  # its constructor takes a MultiScaleRoIAlign only
+    network.roi_heads.box_roi_pool = pool  # the constructor accepts a MultiScaleRoIAlign only
     return network  # type: ignore[no-any-return]
 
 
 def _small(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Weights as the papers and torchvision start layers that read features."""
+    """Initialise a convolution as the papers and torchvision do for layers on features."""
     nn.init.normal_(convolution.weight, std=0.01)
     assert convolution.bias is not None
     nn.init.zeros_(convolution.bias)

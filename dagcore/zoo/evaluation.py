@@ -1,4 +1,4 @@
-"""How good a network of the zoo is, on scenes or on VOC."""
+"""Scores of the zoo's networks, on scenes or on VOC."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ def evaluate(
     protocol: str = "voc2007",
     device: str | torch.device | None = None,
 ) -> Score:
-    """Mean IoU of a segmentation network, mean average precision of a detector, in percent.
+    """Measure a segmentation network's mean IoU or a detector's mean average precision.
 
-    Images are read one at a time, in whatever sizes they come. Scores of a segmentation network
-    are enlarged bilinearly to the image's size (align_corners=False) and the best class counts.
+    Images are read one at a time and may differ in size. Scores of a segmentation network are
+    enlarged bilinearly to the mask's size (align_corners=False), and the best class counts.
 
     Args:
         network: a name or an entry, for the shipped weights; or a network as `load` returns it.
-        examples: with masks for segmentation, boxes for detection, of the network's classes; the
-            first `count` test scenes of family "07" if None.
+        examples: examples of the network's classes, with masks for segmentation and boxes for
+            detection; the first `count` test scenes of family "07" if None.
         count: number of scenes.
-        protocol: of average precision: "voc2007", "voc2010" or "coco".
-        device: where the network shall run; where it is if None.
+        protocol: protocol of average precision: "voc2007", "voc2010" or "coco".
+        device: where to run the network; its current device if None.
+
+    Returns:
+        The score, in percent.
 
     Raises:
-        ValueError: an unknown name or protocol, a count out of range, or an example without what
-            the network is measured by.
-        FileNotFoundError: weights that are not shipped yet.
+        ValueError: if a name or protocol is unknown, the count is out of range, or an example lacks
+            the ground truth that is needed.
+        FileNotFoundError: if the weights are not shipped yet.
     """
     checks.integer("count", count, at_least=1)
     checks.choice("protocol", protocol, PROTOCOLS)
     if not isinstance(network, nn.Module):
-        network = load(network.name if isinstance(network, Entry) else network)
+        network = load(network)
     if device is not None:
         network = network.to(device)
     if examples is None:

@@ -1,7 +1,7 @@
-"""Thirteen networks by name: the paper's twelve, and a one-stage detector beside them.
+"""Networks by name: the paper's twelve, a one-stage detector, and some trained against attacks.
 
-Parameters in millions at width 1 with VOC's 21 classes, without the batch norms that serve
-training, beside the numbers published (~: usually quoted for the authors' models):
+Parameters in millions at width 1 with VOC's 21 classes, without the batch norms used in training,
+and the published numbers (~: usually quoted for the authors' models):
 
     architecture    built    published
     fcn-alex         57.0           57
@@ -19,7 +19,7 @@ fcos-vgg, which is not in the paper, has 33.7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..errors import ArgumentError
 from ..victims.load import find_name, register
 from ..victims.segmentation import Victim
 from ..victims.weights import load_state, read_state
 from . import detection, segmentation
+from .backbones import resnet, vgg16, zf
 from .checkpoint import inside, read_metadata
 
 NUM_CLASSES = 21  # VOC's, the background included
@@ -39,49 +41,95 @@ WEIGHTS = Path(__file__).with_name("weights")
 
 
 @dataclass(frozen=True)
+class Adversary:
+    """The attack that a network is trained against, on half of each batch."""
+
+    attack: str
+    """One of `dagcore.defences.training.INNER`."""
+    epsilon: float
+    """Radius of its L-infinity ball, for images in [0, 1]."""
+    steps: int
+    """Number of updates."""
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One network."""
+    """A network of the zoo."""
 
     name: str
+    """Name of the network, as in the paper's tables."""
     task: str
     """Either "segmentation" or "detection"."""
     architecture: str
+    """Key in `ARCHITECTURES`."""
     training_set: str
-    """Scenes of family 07, or 07+12: this project's sets under the paper's names."""
+    """Families of scenes, "07" or "07+12": this project's sets under the paper's names."""
     width: float
-    """Of the shipped network; 1 is the paper's size."""
+    """Width of the shipped network; 1 is the paper's size."""
+    adversary: Adversary | None = None
+    """Attack that the network is trained against; None for training on clean images."""
+
+    def against(self, adversary: Adversary) -> Entry:
+        """Return the entry of the same network trained against an attack, as NAME-ATTACK.
+
+        Raises:
+            ValueError: if this network is itself trained against an attack.
+        """
+        if self.adversary is not None:
+            raise ArgumentError(
+                f"name must be of a network trained on clean images, got {self.name}"
+            )
+        name = f"{self.name}-{adversary.attack.upper()}"
+        return replace(self, name=name, adversary=adversary)
 
     @property
     def two_stage(self) -> bool:
-        """Whether it is a detector with a region network."""
+        """Whether the network is a detector with a region network."""
         return self.architecture.startswith(("fr-", "r-fcn-"))
 
     @property
+    def backbone(self) -> str:
+        """Name of the network's backbone in `BACKBONES`."""
+        return next(name for name in BACKBONES if self.architecture in BACKBONES[name].inside)
+
+    @property
     def slug(self) -> str:
-        """The name as a file name."""
+        """Name of the network in file names."""
         return self.name.lower().replace("*", "-star")
 
     @property
     def path(self) -> Path:
-        """Where the shipped weights lie."""
+        """Path of the shipped weights."""
         return WEIGHTS / f"{self.slug}.safetensors"
 
 
 ENTRIES = (
-    Entry("FCN-Alex", "segmentation", "fcn-alex", "07", 1 / 8),
-    Entry("FCN-Alex*", "segmentation", "fcn-alex", "07+12", 1 / 8),
+    Entry("FCN-Alex", "segmentation", "fcn-alex", "07", 5 / 32),
+    Entry("FCN-Alex*", "segmentation", "fcn-alex", "07+12", 5 / 32),
     Entry("FCN-VGG", "segmentation", "fcn-vgg", "07", 3 / 32),
     Entry("FCN-VGG*", "segmentation", "fcn-vgg", "07+12", 3 / 32),
     Entry("DL-VGG", "segmentation", "dl-vgg", "07+12", 3 / 16),
     Entry("DL-RN101", "segmentation", "dl-rn101", "07+12", 5 / 32),
-    Entry("FR-ZF-07", "detection", "fr-zf", "07", 3 / 32),
-    Entry("FR-ZF-0712", "detection", "fr-zf", "07+12", 3 / 32),
+    Entry("FR-ZF-07", "detection", "fr-zf", "07", 5 / 32),
+    Entry("FR-ZF-0712", "detection", "fr-zf", "07+12", 5 / 32),
     Entry("FR-VGG-07", "detection", "fr-vgg", "07", 3 / 32),
     Entry("FR-VGG-0712", "detection", "fr-vgg", "07+12", 3 / 32),
     Entry("R-FCN-RN50", "detection", "r-fcn-rn50", "07+12", 5 / 32),
     Entry("R-FCN-RN101", "detection", "r-fcn-rn101", "07+12", 5 / 32),
     Entry("FCOS-VGG", "detection", "fcos-vgg", "07+12", 3 / 32),
 )
+
+
+# Trained against attacks. They are not among the networks of the paper's tables.
+ROBUST = tuple(
+    next(entry for entry in ENTRIES if entry.name == name).against(adversary)
+    for name, adversary in (
+        ("FCN-VGG", Adversary("pgd", 4 / 255, 3)),
+        ("DL-VGG", Adversary("pgd", 4 / 255, 3)),
+        ("FR-ZF-07", Adversary("dag", 4 / 255, 3)),
+    )
+)
+EVERY = (*ENTRIES, *ROBUST)
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
@@ -98,47 +146,70 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 RESIDUAL = ("dl-rn101", "r-fcn-rn50", "r-fcn-rn101")
 
 
-def find(name: str) -> Entry:
-    """The entry of a name, in any case and spelling of hyphens; "-star" is the "*".
+@dataclass(frozen=True)
+class Backbone:
+    """A feature extractor, and the architectures built on it."""
+
+    build: Callable[..., Any]
+    """Function of `width` that builds it with batch norms, for normalised images."""
+    inside: tuple[str, ...]
+    """Architectures built on it."""
+
+
+BACKBONES = {
+    "AlexNet": Backbone(partial(segmentation.whole_alexnet, norm=True, dropout=0.0), ("fcn-alex",)),
+    "ZF": Backbone(partial(zf, norm=True), ("fr-zf",)),
+    "VGG-16": Backbone(partial(vgg16, norm=True), ("fcn-vgg", "dl-vgg", "fr-vgg", "fcos-vgg")),
+    "ResNet-50": Backbone(partial(resnet, 50), ("r-fcn-rn50",)),
+    "ResNet-101": Backbone(partial(resnet, 101), ("dl-rn101", "r-fcn-rn101")),
+}
+
+
+def find(name: str | Entry) -> Entry:
+    """Return the entry of a name, in any case and spelling of hyphens; "-star" stands for "*".
+
+    An entry is returned unchanged.
 
     Raises:
-        ValueError: no such name; the message has those that there are.
+        ValueError: if there is no such name. The message lists the known names.
     """
-    found = find_name(name, [entry.name for entry in ENTRIES])
-    return next(entry for entry in ENTRIES if entry.name == found)
+    if isinstance(name, Entry):
+        return name
+    found = find_name(name, [entry.name for entry in EVERY])
+    return next(entry for entry in EVERY if entry.name == found)
 
 
 def build(
-    name: str,
+    name: str | Entry,
     *,
     num_classes: int = NUM_CLASSES,
     width: float | None = None,
     norm: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """An untrained network, in training mode, its weights drawn from torch's global generator.
+    """Build an untrained network in training mode, with weights from torch's global generator.
 
     Args:
-        name: as in the paper's tables, such as "FCN-VGG*"; see `find`.
-        num_classes: with the background, which is class 0.
-        width: multiplies the channels: 1 is the paper's size; the shipped network's if None.
+        name: name as in the paper's tables, such as "FCN-VGG*"; see `find`.
+        num_classes: number of classes, with the background as class 0.
+        width: factor on the channels, where 1 is the paper's size; the shipped network's if None.
         norm: whether a batch norm follows each convolution of AlexNet, ZF and VGG-16, as training
-            from scratch needs; see `fold`. ResNets always have theirs.
-        options: `dropout` for networks with fc6 and fc7; `rates`, of DL-RN101's pyramid; `enlarge`,
-            of FCN-Alex's images, a whole number (2, but 1 at width 1); for detectors `min_size`
-            and `max_size` of the image's sides, `anchor_sizes` (of the resized image's pixels),
-            `aspect_ratios`, and torchvision's other FasterRCNN options. Detectors take scenes of
-            128x160 pixels by default; at width 1 they have the papers' short side of 600 and its
-            anchors.
+            from scratch needs; see `fold`. ResNets always have batch norms.
+        options: `dropout`, for networks with fc6 and fc7. `rates`, the dilations of DL-RN101's
+            pyramid. `enlarge`, the integer factor by which FCN-Alex enlarges images (default: 2; 1
+            at width 1). For detectors `min_size` and `max_size` of the image's sides,
+            `anchor_sizes` in pixels of the resized image, `aspect_ratios`, and torchvision's other
+            FasterRCNN options. By default detectors are set up for scenes of 128x160 pixels, at
+            width 1 for the papers' shorter side of 600 and anchors.
 
     Returns:
         For segmentation a `dagcore.victims.Victim`, images (N, 3, H, W) in [0, 1] -> scores
-        (N, C, h, w) at the network's own resolution; for detection torchvision's FasterRCNN or
+        (N, C, h, w) at the network's own resolution. For detection torchvision's FasterRCNN or
         FCOS.
 
     Raises:
-        ValueError: an unknown name, or arguments out of range.
-        ImportError: torchvision is missing, for detectors and ResNets.
+        ValueError: if the name is unknown or an argument is out of range.
+        ImportError: if torchvision is missing, for detectors and ResNets.
     """
     entry = find(name)
     width = entry.width if width is None else width
@@ -160,7 +231,7 @@ def build(
 
 
 def load(
-    name: str,
+    name: str | Entry,
     weights: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
@@ -168,30 +239,31 @@ def load(
     num_classes: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A trained network, in eval mode and float32.
+    """Load a trained network, in eval mode and float32.
 
     Args:
-        name: as in the paper's tables, such as "FCN-VGG*"; see `find`.
-        weights: the shipped ones if None; else a file, .safetensors or a state dict made by
-            torch.save, of the network that `build` makes with norm=False.
-        device: where it shall run.
-        width: as the file says; 1, the paper's size, where it says nothing.
-        num_classes: as the file says; VOC's 21 where it says nothing.
+        name: name as in the paper's tables, such as "FCN-VGG*"; see `find`.
+        weights: a file, .safetensors or a state dict made by torch.save, for the network that
+            `build` makes with norm=False; the shipped weights if None.
+        device: where the network runs.
+        width: factor on the channels; if None that in the file, or 1, the paper's size.
+        num_classes: number of classes; if None that in the file, or VOC's 21.
         options: as for `build`.
 
     Returns:
-        As `build`. Its attribute `classes` has the names of the classes, where the file has.
+        A network as `build` makes it. Its attribute `classes` has the names of the classes, or None
+        if the file does not name them.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit.
-        FileNotFoundError: no such file, or weights that are not shipped yet.
+        ValueError: if the name is unknown or the weights do not fit.
+        FileNotFoundError: if there is no such file, or the weights are not shipped yet.
     """
     entry = find(name)
     path = entry.path if weights is None else Path(weights)
     if weights is None and not path.is_file():
         raise FileNotFoundError(
             f"{entry.name} has no weights in {path.parent}: "
-            f"`dagcore zoo train '{entry.name}'` makes them"
+            f"make them with `dagcore zoo train '{entry.name}'`"
         )
     state = read_state(path)
     known = read_metadata(path) if path.suffix == ".safetensors" else {}
@@ -200,12 +272,12 @@ def load(
     width = known.get("width", 1) if width is None else width
     if num_classes is None:
         num_classes = len(classes) if classes else NUM_CLASSES
-    network = build(entry.name, num_classes=num_classes, width=width, **options)
+    network = build(entry, num_classes=num_classes, width=width, **options)
     what = f"{path} and {entry.name} of width {width:g} with {num_classes} classes"
     load_state(inside(network), state, what)
     network.classes = classes  # type: ignore[assignment]
     return network.eval().to(device)
 
 
-for _entry in ENTRIES:
+for _entry in EVERY:
     register(_entry.name, partial(load, _entry.name))

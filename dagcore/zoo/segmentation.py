@@ -1,7 +1,7 @@
 """The paper's segmentation networks: normalised images (N, 3, H, W) -> scores (N, C, h, w).
 
-The scores have the resolution that the networks compute, ceil(H / stride): what FCN and DeepLab do
-beyond it, a fixed bilinear enlargement (align_corners=False), is left to who reads them.
+The scores have the resolution that the networks compute, ceil(H / stride). The fixed bilinear
+enlargement of FCN and DeepLab (align_corners=False) is left to the reader of the scores.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ from torch.nn import functional as F
 
 from .backbones import EXPANSION, Plain, alexnet, resnet, scaled, vgg16
 
-# At stride 32 a scene of 128x160 has 4x5 scores, of which no map is near its mask: the best of all
-# reaches a mean IoU of 73 %, with 8x10 scores 94 %.
+# At stride 32 a scene of 128x160 has 4x5 scores, which are too coarse for its mask: the best
+# possible score map reaches a mean IoU of 73 %. With 8x10 scores it is 94 %.
 SCENE_ENLARGEMENT = 2
+
+
+def whole_alexnet(
+    *, width: float, norm: bool, dropout: float = 0.5, enlarge: int = SCENE_ENLARGEMENT
+) -> Plain:
+    """Build AlexNet with fc6 and fc7 as convolutions."""
+    net = alexnet(width=width, norm=norm, enlarge=enlarge)
+    net.then("pad6", nn.ZeroPad2d((2, 3, 2, 3)))  # an even window has no centre
+    _fully_connected(net, 4096, 6, padding=0, dropout=dropout)
+    return net
 
 
 def fcn_alex(
     num_classes: int, *, width: float, norm: bool, dropout: float = 0.5, enlarge: int = 1
 ) -> Plain:
-    """FCN-32s on AlexNet: stride 32, of images that are first enlarged `enlarge` times."""
-    net = alexnet(width=width, norm=norm, enlarge=enlarge)
-    net.then("pad6", nn.ZeroPad2d((2, 3, 2, 3)))  # an even window has no centre
-    _fully_connected(net, 4096, 6, padding=0, dropout=dropout)
+    """Build FCN-32s on AlexNet: stride 32, on images that are first enlarged `enlarge` times."""
+    net = whole_alexnet(width=width, norm=norm, dropout=dropout, enlarge=enlarge)
     return net.then("score_fr", nn.Conv2d(net.out_channels, num_classes, 1))
 
 
@@ -43,7 +51,7 @@ class FCN8s(nn.Module):
         self.score_pool3 = nn.Conv2d(scaled(256, width), num_classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, ceil(H / 8), ceil(W / 8)) of images (N, 3, H, W)."""
+        """Return scores (N, C, ceil(H / 8), ceil(W / 8)) of images (N, 3, H, W)."""
         features, pools = images, {}
         for name, layer in self.features.named_children():
             features = layer(features)
@@ -56,12 +64,12 @@ class FCN8s(nn.Module):
 
 def _add_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
     enlarged = F.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
-    # Where the finer size is odd, the enlarged map sticks out at the end.
+    # If the finer size is odd, the enlarged map is one row or column too long.
     return fine + enlarged[..., : fine.shape[-2], : fine.shape[-1]]
 
 
 def deeplab_large_fov(num_classes: int, *, width: float, norm: bool, dropout: float = 0.5) -> Plain:
-    """DeepLab-LargeFOV on VGG-16: stride 8, stage 5 dilated by 2, fc6 by 12."""
+    """Build DeepLab-LargeFOV on VGG-16: stride 8, stage 5 dilated by 2, fc6 by 12."""
     net = vgg16(width=width, norm=norm, pool_size=3, strides=(2, 2, 2, 1, 1))
     net.then("pool5a", nn.AvgPool2d(3, 1, padding=1))
     _fully_connected(net, 1024, 3, padding=12, dilation=12, dropout=dropout)
@@ -71,7 +79,7 @@ def deeplab_large_fov(num_classes: int, *, width: float, norm: bool, dropout: fl
 class DeepLabV2(nn.Module):
     """DeepLab-v2 on ResNet-101: stride 8, the last stages dilated by 2 and 4.
 
-    The scores are the sum of 3x3 convolutions at several dilations, the atrous pyramid.
+    The scores are the sum of 3x3 convolutions at several dilations (atrous spatial pyramid).
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class DeepLabV2(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, ceil(H / 8), ceil(W / 8)) of images (N, 3, H, W)."""
+        """Return scores (N, C, ceil(H / 8), ceil(W / 8)) of images (N, 3, H, W)."""
         features = self.backbone(images)
         first, *others = (branch(features) for branch in self.aspp)
         scores: Tensor = sum(others, start=first)
@@ -95,7 +103,7 @@ class DeepLabV2(nn.Module):
 def _fully_connected(
     net: Plain, channels: int, size: int, *, padding: int, dropout: float, dilation: int = 1
 ) -> None:
-    """fc6 and fc7 of a classifier as convolutions."""
+    """Append fc6 and fc7 of a classifier as convolutions."""
     net.convolve("fc6", channels, size, padding=padding, dilation=dilation)
     net.then("drop6", nn.Dropout(dropout))
     net.convolve("fc7", channels, 1).then("drop7", nn.Dropout(dropout))

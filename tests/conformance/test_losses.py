@@ -152,7 +152,7 @@ def test_a_second_derivative_is_refused() -> None:
     scores, labels = case()
     leaf = scores.requires_grad_()
     (gradient,) = torch.autograd.grad(losses.cosine(leaf, labels), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+    with pytest.raises(RuntimeError, match="can be differentiated only once"):
         gradient.square().sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""The report of an evaluation, and two evaluations compared."""
+"""Write the report of an evaluation, and compare two evaluations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .exports import Summary
 from .page import as_html
 from .pages import Table
 
-IMAGES = "names and sizes of the images"  # a hash, in a summary
+IMAGES = "names and sizes of the images"  # key of a hash in a summary
 
 
 def write(
@@ -24,17 +24,17 @@ def write(
     records: Mapping[int, Record],
     figures: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Write report.html and report.md into a folder of results, and what other projects read.
+    """Write report.html and report.md into a folder of results, and files for other projects.
 
-    model_info.json and semsegbench.json are written where they apply; see `exports`. The same
-    folder gives the same bytes.
+    model_info.json and semsegbench.json are written if they apply; see `exports`. The same folder
+    gives the same bytes.
 
     Args:
-        out: the folder, of which the report has pictures.
-        summary: of the evaluation.
-        records: of its images, by number.
-        figures: figures of images, each a "name", a "path" in the folder and a "note"; None:
-            those of the summary, and where that has none the worst examples themselves.
+        out: folder of results, which holds the pictures of the report.
+        summary: summary of the evaluation.
+        records: records of its images, by number.
+        figures: figures of images, each with a "name", a "path" in the folder and a "note". None
+            takes those of the summary. If there are none, the worst examples themselves are shown.
     """
     figures = summary.get("figures") if figures is None else figures
     pages.write_text(out / "report.html", as_html(out, summary, records, figures or ()))
@@ -49,7 +49,7 @@ def write(
 
 
 def as_markdown(summary: Summary) -> str:
-    """The report in short, for a README or an issue."""
+    """Return a short report in Markdown, for a README or an issue."""
     shown = pages.markdown
     protocol = summary["protocol"]
     parts = [f"# Robustness of {shown(tables.title_of(summary))}"]
@@ -84,10 +84,10 @@ def as_markdown(summary: Summary) -> str:
 
 
 def compare(a: Path, b: Path) -> str:
-    """Two evaluations side by side, as a table in Markdown: what both have, and differences.
+    """Return a Markdown table of two evaluations: the rows that both have, and their differences.
 
     Raises:
-        ValueError: a folder that is no finished evaluation, or two of different tasks.
+        ValueError: if a folder is not a finished evaluation, or the evaluations differ in task.
     """
     first, second = (_finished(folder) for folder in (a, b))
     if first["task"] != second["task"]:
@@ -104,7 +104,7 @@ def compare(a: Path, b: Path) -> str:
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """The summary of a finished evaluation."""
+    """Read the summary of a finished evaluation."""
     path = folder / "summary.json"
     wanted = "--compare must have two folders of finished evaluations"
     try:
@@ -121,7 +121,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _differing(first: Summary, second: Summary) -> Iterator[str]:
-    """Why numbers of one say nothing beside those of the other."""
+    """Yield the reasons why two evaluations are not comparable."""
     names = [one["protocol"]["name"] for one in (first, second)]
     if names[0] != names[1]:
         yield pages.markdown(f"the protocols differ, {names[0]} and {names[1]}")
@@ -134,7 +134,7 @@ def _differing(first: Summary, second: Summary) -> Iterator[str]:
 
 
 def _side_by_side(first: Summary, second: Summary) -> str:
-    """The rows that both have, and how many only one of them has."""
+    """Return the rows that both have, and the numbers of rows that only one of them has."""
     measures = tables.MEASURES[first["task"]]
     head = ["radius", "images", "attack"]
     head += [f"{measure}{which}" for measure in measures for which in (", A", ", B", ", B - A")]
@@ -155,13 +155,13 @@ def _side_by_side(first: Summary, second: Summary) -> str:
 
 
 def _compared(a: float | None, b: float | None) -> list[str]:
-    """Two scores and their difference."""
+    """Return two scores and their difference as text."""
     less = tables.NOTHING if a is None or b is None else f"{b - a:+.2f}"
     return [tables.number(a), tables.number(b), less]
 
 
 def _rows(summary: Summary) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """Scores by ball, view and attack."""
+    """Return the scores by ball, view and attack."""
     worst = tables.worst_name(summary)
     found = [("clean", summary["clean"])]
     found += [(one["attack"], one) for one in summary["results"]]

@@ -1,4 +1,4 @@
-"""Charts as small SVG and HTML, in the colours of the page that they are in."""
+"""Small charts in SVG and HTML. They adopt the colours of their page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 34, 12, 10, 42  # margins
-LETTER = 8  # width of one, at the most
+LETTER = 8  # maximum width of a letter
 COLOURS = 8
 DASHES = ("", "7 4", "2 3")
 
@@ -39,9 +39,9 @@ class Line:
     """A line of a chart.
 
     Attributes:
-        name: what it is of.
-        points: (x, y), y in percent.
-        style: the number of its colour and dashes; None: a broad band behind the others.
+        name: name of the line.
+        points: points (x, y), with y in percent.
+        style: index of the colour and the dashes. None draws a broad band behind the other lines.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Line:
 def line_chart(
     title: str, lines: Sequence[Line], ticks: Sequence[tuple[float, str]], axis: str
 ) -> str:
-    """Lines over an axis whose ticks are (x, label), from 0 to 100 percent."""
+    """Return a line chart from 0 to 100 percent. The ticks of the x axis are (x, label)."""
     low, high = min(x for x, _ in ticks), max(x for x, _ in ticks)
 
     def across(x: float) -> float:
@@ -97,7 +97,7 @@ def line_chart(
 
 
 def _apart(labels: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Labels and their places, without those that would lie over the last or an earlier one."""
+    """Return labels and their places, without those that overlap the last or an earlier one."""
     spans = []
     for at, label in labels:
         half = LETTER * (len(label) + 1) / 2
@@ -124,7 +124,7 @@ def _stroke(style: int) -> str:
 
 
 def legend(names: Sequence[tuple[str, int | None]]) -> str:
-    """What the colours stand for: names with the styles of their lines."""
+    """Return a legend for names with the styles of their lines."""
     items = []
     for name, style in names:
         look = "height:9px;background:currentColor;opacity:.22;vertical-align:0"
@@ -136,7 +136,7 @@ def legend(names: Sequence[tuple[str, int | None]]) -> str:
 
 
 def nested_bar(values: Sequence[float | None]) -> str:
-    """Bars in percent over one another, from pale for the first to full for the last."""
+    """Return bars in percent over one another, from pale for the first to full for the last."""
     bars = [(value, (k + 1) / len(values)) for k, value in enumerate(values) if value is not None]
     longest_first = sorted(bars, key=lambda bar: -bar[0])
     return (
@@ -147,7 +147,7 @@ def nested_bar(values: Sequence[float | None]) -> str:
 
 
 def stacked_bar(counts: Sequence[tuple[int, int]], of: int) -> str:
-    """Counts end to end, each with the style of its colour, where `of` would fill the width."""
+    """Return counts as a stacked bar, each with the style of its colour. `of` fills the width."""
     parts = [
         f'<i style="width:{100 * count / of:.2f}%;background:{_colour(style)}"></i>'
         for count, style in counts

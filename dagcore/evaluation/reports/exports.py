@@ -1,4 +1,4 @@
-"""The results of an evaluation in the shapes that other projects keep theirs in."""
+"""Export the results of an evaluation in the formats of other projects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Summary = Mapping[str, Any]
 
 
 def with_defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of an attack of a protocol, those that it leaves to the attack as well."""
+    """Return all settings of a protocol's attack, including the attack's defaults."""
     known: dict[str, Any] = {}
     if entry["attack"] in ATTACKS:
         kind, _ = ATTACKS[entry["attack"]]
@@ -26,7 +26,7 @@ def with_defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries_of(summary: Summary) -> dict[str, dict[str, Any]]:
-    """The attacks of the protocol on networks for the task, by name."""
+    """Return the protocol's attacks for the task, by name."""
     return {
         entry["name"]: entry
         for entry in summary["protocol"]["attacks"]
@@ -35,10 +35,10 @@ def entries_of(summary: Summary) -> dict[str, dict[str, Any]]:
 
 
 def first_view(summary: Summary, kind: str) -> list[dict[str, Any]]:
-    """Results or worst cases as the protocol has them: in memory, if that was evaluated.
+    """Return results or worst cases in the protocol's view: in memory, if that was evaluated.
 
     Args:
-        summary: of the evaluation.
+        summary: summary of the evaluation.
         kind: "results" or "worst_case".
     """
     found: list[dict[str, Any]] = summary[kind]
@@ -46,15 +46,15 @@ def first_view(summary: Summary, kind: str) -> list[dict[str, Any]]:
 
 
 def model_info(summary: Summary) -> list[dict[str, Any]]:
-    """One entry for each ball, in the shape of a file in RobustBench's model_info.
+    """Return one entry for each ball, in the format of RobustBench's model_info files.
 
-    What stands in the fields: `clean_acc` is the aAcc of clean images, and `autoattack_acc` the
-    worst-case aAcc over the attacks of this protocol, not AutoAttack's, both in percent of all
-    pixels. `unreliable` says whether a check of the evaluation was flagged, None without checks.
-    Fields that only the network's authors can fill are empty.
+    `clean_acc` is the aAcc on clean images. `autoattack_acc` is the worst-case aAcc over the
+    attacks of this protocol, not AutoAttack's. Both are in percent of all pixels. `unreliable` is
+    whether a check of the evaluation was flagged, or None without checks. Fields that only the
+    network's authors can fill are empty.
 
     Returns:
-        The entries; none for detectors and for attacks in no ball: the shape has no place for them.
+        The entries. Empty for detectors and for attacks without a ball, which the format lacks.
     """
     verdicts = [check["verdict"] for check in summary.get("checks") or ()]
     return [
@@ -82,13 +82,14 @@ def model_info(summary: Summary) -> list[dict[str, Any]]:
 
 
 def semsegbench(summary: Summary) -> dict[str, Any]:
-    """Rows in the shape of SemSegBench's attack_results.json: data set, architecture, backbone.
+    """Return rows by data set, architecture and backbone, as in SemSegBench's attack_results.json.
 
     As there, epsilon is in units of 1/255, and alpha is the step for images in 0..1 divided by
     255: 3.92157e-05 is a step of 0.01. Times are left out.
 
     Returns:
-        Untargeted PGD, SegPGD and CosPGD; empty where the protocol has none, and for detectors.
+        The rows of untargeted PGD, SegPGD and CosPGD. Empty for detectors, and if the protocol has
+        none of these attacks.
     """
     entries = entries_of(summary)
     rows = []
@@ -111,7 +112,7 @@ def semsegbench(summary: Summary) -> dict[str, Any]:
 
 
 def _units(epsilon: float) -> float:
-    """A radius in units of 1/255, an integer where it is one."""
+    """Return a radius in units of 1/255, as an integer if it is whole."""
     units = round(255 * epsilon, 6)
     return int(units) if units.is_integer() else units
 
@@ -121,6 +122,6 @@ def _rounded(value: float | None) -> float | None:
 
 
 def architecture_of(network: str) -> tuple[str, str]:
-    """Architecture and backbone of a network by its name, the backbone "" where that has none."""
+    """Return architecture and backbone by a network's name. The backbone is "" if there is none."""
     named = re.fullmatch(r"([A-Za-z0-9]+)[-_]([\w*+-]+)", network)
     return (named[1], named[2]) if named else (network, "")

@@ -34,7 +34,7 @@ nav { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .9rem; }
 """
 
 Section = tuple[str, str, str]
-"""Its anchor, its heading, and its HTML."""
+"""Anchor, heading and HTML of a section."""
 
 
 def as_html(
@@ -43,7 +43,7 @@ def as_html(
     records: Mapping[int, Record],
     figures: Sequence[Mapping[str, str]],
 ) -> str:
-    """The report as one page."""
+    """Return the report as one HTML page."""
     title = f"Robustness of {tables.title_of(summary)}"
     found = [_run(summary)]
     if summary["clean"] is not None:
@@ -58,13 +58,13 @@ def as_html(
 
 
 def _p(text: str, kind: str = "") -> str:
-    """A paragraph; none without a text."""
+    """Return a paragraph, or "" for an empty text."""
     mark = f' class="{kind}"' if kind else ""
     return f"<p{mark}>{html.escape(text)}</p>" if text else ""
 
 
 def _cards(summary: Summary) -> str:
-    """The headline numbers, and what readers must know of them."""
+    """Return the headline numbers, the verdicts of the checks and the warnings."""
     if summary["clean"] is None:
         return _p("No image could be evaluated.", "flagged")
     cards = []
@@ -111,7 +111,7 @@ def _curves(summary: Summary) -> Iterator[Section]:
 
 
 def _over_radii(summary: Summary, names: Sequence[str]) -> Iterator[str]:
-    """A chart for each norm and measure, from clean images on."""
+    """Yield a chart over the radius for each norm and measure. Clean images have radius 0."""
     rows = first_view(summary, "results")
     worst = tables.first_worst(summary)
     for norm in dict.fromkeys(one["norm"] for one in rows if one["epsilon"] is not None):
@@ -135,7 +135,7 @@ def _points(rows: Sequence[Mapping[str, Any]], measure: str) -> list[tuple[float
 
 
 def _over_steps(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
-    """A chart for each ball; the updates on a logarithmic scale."""
+    """Yield a chart over the updates for each ball, on a logarithmic scale."""
     known = [one for one in results if one.get("right_by_step")]
     for ball in dict.fromkeys((one["norm"], one["epsilon"]) for one in known):
         own = [one for one in known if (one["norm"], one["epsilon"]) == ball]
@@ -151,7 +151,7 @@ def _over_steps(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> I
 
 
 def _details(summary: Summary) -> Iterator[Section]:
-    """Classes, kinds of errors, attacks that win, and the cost."""
+    """Yield the sections on classes, on winning attacks or kinds of errors, and on cost."""
     segmentation = summary["task"] == "segmentation"
     classes = tables.class_table(summary)
     if segmentation:

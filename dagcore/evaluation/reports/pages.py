@@ -1,6 +1,6 @@
-"""Pages of results: one HTML file, light and dark, without script or network; tables in Markdown.
+"""Pages of results in single HTML files, and tables in HTML or Markdown.
 
-Pictures are inside the page.
+A page adapts to light and dark mode, has its pictures inside, and needs no script or network.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ figure { margin: 1.2rem 0; } figcaption, .note { font-size: .85rem; opacity: .8;
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table, in HTML or in Markdown.
+    """A table in HTML or Markdown.
 
     Attributes:
-        head: its columns.
-        rows: the text of its cells.
-        words: how many columns, from the left, hold words; the others hold numbers.
-        strong: rows that stand out.
-        grouped: how many of the first columns HTML tells in a line of their own above the rows
-            that share them.
-        bars: HTML of a column behind the words, one cell a row, that Markdown leaves out.
+        head: names of the columns.
+        rows: texts of the cells, row by row.
+        words: number of columns, from the left, that hold words. The others hold numbers.
+        strong: indices of the highlighted rows.
+        grouped: number of columns, from the left, that HTML shows in a separate line above the
+            rows that share them.
+        bars: HTML of a column after the words, one cell per row. Markdown leaves it out.
     """
 
     head: Sequence[str]
@@ -56,7 +56,7 @@ class Table:
     bars: Sequence[str] | None = None
 
     def html(self) -> str:
-        """The table, scrolling sideways in its box where it is too wide."""
+        """Return the table in HTML. It scrolls sideways if it is too wide."""
         bars = [""] * len(self.rows) if self.bars is None else self.bars
         lines = [f"<tr>{self._cells('th', self.head, '&nbsp;' if self.bars else '')}</tr>"]
         group: Sequence[str] = [""] * self.grouped
@@ -78,7 +78,7 @@ class Table:
         return "".join([*words, *middle, *numbers])
 
     def markdown(self) -> str:
-        """The table, strong rows in bold."""
+        """Return the table in Markdown, with highlighted rows in bold."""
         numbers = len(self.head) - self.words
         lines = [list(map(markdown, self.head)), ["---"] * self.words + ["---:"] * numbers]
         for k, row in enumerate(self.rows):
@@ -88,12 +88,12 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """A text as Markdown shows it unchanged, in one line."""
+    """Escape a text for Markdown, in one line."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG inside the page."""
+    """Return a PNG as HTML inside the page, with a caption."""
     content = base64.b64encode(path.read_bytes()).decode()
     told = html.escape(caption)
     return (
@@ -103,7 +103,7 @@ def picture(path: Path, caption: str) -> str:
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """The file of a page, from the HTML of its body."""
+    """Return a page from the HTML of its body."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -113,7 +113,7 @@ def page(title: str, body: str, style: str = "") -> str:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text, whole or not at all; names of files that are no UTF-8 as escapes."""
+    """Write a text atomically. File names that are not UTF-8 are escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")

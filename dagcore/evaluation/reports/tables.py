@@ -1,4 +1,4 @@
-"""What the summary of an evaluation says, as tables and sentences."""
+"""Turn the summary of an evaluation into tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .exports import Summary, entries_of, first_view, with_defaults
 from .pages import Table
 
 Row = Mapping[str, Any]
-"""Clean scores, those of an attack in a ball, or a worst case."""
+"""Scores of clean images, of an attack in a ball, or of a worst case."""
 
 MEASURES = {"segmentation": ("aAcc", "mIoU"), "detection": ("mAP", "AP50 (COCO)")}
 OTHERS = {"segmentation": ("mAcc", "aAcc of images"), "detection": ()}
@@ -28,37 +28,37 @@ ERRORS = {
     "background": ("no object there", 3),
     "missed": ("object missed", 7),
 }
-"""Kinds of detection errors in words, each with the style of its colour."""
+"""Kinds of detection errors in words, with the index of their colour."""
 
 OWN_COLUMNS = ("steps", "max_iter", "alpha", "gamma", "loss", "random_start", "norm")
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number for a table."""
+    """Format a number for a table."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def told_view(row: Row) -> str:
-    """Whether the network sees images in memory or in 8-bit files."""
+    """Return in words whether the network sees images in memory or in 8-bit files."""
     if row["levels"] is not None:
         return "attacked in 8 bits"
     return "in memory" if row["stage"] == "memory" else "rounded to 8 bits"
 
 
 def title_of(summary: Summary) -> str:
-    """Network, data and protocol."""
+    """Return network, data set and protocol in words."""
     return f"{summary['network']} on {summary['data']}: {summary['protocol']['name']}"
 
 
 def worst_name(summary: Summary) -> str:
-    """What the last row of a ball is called."""
+    """Return the name of the last row of a ball."""
     return "worst case" if summary["task"] == "segmentation" else "lowest of the attacks"
 
 
 def worst_rows(summary: Summary) -> list[dict[str, Any]]:
-    """The worst cases of each ball and view; for detectors the lowest scores of any attack.
+    """Return the worst case of each ball and view. For detectors, it is the lowest scores.
 
-    Balls of a norm stand together, the smaller first.
+    Rows are sorted by norm and then by radius.
     """
     if summary["task"] == "segmentation":
         return sorted(summary["worst_case"], key=lambda row: _place(row, summary))
@@ -76,7 +76,7 @@ def worst_rows(summary: Summary) -> list[dict[str, Any]]:
 
 
 def first_worst(summary: Summary) -> list[dict[str, Any]]:
-    """The worst cases of the view that the protocol has."""
+    """Return the worst cases in the protocol's view."""
     return first_view({**summary, "worst_case": worst_rows(summary)}, "worst_case")
 
 
@@ -90,12 +90,12 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    """The ball and the view of a row."""
+    """Return the ball and the view of a row."""
     return tuple(row[key] for key in ("norm", "epsilon", "levels", "stage"))
 
 
 def headline(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Clean scores and worst cases: a label, and measures with their values."""
+    """Return clean scores and worst cases, each as a label and pairs (measure, value)."""
     measures = MEASURES[summary["task"]]
     rows = [("clean", summary["clean"])]
     name = worst_name(summary)
@@ -104,7 +104,7 @@ def headline(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def results_table(summary: Summary) -> Table:
-    """Each attack in each ball and view, and the worst case of them last."""
+    """Return a table of the attacks in each ball and view, each followed by the worst case."""
     measures = MEASURES[summary["task"]] + OTHERS[summary["task"]]
     counts = ("iterations", "forward", "backward")
     head = ["radius", "images", "attack", *measures, "updates", "forward", "backward"]
@@ -125,7 +125,7 @@ def results_table(summary: Summary) -> Table:
 
 
 def settings_table(summary: Summary) -> Table:
-    """Each attack of the protocol with its settings, those that it leaves to the attack as well."""
+    """Return a table of the protocol's attacks with all settings, including defaults."""
     head = ["attack", "kind", "loss", "labels", "radii", "steps", "step", "random start", "others"]
     rows = []
     for name, entry in entries_of(summary).items():
@@ -160,7 +160,7 @@ def _told_step(step: float, norm: str) -> str:
 
 
 def won_table(summary: Summary) -> Table:
-    """For how many images each attack is the worst in each ball."""
+    """Return a table of the numbers of images for which each attack is the worst in each ball."""
     worst = first_worst(summary)
     head = ["attack"]
     head += [f"{measure}, {told_radius(one)}" for one in worst for measure in ("aAcc", "mIoU")]
@@ -173,7 +173,7 @@ def won_table(summary: Summary) -> Table:
 
 
 def class_table(summary: Summary) -> Table:
-    """What is left of each class: of its IoU at worst case, of its AP under each attack.
+    """Return a table of the classes: their worst-case IoU, or their AP under each attack.
 
     Attacks on detectors are those in the largest ball of the protocol's norm.
     """
@@ -194,7 +194,7 @@ def class_table(summary: Summary) -> Table:
 
 
 def largest_ball(summary: Summary) -> list[dict[str, Any]]:
-    """Results in the largest ball of the protocol's norm, of the view that the protocol has."""
+    """Return the results in the largest ball of the protocol's norm, in the protocol's view."""
     found = first_view(summary, "results")
     found = [one for one in found if one["norm"] == found[0]["norm"]]
     largest = max(one["epsilon"] or 0.0 for one in found)
@@ -202,7 +202,7 @@ def largest_ball(summary: Summary) -> list[dict[str, Any]]:
 
 
 def errors_table(summary: Summary) -> Table:
-    """Detections and missed objects by kind, of clean images and under each attack."""
+    """Return a table of detections by kind and missed objects, clean and under each attack."""
     found: list[tuple[str, Row]] = [("clean", summary["clean"])]
     found += [(f"{o['attack']}, {told_radius(o)}", o) for o in first_view(summary, "results")]
     kinds = [kind for kind in ERRORS if any(kind in row["errors"] for _, row in found)]
@@ -215,7 +215,7 @@ def errors_table(summary: Summary) -> Table:
 
 
 def cost_table(summary: Summary) -> Table:
-    """Passes through the network for an image, all attacks and balls together."""
+    """Return a table of the passes through the network per image, over all attacks and balls."""
     cost = summary["cost"]
     rows = [
         ["clean images", number(cost["clean passes per image"], 1)],
@@ -227,7 +227,7 @@ def cost_table(summary: Summary) -> Table:
 
 
 def checks_table(summary: Summary) -> Table:
-    """What the checks of the evaluation have found."""
+    """Return a table of the findings of the checks."""
     head = ["verdict", "check", "what was seen"]
     rows = [[one["verdict"], one["name"], one["text"]] for one in summary.get("checks") or ()]
     flagged = [k for k, row in enumerate(rows) if row[0] == "flagged"]
@@ -235,7 +235,7 @@ def checks_table(summary: Summary) -> Table:
 
 
 def checks_line(summary: Summary) -> str:
-    """The verdicts in one line."""
+    """Return the numbers of passed, flagged and skipped checks in one line."""
     verdicts = [one["verdict"] for one in summary.get("checks") or ()]
     known = {v: verdicts.count(v) for v in ("passed", "flagged", "skipped") if v in verdicts}
     told = ", ".join(f"{count} {verdict}" for verdict, count in known.items())
@@ -243,7 +243,7 @@ def checks_line(summary: Summary) -> str:
 
 
 def images_line(summary: Summary) -> str:
-    """Which images were evaluated, and in what balls."""
+    """Return in words which images were evaluated, and the norms of the balls."""
     told = f"{summary['evaluated']} of {summary['images']} images of {summary['data']}"
     balls = dict.fromkeys(o["norm"] for o in summary["results"] if o["epsilon"] is not None)
     radii = " and ".join(NORMS.get(norm, norm) for norm in balls)
@@ -252,7 +252,7 @@ def images_line(summary: Summary) -> str:
 
 
 def reused_line(summary: Summary) -> str:
-    """How often an example of a smaller ball stands for one of a larger; "" where never."""
+    """Return in words how many examples come from smaller balls; "" if there are none."""
     count = sum(one["examples_of_smaller_balls"] for one in first_view(summary, "results"))
     if not count:
         return ""
@@ -263,7 +263,7 @@ def reused_line(summary: Summary) -> str:
 
 
 def images_table(records: Sequence[Record]) -> Table:
-    """The worst example of each of some images."""
+    """Return a table of the worst examples of images."""
     head, rows = ["image", "worst attack", "right when clean, %", "right after it, %"], []
     for one in records:
         clean, of = right_when_clean(one)
@@ -273,12 +273,12 @@ def images_table(records: Sequence[Record]) -> Table:
 
 
 def failed_table(summary: Summary) -> Table:
-    """Images that were passed over, and why."""
+    """Return a table of the images that were passed over, with the reasons."""
     rows = [[str(one["number"]), one["name"], one["reason"]] for one in summary["failed"]]
     return Table(["number", "image", "reason"], rows, words=3)
 
 
 def versions_line(summary: Summary) -> str:
-    """What the results were made with."""
+    """Return the versions and the weights that the results were made with."""
     told = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return f"{told}; digest of the weights {summary['digest of the weights'][:16]}."

@@ -1,4 +1,4 @@
-"""Whether an evaluation can be believed: what is known to go wrong, looked for on a few images."""
+"""Check whether an evaluation can be trusted: look for known failures on a few images."""
 
 from .checking import FLAGGED, PASSED, SKIPPED, Finding, check
 

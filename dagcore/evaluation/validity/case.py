@@ -1,4 +1,4 @@
-"""What is checked: a network with images and an attack, and what several checks look at."""
+"""The case to check, a network with images and an attack, and results that checks share."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ...losses import cross_entropy
 from ...ops import argmax_bilinear
 from ...seeds import generator_of, seed_of
 
-DRAWS = 10  # random points of the ball of each image
-MAP = 32  # cells: larger score maps are pooled to so many a side where they serve as features
+DRAWS = 10  # random points in the ball of each image
+MAP = 32  # maximum side of a score map that serves as features; larger ones are pooled
 
 
 class Batch(NamedTuple):
-    """Images of one size."""
+    """Images of one size, with their labels."""
 
     images: Tensor  # (N, 3, H, W)
     labels: Tensor  # (N, h, w) int64
 
 
 class Noise(NamedTuple):
-    """What the network makes of random points of the ball around the images of a batch."""
+    """Results of the network at random points in the balls around the images of a batch."""
 
     right: Tensor
-    """(DRAWS, N), how many pixels are right."""
+    """Number of correct pixels, (DRAWS, N)."""
     features: Tensor
-    """(DRAWS, N, D), pooled scores."""
+    """Pooled scores, (DRAWS, N, D)."""
 
 
 @dataclasses.dataclass(eq=False)
 class Case:
-    """What is checked; accuracies are in percent of all pixels that count."""
+    """A case to check. Accuracies are in percent of all pixels that count."""
 
     victim: Any
     batches: list[Batch]
@@ -53,34 +53,34 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """Of the attack."""
+        """Number of steps of the attack."""
         return int(self.attack.steps)  # type: ignore[attr-defined]  # PGD's and APGD's
 
     def counts(self, batch: Batch) -> Tensor:
-        """Which pixels count, (N, h, w)."""
+        """Return a mask of the pixels that count, (N, h, w)."""
         return batch.labels != self.attack.ignore_index
 
     def seen(self, scores: Tensor, batch: Batch) -> Tensor:
-        """The class that wins at each pixel, (N, h, w)."""
+        """Return the predicted class of each pixel, (N, h, w)."""
         height, width = batch.labels.shape[1:]
         return argmax_bilinear(scores, (height, width), align_corners=self.scores_of.align_corners)
 
     def right(self, scores: Tensor, batch: Batch) -> Tensor:
-        """How many pixels of each image are right, (N,)."""
+        """Return the number of correct pixels of each image, (N,)."""
         hits = (self.seen(scores, batch) == batch.labels) & self.counts(batch)
         return hits.flatten(1).sum(1)
 
     def accuracy(self, right: Sequence[Tensor]) -> float:
-        """Of right pixels (N,) of each batch."""
+        """Return the accuracy, given the number of correct pixels (N,) of each batch."""
         return 100 * sum(int(one.sum()) for one in right) / self.counted
 
     def look(self, images: Tensor, batch: Batch) -> Tensor:
-        """Scores of images in place of a batch's own, without a graph."""
+        """Return the scores of images that replace those of a batch, without a graph."""
         with torch.no_grad():
             return self.scores_of(images, batch.labels)
 
     def loss(self, leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, summed over the pixels, and the scores."""
+        """Return the cross-entropy, summed over the pixels, and the scores."""
         scores = self.scores_of(leaf, batch.labels)
         loss = cross_entropy(
             scores,
@@ -92,7 +92,7 @@ class Case:
         return loss, scores
 
     def gradient(self, images: Tensor, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """The gradient of the cross-entropy, None if there is none, and the scores."""
+        """Return the gradient of the cross-entropy, or None if there is none, and the scores."""
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             loss, scores = self.loss(leaf, batch)
@@ -107,7 +107,7 @@ class Case:
 
     @property
     def differentiable(self) -> bool:
-        """Whether there are gradients."""
+        """Whether the loss has a gradient at every image."""
         return all(gradient is not None for gradient, _ in self._clean)
 
     @property
@@ -117,17 +117,17 @@ class Case:
 
     @property
     def clean_gradients(self) -> list[tuple[Batch, Tensor]]:
-        """Each batch with the gradients at its images, where there are any."""
+        """Each batch with the gradients at its images. Batches without gradients are left out."""
         known = zip(self.batches, self._clean, strict=True)
         return [(batch, gradient) for batch, (gradient, _) in known if gradient is not None]
 
     @functools.cached_property
     def clean(self) -> float:
-        """Accuracy on the images."""
+        """Accuracy on the clean images."""
         return self.accuracy([self.right(scores, batch) for batch, scores in self.clean_scores])
 
     def points(self, batch: Batch, draw: int) -> Tensor:
-        """A random point of the ball around each image of a batch."""
+        """Return a random point in the ball around each image of a batch."""
         ball = PGD(epsilon=self.attack.epsilon, norm=self.attack.norm)
         made = [
             ball.random_point(image, seed_of((self.seed, k)), draw)
@@ -137,7 +137,7 @@ class Case:
 
     @functools.cached_property
     def noise(self) -> list[Noise]:
-        """Of each batch."""
+        """Results at random points, for each batch."""
         found = []
         for batch in self.batches:
             scores = [self.look(self.points(batch, draw), batch) for draw in range(DRAWS)]
@@ -146,9 +146,11 @@ class Case:
         return found
 
     def attacked(self, network: Any = None, **changes: Any) -> tuple[list[Tensor], float]:
-        """Images of each batch after the attack, with changes to it, and their accuracy.
+        """Attack each batch, and return the adversarial images and the accuracy.
 
-        On the victim, or on another network.
+        Args:
+            network: network to attack; None attacks the victim.
+            changes: changed settings of the attack.
         """
         attack = dataclasses.replace(self.attack, **changes)
         network = self.victim if network is None else network
@@ -160,15 +162,15 @@ class Case:
 
     @functools.cached_property
     def own(self) -> float:
-        """Accuracy under the attack as it is."""
+        """Accuracy under the attack, without changes to it."""
         return self.attacked()[1]
 
     def stride(self, factor: float) -> dict[str, float]:
-        """The setting that makes the attack's steps so many times as long."""
+        """Return the setting that makes the attack's steps `factor` times as long."""
         return {"alpha": factor * self.attack.alpha} if isinstance(self.attack, PGD) else {}
 
 
 def pooled(scores: Tensor) -> Tensor:
-    """A score map (N, C, h, w) as features (N, D) float32, of `MAP` by `MAP` cells at the most."""
+    """Pool a score map (N, C, h, w) to at most `MAP` x `MAP` cells. Return (N, D) float32."""
     height, width = (min(side, MAP) for side in scores.shape[2:])
     return functional.adaptive_avg_pool2d(scores.float(), (height, width)).flatten(1)

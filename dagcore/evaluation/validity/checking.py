@@ -1,4 +1,4 @@
-"""All checks on one network: the arguments, and the findings."""
+"""Run all checks on one network: check the arguments, and return the findings."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .looks import LOOKS, WITHOUT_GRADIENTS
 
 PASSED, FLAGGED, SKIPPED = "passed", "flagged", "skipped"
 
-STEPS = 20  # of the attack where none is given
+STEPS = 20  # of the default attack
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a check has found."""
+    """The result of a check."""
 
     name: str
-    """Of the check."""
+    """Name of the check."""
     verdict: str
     """Either "passed", "flagged" or "skipped"."""
     text: str
-    """What was seen, and what it means."""
+    """Observation of the check and, if flagged, its meaning."""
     figures: dict[str, float | int | str | list[Any]]
-    """By name, for JSON; accuracies and shares in percent."""
+    """Figures by name, for JSON. Accuracies and shares are in percent."""
 
 
 def check(
@@ -49,36 +49,37 @@ def check(
     surrogate: Any = None,
     seed: int = 0,
 ) -> list[Finding]:
-    """Look for signs that an evaluation of a segmentation network cannot be believed.
+    """Look for signs that an evaluation of a segmentation network cannot be trusted.
 
     The checks are those of Carlini et al. ("On evaluating adversarial robustness", 2019), and the
     planted example of Zimmermann et al. ("Increasing confidence in adversarial robustness
-    evaluations", NeurIPS 2022). The network is left as it was. The same call has the same findings,
-    even if the network is random.
+    evaluations", NeurIPS 2022). The network is not changed. The same call returns the same
+    findings, even if the network is random.
 
-    With an attack of S steps an image takes at most 10 S + 30 passes through the network, most of
-    them forward and backward. It takes fewer where attacks are done early.
+    With an attack of S steps, an image takes at most 10 S + 30 passes through the network, most of
+    them forward and backward. It takes fewer if attacks finish early.
 
     Args:
-        victim: what is evaluated. It maps images (N, 3, H, W) in [0, 1] to scores (N, C, h, w), as
-            the model of an attack does.
-        images: a few, (3, H, W) floating point in [0, 1], of any sizes.
-        labels: their true classes, (h, w) uint8, int32 or int64, at least of the scores' size.
-            Pixels of the attack's `ignore_index` (255) do not count.
-        epsilon: radius of the ball that is evaluated, in the units of the images.
-        norm: of the ball, "linf" or "l2".
-        attack: the strongest one of the evaluation. It is run in that ball, without `levels` and
-            `tolerance`. None: CosPGD with 20 steps of epsilon / 4.
+        victim: network to evaluate. It maps images (N, 3, H, W) in [0, 1] to scores (N, C, h, w),
+            like the model of an attack.
+        images: a few images, (3, H, W) floating point in [0, 1]. Sizes may differ.
+        labels: true classes of the images, (h, w) uint8, int32 or int64, at least of the scores'
+            size. Pixels with the attack's `ignore_index` (255) do not count.
+        epsilon: radius of the evaluated ball, in the units of the images.
+        norm: norm of the ball, "linf" or "l2".
+        attack: strongest attack of the evaluation. It runs in that ball, without `levels` and
+            `tolerance`. None is CosPGD with 20 steps of epsilon / 4.
         surrogate: another network for the same classes, whose adversarial examples are tried on
-            the victim. None: that check is skipped.
-        seed: of the random choices.
+            the victim. None skips this check.
+        seed: seed of the random choices.
 
     Returns:
-        A finding of each check, in the order of docs/validity.md. Checks that could not be made
-        are "skipped", and say why.
+        A finding for each check, in the order of docs/validity.md. Checks that could not run are
+        "skipped", and their text says why.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came.
+        TypeError, ValueError: if an argument is invalid. The message names it, what was required
+            and what was given.
     """
     checks.number("epsilon", epsilon, above=0)
     checks.choice("norm", norm, checks.NORMS)
@@ -111,7 +112,7 @@ def _find(name: str, case: Case) -> Finding:
 
 @contextmanager
 def _held(victim: Any, surrogate: Any, device: torch.device, seed: int) -> Iterator[None]:
-    """Networks in eval mode; torch's own random numbers begin at the seed, and go on unchanged."""
+    """Hold networks in eval mode and seed torch's random numbers. Restore both afterwards."""
     gpus = [device] if device.type == "cuda" else []
     with (
         device_for(device).current(),
@@ -136,12 +137,12 @@ def _check_network(name: str, network: Any) -> None:
 
 
 def _in_ball(attack: BallAttack | None, epsilon: float, norm: str) -> BallAttack:
-    """The attack in the ball that is evaluated."""
+    """Return the attack in the evaluated ball."""
     if attack is None:
         return CosPGD(epsilon=epsilon, norm=norm, alpha=epsilon / 4, steps=STEPS)
     if not isinstance(attack, BallAttack):
         raise ArgumentTypeError(
-            "attack must be one within a ball, as PGD or APGD are, or None, "
+            "attack must be an attack within a ball, such as PGD or APGD, or None, "
             f"got {type(attack).__name__}"
         )
     return dataclasses.replace(
@@ -150,10 +151,10 @@ def _in_ball(attack: BallAttack | None, epsilon: float, norm: str) -> BallAttack
 
 
 def _batches(images: Any, labels: Any, attack: BallAttack) -> list[Batch]:
-    """Checked images with their labels, those of the same sizes together."""
+    """Check images and labels, and return them in batches of the same size."""
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, (Sequence, Tensor)) or not len(given):
-            raise ArgumentError(f"{name} must be a sequence of tensors, at least one, got {given}")
+            raise ArgumentError(f"{name} must be a sequence of tensors, not empty, got {given}")
     if len(images) != len(labels):
         raise ArgumentError(
             f"labels must have one map for each of {len(images)} images, got {len(labels)}"

@@ -1,4 +1,4 @@
-"""The checks, one a function: each looks at a case. docs/validity.md has a section for each."""
+"""The checks, one function for each. docs/validity.md has a section for each of them."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from .case import DRAWS, Batch, Case
 from .modules import ZERO, random_modules, without_gradient
 from .planted import find_planted
 
-# Accuracies are in percent of the pixels that count, and differences of them in points. What sound
-# networks and attacks come to, which the thresholds keep away from, is in docs/validity.md.
-SAME = 1e-4  # of the scores' spread: kernels that differ in their rounding alone stay below
+# Accuracies are in percent of the pixels that count, and their differences are in points.
+# docs/validity.md has the figures of sound networks, from which the thresholds keep a distance.
+SAME = 1e-4  # of the scores' spread: kernels that only round differently stay below
 WITHOUT_GRADIENT = 50.0  # % of the images' pixels
 SATURATED = 90.0  # % of the right pixels
 PARALLEL = 0.9999  # cosine of two gradients that are the same up to scale
-UNBOUNDED = 10.0  # % of the pixels that an attack without bounds may leave
-STRIDE = 1 / 8  # of the whole range: the radius of the ball that its steps suit
-NOTHING = 1.0  # % of the pixels: too few to fall
-SLACK = 1.0  # points: two runs of the same attack from other points differ by less
-PLATEAU = 20.0  # points that twice the steps may take more
-GROWTH = 1.75  # times as much that they may take; they take twice as much where they only go on
+UNBOUNDED = 10.0  # % of the pixels that an attack without bounds may leave right
+STRIDE = 1 / 8  # of the whole range: the radius that the steps of the unbounded attack suit
+NOTHING = 1.0  # % of the pixels: too few for a fall
+SLACK = 1.0  # points: runs of the same attack from different points differ by less
+PLATEAU = 20.0  # points that twice the steps may take in addition
+GROWTH = 1.75  # times as much with twice the steps; an attack that only continues takes 2 times
 NOISE_SHARE = 0.5  # of what the attack takes
 FOUND = 0.9  # of the planted examples
 
 
 class Seen(NamedTuple):
-    """What a check has seen."""
+    """The observation of a check."""
 
     bad: bool | None
-    """None where there was nothing to look at."""
+    """Whether the check is flagged; None if it could not be made."""
     text: str
     meaning: str = ""
-    """Of what was seen, where it is bad."""
+    """Meaning of the observation if it is bad."""
     figures: Mapping[str, Any] = {}
 
 
 def labels_fit(case: Case) -> Seen:
-    """Whether the labels are those of the network's classes."""
+    """Check whether the labels use the network's classes."""
     shifted = dict.fromkeys((-1, 0, 1), 0)
     for batch, scores in case.clean_scores:
         seen, counts = case.seen(scores, batch), case.counts(batch)
@@ -71,7 +71,7 @@ def labels_fit(case: Case) -> Seen:
 
 
 def stochastic_forward(case: Case) -> Seen:
-    """Whether the same images have other scores when they are looked at again."""
+    """Check whether a second pass of the same images gives different scores."""
     worst, changed = 0.0, 0
     for batch, first in case.clean_scores:
         again = case.look(batch.images, batch)
@@ -89,7 +89,7 @@ def stochastic_forward(case: Case) -> Seen:
         modules = [_named(case.victim, name) for name in names]
     return Seen(
         worst > SAME,
-        f"two forward passes of the same images differ by {worst:.2g} of the scores' spread"
+        f"two forward passes of the same images differ by {worst:.2g} times the scores' spread"
         + _at(modules),
         "the attack must follow the mean of the gradients of many draws, and accuracies are those "
         "of one draw",
@@ -102,9 +102,9 @@ def stochastic_forward(case: Case) -> Seen:
 
 
 def _drawing(defence: Defence) -> Seen:
-    """What is to be said of a defence that draws by what the images show: the same for the same."""
+    """Return the observation for a random defence, which draws the same for the same images."""
     layers = [one for one in defence.layers if any(view.random for view in one.views)]
-    most = max(one.draws for one in layers)  # those after draw once for each of these
+    most = max(one.draws for one in layers)  # later ones draw once for each of these
     return Seen(
         most == 1,
         f"the defence is random: {'; '.join(one.described() for one in layers)}",
@@ -114,7 +114,7 @@ def _drawing(defence: Defence) -> Seen:
 
 
 def _named(network: nn.Module, name: str) -> str:
-    """A module in a message: its name and kind."""
+    """Return a module's name and kind for messages."""
     kind = type(network.get_submodule(name)).__name__
     return f"{name} ({kind})" if name else f"the network's own forward ({kind})"
 
@@ -124,42 +124,44 @@ def _at(modules: list[str]) -> str:
 
 
 def zero_gradient(case: Case) -> Seen:
-    """Whether the gradient of the cross-entropy is zero."""
+    """Check whether the gradient of the cross-entropy is zero."""
     zero = _with_targets(case, [(batch, own == 0) for batch, own in case.clean_gradients])
     images, pixels = _shares(zero, every=True)
     count = sum(_saturated(case, batch, scores) for batch, scores in case.clean_scores)
     saturated = 100 * count / max(1, round(case.clean / 100 * case.counted))
     return Seen(
         images > 0 or pixels > WITHOUT_GRADIENT or saturated > SATURATED,
-        f"the gradient of the cross-entropy is zero all over {images:.0f} % of the images, and at "
-        f"{pixels:.1f} % of their pixels; {saturated:.1f} % of the right pixels have a loss of 0",
-        "an attack on it learns nothing there",
+        f"the gradient of the cross-entropy is zero everywhere in {images:.0f} % of the images, "
+        f"and at {pixels:.1f} % of all pixels; {saturated:.1f} % of the right pixels have a loss "
+        "of 0",
+        "an attack that follows it learns nothing there",
         {"images": images, "pixels": pixels, "saturated": saturated},
     )
 
 
 def nan_gradient(case: Case) -> Seen:
-    """Whether the gradient of the cross-entropy is finite."""
+    """Check whether the gradient of the cross-entropy is finite."""
     broken = _with_targets(case, [(batch, ~own.isfinite()) for batch, own in case.clean_gradients])
     images, pixels = _shares(broken, every=False)
     return Seen(
         images > 0,
-        f"the gradient of the cross-entropy is not finite in {images:.0f} % of the images, at "
-        f"{pixels:.1f} % of their pixels",
-        "attacks can take no step there",
+        f"the gradient of the cross-entropy is not finite in {images:.0f} % of the images, and at "
+        f"{pixels:.1f} % of all pixels",
+        "attacks cannot take a step there",
         {"images": images, "pixels": pixels},
     )
 
 
 def _with_targets(case: Case, batches: list[tuple[Batch, Tensor]]) -> list[Tensor]:
-    """The rows of images with pixels that count: of the others, no gradient is right."""
+    """Keep the rows of images with pixels that count. For others, having no gradient is right."""
     return [rows[case.counts(batch).flatten(1).any(1)] for batch, rows in batches]
 
 
 def _shares(where: list[Tensor], *, every: bool) -> tuple[float, float]:
-    """Of images and of their pixels (N, 3, H, W), those where something holds, in percent.
+    """Return the percentages of images and of pixels at which masks (N, 3, H, W) hold.
 
-    Of an image with `every` only where it holds all over it, of a pixel in all of its channels.
+    With `every`, a mask must hold everywhere in an image and in all channels of a pixel. Without,
+    it must hold somewhere.
     """
     gather = torch.all if every else torch.any
     images = torch.cat([gather(one.flatten(1), 1) for one in where])
@@ -168,7 +170,7 @@ def _shares(where: list[Tensor], *, every: bool) -> tuple[float, float]:
 
 
 def _saturated(case: Case, batch: Batch, scores: Tensor) -> int:
-    """Pixels whose cross-entropy is 0 in float32, and its gradient with it."""
+    """Return the number of pixels whose cross-entropy, and so its gradient, is 0 in float32."""
     count = 0
     for one, label in zip(scores.float(), batch.labels, strict=True):
         high = one[None]
@@ -183,7 +185,7 @@ def _saturated(case: Case, batch: Batch, scores: Tensor) -> int:
 
 
 def constant_gradient(case: Case) -> Seen:
-    """Whether the gradient is the same wherever it is taken."""
+    """Check whether the gradient is the same everywhere."""
     inside, between = [], []
     for batch, gradient in case.clean_gradients:
         moved, _ = case.gradient(case.points(batch, 0), batch)
@@ -191,26 +193,26 @@ def constant_gradient(case: Case) -> Seen:
             inside += _cosines(gradient, moved)
         between += _cosines(gradient[1:], gradient[:-1])
     if not inside:
-        return Seen(None, "no gradient is finite and other than zero: see zero-gradient")
+        return Seen(None, "no gradient is finite and nonzero: see zero-gradient")
     figures = {"within ball": min(inside)} | ({"between images": min(between)} if between else {})
     return Seen(
         max(figures.values()) > PARALLEL,
         "gradients at an image and at a random point of its ball have a cosine of "
         f"{min(inside):.3g}" + (f", those of two images {min(between):.3g}" if between else ""),
-        "the gradient does not depend on the image, it is not that of the loss",
+        "the gradient does not depend on the image, so it is not that of the loss",
         figures,
     )
 
 
 def _cosines(one: Tensor, other: Tensor) -> list[float]:
-    """Of pairs of gradients (N, 3, H, W), where both are finite and not zero."""
+    """Return the cosines of pairs of gradients (N, 3, H, W) that are finite and nonzero."""
     a, b = one.flatten(1).double(), other.flatten(1).double()
     cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     return [value for value in cosines.tolist() if math.isfinite(value)]
 
 
 def non_differentiable(case: Case) -> Seen:
-    """Whether modules let no gradient through."""
+    """Check whether modules stop all gradients."""
     ends, batch = {}, case.batches[0]
     module = isinstance(case.victim, nn.Module)
     if module:
@@ -225,42 +227,40 @@ def non_differentiable(case: Case) -> Seen:
         text = "every module lets gradients through"
         if isinstance(case.victim, Defence):
             text += f" ({case.victim.gradient})"
-        text = (
-            text if module else "the scores have a gradient; a function has no modules to look at"
-        )
+        text = text if module else "the scores have a gradient; a function has no modules to check"
         return Seen(False, text, figures={"modules": []})
     zero = bool(ends) and set(ends.values()) == {ZERO}
     return Seen(
         True,
         f"the gradient {'becomes zero' if zero else 'ends'}{_at(modules)}",
-        "the attack needs a differentiable stand-in for it in the backward pass (BPDA), or to do "
-        "without gradients",
+        "the attack needs a differentiable stand-in for it in the backward pass (BPDA), or must "
+        "do without gradients",
         {"modules": modules},
     )
 
 
 def unbounded_attack(case: Case) -> Seen:
-    """Whether an attack that may do anything leaves nothing."""
+    """Check whether an attack without bounds leaves no pixel right."""
     largest = max(batch.images[0].numel() for batch in case.batches)
     whole = 1.0 if case.attack.norm == "linf" else math.sqrt(largest)
     steps = 2 * case.steps
     _, left = case.attacked(
         epsilon=whole,
         steps=steps,
-        random_start=False,  # which would be noise alone
+        random_start=False,  # it would be noise alone
         restarts=1,
         **case.stride(whole * STRIDE / case.attack.epsilon),
     )
     return Seen(
         left > UNBOUNDED,
         f"{steps} steps without bounds leave {left:.1f} % of the pixels right",
-        "0 is possible, so the gradients mislead, or the loss or the steps do not suit",
+        "0 % is possible, so the gradients mislead, or the loss or the steps are unsuitable",
         {"accuracy": left, "steps": steps},
     )
 
 
 def no_fall_with_epsilon(case: Case) -> Seen:
-    """Whether a larger ball leaves less."""
+    """Check whether the accuracy falls in larger balls."""
     half, twice = (
         case.attacked(epsilon=factor * case.attack.epsilon, **case.stride(factor))[1]
         for factor in (0.5, 2)
@@ -272,13 +272,13 @@ def no_fall_with_epsilon(case: Case) -> Seen:
     return Seen(
         rise > SLACK or not falls,
         f"accuracy at 0, 1/2, 1 and 2 epsilon is {', '.join(f'{one:.1f}' for one in curve)} %",
-        "a larger ball has the smaller one inside, the attack does not make use of it",
+        "a larger ball contains the smaller one, but the attack does not make use of it",
         {"accuracies": [round(one, 2) for one in curve], "largest rise": rise},
     )
 
 
 def not_at_plateau(case: Case) -> Seen:
-    """Whether twice the steps take much more."""
+    """Check whether twice the steps take much more accuracy."""
     _, twice = case.attacked(steps=2 * case.steps)
     more, taken = case.own - twice, case.clean - case.own
     return Seen(
@@ -291,7 +291,7 @@ def not_at_plateau(case: Case) -> Seen:
 
 
 def one_step_stronger(case: Case) -> Seen:
-    """Whether a single step across the ball takes more than the attack."""
+    """Check whether a single step across the ball is stronger than the attack."""
     epsilon, left = case.attack.epsilon, []
     for batch, gradient in case.clean_gradients:
         if case.attack.norm == "linf":
@@ -305,33 +305,33 @@ def one_step_stronger(case: Case) -> Seen:
     return Seen(
         one < case.own - SLACK,
         f"one step of epsilon leaves {one:.1f} % of the pixels right, the attack {case.own:.1f} %",
-        "the steps of the attack do not suit",
+        "the steps of the attack are unsuitable",
         {"one step": one, "attack": case.own},
     )
 
 
 def noise_as_strong(case: Case) -> Seen:
-    """Whether random points of the ball take much of what the attack takes."""
+    """Check whether random points of the ball are nearly as strong as the attack."""
     left = case.accuracy([noise.right.amin(0) for noise in case.noise])
     taken, by_attack = case.clean - left, case.clean - case.own
     return Seen(
         taken >= NOISE_SHARE * by_attack,
         f"the worst of {DRAWS} random points of the ball takes {taken:.2f} points of accuracy, the "
         f"attack {by_attack:.2f}",
-        "the attack does little that noise does not do",
+        "the attack does little more than noise",
         {"noise": taken, "attack": by_attack},
     )
 
 
 def planted_example(case: Case) -> Seen:
-    """Whether the attack finds adversarial examples that are known to be there."""
+    """Check whether the attack finds planted adversarial examples."""
     planted, found, by_noise = find_planted(case)
     if not planted:
-        return Seen(None, "no point of the ball has scores that tell it from random ones")
+        return Seen(None, "no point of the ball has scores that differ from those of random points")
     return Seen(
         found < FOUND * planted,
         f"the attack finds {found} of {planted} planted adversarial examples, noise {by_noise}",
-        "it misses what is there",
+        "it misses examples that exist",
         {
             "planted": planted,
             "found": 100 * found / planted,
@@ -341,9 +341,9 @@ def planted_example(case: Case) -> Seen:
 
 
 def transfer_stronger(case: Case) -> Seen:
-    """Whether adversarial examples for another network take more than the victim's own."""
+    """Check whether adversarial examples for another network are stronger than the victim's own."""
     if case.surrogate is None:
-        return Seen(None, "it needs another network for the same classes, as surrogate")
+        return Seen(None, "it needs a surrogate, another network for the same classes")
     examples, of_surrogate = case.attacked(case.surrogate)
     left = case.accuracy(
         [
@@ -376,4 +376,4 @@ LOOKS: dict[str, Callable[[Case], Seen]] = {
     "transfer-stronger": transfer_stronger,
 }
 WITHOUT_GRADIENTS = ("labels-fit", "stochastic-forward", "non-differentiable")
-"""The checks that can be made where the scores have no gradient."""
+"""Checks that can be made if the scores have no gradient."""

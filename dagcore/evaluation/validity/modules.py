@@ -1,4 +1,4 @@
-"""Modules of a network at which a gradient ends, or whose output is random, by name."""
+"""Find the modules of a network at which gradients end, or whose output is random."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ DETACHED, ZERO = "detached", "zero"
 
 @dataclasses.dataclass
 class _Call:
-    """What is seen of one call of a module: of tensors of floating point, and their gradients."""
+    """Observations of one call of a module: its floating-point tensors and their gradients."""
 
     name: str
     into: bool = False
     """Whether an input required a gradient."""
     out_of: bool = False
-    """Whether an output did."""
+    """Whether an output required a gradient."""
     arrives: bool = False
-    """Whether a gradient other than zero came to an output in the backward pass."""
+    """Whether a nonzero gradient reached an output in the backward pass."""
     leaves: bool = False
-    """Whether one went on to an input."""
+    """Whether a nonzero gradient reached an input in the backward pass."""
     given: tuple[str, ...] = ()
     """Checksums of the inputs."""
     made: tuple[str, ...] = ()
@@ -33,16 +33,17 @@ class _Call:
 
 
 def without_gradient(model: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, str]:
-    """The innermost modules at which every gradient ends.
+    """Return the innermost modules at which every gradient ends.
 
     Args:
-        model: the network.
-        run: runs it on images that require a gradient, and returns them with the loss.
+        model: network.
+        run: function that runs the network on images that require a gradient, and returns the
+            images and the loss.
 
     Returns:
-        For each module "detached", where an input required a gradient and no output does, or
-        "zero", where gradients of the output are not zero and those of all inputs are, as of
-        torch.round. Only of modules that are so in every call.
+        For each module "detached" if an input requires a gradient and no output does, or "zero" if
+        gradients of the output are nonzero and those of all inputs are zero, as with torch.round.
+        Only modules for which this holds in every call are listed.
     """
     calls: list[_Call] = []
 
@@ -50,7 +51,7 @@ def without_gradient(model: nn.Module, run: Callable[[], tuple[Tensor, Tensor]])
         if not tensor.requires_grad:
             return tensor
         call.into = True
-        # A copy has a gradient of its own, apart from those of whatever else reads the tensor.
+        # A copy's gradient is separate from the gradients of other uses of the tensor.
         copy = tensor.clone()
         _on_gradient(copy, call, "leaves")
         return copy
@@ -76,7 +77,7 @@ def without_gradient(model: nn.Module, run: Callable[[], tuple[Tensor, Tensor]])
 
 
 def random_modules(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """The innermost modules that made other outputs of the same inputs in a second run."""
+    """Return the innermost modules whose outputs change in a second run with the same inputs."""
     runs: list[list[_Call]] = []
     for _ in range(2):
         calls: list[_Call] = []
@@ -107,7 +108,7 @@ def _watched(
     enter: Callable[[_Call, Tensor], Tensor],
     leave: Callable[[_Call, Any], None],
 ) -> Iterator[None]:
-    """Tell of the tensors that go into modules, which may be replaced, and come out of them."""
+    """Call `enter` for the inputs of all modules, which it may replace, and `leave` for outputs."""
     open_calls: list[_Call] = []
 
     def before(name: str) -> Callable[..., Any]:
@@ -130,7 +131,7 @@ def _watched(
 
 
 def _on_gradient(tensor: Tensor, call: _Call, which: str) -> None:
-    """Note of a call when a gradient other than zero comes to a tensor."""
+    """Set the attribute `which` of a call when a nonzero gradient reaches a tensor."""
 
     def note(gradient: Tensor) -> None:
         if bool((gradient != 0).any()):
@@ -140,7 +141,7 @@ def _on_gradient(tensor: Tensor, call: _Call, which: str) -> None:
 
 
 def _mapped(value: Any, call: _Call, enter: Callable[[_Call, Tensor], Tensor]) -> Any:
-    """Arguments with every tensor of floating point replaced."""
+    """Return arguments with every floating-point tensor replaced by `enter`."""
     if isinstance(value, Tensor):
         return enter(call, value) if value.is_floating_point() else value
     if type(value) in (tuple, list):
@@ -151,7 +152,7 @@ def _mapped(value: Any, call: _Call, enter: Callable[[_Call, Tensor], Tensor]) -
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in what a module returns."""
+    """Return the tensors in a module's output."""
     if isinstance(value, Tensor):
         return [value]
     parts: Any = value.values() if isinstance(value, Mapping) else value
@@ -161,12 +162,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """The sum as a string, in which a NaN equals a NaN."""
+    """Return the sum of a tensor as a string, so that NaN equals NaN."""
     return str(float(tensor.detach().sum(dtype=torch.float64)))
 
 
 def _innermost(names: Mapping[str, object]) -> list[str]:
-    """The modules that have no others of these inside; "" is the network itself."""
+    """Return the modules that contain none of the others. "" is the network itself."""
     return [
         name
         for name in names

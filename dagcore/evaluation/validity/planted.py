@@ -1,4 +1,4 @@
-"""Adversarial examples that are known to be there, for an attack to find."""
+"""Plant adversarial examples, to test whether an attack finds them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ...attacks import BallAttack
 from ...seeds import generator_of
 from .case import DRAWS, Case, pooled
 
-PLANTED = 2  # examples of each image
-BETWEEN = 0.9  # of the way from random points to a planted one: where its class begins
+PLANTED = 2  # examples planted for each image
+BETWEEN = 0.9  # where the second class begins, on the way from random points to the planted one
 
 
 class Readout:
-    """A network of two classes, whose second one begins close to a planted point of the ball.
+    """A network with two classes, whose second class begins close to a planted point of the ball.
 
     It reads the victim's pooled scores along the line from the mean of random points to the planted
-    one. `along` is 0 at that mean and 1 at the planted point; the second class begins at `begin`,
-    between the random point that is farthest along and the planted one.
+    point. `along` is 0 at that mean and 1 at the planted point. The second class begins at `begin`,
+    between the random point that is farthest along and the planted point.
 
     Args:
-        case: whose victim is read.
-        labels: (1, h, w), those of the image.
-        random: (K, D), pooled scores at random points.
-        planted: (D,), those at the planted one.
+        case: case with the victim whose scores are read.
+        labels: labels of the image, (1, h, w).
+        random: pooled scores at random points, (K, D).
+        planted: pooled scores at the planted point, (D,).
     """
 
     def __init__(self, case: Case, labels: Tensor, random: Tensor, planted: Tensor) -> None:
@@ -39,24 +39,24 @@ class Readout:
 
     @property
     def sound(self) -> bool:
-        """Whether the planted point is beyond the random ones."""
-        return self.farthest < 0.99  # not where it is NaN
+        """Whether the planted point lies beyond the random points."""
+        return self.farthest < 0.99  # False for NaN
 
     def along(self, features: Tensor) -> Tensor:
-        """Where features (N, D) are, (N,)."""
+        """Return the positions (N,) of features (N, D) along the line."""
         return ((features - self.mean) * self.direction).sum(1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Scores (N, 2) of images (N, 3, H, W)."""
+        """Return scores (N, 2) for images (N, 3, H, W)."""
         scores = self.case.scores_of(images, self.labels.expand(len(images), -1, -1))
         height = (self.along(pooled(scores)) - self.begin) / (1 - self.farthest)
         return torch.stack([torch.zeros_like(height), height], 1)
 
 
 def find_planted(case: Case) -> tuple[int, int, int]:
-    """How many examples were planted, and of these found by the attack, and by random points.
+    """Return how many examples were planted, found by the attack, and found by random points.
 
-    Random points are others than those that the readout was made from.
+    These random points are not the ones from which the readout was made.
     """
     attack = on_two_classes(case.attack)
     planted = found = by_noise = 0
@@ -80,16 +80,16 @@ def find_planted(case: Case) -> tuple[int, int, int]:
 
 
 def far_point(image: Tensor, attack: BallAttack, rng: torch.Generator) -> Tensor:
-    """A random point (3, H, W) at the ball's edge: of L-infinity balls a corner."""
+    """Return a random point (3, H, W) on the ball's surface: a corner for L-infinity."""
     noise = torch.randn(image.shape, generator=rng, dtype=torch.float64)
     noise = noise.sign() if attack.norm == "linf" else noise / torch.linalg.vector_norm(noise)
     return (image + (attack.epsilon * noise).to(image)).clamp(0, 1)
 
 
 def on_two_classes(attack: BallAttack) -> BallAttack:
-    """The attack on the cross-entropy, unless its loss is its own: other losses want more classes.
+    """Return the attack with the cross-entropy as loss, unless its loss is fixed.
 
-    What is tested is the gradient, and how steps follow it.
+    Other losses need more classes. The test is about the gradient, and how the steps follow it.
     """
     free = {field.name for field in dataclasses.fields(attack) if field.init}
     losses: dict[str, str | None] = {"loss": "cross-entropy", "track": None}

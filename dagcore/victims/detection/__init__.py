@@ -1,4 +1,4 @@
-"""Detectors to attack, and what an attack on them aims at."""
+"""Detectors to attack, and the targets of attacks on them."""
 
 from .base import Detector
 from .dense import dense_detector

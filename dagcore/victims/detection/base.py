@@ -1,8 +1,8 @@
 """Detectors to attack: scores at boxes, anchors or queries that are fixed on the clean image.
 
-A detector recognises many things at once: each proposal (or anchor, or object query) is one
-target of the attack. They must be dense. The attacked image makes the region network propose other
-boxes, and only where many overlapping boxes were led astray do the new ones fall among them.
+A detector recognises many things at once: each proposal (or anchor, or object query) is one target
+of the attack. The targets must be dense, because the region network proposes other boxes on the
+attacked image. Those are fooled too only if many overlapping boxes were attacked.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .targets import ADVERSARIAL_KINDS, Targets, check_inside, draw_adversarial_
 
 
 class Detector(nn.Module, abc.ABC):
-    """A detector that takes images in [0, 1], its resizing and normalisation inside.
+    """A detector that takes images in [0, 1], and resizes and normalises them itself.
 
-    Made by `detector`, `dense_detector` or `load`. To attack it:
+    `detector`, `dense_detector` and `load` make it. To attack it:
 
         targets = victim.dense_targets(images, ground_truth)
         result = dagcore.DAG(max_iter=150)(
@@ -37,13 +37,14 @@ class Detector(nn.Module, abc.ABC):
         detections = victim.detect(result.adversarial)
 
     Attributes:
-        network: the detector itself.
-        classes: names of the classes, None where unknown.
+        network: the wrapped detector.
+        classes: names of the classes; None if unknown.
         background: index of the background class in the scores.
         has_own_targets: whether the targets are the same for every image, so that scores need no
             boxes.
-        preparation: what `dagcore.victims.prepare` did, None for a detector that it did not make.
-        original: the detector that it was made of, as long as someone else holds it; not pickled.
+        preparation: what `dagcore.victims.prepare` did; None if it did not make this detector.
+        original: weak reference to the detector that this one was prepared from; not pickled.
+        follower: helper by which `dagcore.victims.refresh` copies the original's weights.
     """
 
     network: Any
@@ -51,6 +52,7 @@ class Detector(nn.Module, abc.ABC):
     has_own_targets = False
     preparation: Any = None
     original: weakref.ref[nn.Module] | None = None
+    follower: Any = None
 
     def __init__(self, network: nn.Module, classes: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -63,32 +65,35 @@ class Detector(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, P) before softmax, of images (N, 3, H, W) at P targets each.
+        """Return scores (N, C, P) before softmax of images (N, 3, H, W), at P targets each.
 
-        The targets are `boxes` (N, P, 4), unless the detector has targets of its own.
+        The targets are `boxes` (N, P, 4), unless the detector has its own targets.
         """
 
     @abc.abstractmethod
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """What the whole detector finds in images (N, 3, H, W), new proposals and all.
+        """Run the whole detector, with new proposals, on images (N, 3, H, W).
 
         Returns:
-            For each image "boxes" (D, 4) in pixels, "labels" (D,) and "scores" (D,), the best
-            first.
+            A dictionary for each image: "boxes" (D, 4) in pixels, "labels" (D,) and "scores" (D,),
+            the best first.
         """
 
     @abc.abstractmethod
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """For each image the boxes (P, 4) that can be targets, in its pixels, and scores (P, C)."""
+        """Return for each image the boxes (P, 4) that can be targets, in pixels, and scores (P, C).
+
+        Detectors with a region network use `nms_threshold` and `max_proposals` for it.
+        """
 
     @contextlib.contextmanager
     def encoded(self, images: Tensor) -> Iterator[None]:
-        """Compute the features of images once, for all that is asked of them inside the block.
+        """Compute the features of `images` once, for all calls inside the block.
 
-        Gradients of scores reach `images` as they do outside. torchvision's detectors and those
-        that are built like them; others are run as often as they are asked. For one thread.
+        Gradients of scores reach `images` as they do outside. This works for torchvision's
+        detectors and those built like them. Others run in full at every call. Use it in one thread.
         """
         network = self.network
         if not (hasattr(network, "transform") and hasattr(network, "backbone")):
@@ -108,7 +113,7 @@ class Detector(nn.Module, abc.ABC):
             self.network = network
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Probabilities (P, C) of scores (P, C)."""
+        """Return the probabilities (P, C) of scores (P, C)."""
         return scores.softmax(-1)
 
     def check_boxes(self, boxes: Tensor | None, images: Tensor) -> None:
@@ -132,37 +137,38 @@ class Detector(nn.Module, abc.ABC):
         confidence: float = 0.5,
         ignore_index: int = 255,
     ) -> Targets:
-        """The targets of an attack, as in the paper: densely distributed proposals.
+        """Choose the targets of an attack as in the paper: densely distributed proposals.
 
-        A proposal is a target if its IoU with a true box is above `min_iou` and its probability of
-        that box's class above `min_score`; where several true boxes qualify it takes the label
-        of the one that it overlaps most.
+        A proposal becomes a target if its IoU with a true box is above `min_iou` and its
+        probability of that box's class is above `min_score`. If several true boxes qualify, it gets
+        the label of the one that it overlaps most.
 
         Args:
             images: (N, 3, H, W) floating point in [0, 1].
             ground_truth: for each image its true "boxes" (K, 4) in pixels and "labels" (K,): a
                 mapping as torchvision's detectors are trained on, or a `dagcore.data.Example`.
                 Boxes that "iscrowd" (K,) marks are regions to ignore, and give no targets.
-                If None, what the detector itself finds with a score of `confidence` or more.
-            nms_threshold: of the region network while it proposes (the paper: 0.9, where its
-                detectors have 0.7). One-stage detectors take all anchors.
+                If None, the detector's own detections with a score of at least `confidence`.
+            nms_threshold: NMS threshold of the region network (0.9 in the paper, whose detectors
+                have 0.7 otherwise). One-stage detectors use all anchors.
             min_iou: see above.
             min_score: see above.
-            max_proposals: of an image at the most, before the filter; the best ones. Two-stage
-                detectors only.
-            adversarial: "permutation" (each image's object classes permuted at random, none to
-                itself), "random" (each target an object class of its own) or "vanish" (the
+            max_proposals: maximum number of proposals of an image, the best ones, before they are
+                filtered. Two-stage detectors only.
+            adversarial: "permutation" (a random permutation of each image's object classes, none to
+                itself), "random" (another object class for each target) or "vanish" (the
                 background). The first two never aim at the background.
             generator: source of randomness; torch's global one if None.
             confidence: see `ground_truth`.
-            ignore_index: label of what is no target; give the attack's.
+            ignore_index: label of proposals that are no target, as in the attack.
 
         Returns:
-            The targets; `counts` is 0 for images without any, which the attack leaves alone.
+            The targets. `counts` is 0 for images without targets, which the attack leaves alone.
 
         Raises:
-            TypeError, ValueError: the argument, what was required and what came: a box that is
-                degenerate or reaches outside its image, a label out of range, ...
+            TypeError, ValueError: if an argument is invalid, for example if a box is degenerate or
+                reaches outside its image, or a label is out of range. The message names the
+                argument, what was required and what was given.
         """
         checks.tensor("images", images, checks.FLOAT_DTYPES)
         if images.dim() != 4 or images.shape[1] != 3:
@@ -181,7 +187,7 @@ class Detector(nn.Module, abc.ABC):
                 f"got {len(ground_truth)}"
             )
         with frozen(self), torch.no_grad():
-            given = images.clone()  # the detector's to write into
+            given = images.clone()  # the detector may write into it
             found = self.candidates(given, nms_threshold, max_proposals) if len(images) else []
             self.check_candidates(found, images)
             if ground_truth is None:
@@ -190,8 +196,7 @@ class Detector(nn.Module, abc.ABC):
         num_classes = found[0][1].shape[1] if found else 0
         if 0 <= ignore_index < num_classes:
             raise ArgumentError(
-                f"ignore_index must be no class, of which there are {num_classes}, "
-                f"got {ignore_index}"
+                f"ignore_index must not be one of the {num_classes} classes, got {ignore_index}"
             )
         rows = []
         for n, ((boxes, scores), truth) in enumerate(zip(found, ground_truth, strict=True)):
@@ -229,7 +234,7 @@ class Detector(nn.Module, abc.ABC):
     def confident(
         self, found: Mapping[str, Tensor], least: float, images: Tensor
     ) -> dict[str, Tensor]:
-        """The objects that were found in an image with at least a score, cut at its border."""
+        """Return the objects found with a score of at least `least`, clipped to the image."""
         for key in ("boxes", "labels", "scores"):
             if not isinstance(found, Mapping) or key not in found:
                 raise ArgumentError(
@@ -245,7 +250,7 @@ class Detector(nn.Module, abc.ABC):
         return {"boxes": boxes[full], "labels": found["labels"][kept][full]}
 
     def object_classes(self) -> dict[str, int] | None:
-        """The class of each kind of object, by name; None where the names are unknown."""
+        """Return the index of each object class by name; None if the names are unknown."""
         if self.classes is None:
             return None
         return {
@@ -255,7 +260,7 @@ class Detector(nn.Module, abc.ABC):
     def check_truth(
         self, n: int, truth: Any, images: Tensor, num_classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Boxes and labels of image n's objects; raise where anything is wrong with its truth."""
+        """Return boxes and labels of image n's objects; raise if its ground truth is invalid."""
         name = f"ground_truth[{n}]"
         values: list[Any] = []
         for key in ("boxes", "labels", "iscrowd"):
@@ -307,7 +312,7 @@ class Detector(nn.Module, abc.ABC):
                 )
 
     def objects(self, num_classes: int) -> Tensor:
-        """The classes of objects: not the background, nor those that a data set left unused."""
+        """Return the object classes: all but the background and those the data set does not use."""
         names = self.classes or ()
         unused = {k for k, name in enumerate(names) if name == "N/A"} | {self.background}
         return torch.tensor([c for c in range(num_classes) if c not in unused], dtype=torch.int64)
@@ -316,7 +321,7 @@ class Detector(nn.Module, abc.ABC):
 def rescale(
     boxes: Tensor, sizes: Sequence[tuple[int, int]], to: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Boxes (N, P, 4) in images of sizes (H, W), as boxes in the same images of other sizes."""
+    """Scale boxes (N, P, 4) in images of sizes (H, W) to other sizes of the same images."""
     factors = boxes.new_tensor(
         [
             [b[1] / a[1], b[0] / a[0], b[1] / a[1], b[0] / a[0]]
@@ -327,35 +332,35 @@ def rescale(
 
 
 class OfTorchvision(Detector):
-    """What torchvision's detectors share: a transform, a backbone, and the form of detections."""
+    """Base class for torchvision's detectors, with their transform, backbone and detections."""
 
     @staticmethod
     @abc.abstractmethod
     def kinds(detection: Any) -> tuple[type, ...]:
-        """The classes of torchvision.models.detection that are understood."""
+        """Return the supported classes of torchvision.models.detection."""
 
     @classmethod
     def understands(cls, network: nn.Module) -> bool:
-        """Whether a network is of one of the `kinds`, or built on one."""
-        # Where this was never imported, the network is none of its.
+        """Return whether a network is an instance of one of the `kinds`."""
+        # If it was never imported, the network cannot be one of them.
         detection = sys.modules.get("torchvision.models.detection")
         return detection is not None and isinstance(network, cls.kinds(detection))
 
     def features(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Images as the transform resizes them, and their feature maps by name."""
+        """Return the images as the transform resizes them, and their feature maps by name."""
         transformed, _ = self.network.transform(list(images))
         features = self.network.backbone(transformed.tensors)
         return transformed, {"0": features} if isinstance(features, Tensor) else dict(features)
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """What the whole detector finds."""
+        """Run the whole detector; see `Detector.detect`."""
         found: list[dict[str, Tensor]] = self.network(list(images))
         return [{key: one[key] for key in ("boxes", "labels", "scores")} for one in found]
 
     def restored(self, boxes: Tensor, size: tuple[int, int], images: Tensor) -> Tensor:
-        """Boxes (P, 4) in an image resized to `size`, as boxes in pixels of the images.
+        """Map boxes (P, 4) in an image resized to `size` to pixels of the original images.
 
-        Those that rounding moved past the border are moved back.
+        Boxes that rounding moved past the border are clipped to the image.
         """
         raw = (images.shape[-2], images.shape[-1])
         clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
@@ -364,7 +369,7 @@ class OfTorchvision(Detector):
 
 
 class Known(nn.Module):
-    """A module whose output is known already."""
+    """A module with a fixed output."""
 
     def __init__(self, output: Any, module: Any = None) -> None:
         super().__init__()
@@ -373,5 +378,5 @@ class Known(nn.Module):
             self.postprocess = module.postprocess
 
     def forward(self, *_: Any) -> Any:
-        """The output, whatever comes in."""
+        """Return the fixed output, whatever the input."""
         return self.output

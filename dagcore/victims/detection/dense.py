@@ -1,4 +1,4 @@
-"""Any detector that says its boxes and logits: every place, anchor or query is a target."""
+"""Any detector that returns boxes and logits: every place, anchor or query is a target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .base import Detector, Known, rescale
 
 
 class Function(nn.Module):
-    """A plain function as a module; of a bound method, the module that it belongs to is held."""
+    """A function as a module; for a bound method of a module, it holds that module as a child."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class Function(nn.Module):
         self.owner = owner if isinstance(owner, nn.Module) else None
 
     def forward(self, images: Tensor) -> Any:
-        """What the function returns."""
+        """Return what the function returns."""
         return self.function(images)
 
 
 class Dense(Detector):
-    """A detector made by `dense_detector`, which needs no boxes; see there."""
+    """A detector made by `dense_detector`; its scores need no boxes."""
 
     has_own_targets = True
 
@@ -64,22 +64,22 @@ class Dense(Detector):
             raise ArgumentError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
         checks.integer("max_detections", max_detections, at_least=1)
         self.threshold = float(threshold or 0.0)
-        # Of sigmoids it follows the network's classes; without names a first run counts them.
+        # With sigmoids it follows the network's classes. Without names the first run counts them.
         self.background = len(classes or ()) if background is None else background
         self.size = None if size is None else check_size(size)
         self.iou_threshold, self.max_detections = iou_threshold, max_detections
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, A) of images (N, 3, H, W) at all boxes, the background included."""
+        """Return scores (N, C, A) of images (N, 3, H, W) at all boxes, with the background."""
         return self._with_background(self._run(images)[1])
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Of each class: sigmoids, or a softmax."""
+        """Return the probabilities (P, C) of scores (P, C): sigmoids, or a softmax."""
         return scores.sigmoid() if self.independent else scores.softmax(-1)
 
     @contextlib.contextmanager
     def encoded(self, images: Tensor) -> Iterator[None]:
-        """Run the function on images once, for all that is asked of it inside the block."""
+        """Run the function on `images` once, for all calls inside the block."""
         network = self.network
         self.network = Known(network(resized(images.clone(), self.size)))
         try:
@@ -90,7 +90,7 @@ class Dense(Detector):
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Every box, cut at the image's border, and its scores."""
+        """Return every box, clipped to the image, and its scores."""
         boxes, logits = self._run(images)
         clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
         scores = self._with_background(logits).transpose(1, 2)
@@ -98,7 +98,7 @@ class Dense(Detector):
         return list(zip(clip(boxes, size), scores, strict=True))
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """The boxes whose best class is an object, thinned out class by class."""
+        """Return the boxes whose best class is an object, after class-wise NMS."""
         nms = optional_import("torchvision.ops", "vision").batched_nms
         found = []
         for boxes, scores in self.candidates(images, 1.0, 1):
@@ -113,8 +113,8 @@ class Dense(Detector):
         return found
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (N, A, 4) in pixels of the images, and logits (N, C, A), as the function says."""
-        output = self.network(resized(images.clone(), self.size))  # the function's to write into
+        """Return the function's boxes (N, A, 4), in pixels of the images, and logits (N, C, A)."""
+        output = self.network(resized(images.clone(), self.size))  # a copy: it may write into it
         pair = isinstance(output, (tuple, list)) and len(output) == 2
         if not pair or not all(isinstance(one, Tensor) for one in output):
             raise ArgumentTypeError(
@@ -143,21 +143,22 @@ class Dense(Detector):
         return boxes, logits
 
     def _check_classes(self, count: int) -> None:
-        """Raise unless the function returns logits of as many classes as there are names."""
+        """Raise unless the number of classes of the logits fits the names and the background."""
         if self.classes is not None and count != len(self.classes):
             raise ArgumentError(
-                f"classes must have a name for each of {count} classes of the logits, "
+                f"classes must have a name for each of the {count} classes of the logits, "
                 f"got {len(self.classes)}"
             )
         if self.independent:
             self.background = count
         elif not self.background < count:
             raise ArgumentError(
-                f"background must be one of {count} classes of the logits, got {self.background}"
+                f"background must be one of the {count} classes of the logits, "
+                f"got {self.background}"
             )
 
     def _with_background(self, logits: Tensor) -> Tensor:
-        """Logits (N, C, A), of sigmoids with the background's row last."""
+        """Return logits (N, C, A); with sigmoids the background's row is appended."""
         if not self.independent:
             return logits
         constant = math.log(self.threshold / (1 - self.threshold))
@@ -174,12 +175,12 @@ def dense_detector(
     iou_threshold: float = 0.5,
     max_detections: int = 100,
 ) -> Dense:
-    """The victim around any detector, by a function from images to boxes and logits.
+    """Wrap any detector, given as a function from images to boxes and logits.
 
-    Every box is a target of the attack. Where the classes have a sigmoid each, the scores get a
-    row for the background behind them: the logit of `threshold`. So the best class of a box is an
-    object where the detector reports one. A detector that multiplies an objectness and a class
-    probability, as YOLO does, returns the logit of the product:
+    Every box is a target of the attack. If each class has a sigmoid, a row for the background is
+    appended to the scores: the logit of `threshold`. The best class of a box is then an object
+    exactly where the detector reports one. For a detector that multiplies an objectness and a class
+    probability, as YOLO does, return the logit of the product:
 
         def function(images):  # (N, 3, H, W) in [0, 1]
             boxes, objectness, classes = network(images)  # (N, A, 4), (N, 1, A), (N, C, A)
@@ -187,28 +188,28 @@ def dense_detector(
             return boxes, log_p - torch.log(-torch.expm1(log_p))
 
     Args:
-        function: maps images (N, 3, H, W) in [0, 1] to boxes (N, A, 4), left, top, right, bottom
-            in pixels of the images, and logits (N, C, A); the logits differentiably, the boxes
-            with their last scaling but before any suppression. An nn.Module, or a method of one,
-            is held in eval mode while it is attacked; of another callable dagcore sees no modules.
-        threshold: of sigmoids the probability that a detection needs, in (0, 1). With a
-            `background` what the softmax of the best class needs, 0 if None.
+        function: maps images (N, 3, H, W) in [0, 1] to boxes (N, A, 4), as left, top, right, bottom
+            in pixels of the images, and logits (N, C, A). The logits must be differentiable. The
+            boxes are final but not suppressed. An nn.Module, or a method of one, is in eval mode
+            while it is attacked. The modules inside any other callable are unknown to dagcore.
+        threshold: with sigmoids, the probability that a detection needs, in (0, 1). With a
+            `background`, the softmax probability that the best class needs; 0 if None.
         background: index of the background among the logits' classes, for a softmax over them;
-            None for a sigmoid of each class.
+            None for a sigmoid per class.
         classes: names of the logits' C classes (with a softmax that of the background too).
-        size: (height, width) that images are resized to before `function` sees them, for networks
-            that take one size (bilinear, antialiased, without regard to their shape); its boxes
-            are in pixels of this size then. None: images as they are.
-        iou_threshold: of two detections of a class that overlap more, `detect` leaves one.
-        max_detections: of an image at the most, the best ones.
+        size: (height, width) to which images are resized before `function` sees them, for networks
+            that take one size (bilinear, antialiased, without keeping the aspect ratio). The
+            function's boxes are then in pixels of this size. None: images are not resized.
+        iou_threshold: IoU above which `detect` keeps only the better of two detections of a class.
+        max_detections: maximum number of detections of an image, the best ones.
 
     Returns:
-        A `Detector`: to be attacked, streamed, prepared, and given to the commands as
-        `--model module:function`, where the function returns it.
+        A `Detector`. It can be attacked, streamed and prepared. A function that returns it can be
+        given to the commands as `--model module:function`.
 
     Raises:
-        TypeError, ValueError: the argument, what was required and what came; and, once it runs,
-            what `function` returned.
+        TypeError, ValueError: if an argument is invalid, or, once it runs, what `function` returns.
+            The message names what is wrong, what was required and what was given.
     """
     if not callable(function):
         raise ArgumentTypeError(f"function must be callable, got {type(function).__name__}")

@@ -1,4 +1,4 @@
-"""The victim around a detector, by the kind of network that it is."""
+"""Wrap a detector as a victim, by the kind of its network."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ FAMILIES: tuple[Any, ...] = (Queries, TwoStage, OneStage)
 
 
 def is_detector(network: nn.Module) -> bool:
-    """Whether `detector` understands a network."""
+    """Return whether `detector` supports a network."""
     return any(family.understands(network) for family in FAMILIES)
 
 
 def detector(network: nn.Module, classes: Sequence[str] | None = None, **options: Any) -> Detector:
-    """The victim around a detector; for those of other kinds see `dense_detector`.
+    """Wrap a detector of a supported kind; for other kinds see `dense_detector`.
 
     Args:
-        network: torchvision's Faster R-CNN, Mask R-CNN and Keypoint R-CNN, and the zoo's R-FCN
-            (two stages: the targets are proposals); its RetinaNet, FCOS, SSD and SSDlite (one
-            stage: the targets are the anchors or points); or transformers'
-            ...ForObjectDetection of the DETR kind (the targets are the object queries).
-            It shares its parameters with the victim. A `Detector` is returned as it is.
+        network: a two-stage detector, whose targets are proposals: torchvision's Faster R-CNN,
+            Mask R-CNN and Keypoint R-CNN, or the zoo's R-FCN. A one-stage detector, whose targets
+            are anchors or points: torchvision's RetinaNet, FCOS, SSD and SSDlite. Or transformers'
+            ...ForObjectDetection of the DETR kind, whose targets are the object queries. The victim
+            shares the network's parameters. A `Detector` is returned unchanged.
         classes: names of the classes; the network's own `classes` or config if None.
         options: see `TwoStage`, `OneStage` and `Queries`.
 
+    Returns:
+        The victim, a `Detector`.
+
     Raises:
-        TypeError: a network that is not understood.
-        ValueError: `classes` or options for a `Detector`, which has its own.
+        TypeError: if the network is of no supported kind.
+        ValueError: if `classes` or options are given for a `Detector`, which has its own.
     """
     if isinstance(network, Detector):
         given = [*options, *["classes"] * (classes is not None)]
@@ -49,6 +52,6 @@ def detector(network: nn.Module, classes: Sequence[str] | None = None, **options
             return victim
     raise ArgumentTypeError(
         "network must be a detector of torchvision (two-stage or one-stage) or transformers' DETR, "
-        f"got {type(network).__module__}.{type(network).__qualname__}: dense_detector takes any "
-        "other, by a function from images to boxes and logits"
+        f"got {type(network).__module__}.{type(network).__qualname__}: use dense_detector for "
+        "others, with a function from images to boxes and logits"
     )

@@ -15,7 +15,7 @@ from .base import OfTorchvision
 
 
 def _sigmoid_threshold(network: Any) -> float | None:
-    """The class probability below which no detection can come; None for a softmax.
+    """Return the class probability below which nothing is detected; None for a softmax.
 
     FCOS compares sqrt(class x centre-ness) to its threshold, and the centre-ness is at most 1.
     """
@@ -27,16 +27,16 @@ def _sigmoid_threshold(network: Any) -> float | None:
 
 
 class OneStage(OfTorchvision):
-    """torchvision's RetinaNet, FCOS, SSD and SSDlite, which need no boxes.
+    """torchvision's RetinaNet, FCOS, SSD and SSDlite, whose scores need no boxes.
 
-    RetinaNet and FCOS give every class a sigmoid of its own and the background none. Its column of
-    the scores (class 0, which torchvision counts in num_classes but never trains) is the constant
-    logit of the probability below which nothing is detected: so a target is active as long as
-    its class is the strongest and can still be detected. Networks that use class 0 for objects are
-    not understood.
+    RetinaNet and FCOS have a sigmoid for every class but the background. The background's column of
+    the scores (class 0, which torchvision counts in num_classes but never trains) is therefore a
+    constant: the logit of the probability below which nothing is detected. A target is thus active
+    as long as its class is the strongest and can still be detected. Networks that use class 0 for
+    objects are not supported.
 
     Args:
-        network: one of torchvision's.
+        network: one of torchvision's one-stage detectors.
         classes: names of the classes.
     """
 
@@ -52,28 +52,28 @@ class OneStage(OfTorchvision):
 
     @staticmethod
     def kinds(detection: Any) -> tuple[type, ...]:
-        """torchvision's one-stage detectors."""
+        """Return torchvision's one-stage detectors."""
         return detection.RetinaNet, detection.FCOS, detection.ssd.SSD
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, A) of images (N, 3, H, W) at all anchors."""
+        """Return scores (N, C, A) of images (N, 3, H, W) at all anchors."""
         _, features = self.features(images)
         logits = self.network.head.classification_head(list(features.values()))
         return self._with_background(logits).transpose(1, 2)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Of each class: sigmoids, or SSD's softmax."""
+        """Return the probabilities (P, C) of scores (P, C): sigmoids, or SSD's softmax."""
         return scores.softmax(-1) if self.threshold is None else scores.sigmoid()
 
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Every anchor's predicted box and scores."""
+        """Return every anchor's predicted box and scores."""
         network = self.network
         transformed, features = self.features(images)
         levels = list(features.values())
         outputs, anchors = network.head(levels), network.anchor_generator(transformed, levels)
-        # FCOS's coder has one method for single images and batches.
+        # FCOS's coder has one method for both single images and batches.
         decode = getattr(network.box_coder, "decode_single", network.box_coder.decode)
         scores = self._with_background(outputs["cls_logits"])
         found = []
@@ -83,7 +83,7 @@ class OneStage(OfTorchvision):
         return found
 
     def _with_background(self, logits: Tensor) -> Tensor:
-        """Logits (N, A, C) with the background's column first."""
+        """Return logits (N, A, C) with the background's column first."""
         if self.threshold is None:
             return logits
         constant = math.log(self.threshold / (1 - self.threshold))

@@ -13,15 +13,18 @@ from .base import Detector
 
 
 class Queries(Detector):
-    """transformers' DetrForObjectDetection, which needs no boxes. The last class is "no object".
+    """transformers' DetrForObjectDetection, whose scores need no boxes.
+
+    The last class is "no object".
 
     Args:
         network: maps pixel_values (N, 3, H, W) to logits (N, Q, C) and pred_boxes (N, Q, 4).
         classes: names of the classes; the config's if None.
-        shortest: side that images are resized to, as the network's image processor does.
-        longest: unless the other side would be longer than this.
-        mean: of the normalisation, per channel, in units of the [0, 1] range.
-        std: likewise.
+        shortest: length to which the shorter side is resized, as the network's image processor
+            does, unless the longer side would exceed `longest`.
+        longest: maximum length of the longer side.
+        mean: mean of the normalisation per channel, in units of the [0, 1] range.
+        std: standard deviation of the normalisation, likewise.
     """
 
     mean: Tensor
@@ -50,7 +53,7 @@ class Queries(Detector):
 
     @staticmethod
     def understands(network: nn.Module) -> bool:
-        """Whether a network is transformers' DETR or one like it, with a class for "no object"."""
+        """Return whether a network is transformers' DETR, or similar with a "no object" class."""
         kind = type(network)
         return kind.__module__.startswith("transformers.") and kind.__name__ in (
             "DetrForObjectDetection",
@@ -58,12 +61,12 @@ class Queries(Detector):
         )
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, Q) of images (N, 3, H, W) at all queries."""
+        """Return scores (N, C, Q) of images (N, 3, H, W) at all queries."""
         logits: Tensor = self.network(self._resized(images)).logits
         return logits.transpose(1, 2)
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """The queries whose best class is an object, with the probability of that class."""
+        """Return the queries whose best class is an object, with its probability."""
         found = []
         for boxes, scores in self.candidates(images, 1.0, 1):
             probability, label = scores.softmax(-1).max(-1)
@@ -77,7 +80,7 @@ class Queries(Detector):
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Every query's box and scores."""
+        """Return every query's box and scores."""
         ops = optional_import("torchvision.ops", "vision")
         output = self.network(self._resized(images))
         height, width = images.shape[-2:]
@@ -87,7 +90,7 @@ class Queries(Detector):
         return list(zip(boxes, output.logits, strict=True))
 
     def _resized(self, images: Tensor) -> Tensor:
-        """Images as the network wants them, differentiably."""
+        """Resize and normalise images for the network, differentiably."""
         height, width = images.shape[-2:]
         short, long = min(height, width), max(height, width)
         side = self.shortest

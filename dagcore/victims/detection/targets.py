@@ -1,4 +1,4 @@
-"""The targets of an attack on a detector: boxes, their labels, and the labels to lead them to."""
+"""The targets of an attack on a detector: boxes, their labels and their adversarial labels."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ...labels import draw
 from ...optional import optional_import
 
 ADVERSARIAL_KINDS = ("permutation", "random", "vanish")
-PADDED_TO = 128  # numbers of boxes are multiples of it, so that images share slots of a stream
+PADDED_TO = 128  # the number of boxes is a multiple of it, so that images share stream slots
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """What an attack on N images aims at, P targets each (padding included)."""
+    """The targets of an attack on N images, P per image (with padding)."""
 
     boxes: Tensor
-    """(N, P, 4) left, top, right, bottom in pixels of the images; NaN where padded. The attack
-    takes them as `boxes`."""
+    """Boxes (N, P, 4) as left, top, right, bottom in pixels of the images; NaN where padded. The
+    attack takes them as `boxes`."""
     labels: Tensor
-    """(N, P) int64, the class of the true object; the ignore label where there is none."""
+    """Labels (N, P) int64: the class of the true object, or the ignore label if there is none."""
     adversarial_labels: Tensor
-    """(N, P) int64; the ignore label likewise."""
+    """Adversarial labels (N, P) int64, with the ignore label at the same places."""
     proposals: Tensor
-    """(N,) int64, boxes that were looked at."""
+    """Number of boxes considered in each image, (N,) int64."""
     num_classes: int
-    """C, the background included."""
+    """Number of classes C, with the background."""
     counts: Tensor
-    """(N,) int64, targets with a label: 0 for an image without objects, which is left alone."""
+    """Number of targets with a label, (N,) int64; 0 for an image that the attack leaves alone."""
     boxes_needed: bool
-    """Whether the detector reads its scores at `boxes`; if not, it has targets of its own."""
+    """Whether the detector reads its scores at `boxes`; if not, it has its own targets."""
 
     def samples(self, images: Tensor, keys: Sequence[Any] | None = None) -> Iterator[Sample]:
-        """The images (N, 3, H, W), one by one, for `DAG.stream`; keys are their numbers if None."""
+        """Yield the images (N, 3, H, W) as samples for `DAG.stream`; keys default to indices."""
         for n in range(len(images)):
             yield Sample(
                 image=images[n],
@@ -60,7 +60,7 @@ def match(
     min_score: float,
     none: int,
 ) -> Tensor:
-    """The label of each box, `none` where it is no target: (P,) int64."""
+    """Return the label of each box, `none` if it is not a target: (P,) int64."""
     if not len(true_boxes) or not len(boxes):
         return torch.full((len(boxes),), none, dtype=torch.int64, device=boxes.device)
     overlap = optional_import("torchvision.ops", "vision").box_iou(boxes, true_boxes)
@@ -70,7 +70,10 @@ def match(
 
 
 def check_inside(name: str, boxes: Tensor, images: Tensor) -> None:
-    """Raise unless boxes (*, 4) lie inside images (N, 3, H, W) and have an area. Reads values."""
+    """Raise unless boxes (*, 4) lie inside images (N, 3, H, W) and have an area.
+
+    This reads values, and so waits for a GPU.
+    """
     height, width = images.shape[-2:]
     left, top, right, bottom = boxes.unbind(-1)
     faults = {
@@ -91,7 +94,7 @@ def check_inside(name: str, boxes: Tensor, images: Tensor) -> None:
 def stack(
     rows: list[tuple[Tensor, Tensor]], images: Tensor, ignore_index: int, *, pad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) and labels (N, P) of all images."""
+    """Stack boxes and labels of all images to (N, P, 4) and (N, P), padded to the longest."""
     most = max((len(labels) for _, labels in rows), default=0)
     size = -(-most // PADDED_TO) * PADDED_TO if pad else most
     boxes = images.new_full((len(images), size, 4), torch.nan)
@@ -110,18 +113,18 @@ def draw_adversarial_labels(
     ignore_index: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Adversarial labels (N, P) of one of `ADVERSARIAL_KINDS`, among the objects' classes."""
+    """Draw adversarial labels (N, P) of one of `ADVERSARIAL_KINDS` among the object classes."""
     counted = labels != ignore_index
     if kind == "vanish":
         return torch.where(counted, background, ignore_index)
     if len(classes) < 2:
         if bool(counted.any()):
             raise ArgumentError(
-                f"adversarial={kind!r} needs at least 2 object classes, there are "
+                f"adversarial={kind!r} needs at least 2 object classes, got "
                 f"{len(classes)}: use 'vanish'"
             )
         return labels.clone()
-    # Ranks among the object classes; a label that is none of them gets the rank after its own.
+    # Ranks among the object classes. A label that is not among them gets the next class's rank.
     ranks = torch.bucketize(torch.where(counted, labels, 0), classes).clamp_(0, len(classes) - 1)
     drawn = draw(kind, ranks, len(classes), generator)
     return torch.where(counted, classes[drawn], ignore_index)

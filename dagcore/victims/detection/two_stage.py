@@ -20,18 +20,18 @@ ROWS = 1024  # boxes that pass the head at a time
 class TwoStage(OfTorchvision):
     """torchvision's Faster R-CNN family, with and without FPN, and R-FCN.
 
-    Scores are read at boxes (N, P, 4) in pixels of the images; rows of NaN are padding, whose
-    scores mean nothing.
+    Scores are read at boxes (N, P, 4) in pixels of the images. Rows of NaN are padding, and their
+    scores are meaningless.
 
     Args:
         network: a torchvision GeneralizedRCNN.
         classes: names of the classes.
-        active_only: send only the active boxes back through the head. None: on the CPU, where the
-            head has layers (R-FCN's is a mean). Elsewhere that waits for the device in each
-            iteration.
-        distinct: read boxes that a pooling rounds to the same cells once (RoI pooling and
-            position-sensitive pooling do, RoI align does not); on the CPU.
-        rows: boxes that pass the head at a time; bounds its memory.
+        active_only: whether only active boxes go back through the head. None: only on the CPU, and
+            only if the head has layers (R-FCN's is a mean). Elsewhere it waits for the device in
+            each iteration.
+        distinct: whether boxes that the pooling rounds to the same cells are read once, on the CPU.
+            RoI pooling and position-sensitive pooling round boxes, RoI align does not.
+        rows: number of boxes that pass the head at a time, which bounds its memory.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class TwoStage(OfTorchvision):
 
     @staticmethod
     def kinds(detection: Any) -> tuple[type, ...]:
-        """torchvision's two-stage detectors."""
+        """Return torchvision's two-stage detectors."""
         return (detection.faster_rcnn.GeneralizedRCNN,)
 
     def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
+        """Return scores (N, C, P) of images (N, 3, H, W) at boxes (N, P, 4)."""
         if boxes is None:
             raise ArgumentError("boxes must be given for a two-stage detector, got None")
         transformed, features = self.features(images)
@@ -74,7 +74,7 @@ class TwoStage(OfTorchvision):
     def read(
         self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """Scores (R, C) at the boxes (R_n, 4) of each image, in pixels of the resized images."""
+        """Return scores (R, C) at each image's boxes (R_n, 4), in pixels of the resized images."""
         head = Head(self.network.roi_heads, list(maps), sizes, self.rows)
         on_cpu = boxes[0].device.type == "cpu"
         cell = getattr(self.network.roi_heads.box_roi_pool, "cell", None)
@@ -93,8 +93,8 @@ class TwoStage(OfTorchvision):
     def candidates(
         self, images: Tensor, nms_threshold: float, max_proposals: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """The region network's proposals at another NMS threshold, and their scores."""
-        rpn = copy.copy(self.network.rpn)  # others may be at work with it
+        """Return the region network's proposals at another NMS threshold, and their scores."""
+        rpn = copy.copy(self.network.rpn)  # another thread may be using it
         transformed, features = self.features(images)
         before = {**rpn._pre_nms_top_n}
         before["testing"] = max(before["testing"], 2 * max_proposals)
@@ -114,33 +114,34 @@ class TwoStage(OfTorchvision):
         super().check_boxes(boxes, images)
         if boxes is None:
             raise ArgumentError(
-                "boxes must be given for a two-stage detector, as dense_targets(...).boxes has "
-                "them, got None"
+                "boxes must be given for a two-stage detector, such as dense_targets(...).boxes, "
+                "got None"
             )
         padding = boxes.isnan().all(-1)
         whole = boxes.new_tensor([0, 0, images.shape[-1], images.shape[-2]])
         check_inside("boxes", torch.where(padding[..., None], whole, boxes), images)
 
     def _pooled_from(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The maps that boxes are pooled from: the features, or R-FCN's score maps."""
+        """Return the maps that boxes are pooled from: the features, or R-FCN's score maps."""
         score_maps: Callable[[Tensor], Tensor] | None
         score_maps = getattr(self.network.roi_heads.box_roi_pool, "score_maps", None)
         return features if score_maps is None else {"0": score_maps(features["0"])}
 
 
 def without_repeats(boxes: Sequence[Tensor], cell: float) -> tuple[list[Tensor], Tensor]:
-    """Boxes (R_n, 4) of each image that differ once rounded to cells.
+    """Drop boxes of each image that are the same as another one once rounded to cells.
 
     Args:
-        boxes: of each image, left, top, right, bottom at 0 or above.
+        boxes: boxes (R_n, 4) of each image, left, top, right, bottom at 0 or above.
         cell: side of a cell, in pixels.
 
     Returns:
-        One box for each rounded box, and for every given one the number of its own, (R,).
+        One box for each distinct rounded box, per image, and for every given box the index of its
+        representative among all of them, (R,).
     """
     kept, again, start = [], [], 0
     for own in boxes:
-        # As torchvision's poolings: a product in the boxes' precision, halves away from zero.
+        # As torchvision's pooling does: a product in the boxes' precision, halves away from zero.
         rounded = ((own * (1 / cell)).double() + 0.5).floor()
         found, inverse = torch.unique(rounded, dim=0, return_inverse=True)
         first = torch.empty(len(found), dtype=torch.int64, device=own.device)
@@ -152,7 +153,7 @@ def without_repeats(boxes: Sequence[Tensor], cell: float) -> tuple[list[Tensor],
 
 
 class Head:
-    """The part of a detector that works on each box by itself."""
+    """The part of a detector that works on each box separately."""
 
     def __init__(
         self, roi_heads: Any, names: list[str], sizes: list[tuple[int, int]], rows: int
@@ -163,7 +164,7 @@ class Head:
         self.names, self.sizes, self.rows = names, sizes, rows
 
     def __call__(self, boxes: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-        """Scores (R, C) at the boxes (R_n, 4) of each image, `rows` boxes at a time."""
+        """Return scores (R, C) at the boxes (R_n, 4) of each image, `rows` boxes at a time."""
         total = sum(len(own) for own in boxes)
         chunks = [
             self.at_once(self._slice(boxes, first, first + self.rows), maps)
@@ -172,7 +173,7 @@ class Head:
         return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
     def at_once(self, boxes: list[Tensor], maps: Sequence[Tensor]) -> Tensor:
-        """Scores of all boxes together."""
+        """Return the scores (R, C) of all boxes at once."""
         named = dict(zip(self.names, maps, strict=True))
         pooled = self.pool(named, boxes, self.sizes)
         features = self.box_head(pooled)
@@ -185,7 +186,7 @@ class Head:
 
     @staticmethod
     def _slice(boxes: Sequence[Tensor], first: int, last: int) -> list[Tensor]:
-        """Rows first..last of the boxes of all images in a row."""
+        """Return boxes first to last, counted over all images, as a list per image."""
         parts, start = [], 0
         for own in boxes:
             parts.append(own[max(first - start, 0) : max(last - start, 0)])
@@ -194,9 +195,10 @@ class Head:
 
 
 class _ActiveRows(torch.autograd.Function):
-    """The head on all boxes; backward on those alone whose seed is not zero.
+    """Run the head on all boxes, and backward only on those whose seed is not zero.
 
-    Their forward pass is run again for that, so that nothing is kept for the others.
+    The backward pass runs the forward pass of these boxes again, so that nothing is stored for the
+    others.
     """
 
     @staticmethod

@@ -1,10 +1,11 @@
-"""A faster victim in a network's place."""
+"""Prepare a faster copy of a network, to be attacked in its place."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...engine.freeze import to_eval
 from ...errors import ArgumentError, ArgumentTypeError
 from ..detection import Detector, is_detector
 from . import fold
+from .follow import Follower
 from .low_resolution import find
 from .low_resolution import low_resolution as stop_early
 from .merge import is_mergeable, merge
@@ -36,50 +38,50 @@ def prepare(
     compile: bool = False,
     example: Tensor | None = None,
 ) -> Prepared | Detector:
-    """A faster copy of a network or detector, to be attacked in its place.
+    """Make a faster copy of a network or detector, to be attacked in its place.
 
-    With the defaults the scores and their gradients stay within float32 rounding of the network's
-    own, and so do a detector's detections. The network itself is never changed, and later changes
-    to it do not reach the copy. What was done stands in the result's `preparation`. Where the
-    network itself is still there, attacks run it once on each image that converged on the copy, and
-    warn (RuntimeWarning) of targets that are active at it.
+    With the defaults the copy's scores, gradients and detections are those of the network within
+    float32 rounding. The network itself is never changed. Later changes to it reach the copy only
+    by `refresh`. The result's `preparation` says what was done. While the original network exists,
+    attacks run it once on each image that converged on the copy, and issue a RuntimeWarning if
+    targets are still active there.
 
     Args:
-        model: any nn.Module that an attack takes: images (N, 3, H, W) -> scores; or a `Detector`.
-        low_resolution: hand out the scores before the last enlargement, as
-            `victims.low_resolution` does, so that the result's scores have another size than the
-            network's; None: where the network is understood, True: or raise, False: never.
+        model: any nn.Module that an attack takes, images (N, 3, H, W) -> scores; or a `Detector`.
+        low_resolution: return the scores before the last enlargement, as
+            `victims.low_resolution` does. The result's scores then have another size than the
+            network's. None: if the network is supported; True: raise if it is not; False: never.
         fold_batch_norm: fold each batch norm into the convolution before it, where a run on
-            `example` shows that this changes nothing; the network is run three times for it.
-        merge_linear: multiply out the linear layers of SegFormer's decode head, so that they work
-            at the size of each level; other networks are left as they are.
-        channels_last: lay out weights and images with the channels last in memory; None: where
-            convolutions hold at least half of the weights (it slows other networks), for a merged
-            SegFormer, and for detectors, of which it is the weights alone.
-        bf16: run under autocast to bfloat16, convolution and linear weights kept in it. The
-            scores come back in the images' dtype, so that they are interpolated and compared in
-            that, but carry bfloat16's 8 bits: near-ties may fall the other way. Slower than float32
-            on a processor without AVX512-BF16 or AMX.
-        compile: through torch.compile, once for each image size; the first run takes its time.
-        example: images (N, 3, H, W) that the network takes, to fold and merge by; one square
-            image of noise by default, at the size in the network's transformers config, else 224.
+            `example` shows that this changes nothing. The network runs three times for this.
+        merge_linear: multiply out the linear layers of SegFormer's decode head, so that they run
+            at the size of each level. Other networks stay as they are.
+        channels_last: store weights and images with the channels last in memory. None: if
+            convolutions hold at least half of the weights (other networks get slower), for a merged
+            SegFormer, and for detectors, where it applies to the weights only.
+        bf16: run under autocast to bfloat16, and keep convolution and linear weights in it. The
+            scores are returned, interpolated and compared in the images' dtype, but have only
+            bfloat16's 8 bits, so near-ties may change. Slower than float32 on a processor without
+            AVX512-BF16 or AMX.
+        compile: use torch.compile. It compiles once per image size, during the first run.
+        example: images (N, 3, H, W) that the network takes, used to fold and merge; by default one
+            square image of noise, of the size in the network's transformers config, else 224.
 
     Returns:
-        A module: images (N, 3, H, W) -> scores (N, C, *T) as a tensor, whose `align_corners` is
-        how scores below the labels' resolution are to be enlarged. For a detector, a `Detector`.
+        A module: images (N, 3, H, W) -> scores (N, C, *T) as a tensor. Its `align_corners` says how
+        scores of lower resolution than the labels are to be enlarged. For a detector, a `Detector`.
 
     Raises:
-        TypeError: `model` is no nn.Module, `example` no floating tensor, or low_resolution=True
-            and the network is not understood.
-        ValueError: the network does not run on the example, or ends in an activation; or
-            `low_resolution`, `bf16` or `compile` for a detector.
-        RuntimeError: folding or merging changed the scores (a layer that is not what it seems).
+        TypeError: if `model` is not an nn.Module, `example` is not a floating-point tensor, or
+            low_resolution=True and the network is not supported.
+        ValueError: if the network does not run on the example or ends in an activation, or if
+            `low_resolution`, `bf16` or `compile` is set for a detector.
+        RuntimeError: if folding or merging changed the scores (a layer that is not what it seems).
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if is_detector(model):
         raise ArgumentTypeError(
-            "model must be a Detector where it is a detector: prepare(victims.detector(model)), "
+            "model must be a Detector, not a bare detector: use prepare(victims.detector(model)), "
             f"got a plain {type(model).__name__}"
         )
     if example is not None:
@@ -90,11 +92,15 @@ def prepare(
             if wanted:
                 raise ArgumentError(f"{name} must not be set for a detector, got {wanted}")
     network = _copied(model)
+    if fold_batch_norm:
+        fold.thaw(network)
+    follower = Follower(network, model)
     shallow = None
     if low_resolution is not False and not isinstance(network, Detector):
         shallow = stop_early(network) if low_resolution else find(network)
     network = network if shallow is None else shallow
     folded, left, merged = _rewrite(network, example, fold_batch_norm, merge_linear)
+    follower.take(folded, merged)
     if channels_last is None:
         channels_last = isinstance(network, Detector) or merged > 0 or _mostly_convolutions(network)
     if channels_last:
@@ -105,23 +111,46 @@ def prepare(
         _hold_weights(network, torch.bfloat16)
     if compile:
         network.compile()
-    done = Preparation(shallow is not None, folded, left, merged, channels_last, bf16, compile)
+    done = Preparation(shallow is not None, len(folded), left, merged, channels_last, bf16, compile)
     if isinstance(network, Detector):
         network.preparation, network.original = done, weakref.ref(model)
+        network.follower = follower
         return network
-    return Prepared(network, done, model)
+    return Prepared(network, done, follower, model)
+
+
+def refresh(prepared: nn.Module) -> None:
+    """Copy the current weights and statistics of the original network, such as during training.
+
+    Afterwards the copy is what `prepare` would make of the network now, in a fraction of the time.
+    `dagcore.defences.training.attacked` calls this before each attack.
+
+    Args:
+        prepared: a result of `prepare`, whose original network still exists.
+
+    Raises:
+        TypeError: if `prepared` is not a result of `prepare`.
+        ValueError: if the original network no longer exists or has other modules than before, or if
+            linear layers were merged.
+    """
+    follower = getattr(prepared, "follower", None)
+    if not isinstance(follower, Follower):
+        raise ArgumentTypeError(
+            f"prepared must be a result of dagcore.victims.prepare, got {type(prepared).__name__}"
+        )
+    follower.follow()
 
 
 def _copied(model: nn.Module) -> Any:
-    """A copy in eval mode, its parameters without gradients."""
-    # Hooks like weight_norm's keep what they have computed, which cannot be copied with its graph.
+    """Copy a network, in eval mode and without gradients of its parameters."""
+    # Hooks like weight_norm's store computed tensors, which cannot be copied with their graph.
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    with torch.no_grad():  # of a scripted module's weights the copy would have a graph
+    with torch.no_grad():  # otherwise copies of a scripted module's weights would have a graph
         network = copy.deepcopy(model, computed)
     to_eval(network)
     for parameter in network.parameters():
@@ -130,22 +159,25 @@ def _copied(model: nn.Module) -> Any:
 
 
 def _channels_last(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Hand a network its images with the channels last in memory."""
+    """Convert a network's input images to channels-last memory format (a forward pre-hook)."""
     return (inputs[0].contiguous(memory_format=torch.channels_last),)
 
 
 def _rewrite(
     network: nn.Module, example: Tensor | None, fold_batch_norm: bool, merge_linear: bool
-) -> tuple[int, dict[str, str], int]:
-    """`fold.fold` and `merge`, checked by the scores before and after."""
+) -> tuple[Sequence[tuple[nn.Module, nn.Module]], dict[str, str], int]:
+    """Apply `fold.fold` and `merge`, and check that the scores stay the same.
+
+    Returns:
+        The folded pairs, the batch norms left with the reasons, and the number of merged heads.
+    """
     if fold_batch_norm:
-        fold.thaw(network)
         fold_batch_norm = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()
         )
     merge_linear = merge_linear and any(is_mergeable(m) for m in network.modules())
     if not (fold_batch_norm or merge_linear):
-        return 0, {}, 0
+        return [], {}, 0
     images = _example(network) if example is None else example
     try:
         output = _output(network, images)
@@ -156,9 +188,11 @@ def _rewrite(
             "merge_linear=False)"
         ) from error
     before = read_scores(output, images, least=1).nan_to_num()
-    # A detector's scores at given boxes leave out the parts that propose them.
+    # A detector's scores at given boxes do not use the parts that propose boxes.
     whole = network.detect if isinstance(network, Detector) else network
-    folded, left = fold.fold(network, lambda: whole(images.clone())) if fold_batch_norm else (0, {})
+    folded, left = (
+        fold.fold(network, lambda: whole(images.clone())) if fold_batch_norm else ([], {})
+    )
     merged = merge(network) if merge_linear else 0
     after = read_scores(_output(network, images), images, least=1).nan_to_num()
     difference = float((after - before).norm() / before.norm().clamp_min(1e-30))
@@ -172,16 +206,16 @@ def _rewrite(
 
 
 def _output(network: nn.Module, images: Tensor) -> Any:
-    """What comes of images; of a detector at the box around the whole image, if it needs boxes."""
+    """Run a network on images; a detector is read at the box around the whole image."""
     height, width = images.shape[-2:]
     whole = images.new_tensor([0, 0, width, height]).expand(len(images), 1, 4)
     with torch.no_grad():
-        given = images.clone()  # the network's to write into
+        given = images.clone()  # the network may write into it
         return network(given, whole) if isinstance(network, Detector) else network(given)
 
 
 def _example(network: nn.Module) -> Tensor:
-    """One image of noise, where and as the network's parameters are."""
+    """Return one image of noise, with the device and dtype of the network's parameters."""
     sizes = [
         getattr(getattr(module, "config", None), "image_size", None) for module in network.modules()
     ]
@@ -201,9 +235,9 @@ def _mostly_convolutions(network: nn.Module) -> bool:
 
 
 def _hold_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights that autocast would convert anew in each run.
+    """Convert the weights that autocast would otherwise convert in every run.
 
-    Not those of subclasses with a forward of their own, which may compute with them first.
+    Subclasses with their own forward are left out, since they may compute with the weights first.
     """
     for module in network.modules():
         if any(type(module).forward is kind.forward for kind in CASTABLE):

@@ -1,9 +1,9 @@
-"""Batch norm folded into the convolution before it, wherever that changes nothing."""
+"""Fold batch norms into the convolutions before them, wherever that changes nothing."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +16,17 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Call(NamedTuple):
-    """One operation that ran."""
+    """An operation that ran, with its arguments."""
 
     name: str
     arguments: tuple[Any, ...]
 
 
 class Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which operation made each tensor, and which operations read it, while a network runs.
+    """Record which operation made each tensor, and which operations read it, in a network's run.
 
-    Below autograd and torch.nn, so that functional calls, in-place operations and views count
-    as well as modules do. A tensor is known by its id, and kept so that the id stays its own.
+    It works below autograd and torch.nn, so that functional calls, in-place operations and views
+    are seen like modules. Tensors are identified by their ids, and kept so that no id is reused.
     """
 
     def __init__(self) -> None:
@@ -47,30 +47,32 @@ class Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def read(self, values: Any, call: Call) -> None:
-        """Note that an operation reads the tensors among some values."""
+        """Record that an operation reads the tensors among some values."""
         for tensor in tensors(values):
             self.readers[id(tensor)].append(call)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists and dictionaries."""
+    """Iterate over the tensors in nested tuples, lists and dictionaries."""
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def fold(network: nn.Module, run: Callable[[], Any]) -> tuple[int, dict[str, str]]:
-    """Fold batch norms into convolutions, in place, and say what was left and why.
+def fold(
+    network: nn.Module, run: Callable[[], Any]
+) -> tuple[Sequence[tuple[nn.Module, nn.Module]], dict[str, str]]:
+    """Fold batch norms into convolutions, in place, and say which were left and why.
 
-    A pair is folded where a run of the network shows that nothing but the batch norm reads
-    the convolution's output, that the convolution runs once, and that its weight is a module's
-    own parameter (so not one that is standardised or tied). The folded weights are computed in
-    float64 and rounded once.
+    A pair is folded if a run of the network shows that only the batch norm reads the convolution's
+    output, that the convolution runs once, and that its weight is a module's own parameter (neither
+    standardised nor tied). The folded weights are computed in float64 and rounded once.
 
     Args:
-        network: in eval mode; see `thaw`.
-        run: runs the network, say on an image of noise, and returns what comes out.
+        network: a network in eval mode; see `thaw`.
+        run: runs the network, for example on an image of noise, and returns its output.
 
     Returns:
-        The number of pairs folded, and for each batch norm left, by its name, the reason.
+        The folded pairs of convolution and batch norm, and the reason for each batch norm left, by
+        its name.
     """
     uses = Uses()
     with torch.no_grad(), uses:
@@ -86,17 +88,16 @@ def fold(network: nn.Module, run: Callable[[], Any]) -> tuple[int, dict[str, str
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
     found = {name: _convolution_before(norm, uses, owners) for name, norm in norms.items()}
-    for name, convolution in found.items():
-        if isinstance(convolution, nn.Module):
-            _merge(convolution, norms[name])
-    left = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-    return len(found) - len(left), left
+    folded = [(one, norms[name]) for name, one in found.items() if isinstance(one, nn.Module)]
+    for convolution, norm in folded:
+        _merge(convolution, norm)
+    return folded, {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
 def _convolution_before(
     norm: nn.Module, uses: Uses, owners: dict[int, list[nn.Module]]
 ) -> nn.Module | str:
-    """The convolution that a batch norm can be folded into, or why there is none."""
+    """Return the convolution that a batch norm can be folded into, or why there is none."""
     if not (type(norm) in BATCH_NORMS or _normalises_and_activates(norm)):
         return f"a {type(norm).__name__} may do more than normalise"
     if norm.training or norm.running_mean is None or norm.running_var is None:
@@ -117,7 +118,7 @@ def _convolution_before(
         if parameter is None:
             continue
         if len(owners[id(parameter)]) != 1:
-            return "the convolution's weight or bias is no module's own parameter"
+            return "the convolution's weight or bias is not a module's own parameter"
         if len(uses.readers[id(parameter)]) != 1:
             return "the convolution's weight or bias is used more than once"
     owner = owners[id(weight)][0]
@@ -127,9 +128,20 @@ def _convolution_before(
 
 
 def _merge(convolution: Any, norm: Any) -> None:
-    """Move a batch norm into the convolution before it; both are changed in place."""
+    """Move a batch norm into the convolution before it, changing both in place."""
+    weight = convolution.weight
+    for name, value in zip(("weight", "bias"), merged(convolution, norm), strict=True):
+        setattr(convolution, name, nn.Parameter(value, weight.requires_grad))
+    # The norm itself becomes the identity, since several modules or lists may hold it.
+    norm._parameters.clear()
+    norm._buffers.clear()
+    norm.__class__ = NormActivation if _normalises_and_activates(norm) else nn.Identity
+
+
+def merged(convolution: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return a convolution's weight and bias with its batch norm folded, in the weight's dtype."""
     weight, bias = convolution.weight, convolution.bias
-    merged = fuse_conv_bn_weights(
+    exact = fuse_conv_bn_weights(
         _exact(weight),
         None if bias is None else _exact(bias),
         _exact(norm.running_mean),
@@ -139,13 +151,7 @@ def _merge(convolution: Any, norm: Any) -> None:
         None if norm.bias is None else _exact(norm.bias),
         transpose=isinstance(convolution, nn.modules.conv._ConvTransposeNd),
     )
-    for name, value in zip(("weight", "bias"), merged, strict=True):
-        rounded = value.detach().to(weight)
-        setattr(convolution, name, nn.Parameter(rounded, weight.requires_grad))
-    # The module itself becomes the identity, since more than one module or list may hold it.
-    norm._parameters.clear()
-    norm._buffers.clear()
-    norm.__class__ = NormActivation if _normalises_and_activates(norm) else nn.Identity
+    return exact[0].detach().to(weight), exact[1].detach().to(weight)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -153,13 +159,13 @@ def _exact(values: Tensor) -> Tensor:
 
 
 class NormActivation(nn.Module):
-    """What is left of timm's batch norm with an activation once the norm is folded."""
+    """timm's batch norm with an activation after the norm is folded: only the activation."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, features: Tensor) -> Tensor:
-        """The activation alone."""
+        """Apply the activation to features."""
         activated: Tensor = self.act(self.drop(features))
         return activated
 
@@ -170,7 +176,10 @@ def _normalises_and_activates(norm: nn.Module) -> bool:
 
 
 def replace(network: nn.Module, made: Callable[[Any], nn.Module | None]) -> int:
-    """Put what is made of a module in its place, in place; count them. None: it stays."""
+    """Replace each submodule by what `made` makes of it, in place, and return how many changed.
+
+    A submodule stays if `made` returns None.
+    """
     count = 0
     for module in list(network.modules()):
         for name, child in module._modules.items():
@@ -181,7 +190,7 @@ def replace(network: nn.Module, made: Callable[[Any], nn.Module | None]) -> int:
 
 
 def thaw(network: nn.Module) -> None:
-    """Put ordinary batch norms in the place of torchvision's FrozenBatchNorm2d."""
+    """Replace torchvision's FrozenBatchNorm2d by ordinary batch norms, in place."""
     replace(network, _thawed)
 
 

@@ -1,4 +1,4 @@
-"""Segmentation networks without their last enlargement: the scores at the resolution they have."""
+"""Segmentation networks without their last enlargement: scores at their native resolution."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ UNDERSTOOD = (
 
 
 class LowResolution(nn.Module):
-    """A network whose scores come out before they are enlarged to the size of the image.
+    """A network that returns its scores before they are enlarged to the image size.
 
     Args:
-        network: the network itself.
-        kind: package and name of the class that its forward comes from.
-        align_corners: how the network itself would enlarge the scores, bilinearly: read them so.
+        network: the wrapped network.
+        kind: package and name of the class that defines the network's forward.
+        align_corners: the align_corners of the network's own bilinear enlargement, with which the
+            scores are to be read.
     """
 
     def __init__(self, network: nn.Module, kind: tuple[str, str], align_corners: bool) -> None:
@@ -36,20 +37,20 @@ class LowResolution(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, h, w) of images (N, 3, H, W)."""
+        """Return scores (N, C, h, w) of images (N, 3, H, W)."""
         read: Read = SCORES.get(self.kind, own_logits)
         scores: Tensor = read(self.network, images)
         return aligned(scores) if self.align_corners else scores
 
 
 def low_resolution(model: nn.Module) -> nn.Module:
-    """The same network, stopped before its last bilinear enlargement.
+    """Stop a network before its last bilinear enlargement.
 
-    The attack reads scores (N, C, h, w) through that enlargement without making it
-    (`dagcore.ops.dag_seed_bilinear`), which saves its time and memory both ways. The result
-    shares the parameters of `model` and leaves it as it is; auxiliary heads, which serve training,
-    are not computed where the network allows it. Where a network hands out scores below the
-    images' resolution by itself, as most of transformers' do, those are the scores.
+    The attack reads the scores (N, C, h, w) through that enlargement without computing it
+    (`dagcore.ops.dag_seed_bilinear`). This saves time and memory in both passes. The result shares
+    the parameters of `model` and does not change it. Auxiliary heads, which only training uses, are
+    skipped if the network allows it. If a network returns scores of lower resolution than the
+    images by itself, as most of transformers' do, those are the scores.
 
     Args:
         model: a segmentation network of torchvision, transformers or
@@ -57,27 +58,27 @@ def low_resolution(model: nn.Module) -> nn.Module:
             nn.Sequential that ends in one.
 
     Returns:
-        A module: images (N, 3, H, W) -> scores (N, C, h, w) before softmax. Its attribute
-        `align_corners` is how they must be enlarged to become the network's own: True for
-        segmentation_models_pytorch, else False. Scores that are to be enlarged so say it
-        themselves, through whatever is wrapped around the module.
+        A module: images (N, 3, H, W) -> scores (N, C, h, w) before softmax. Enlarging them with its
+        attribute `align_corners` gives the network's own scores: True for
+        segmentation_models_pytorch, else False. Scores to be enlarged with align_corners are marked
+        themselves, and the mark passes through modules wrapped around this one.
 
     Raises:
-        TypeError: a network that is not understood, or with hooks that would be bypassed.
-        ValueError: a network that ends in an activation, so that no scores before softmax exist.
+        TypeError: if the network is not supported, or has hooks that would be bypassed.
+        ValueError: if the network ends in an activation, so that it has no scores before softmax.
     """
     found = find(model)
     if found is None:
         raise ArgumentTypeError(
             f"model must be one of {UNDERSTOOD}, got {type(model).__module__}."
-            f"{type(model).__qualname__} (where it wraps such a network, call low_resolution on "
+            f"{type(model).__qualname__} (if it wraps such a network, call low_resolution on "
             "the network inside)"
         )
     return found
 
 
 def find(model: nn.Module) -> nn.Module | None:
-    """As `low_resolution`, but None for a network that is not understood."""
+    """Return what `low_resolution` does, or None for a network that is not supported."""
     if isinstance(model, LowResolution):
         return model
     found: nn.Module | None = None
@@ -99,61 +100,61 @@ def find(model: nn.Module) -> nn.Module | None:
         "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks
     ):
         raise ArgumentTypeError(
-            "model must have its class's own forward and no forward hooks, which low_resolution "
-            f"goes past, got a {type(model).__name__} with others"
+            "model must have its class's own forward and no forward hooks, since low_resolution "
+            f"bypasses them, got a {type(model).__name__} that has others"
         )
     return found
 
 
 def _origin(model: nn.Module) -> tuple[str, str]:
-    """Package and name of the class that a network's forward comes from.
+    """Return package and name of the class that defines a network's forward.
 
-    A subclass with a forward of its own may do anything, so the subclass is what counts then. The
-    packages need not be importable.
+    For a subclass with its own forward it is the subclass, since that may do anything. The packages
+    need not be importable.
     """
     owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
     return owner.__module__.partition(".")[0], owner.__name__
 
 
 class Chain(nn.Sequential):
-    """Modules in a row, the last one a `LowResolution`."""
+    """A sequence of modules, the last one made by `find`."""
 
     @property
     def align_corners(self) -> bool:
-        """How the last module's scores are to be enlarged."""
+        """Whether the last module's scores are enlarged with align_corners."""
         return bool(getattr(self[-1], "align_corners", False))
 
 
 def own_logits(network: Any, images: Tensor) -> Tensor:
-    """The logits of transformers' networks, as the head makes them.
+    """Return the logits of a network of transformers, as its head makes them.
 
-    Some heads enlarge inside before transformers' own enlargement (DPT: by 2, with
-    align_corners=True): two different interpolations in a row are not one, so that step stays.
+    Some heads enlarge the logits before transformers' own enlargement (DPT: by 2, with
+    align_corners=True). That step stays, since two different interpolations are not one.
     """
     logits: Tensor = network(images, return_dict=True).logits
     return logits
 
 
 def _upernet(network: Any, images: Tensor) -> Any:
-    """UperNet, which enlarges its logits to the image's size: at the finest feature map's."""
+    """Read UperNet, which enlarges its logits to the image size, at its finest feature map."""
     features = network.backbone.forward_with_filtered_kwargs(images).feature_maps
     return network.decode_head(features)
 
 
 def _encoder_decoder(network: Any, images: Tensor) -> Any:
-    """Encoder, decoder, head: at the decoder's resolution."""
+    """Read an encoder, decoder and head at the decoder's resolution."""
     network.check_input_shape(images)
     return network.segmentation_head[0](network.decoder(network.encoder(images)))
 
 
 def _dpt(network: Any, images: Tensor) -> Any:
-    """DPT, whose decoder takes the prefix tokens as well: at the decoder's resolution."""
+    """Read DPT, whose decoder takes the prefix tokens too, at the decoder's resolution."""
     network.check_input_shape(images)
     return network.segmentation_head.head(network.decoder(*network.encoder(images)))
 
 
 def _check_smp(network: Any, name: str) -> bool:
-    """The align_corners of a head's enlargement; raise where it is something else."""
+    """Return the align_corners of a head's enlargement; raise if it is not bilinear."""
     parameters = inspect.signature(network.decoder.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         raise ArgumentTypeError(
@@ -163,7 +164,7 @@ def _check_smp(network: Any, name: str) -> bool:
     head = network.segmentation_head
     if name == "DPT":
         _check_activation(head.activation)
-        return True  # a literal in its forward
+        return True  # hard-coded in its forward
     if not isinstance(head, nn.Sequential) or len(head) != 3:
         raise ArgumentTypeError(
             "model's segmentation_head must be convolution, upsampling and activation, "
@@ -190,7 +191,7 @@ def _check_activation(module: nn.Module) -> None:
 
 
 SMP = "segmentation_models_pytorch"
-# How the scores are computed, by package and name of the class that has the forward.
+# How the scores are computed, by package and name of the class that defines the forward.
 SCORES: dict[tuple[str, str], Read] = {
     # FCN and DeepLabV3: at the backbone's resolution.
     ("torchvision", "_SimpleSegmentationModel"): lambda network, images: network.classifier(

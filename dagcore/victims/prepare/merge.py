@@ -1,4 +1,4 @@
-"""SegFormer's decode head with its linear layers multiplied out."""
+"""SegFormer's decode head with its linear layers merged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .fold import replace
 
 
 class MergedHead(nn.Module):
-    """What transformers' SegformerDecodeHead computes, at the size of each level.
+    """transformers' SegformerDecodeHead, computed at the size of each level.
 
-    The head projects each level to H channels, enlarges all to the first level's size, and mixes
-    them by a convolution 1 x 1: linear maps per pixel before and after a linear map per channel.
-    The former two commute with the latter, and become one convolution of each level.
+    The head projects each level to H channels, enlarges all levels to the size of the first, and
+    mixes them by a 1 x 1 convolution. The projection and the convolution are linear per pixel, and
+    the enlargement is linear per channel. They commute, so projection and convolution become one
+    convolution for each level.
     """
 
     def __init__(self, head: Any) -> None:
@@ -31,7 +32,7 @@ class MergedHead(nn.Module):
         self.levels = nn.ModuleList()
         for mixer, level in zip(mixers, levels, strict=True):
             weight = mixer @ level.proj.weight.double()
-            bias = bias + mixer @ level.proj.bias.double()  # enlarging leaves a constant as it is
+            bias = bias + mixer @ level.proj.bias.double()  # enlarging does not change a constant
             convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
             weight = weight[:, :, None, None].to(fuse.weight)
             convolution.weight = nn.Parameter(weight, requires_grad=False)
@@ -40,7 +41,7 @@ class MergedHead(nn.Module):
         self.rest = nn.Sequential(head.batch_norm, head.activation, head.dropout, head.classifier)
 
     def forward(self, encoder_hidden_states: Sequence[Tensor], **_: Any) -> Tensor:
-        """Scores (N, C, h, w) of the levels' features, (N, c, h, w) and smaller."""
+        """Return scores (N, C, h, w) of the levels' features, (N, c, h, w) and smaller."""
         first, *others = (
             level(features)
             for level, features in zip(self.levels, encoder_hidden_states, strict=True)
@@ -52,19 +53,19 @@ class MergedHead(nn.Module):
 
 
 def merge(network: nn.Module) -> int:
-    """Put a `MergedHead` in the place of each decode head of SegFormer, and count them."""
+    """Replace each decode head of SegFormer by a `MergedHead`, and return how many there are."""
     with torch.no_grad():
         return replace(network, lambda head: MergedHead(head) if is_mergeable(head) else None)
 
 
 def is_mergeable(head: Any) -> bool:
-    """Whether a module is a decode head that `MergedHead` can stand in for."""
+    """Return whether a module is a decode head that `MergedHead` can replace."""
     kind = type(head)
     return (
         kind.__name__ == "SegformerDecodeHead"
         and kind.__module__.startswith("transformers.")
         and not any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())
         and "forward" not in vars(head)
-        # Otherwise its last level comes as a sequence.
+        # Otherwise the last level is a sequence.
         and head.config.reshape_last_stage is not False
     )

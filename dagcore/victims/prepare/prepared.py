@@ -1,4 +1,4 @@
-"""Networks as `prepare` makes them, and what it did."""
+"""The results of `prepare`, and the record of what it did."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...engine import read_scores
 from ...engine.scores import aligned, aligns_corners
 from ..segmentation import Victim, precision
+from .follow import Follower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +21,35 @@ class Preparation:
     """What `prepare` did to a network."""
 
     low_resolution: bool
-    """Whether the scores come before the last enlargement."""
+    """Whether the scores are returned before the last enlargement."""
     folded: int
-    """Batch norms folded into the convolutions before them."""
+    """Number of batch norms folded into the convolutions before them."""
     left: dict[str, str]
-    """Batch norms that stay, by name, and why."""
+    """Reason for each batch norm that was not folded, by its name."""
     merged: int
-    """Decode heads of SegFormer whose linear layers were multiplied out."""
+    """Number of SegFormer decode heads whose linear layers were merged."""
     channels_last: bool
     bf16: bool
     compiled: bool
 
 
 class Prepared(nn.Module):
-    """A network as `prepare` made it: always in eval mode, its parameters without gradients."""
+    """A network made by `prepare`, always in eval mode, its parameters without gradients."""
 
     original: weakref.ref[nn.Module] | None
-    """The network that it was made of, as long as someone else holds it; not pickled."""
+    """Weak reference to the network that this copy was made from; not pickled."""
 
     def __init__(
-        self, network: nn.Module, preparation: Preparation, original: nn.Module | None = None
+        self,
+        network: nn.Module,
+        preparation: Preparation,
+        follower: Follower,
+        original: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.original = None if original is None else weakref.ref(original)
         self.network = network
+        self.follower = follower
         self.preparation = preparation
         self.align_corners = aligns_corners(network)
         self.classes: tuple[str, ...] | None = getattr(network, "classes", None)
@@ -52,9 +58,9 @@ class Prepared(nn.Module):
         self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
+        """Return scores (N, C, *T) of images (N, 3, H, W), in the images' dtype."""
         lower = self.preparation.bf16
-        # Autocast leaves float64 alone.
+        # Autocast does not convert float64.
         own = None if isinstance(self.network, Victim) else precision(self.network)
         x = images.to(torch.float32 if lower else own or images.dtype)
         with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
@@ -70,5 +76,5 @@ class Prepared(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What was done."""
+        """Return what `prepare` did, for the module's repr."""
         return str(self.preparation)
