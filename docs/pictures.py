@@ -369,7 +369,7 @@ def draw_joint() -> Figure:
 def draw_universal() -> Figure:
     """Training and unseen images: against updates, and beside noise of the same size."""
     network = dagcore.zoo.load("FCN-VGG")
-    radius, updates = 16 / 255, (0, 16, 32, 64, 128)
+    radius, updates = 2 / 255, (0, 16, 32, 64, 128)
     sets = {"training images": scenes(48), "unseen images": scenes(16, first=48)}
     samples = [dagcore.Sample(*one) for one in zip(*sets["training images"], strict=True)]
 
@@ -382,7 +382,7 @@ def draw_universal() -> Figure:
     found: dict[str, list[float]] = {name: [] for name in sets}
     r = torch.zeros((1, *sets["training images"][0].shape[1:]))
     for steps in updates:
-        attack = dagcore.CosPGD(epsilon=radius, alpha=1 / 255, steps=steps)
+        attack = dagcore.CosPGD(epsilon=radius, alpha=radius / 16, steps=steps)
         made = dagcore.universal_perturbation(attack, network, samples, generator=generator())
         r = made.perturbation
         for name in sets:

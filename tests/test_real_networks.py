@@ -15,6 +15,8 @@ from support import generator
 
 from dagcore import DAG, PGD, Part, Sample, files, joint_attack, victims
 from dagcore.__main__ import main
+from dagcore.defences.training import attacked
+from dagcore.engine import read_scores
 from dagcore.evaluation.tog import goal_targets
 from dagcore.metrics import DetectionErrors
 from dagcore.perturbation import round_to_8_bits
@@ -47,6 +49,25 @@ def deeplabs(networks):
 def nanodet(networks):
     network = networks.load_nanodet(REAL / "nanodet_coco.safetensors")
     return victims.dense_detector(network, threshold=0.35, classes=networks.COCO)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prepared_copy_follows_the_network(networks, name):
+    """After all its weights have changed, as in training."""
+    network = networks.load_deeplab(REAL / f"{name}.safetensors")
+    prepared = victims.prepare(network, example=torch.rand(1, 3, 97, 97))
+    image = torch.rand(1, 3, 97, 97, generator=generator(0))
+    labels = read_scores(network(image), image).argmax(1)
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            if value.is_floating_point():
+                value.mul_(1.01)
+    attack = PGD(epsilon=2 / 255, alpha=1 / 255, steps=2)
+    mixed = attacked(attack, prepared, image, labels, share=1, generator=generator(1))
+    anew = victims.prepare(network, example=torch.rand(1, 3, 97, 97))
+    assert torch.equal(prepared(image), anew(image))
+    expected = attack(anew, image, labels, generator=generator(1)).last
+    assert torch.equal(mixed, expected)
 
 
 def as_images(image, side=None):

@@ -87,7 +87,7 @@ class Setup:
         """Return the path of a network's weights."""
         entry = zoo.find(network)
         if self.weights is None:
-            return entry.path
+            return entry.shipped()
         stem = self.weights / entry.slug
         for path in map(stem.with_suffix, (".safetensors", ".pth", ".pt")):
             if path.is_file():
@@ -119,8 +119,6 @@ class Setup:
 
 @cache
 def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

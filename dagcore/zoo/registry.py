@@ -102,6 +102,19 @@ class Entry:
         """Path of the shipped weights."""
         return WEIGHTS / f"{self.slug}.safetensors"
 
+    def shipped(self) -> Path:
+        """Return `path`.
+
+        Raises:
+            FileNotFoundError: if the weights are not there.
+        """
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.name} has no weights in {self.path.parent}: "
+                f"make them with `dagcore zoo train '{self.name}'`"
+            )
+        return self.path
+
 
 ENTRIES = (
     Entry("FCN-Alex", "segmentation", "fcn-alex", "07", 5 / 32),
@@ -259,12 +272,7 @@ def load(
         FileNotFoundError: if there is no such file, or the weights are not shipped yet.
     """
     entry = find(name)
-    path = entry.path if weights is None else Path(weights)
-    if weights is None and not path.is_file():
-        raise FileNotFoundError(
-            f"{entry.name} has no weights in {path.parent}: "
-            f"make them with `dagcore zoo train '{entry.name}'`"
-        )
+    path = entry.shipped() if weights is None else Path(weights)
     state = read_state(path)
     known = read_metadata(path) if path.suffix == ".safetensors" else {}
     classes = known.get("classes")

@@ -7,6 +7,7 @@ machine, versions and number of threads stay the same.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -318,7 +319,7 @@ def finish(training: FineTuning, path: Path, test_scenes: int) -> Path:
     return path
 
 
-class Training:
+class Training(abc.ABC):
     """A training and its state, which checkpoints hold.
 
     Attributes:
@@ -350,13 +351,13 @@ class Training:
             groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
 
+    @abc.abstractmethod
     def build(self) -> nn.Module:
         """Return the network before its first step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def losses_of(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch by name."""
-        raise NotImplementedError
 
     def batch(self) -> Batch:
         """Return the batch of the next step."""
