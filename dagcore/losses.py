@@ -30,7 +30,7 @@ class Loss:
 
     Args:
         name: one of the names of `dagcore.ops.loss_seed`.
-        blend: weight of "blended-cross-entropy", from 0 to 1.
+        blend: weight of the wrong targets in "blended-cross-entropy", from 0 to 1.
         q: parameter of "tsallis", at most 1.
         kappa: parameter of "margin" and "dag", in the units of the scores, at least 0.
         class_weights: (C,) floating point; a target's loss is multiplied by the weight of its
@@ -41,7 +41,7 @@ class Loss:
     """
 
     name: str
-    blend: float = 0.0
+    blend: float = 0.5
     q: float = 0.5
     kappa: float = 0.0
     class_weights: Tensor | None = None
@@ -124,7 +124,7 @@ class Loss:
 
 cross_entropy = Loss("cross-entropy")
 masked_cross_entropy = Loss("masked-cross-entropy")
-blended_cross_entropy = Loss("blended-cross-entropy", blend=0.5)
+blended_cross_entropy = Loss("blended-cross-entropy")
 cosine = Loss("cosine")
 jensen_shannon = Loss("jensen-shannon")
 tsallis = Loss("tsallis")

@@ -21,6 +21,19 @@ if native.module is None:
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads in all as there would be
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for the tests' own processes
+# These run first, so that no worker begins with a long test when the others are done.
+SLOW = (
+    "test_zoo_training.py",
+    "test_paper.py",
+    "test_paper_defence.py",
+    "test_examples.py",
+    "test_docs.py",
+    "test_run_killed.py",
+    "test_evaluate_killed.py",
+    "test_processes.py",
+    "test_zoo.py",
+)
 
 WHY_NO_CUDA = no_cuda()
 CUDA = pytest.param(
@@ -61,6 +74,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the CUDA kernels on the host with threads in every order, not in random order",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -470,3 +470,7 @@ def test_demo_in_small(tmp_path, capsys):
         assert str(tmp_path / f"demo/{network}/scene.figure.png") in shown
         numbers = json.loads((tmp_path / f"demo/{network}/scene.json").read_text())
         assert numbers["active"][0] > numbers["active"][-1]
+    (line,) = (line.split() for line in shown.splitlines() if "--attack pgd" in line)
+    assert line[0] == "dagcore"
+    assert main([*line[1:-1], str(tmp_path / "attacked")]) == 0  # as pasted, but for the folder
+    assert (tmp_path / "attacked/scene.png").is_file()

@@ -12,6 +12,8 @@ from dagcore.__main__ import main
 
 SIZE = (32, 24)
 VICTIMS = """
+import warnings
+
 import torch
 from torch import nn
 from dagcore import victims
@@ -34,10 +36,14 @@ def parametrized():
     return made
 
 def scripted():
-    return torch.jit.script(net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # some versions of torch warn
+        return torch.jit.script(net())
 
 def frozen():
-    return torch.jit.freeze(torch.jit.script(net()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.freeze(scripted())
 
 def exported():
     return torch.export.export(net(), (IMAGES,)).module()

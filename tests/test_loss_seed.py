@@ -27,7 +27,7 @@ from support import (
 )
 from torch import Tensor
 
-from dagcore import ops, reference
+from dagcore import losses, ops, reference
 from dagcore.checks import LOSSES
 from dagcore.ops import fallback
 
@@ -114,6 +114,11 @@ def test_blend_of_each_image(module: Any, kernels: torch.device, dtype: torch.dt
         second = (value if value is None else value[1:2] for value in given)
         alone = module.loss_seed(*second, loss="blended-cross-entropy", blend=0.3)
         assert torch.equal(bits(alone[0]), bits(got[0][1:2]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_name_of_a_loss_stands_for_the_loss(name: str) -> None:
+    assert repr(losses.named(name)) == repr(getattr(losses, name.replace("-", "_")))
 
 
 def test_q_of_1_is_cross_entropy(kernels: torch.device) -> None:

@@ -139,15 +139,42 @@ def test_networks_begin_with_their_backbone(name):
     backbone = registry.BACKBONES[entry.backbone].build(width=1 / 16)
     start = {key: torch.full_like(value, 3) for key, value in backbone.state_dict().items()}
     options = {} if entry.architecture in registry.RESIDUAL else {"norm": True}
-    network = zoo.build(name, num_classes=13, width=1 / 16, **options)
+    network = training.inside(zoo.build(name, num_classes=13, width=1 / 16, **options))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    training.begin(network, {**start, "classifier.weight": torch.ones(13, 8)})
+    brought = training.begin(network, {**start, "classifier.weight": torch.ones(13, 8)})
     changed = {k: v for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    assert brought == set(changed)
     assert len(changed) == len(start)
     assert all(bool((value == 3).all()) for value in changed.values())
     assert [key for key in changed if key.endswith(("score_fr.weight", "fc8.weight"))] == []
     with pytest.raises(ValueError, match=r"start must fit the network, which has no place for fc9"):
         training.begin(network, {"fc9": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("start_rate", [0.0, 0.25, 1.0])
+def test_layers_of_the_start_learn_at_their_own_rate(tmp_path, start_rate):
+    """The first step of AdamW moves each weight by its learning rate, or not at all."""
+    recipe = training.Recipe(800, learning_rate=1e-3, weight_decay=0.0, start_rate=start_rate)
+    path = training.train_start("ZF", samples=32, width=1 / 16, out=tmp_path)
+    tuned = training.FineTuning(
+        zoo.find("FR-ZF-07"), recipe, seed=0, width=1 / 16, device="cpu", start=path
+    )
+    before = {
+        key: value.clone() for key, value in training.inside(tuned.network).named_parameters()
+    }
+    tuned.advance()
+    peak = 1e-3 * training.rate(0, tuned.steps)
+    moved = {
+        key: float((value - before[key]).detach().abs().max()) / peak
+        for key, value in training.inside(tuned.network).named_parameters()
+    }
+    groups = [
+        {key for key in moved if (key in tuned.brought) is brought} for brought in (False, True)
+    ]
+    assert len(groups[0]) > 5
+    assert len(groups[1]) > 5
+    for keys, share in zip(groups, (1.0, start_rate), strict=True):
+        assert max(moved[key] for key in keys) == pytest.approx(share, rel=2e-3)
 
 
 def test_two_training_sets_have_one_start(tmp_path, monkeypatch):
@@ -156,8 +183,9 @@ def test_two_training_sets_have_one_start(tmp_path, monkeypatch):
     whole = training.begin
 
     def begin(network, start):
-        whole(network, start)
+        brought = whole(network, start)
         begun[len(begun)] = {k: v.clone() for k, v in network.network.state_dict().items()}
+        return brought
 
     monkeypatch.setattr(training, "begin", begin)
     options = {**TINY, "out": tmp_path, "samples": 8, "test_scenes": 1}

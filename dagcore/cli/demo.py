@@ -51,7 +51,13 @@ What to look at:
   {scenes}
     A scene like those that the zoo's networks are trained on, its segmentation, and the objects
     found in it.
-{files}"""
+{files}
+
+What to try next:
+  dagcore attack {scene} --model FCN-VGG --attack pgd --epsilon 2/255 --out attacked
+  dagcore evaluate --data scenes --images 20 --model DL-VGG --epsilon 1/255 --out results
+  dagcore attack PHOTO.jpg --model MODULE:FUNCTION --out attacked
+    on a network of yours: FUNCTION, in MODULE.py, returns it."""
 FILES = {
     "256": "Every image was attacked on the levels of an 8-bit file, so what the network sees in "
     "the PNG is\nwhat was attacked. --levels none attacks the images in memory, and shows what "
@@ -90,7 +96,7 @@ class Demo:
         self, out: Path, source: Photographs, progress: ImageProgress, levels: str
     ) -> None:
         self.out, self.source, self.progress, self.levels = out, source, progress, levels
-        self.victim = load("demo")
+        self.victim, self.scene = load("demo"), out / "scene.png"
         self.rows: list[tuple[Row, Outcome]] = []
 
     def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
@@ -121,11 +127,10 @@ class Demo:
 
     def attack_scene(self) -> None:
         """Attack networks of the zoo on a scene, as `dagcore attack` does."""
-        path = self.out / "scene.png"
-        files.write_image(path, Scenes("07", "test", count=1, first=SCENE)[0].image)
+        files.write_image(self.scene, Scenes("07", "test", count=1, first=SCENE)[0].image)
         for name in SCENE_NETWORKS:
             out = self.out / name.lower()
-            work = Plan(Request(images=[path], out=out, model=name, levels=self.levels))
+            work = Plan(Request(images=[self.scene], out=out, model=name, levels=self.levels))
             tell = partial(self.progress.update, name)
             for outcome in work.run(lambda _, *where, tell=tell: tell(*where)):
                 self.finished((f"scene, {name}", "permutation"), outcome)
@@ -170,6 +175,7 @@ def run(
             background=demo.victim.classes[pattern.record["background"]],
             files=FILES[levels],
             scenes=" and ".join(map(str, scenes)),
+            scene=demo.scene,
         )
     )
 

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
@@ -68,17 +68,19 @@ class Recipe:
     """Dropout of fc6 and fc7. The papers' 0.5 is for 4096 channels; a narrow fc6 needs less."""
     zoom: tuple[float, float] = (0.85, 1.2)
     """Range of the zoom in augmentation."""
+    start_rate: float = 1.0
+    """Learning rate of the layers that a backbone brings, as a fraction of that of the others."""
 
 
 RECIPES = {
     "fcn-alex": Recipe(80_000, learning_rate=8e-4),
     "fcn-vgg": Recipe(30_000),
     "dl-vgg": Recipe(25_000),
-    "dl-rn101": Recipe(60_000, learning_rate=2e-3),
+    "dl-rn101": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
     "fr-zf": Recipe(60_000, learning_rate=8e-4),
     "fr-vgg": Recipe(30_000),
-    "r-fcn-rn50": Recipe(60_000, learning_rate=2e-3),
-    "r-fcn-rn101": Recipe(60_000, learning_rate=2e-3),
+    "r-fcn-rn50": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
+    "r-fcn-rn101": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
     "fcos-vgg": Recipe(30_000),
 }
 # Backbones are trained to classify crops, whose materials are STRONG at first.
@@ -306,7 +308,7 @@ def finish(training: FineTuning, path: Path, test_scenes: int) -> Path:
         "seed": training.seed,
         "samples": training.recipe.samples,
         **({} if entry.adversary is None else dataclasses.asdict(entry.adversary)),
-        "versions": {key: versions()[key] for key in ("dagcore", "torch", "numpy")},
+        "versions": {key: versions()[key] for key in ("torch", "numpy")},
     }
     save_weights(path, fold(training.network), metadata)
     network = load(entry, path, device=training.device)
@@ -326,11 +328,13 @@ class Training(abc.ABC):
         name: name of the network or backbone.
         slug: name of its files.
         pictures: training data.
+        brought: names of the parameters that learn at `Recipe.start_rate`.
     """
 
     name: str
     slug: str
     pictures: Pictures | Crops
+    brought: Set[str] = frozenset()
 
     def __init__(
         self, recipe: Recipe, *, seed: int, width: float, device: str | torch.device
@@ -342,11 +346,22 @@ class Training(abc.ABC):
         self.draw(0)
         # Channels last makes training on CPUs faster by a fifth to a half.
         self.network = self.build().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parameters = list(self.network.parameters())
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = []
+        for brought in (False, True):
+            parameters = [
+                value
+                for name, value in inside(self.network).named_parameters()
+                if (name in self.brought) is brought
+            ]
+            share = recipe.start_rate if brought else 1.0
+            groups += [
+                {"params": [p for p in parameters if p.dim() > 1], "share": share},
+                {
+                    "params": [p for p in parameters if p.dim() <= 1],
+                    "weight_decay": 0.0,
+                    "share": share,
+                },
+            ]
         self.optimizer = torch.optim.AdamW(
             groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
@@ -380,7 +395,7 @@ class Training(abc.ABC):
     def advance(self) -> float:
         """Take one step, and return its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * rate(self.step, self.steps)
+            group["lr"] = group["share"] * self.recipe.learning_rate * rate(self.step, self.steps)
         batch = self.batch()
         self.draw(2, self.step)
         self.network.train()
@@ -493,7 +508,7 @@ class FineTuning(Training):
             if entry.architecture != "fcos-vgg":
                 options["dropout"] = self.recipe.dropout
         network = build(entry, num_classes=len(SCENE_CLASSES), width=self.width, **options)
-        begin(network, read_state(self.start))
+        self.brought = begin(network, read_state(self.start))
         return network
 
     @property
@@ -552,13 +567,17 @@ class FineTuning(Training):
         return {"cross_entropy": F.cross_entropy(scores, masks, ignore_index=VOID)}
 
 
-def begin(network: nn.Module, start: Mapping[str, Tensor]) -> None:
+def begin(network: nn.Module, start: Mapping[str, Tensor]) -> set[str]:
     """Load the weights of a pretrained backbone into a network, in place.
+
+    Returns:
+        The names of the weights that it brings, within the architecture of the network.
 
     Raises:
         ValueError: if the network has no place for some of the weights.
     """
     state = inside(network).state_dict()
+    brought = set()
     for key, value in start.items():
         if key.startswith("classifier."):
             continue
@@ -567,6 +586,8 @@ def begin(network: nn.Module, start: Mapping[str, Tensor]) -> None:
             raise ArgumentError(f"start must fit the network, which has no place for {key}")
         with torch.no_grad():
             state[places[0]].copy_(value)
+        brought.add(places[0])
+    return brought
 
 
 class Pretraining(Training):
