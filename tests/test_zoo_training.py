@@ -84,7 +84,7 @@ def test_training_against_an_attack(tmp_path, weights, capfd):
     assert found == ["segpgd", pytest.approx(2 / 255), 1, "07"]
     assert zoo.load("FCN-Alex", path).classes == data.SCENE_CLASSES
     assert main(train) == 0
-    clean = load_file(weights / "fcn-alex.safetensors")
+    clean = load_file(tmp_path / "out" / "fcn-alex.safetensors")
     assert not torch.equal(clean["score_fr.weight"], load_file(path)["score_fr.weight"])
     capfd.readouterr()
     assert main(["zoo", "train", "FCN-VGG-PGD", *options, "--adversarial", "pgd"]) == 2
@@ -359,12 +359,8 @@ def test_examples_without_masks():
 def test_the_commands(tmp_path, weights, capfd):
     """Two networks in processes of their own, trained, installed, listed and measured."""
     names, out = ["FCN-Alex", "FR-ZF-07"], tmp_path / "out"
-    assert (
-        main(
-            ["zoo", "train", *names, "--out", str(out), "--samples", "16", "--start-samples", "32"]
-        )
-        == 0
-    )
+    samples = ["--samples", "16", "--start-samples", "32"]
+    assert main(["zoo", "train", *names, "--out", str(out), "--install", *samples]) == 0
     told = capfd.readouterr().err
     for name in names:
         assert f"{name}: " in told
@@ -414,6 +410,10 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
     ("arguments", "message"),
     [
         (["train", "AlexNet"], "name must be one of FCN-Alex, "),
+        (
+            ["train", "FCN-VGG", "--adversarial", "pgd", "--epsilon", "0.1", "--install"],
+            "install must be for networks of the zoo as they are, got FCN-VGG-PGD with settings",
+        ),
         (["train", "--samples", "0"], "Invalid value for '--samples'"),
         (["train", "DL-VGG", "--device", "nowhere", "--out", "{}"], "--device must be cpu"),
         (["evaluate", "fcn-vg"], "did you mean FCN-VGG"),

@@ -20,6 +20,7 @@ import torch
 from ..data import SCENE_CLASSES, Scenes
 from ..data.scenes import MATERIAL
 from ..defences.training import INNER, inner
+from ..errors import ArgumentError
 from ..evaluation.options import find_device
 from ..files import atomic_write
 from ..metrics import PROTOCOLS, Score
@@ -38,7 +39,7 @@ EXAMPLES = """
 Examples:
   dagcore zoo list
   dagcore zoo evaluate DL-VGG FR-VGG-07 --images 100
-  dagcore zoo train FCN-VGG --out zoo --no-install
+  dagcore zoo train FCN-VGG --out zoo
 """
 LIST_EXAMPLES = """
 \b
@@ -56,15 +57,15 @@ Examples:
 TRAIN_EXAMPLES = """
 \b
 Examples:
-  dagcore zoo train DL-VGG --no-install
-  dagcore zoo train "FCN-Alex*" --samples 8000 --start-samples 16000 --out quick --no-install
+  dagcore zoo train DL-VGG
+  dagcore zoo train "FCN-Alex*" --samples 8000 --start-samples 16000 --out quick
   dagcore zoo train FCN-VGG --adversarial pgd --epsilon 4/255 --steps 3
 """
 
 
-def entries(names: Sequence[str]) -> list[Entry]:
-    """Return the entries of `names`, or all of them if there are no names."""
-    return list(dict.fromkeys(find(name) for name in names)) or list(ENTRIES)
+def entries(names: Sequence[str], default: Sequence[Entry]) -> list[Entry]:
+    """Return the entries of `names`, or the default if there are no names."""
+    return list(dict.fromkeys(find(name) for name in names)) or list(default)
 
 
 def facts(entry: Entry) -> dict[str, Any]:
@@ -142,12 +143,13 @@ def show_scores(
 ) -> None:
     """Evaluate networks on unseen scenes.
 
-    Without NAME, all networks of the zoo are evaluated. The scores are shown beside those stored
+    Without NAME, all networks with weights are evaluated. The scores are shown beside those stored
     with the weights.
     """
     where = find_device(device)
     # Load all networks before the first is evaluated.
-    loaded = [(entry, load(entry.name, device=where)) for entry in entries(names)]
+    default = [entry for entry in EVERY if entry.path.is_file()] or EVERY
+    loaded = [(entry, load(entry.name, device=where)) for entry in entries(names, default)]
     scenes = Scenes("07", "test", count=images, material=material)
     table = []
     for entry, network in loaded:
@@ -197,9 +199,9 @@ def worst(score: Score, classes: Sequence[str]) -> str:
 @options.count("--steps", default=3, show_default=True, help="Number of updates of the attack.")
 @options.device
 @click.option(
-    "--install/--no-install",
-    default=True,
-    help="Copy the weights of the zoo's networks into the package, where they are loaded by name.",
+    "--install",
+    is_flag=True,
+    help="Copy the weights into the package, over those that are loaded by name.",
 )
 def train(
     names: tuple[str, ...],
@@ -213,16 +215,24 @@ def train(
 ) -> None:
     """Train networks on scenes.
 
-    Without NAME, all networks of the zoo are trained. The backbones are trained first, on crops,
-    each once for all networks that have it. Each training runs in its own process. For each network
-    and each backbone the folder gets a checkpoint (NAME.pt), the losses (NAME.jsonl, NAME.png) and
-    the weights (NAME.safetensors).
+    Without NAME, the paper's twelve networks and FCOS-VGG are trained. The backbones are trained
+    first, on crops, each once for all networks that have it. Each training runs in its own process.
+    For each network and each backbone the folder gets a checkpoint (NAME.pt), the losses
+    (NAME.jsonl, NAME.png) and the weights (NAME.safetensors).
     """
     adversary = None
     if adversarial is not None:
         inner(adversarial, epsilon, steps)  # raises if one of them is invalid
         adversary = Adversary(adversarial, epsilon, steps)
-    chosen = [one if adversary is None else one.against(adversary) for one in entries(names)]
+    chosen = entries(names, ENTRIES)
+    if adversary is not None:
+        chosen = [entry.against(adversary) for entry in chosen]
+    if install and not set(chosen) <= set(EVERY):
+        others = ", ".join(entry.name for entry in chosen if entry not in EVERY)
+        raise ArgumentError(
+            f"install must be for networks of the zoo as they are, got {others} with settings of "
+            "its own"
+        )
     settings = {**given, "device": str(find_device(device))}
     jobs = min(jobs or cores(), len(chosen))
     messages: Any = multiprocessing.get_context("spawn").Queue()
@@ -249,7 +259,6 @@ def collect(future: Future[Path], entry: Entry, install: bool, progress: Trainin
     """Install the weights of a finished training if wanted, and report its score."""
     path = future.result()
     known = read_metadata(path)
-    install = install and entry in EVERY
     if install:
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(entry.path) as temporary:

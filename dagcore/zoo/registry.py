@@ -111,7 +111,7 @@ class Entry:
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"{self.name} has no weights in {self.path.parent}: "
-                f"make them with `dagcore zoo train '{self.name}'`"
+                f"make them with `dagcore zoo train '{self.name}' --install`"
             )
         return self.path
 

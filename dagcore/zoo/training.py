@@ -79,8 +79,8 @@ RECIPES = {
     "dl-rn101": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
     "fr-zf": Recipe(60_000, learning_rate=8e-4),
     "fr-vgg": Recipe(30_000),
-    "r-fcn-rn50": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
-    "r-fcn-rn101": Recipe(60_000, learning_rate=2e-3, start_rate=0.2),
+    "r-fcn-rn50": Recipe(100_000, learning_rate=2e-3, start_rate=0.3),
+    "r-fcn-rn101": Recipe(70_000, learning_rate=2e-3, start_rate=0.3),
     "fcos-vgg": Recipe(30_000),
 }
 # Backbones are trained to classify crops, whose materials are STRONG at first.
