@@ -382,9 +382,10 @@ def test_the_commands(tmp_path, weights, capfd):
     assert rows["FCN-Alex"]["sha256"][:12] in table
     assert table.count("not trained yet") == len(rows) - 2
     assert main(["zoo", "evaluate", *names, "--images", "2", "--protocol", "coco"]) == 0
-    table = capfd.readouterr().out
+    table, told = capfd.readouterr()
     assert "mIoU" in table
     assert "mAP (coco)" in table
+    assert all(f"{name}: 2/2\n" in told for name in names)
 
 
 def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):

@@ -9,7 +9,7 @@ import multiprocessing
 import queue
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from ..data import SCENE_CLASSES, Scenes
+from ..data import SCENE_CLASSES, Example, Scenes
 from ..data.scenes import MATERIAL
 from ..defences.training import INNER, inner
 from ..errors import ArgumentError
@@ -30,7 +30,7 @@ from ..zoo.checkpoint import read_metadata
 from ..zoo.evaluation import evaluate
 from ..zoo.registry import ENTRIES, EVERY, Adversary, Entry, build, find, load
 from . import options
-from .progress import TrainingProgress, print_table
+from .progress import Counter, TrainingProgress, print_table
 
 TELL_SECONDS = 0.5  # between two messages of a process
 
@@ -152,8 +152,20 @@ def show_scores(
     loaded = [(entry, load(entry.name, device=where)) for entry in entries(names, default)]
     scenes = Scenes("07", "test", count=images, material=material)
     table = []
-    for entry, network in loaded:
-        score = evaluate(network, scenes, protocol=protocol)
+    counter = Counter(transient=True)
+
+    def counted(what: str) -> Iterator[Example]:
+        counter.add(what, len(scenes))
+        for scene in scenes:
+            yield scene
+            counter.advance(what)
+
+    with counter:
+        measured = [
+            (entry, evaluate(network, counted(entry.name), protocol=protocol))
+            for entry, network in loaded
+        ]
+    for entry, score in measured:
         known = read_metadata(entry.path)
         keys = {"voc2007": "score", "coco": "coco"}
         key = "score" if entry.task == "segmentation" else keys.get(protocol, "")

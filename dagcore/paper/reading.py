@@ -50,7 +50,7 @@ class Finding:
         paper = "" if self.paper is None else f"; in the paper {self.paper:.0f} %"
         return (
             f"{self.what} ({self.cells}): {self.measured:.0f} % of the clean score is left, mean "
-            f"of {self.count} cells{paper}."
+            f"of {self.count} cell{'s' * (self.count > 1)}{paper}."
         )
 
 
