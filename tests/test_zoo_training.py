@@ -294,6 +294,7 @@ def test_boxes_that_leave_the_frame_are_left_out():
 
 
 def test_arguments_are_checked(tmp_path):
+    """Before anything is trained or written."""
     for key in ("samples", "start_samples", "checkpoint_steps", "test_scenes"):
         with pytest.raises(
             ValueError, match=f"{key.removeprefix('start_')} must be at least 1, got 0"
@@ -303,6 +304,7 @@ def test_arguments_are_checked(tmp_path):
         training.train("DL-VGG", out=tmp_path, seed=-1)
     with pytest.raises(ValueError, match="name must be one of FCN-Alex, "):
         training.train("AlexNet", out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
     network = zoo.build("FCN-Alex", num_classes=13, width=1 / 16)
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         evaluate(network, count=0)

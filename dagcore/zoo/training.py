@@ -163,6 +163,7 @@ def train(
     """
     entry = find(name)
     seed = seed_of_name(entry.name) if seed is None else seed
+    recipe = _recipe(recipe_of(entry), samples, seed)
     checks.integer("test_scenes", test_scenes, at_least=1)
     width = entry.width if width is None else width
     start = train_start(
@@ -175,14 +176,7 @@ def train(
         callback=callback,
     )
     with _own_generators(device):
-        training = FineTuning(
-            entry,
-            _recipe(recipe_of(entry), samples, seed),
-            seed=seed,
-            width=width,
-            device=device,
-            start=start,
-        )
+        training = FineTuning(entry, recipe, seed=seed, width=width, device=device, start=start)
         _carry_out(training, Path(out), checkpoint_steps, callback)
         return finish(training, Path(out) / f"{entry.slug}.safetensors", test_scenes)
 
