@@ -21,27 +21,27 @@ def test_the_rows_of_a_network(tmp_path):
     report = run_defence(setup, ["FCN-VGG"], ["none", "JPEG 75", "noise 0.03"])
     assert [row["defence"] for row in report.rows] == ["none", "JPEG 75", "noise 0.03"]
     bare, jpeg, _ = report.rows
-    assert bare["4/255, oblivious"] == bare["4/255, adaptive"]
+    assert bare["2/255, oblivious"] == bare["2/255, adaptive"]
     for row in report.rows:
-        for radius in ("1/255", "4/255"):
+        for radius in ("1/255", "2/255"):
             left = [row[f"{radius}, {what}"] for what in ("oblivious", "adaptive", "worst case")]
             assert left[2] <= min(left) + 1e-9
             assert 0 <= left[2] < row["clean"] <= 100
-    assert bare["4/255, worst case"] <= bare["1/255, worst case"]
-    assert jpeg["4/255, adaptive"] < jpeg["4/255, oblivious"]
+    assert bare["2/255, worst case"] <= bare["1/255, worst case"]
+    assert jpeg["2/255, adaptive"] < jpeg["2/255, oblivious"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     again = run_defence(setup, ["FCN-VGG"], ["none", "JPEG 75", "noise 0.03"])
     assert again.rows == report.rows
     assert {path: path.stat().st_mtime_ns for path in before} == before
     paths = report.write(setup)
     assert {path.name for path in paths} == {"defence.json", "defence.md", "defence.png"}
-    assert "At 4/255 transforms leave, in the mean," in (tmp_path / "defence.md").read_text()
+    assert "At 2/255 transforms leave, in the mean," in (tmp_path / "defence.md").read_text()
 
 
 def test_the_rows_of_a_detector(tmp_path):
     setup = Setup(out=tmp_path, images=2, max_iter=3, jobs=1)
     (row,) = run_defence(setup, ["FR-ZF-07"], ["median 3"]).rows
-    for radius in ("1/255", "4/255"):
+    for radius in ("1/255", "2/255"):
         assert row[f"{radius}, worst case"] <= row[f"{radius}, adaptive"]
         assert row[f"{radius}, worst case"] <= row["clean"]
 

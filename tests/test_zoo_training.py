@@ -92,7 +92,7 @@ def test_training_against_an_attack(tmp_path, weights, capfd):
     assert main([*train, "--adversarial", "pgd", "--epsilon", "0"]) == 2
     assert "epsilon must be a finite number above 0, got 0" in capfd.readouterr().err
     robust = {entry.name: entry for entry in zoo.ROBUST}
-    assert robust["FCN-VGG-PGD"].adversary == zoo.Adversary("pgd", 4 / 255, 3)
+    assert robust["FCN-VGG-PGD"].adversary == zoo.Adversary("pgd", 2 / 255, 3)
 
 
 def test_what_a_training_leaves(tmp_path):

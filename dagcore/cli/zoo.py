@@ -59,7 +59,7 @@ TRAIN_EXAMPLES = """
 Examples:
   dagcore zoo train DL-VGG
   dagcore zoo train "FCN-Alex*" --samples 8000 --start-samples 16000 --out quick
-  dagcore zoo train FCN-VGG --adversarial pgd --epsilon 4/255 --steps 3
+  dagcore zoo train FCN-VGG --adversarial pgd --epsilon 4/255 --steps 7
 """
 
 
@@ -206,7 +206,7 @@ def worst(score: Score, classes: Sequence[str]) -> str:
     help="Train against this attack, on half of each batch. NAME becomes NAME-ATTACK.",
 )
 @options.number(
-    "--epsilon", default="4/255", show_default=True, help="Radius of the attack's L-infinity ball."
+    "--epsilon", default="2/255", show_default=True, help="Radius of the attack's L-infinity ball."
 )
 @options.count("--steps", default=3, show_default=True, help="Number of updates of the attack.")
 @options.device

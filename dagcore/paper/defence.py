@@ -44,7 +44,7 @@ DEFENCES: dict[str, Callable[[Any], Any]] = {
     "resize and pad": partial(defences.resize_pad, least=0.8),
     "augmented": defences.augmented,
 }
-RADII = {"1/255": 1 / 255, "4/255": 4 / 255}
+RADII = {"1/255": 1 / 255, "2/255": 2 / 255}  # the second is that of the robust networks
 MOST = 20  # maximum number of images: the worst case takes hundreds of passes per image
 DRAWS = 4
 STEPS, LONGEST, UPDATES = 20, 30, 150  # updates of CosPGD, of each Auto-PGD, and of DAG

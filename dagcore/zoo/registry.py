@@ -137,9 +137,9 @@ ENTRIES = (
 ROBUST = tuple(
     next(entry for entry in ENTRIES if entry.name == name).against(adversary)
     for name, adversary in (
-        ("FCN-VGG", Adversary("pgd", 4 / 255, 3)),
-        ("DL-VGG", Adversary("pgd", 4 / 255, 3)),
-        ("FR-ZF-07", Adversary("dag", 4 / 255, 3)),
+        ("FCN-VGG", Adversary("pgd", 2 / 255, 3)),
+        ("DL-VGG", Adversary("pgd", 2 / 255, 3)),
+        ("FR-ZF-07", Adversary("dag", 2 / 255, 3)),
     )
 )
 EVERY = (*ENTRIES, *ROBUST)

@@ -91,7 +91,7 @@ STARTS = {
     "ResNet-50": Recipe(200_000, batch=32, learning_rate=2e-3),
     "ResNet-101": Recipe(200_000, batch=32, learning_rate=2e-3),
 }
-ROBUST_SAMPLES = 30_000  # for networks trained against attacks
+ROBUST = 2  # factor on samples and learning rate of networks that are trained against attacks
 ATTACKED = 0.5  # fraction of each of their batches that is attacked
 GROWTH = 0.3  # fraction of their steps after which the radius has grown to its full size
 CROPS = {"07": 6000, "12": 6000}
@@ -243,9 +243,10 @@ def train_start(
 def recipe_of(entry: Entry) -> Recipe:
     """Return the default recipe of a network."""
     recipe = RECIPES[entry.architecture]
-    return (
-        recipe if entry.adversary is None else dataclasses.replace(recipe, samples=ROBUST_SAMPLES)
-    )
+    if entry.adversary is None:
+        return recipe
+    samples, learning_rate = ROBUST * recipe.samples, ROBUST * recipe.learning_rate
+    return dataclasses.replace(recipe, samples=samples, learning_rate=learning_rate)
 
 
 def start_name(backbone: str, width: float) -> str:
