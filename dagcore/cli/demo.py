@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,16 @@ class Demo:
         """Attack the first `count` photographs, write the results, and return the first target."""
         settings = AttackOptions(model="demo", levels=self.levels, **options)
         cpu = torch.device("cpu")
-        driver = Driver(settings, self.victim, self.source, cpu, slots=count)
-        updates = itertools.count()
+        driver = Driver(settings, self.victim, self.source, cpu, slots=1)  # a result at a time
+        updates: dict[str, Iterator[int]] = {}
 
-        def tell(_: list[Job], active: Tensor) -> None:
-            self.progress.update(what, next(updates), int(active.clamp(min=0).sum()))
+        def tell(jobs: list[Job], active: Tensor) -> None:
+            (job,) = jobs
+            update = next(updates.setdefault(job.name, itertools.count()))
+            self.progress.update(f"{job.name}-{what}", update, int(active.clamp(min=0).sum()))
 
-        found = sorted(driver.run(range(count), callback=tell), key=lambda one: one[0].number)
-        for job, outcome in found:
+        targets = []
+        for job, outcome in driver.run(range(count), callback=tell):
             record = {
                 "model": "demo",
                 "attack": settings.attack,
@@ -123,7 +125,8 @@ class Demo:
             record |= job.target.record
             write(named, self.out, self.victim, leaves=settings.leaves, record=record)
             self.finished((job.name, what), named)
-        return found[0][0].target
+            targets.append(job.target)
+        return targets[0]
 
     def attack_scene(self) -> None:
         """Attack networks of the zoo on a scene, as `dagcore attack` does."""
