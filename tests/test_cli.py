@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -458,6 +459,7 @@ def test_info_tells_what_is_registered():
 
 
 def test_demo_in_small(tmp_path, capsys):
+    tmp_path /= "a folder"
     demo.run(tmp_path / "demo", ("chelsea",), (192, 128))
     shown = capsys.readouterr().out
     assert shown.count("converged") >= 3
@@ -470,7 +472,7 @@ def test_demo_in_small(tmp_path, capsys):
         assert str(tmp_path / f"demo/{network}/scene.figure.png") in shown
         numbers = json.loads((tmp_path / f"demo/{network}/scene.json").read_text())
         assert numbers["active"][0] > numbers["active"][-1]
-    (line,) = (line.split() for line in shown.splitlines() if "--attack pgd" in line)
+    (line,) = (shlex.split(line) for line in shown.splitlines() if "--attack pgd" in line)
     assert line[0] == "dagcore"
     assert main([*line[1:-1], str(tmp_path / "attacked")]) == 0  # as pasted, but for the folder
     assert (tmp_path / "attacked/scene.png").is_file()

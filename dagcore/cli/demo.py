@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -178,7 +179,7 @@ def run(
             background=demo.victim.classes[pattern.record["background"]],
             files=FILES[levels],
             scenes=" and ".join(map(str, scenes)),
-            scene=demo.scene,
+            scene=shlex.quote(str(demo.scene)),
         )
     )
 
