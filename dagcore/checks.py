@@ -153,7 +153,10 @@ def bounds(value: object) -> None:
     for name, bound in zip(("bounds[0]", "bounds[1]"), value, strict=True):
         number(name, bound)
     if not value[0] < value[1] or not math.isfinite(float(value[1]) - float(value[0])):
-        raise ArgumentError(f"bounds must be (lower, upper) or None, got {value!r}")
+        raise ArgumentError(
+            "bounds must be (lower, upper) with lower below upper, a finite distance apart, or "
+            f"None, got {value!r}"
+        )
 
 
 def shown(value: int) -> str:

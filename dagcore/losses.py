@@ -76,8 +76,9 @@ class Loss:
             adversarial_labels: (N, *T) likewise, for a targeted loss; see `dagcore.ops.loss_seed`.
             ignore_index: the label of targets that never count.
             align_corners: as for `torch.nn.functional.interpolate`.
-            reduction: "mean" over the targets that are not ignored (NaN if there are none), "sum"
-                over all, or "none" for the sum of each image.
+            reduction: "sum" over all targets, "none" for the sum of each image, or "mean", the sum
+                divided by the number of targets whose label is not `ignore_index` (NaN if there are
+                none). Class weights do not change the divisor, unlike torch's cross_entropy.
 
         Returns:
             float32, or float64 for float64 scores: a scalar, or (N,) for "none".
@@ -87,6 +88,8 @@ class Loss:
             RuntimeError: on a second derivative.
         """
         checks.choice("reduction", reduction, REDUCTIONS)
+        checks.tensor("scores", scores, checks.FLOAT_DTYPES)
+        checks.tensor("labels", labels, checks.LABEL_DTYPES)
         sums = cast(
             Tensor,
             _Fused.apply(scores, labels, adversarial_labels, self, ignore_index, align_corners),
@@ -193,7 +196,7 @@ class LossObjective:
     adversarial label.
 
     Args:
-        loss: a name, a `Loss`, or a user-defined loss.
+        loss: a `Loss` or a user-defined loss; see `named` for names.
         ignore_index: label of the targets that never count.
         blend_steps: number of updates in which the blend of "blended-cross-entropy" rises from 0 to
             1/2, as in SegPGD; None: the blend is constant.
@@ -349,15 +352,24 @@ class LossObjective:
                     align_corners=align_corners,
                 )
             losses = self.loss(high, labels, *(() if aims is None else (aims,)))
-            checks.tensor("what loss returns", losses, checks.FLOAT_DTYPES)
+            checks.tensor("the value of loss", losses, checks.FLOAT_DTYPES)
             if losses.shape not in (labels.shape[:1], labels.shape):
                 raise ArgumentError(
                     "loss must return one value for each image or target, of shape "
                     f"{tuple(labels.shape[:1])} or {tuple(labels.shape)}, "
                     f"got {tuple(losses.shape)}"
+                    + " (torch.nn losses need reduction='none')"
+                    * (losses.dim() == 0)
                 )
             sums = losses.reshape(len(losses), -1).sum(1, dtype=torch.float64)
-            (seed,) = torch.autograd.grad(sums.sum(), leaf)
+            seed = None
+            if sums.requires_grad:
+                (seed,) = torch.autograd.grad(sums.sum(), leaf, allow_unused=True)
+            if seed is None:
+                raise ArgumentError(
+                    "loss must be differentiable in the scores, got values without a gradient to "
+                    "them (detached, or of argmax?)"
+                )
         best, winner = high.detach().max(1)
         active = self.active(scores.shape[1], labels, aims, winner)
         broken = best.isnan().reshape(len(best), -1).any(1)

@@ -6,6 +6,7 @@ Each measure collects a data set through `update`, and returns the result from `
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import checks
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 from .optional import optional_import
 
 VOID = 255
@@ -94,8 +95,10 @@ def mean_iou(
 ) -> Score:
     """Return the `MeanIoU` of predicted maps against masks, (H, W) each, of any sizes."""
     measure = MeanIoU(num_classes, void=void)
-    for prediction, mask in zip(predictions, masks, strict=True):
-        measure.update(prediction, mask)
+    for pair in itertools.zip_longest(predictions, masks):
+        if any(one is None for one in pair):
+            raise ArgumentError("predictions and masks must have the same length")
+        measure.update(*pair)
     return measure.compute()
 
 
@@ -245,10 +248,14 @@ class AveragePrecision:
         Args:
             prediction: detections as returned by torchvision's detectors: "boxes" (D, 4), left,
                 top, right, bottom in pixels; "labels" (D,) integers; "scores" (D,).
-            boxes: true boxes (K, 4).
-            labels: classes of the true boxes, (K,) integers.
+            boxes: true boxes (K, 4), as in `prediction`.
+            labels: classes of the true boxes, (K,) uint8, int32 or int64, from 1 to C - 1.
             difficult: (K,) bool; None if no box is difficult.
             iscrowd: (K,) bool; None if no box is a crowd.
+
+        Raises:
+            TypeError, ValueError: a wrong argument; the message names it, what was required and
+                what came.
         """
         seen = _Detections(prediction, boxes, labels, difficult, iscrowd, self.num_classes)
         for label in seen.labels[~seen.ignored].tolist():
@@ -404,15 +411,20 @@ class _Detections:
         num_classes: int,
         min_score: float = -math.inf,
     ) -> None:
+        if not isinstance(prediction, Mapping):
+            raise ArgumentTypeError(
+                "prediction must be a mapping with 'boxes', 'labels' and 'scores', the detections "
+                f"in one image, got {type(prediction).__name__}"
+            )
         for key in ("boxes", "labels", "scores"):
             if key not in prediction:
                 raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
         found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
+        _check_boxes("prediction['boxes']", found, "prediction['labels']", classes, num_classes)
+        _check_boxes("boxes", boxes, "labels", labels, num_classes)
         none = torch.zeros(len(labels), dtype=torch.bool)
         difficult = none if difficult is None else difficult
         iscrowd = none if iscrowd is None else iscrowd
-        _check_boxes("prediction['boxes']", found, "prediction['labels']", classes, num_classes)
-        _check_boxes("boxes", boxes, "labels", labels, num_classes)
         checks.tensor("prediction['scores']", scores, checks.FLOAT_DTYPES)
         checks.shape("prediction['scores']", scores, (len(found),), "prediction['boxes']")
         for name, flags in (("difficult", difficult), ("iscrowd", iscrowd)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 from .levels import nearest, value
 
 
@@ -80,7 +80,14 @@ def value_range(images: Tensor, bounds: tuple[float, float] | None = None) -> Te
     Args:
         images: (N, *) clean images.
         bounds: (lower, upper), None if there are none.
+
+    Raises:
+        TypeError, ValueError: images that are no tensor, or bounds that are no pair of numbers.
     """
+    if not isinstance(images, Tensor):
+        raise ArgumentTypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if bounds is not None:
+        checks.bounds(bounds)
     width = images.new_ones(len(images), dtype=torch.float64)
     if bounds is not None:
         return width * (float(bounds[1]) - float(bounds[0]))
@@ -103,7 +110,7 @@ def perceptibility(perturbation: Tensor, value_range: float | Tensor = 1.0) -> T
     checks.tensor("perturbation", perturbation, checks.FLOAT_DTYPES)
     if perturbation.dim() < 2:
         raise ArgumentError(
-            f"perturbation must have shape (N, C, H, W), got {tuple(perturbation.shape)}"
+            f"perturbation must have shape (N, C, *pixels), got {tuple(perturbation.shape)}"
         )
     if isinstance(value_range, Tensor):
         checks.shape("value_range", value_range, perturbation.shape[:1], "perturbation")

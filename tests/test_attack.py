@@ -898,7 +898,11 @@ WRONG_CALLS = {
         ValueError,
         "adversarial_labels must be 'permutation', 'random' or 'runner-up', got 'strongest'",
     ),
-    "adversarial type": ({"adversarial_labels": 3}, ValueError, "adversarial_labels must be"),
+    "adversarial type": (
+        {"adversarial_labels": 3},
+        TypeError,
+        "adversarial_labels must be a torch.Tensor, a string or None, got int",
+    ),
     "generator": (
         {"generator": 0},
         TypeError,

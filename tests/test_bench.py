@@ -59,7 +59,7 @@ def test_sides_are_timed_in_turn():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "FR-ZF-07"), "--model must be a segmentation network, FR-ZF-07 is a detector"),
+        (("--model", "FR-ZF-07"), "a segmentation network, got FR-ZF-07, a detector"),
         (("--size", "512"), "size must be WIDTHxHEIGHT, such as 512x384, got '512'"),
         (("--size", "0x4"), "size must be WIDTHxHEIGHT, such as 512x384, got '0x4'"),
         (

@@ -131,7 +131,7 @@ def test_attack_warns_of_a_file_that_fails(folder, capsys):
     assert left > 0
     warning = "dagcore attack: warning: 1 of 1 images that converged have active targets in their"
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith(warning)]
-    assert f" cat.png {left} of " in line
+    assert f"most in cat.png: {left} of " in line
     assert attack("--margin", "0.1", out="kept") == 0
     assert "warning" not in capsys.readouterr().err
     assert record(out="kept")["settings"]["levels"] == 256
@@ -255,14 +255,14 @@ def test_gamma_and_epsilon_are_read_as_fractions(folder):
         (["--adversarial", "runner-up", "--goal", "reach"], "runner-up requires --goal leave"),
         (["--adversarial", "circle", "--foreground", "1", "--background", "fur"], "must differ"),
         (["--foreground", "1"], "--foreground and --background require a pattern"),
-        (["--weights", "cat.png"], "weights must be None"),
+        (["--weights", "cat.png"], "weights must not be given"),
         (["--labels", "none.png"], "none.png"),
         (["--labels", "cat.png"], "palette or grey image"),
         (["--labels", "maps"], "maps/cat.png does not exist, but cat.png needs it"),
         (
             ["--labels", "large.png"],
-            "must have 96 x 64 pixels, the size of the image or 48 x 32 pixels, the size of the "
-            "model's score map, got 192 x 64",
+            "must have 96 x 64 pixels (the size of the image) or 48 x 32 pixels (the size of the "
+            "model's score map), got 192 x 64",
         ),
         (["--labels", "five.png"], "must hold classes below 5"),
         (["--out", "cat.png/out"], "cat.png/out"),

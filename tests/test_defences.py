@@ -339,7 +339,10 @@ def test_what_is_refused(network, detector):
         (lambda: defences.gaussian(network, 0), "sigma must be a finite number above 0, got 0"),
         (lambda: defences.noise(network, -1), "std must be a finite number above 0, got -1"),
         (lambda: defences.resize_pad(network, 1.5), r"least must be at most 1, got 1\.5"),
-        (lambda: defences.augmented(network, ()), "scales must have at least one member"),
+        (
+            lambda: defences.augmented(network, ()),
+            "scales must be a sequence of at least one",
+        ),
         (lambda: defences.augmented(network, (1, 2)), r"scales\[1\] must be at most 1, got 2"),
         (lambda: defences.noise(network, seed=-1), "seed must be at least 0, got -1"),
     ):

@@ -66,7 +66,8 @@ def test_a_signal_ends_cleanly(here):
     done = wait(launch(here, "signal", fate="SIGTERM os.rename /images/ 3 0"))
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr.splitlines()[-1] == (
-        f"dagcore evaluate: SIGTERM after 3 of {COUNT} images: the same command resumes"
+        f"dagcore evaluate: stopped by SIGTERM, 3 of {COUNT} images are done: "
+        "run the same command again to resume"
     )
     assert wait(launch(here, "signal")).returncode == 0
     assert results(here / "signal") == results(here / "whole")

@@ -201,7 +201,7 @@ def test_a_result_goes_on_from_where_it_stopped():
 def test_bad_samples_of_a_stream():
     net, images = network(1), some_images()
     labels = seen(net, images)
-    with pytest.raises(TypeError, match="labels must be given for each of 2 networks"):
+    with pytest.raises(TypeError, match="labels must be a sequence with an entry for each of 2"):
         list(joint_stream(DAG(), [Part(net)] * 2, [Sample(images[0], [labels[0]])]))
     with pytest.raises(ValueError, match=r"parts\[0\]: labels must be None"):
         joint_stream(DAG(), [Part(net, labels)], [])

@@ -72,7 +72,7 @@ def test_mean_iou_refuses() -> None:
         measure.update(torch.zeros(1, 2), maps([0, 0]))
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         MeanIoU(1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="predictions and masks must have the same length"):
         mean_iou([maps([0])], [], 2)
     assert math.isnan(measure.compute().mean)  # what was refused left nothing behind
 

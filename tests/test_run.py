@@ -379,7 +379,7 @@ BROKEN = [
     (break_text, "b.png cannot be read as an image"),
     (break_size, "cannot take b (1 x 1 pixels)"),
     (break_depth, "b.png must have 8 bits per channel, got mode I;16"),
-    (break_label_size, "label map of b must have 32 x 24 pixels, the size of the image"),
+    (break_label_size, "label map of b must have 32 x 24 pixels (the size of the image)"),
     (break_label_class, "label map of b must hold classes below 5 (255 is ignored), got 7"),
     (break_label_count, "got 5 (are they numbered from 1?)"),
     (break_label_mode, "must be a palette or grey image whose values are classes, got mode RGB"),
@@ -714,7 +714,7 @@ def test_names_that_are_too_long_are_put_on_record(photos):
     assert start("--data", "photos", "--max-iter", 1) == 0
     (broken,) = summary()["failed"]
     assert broken["name"] == name
-    assert "must leave room for its ending" in broken["reason"]
+    assert "an image's name must have at most" in broken["reason"]
     assert summary()["attacked"] == 6
 
 

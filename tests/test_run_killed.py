@@ -88,7 +88,8 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
         have = len(list(out.glob("records/*.json")))
         assert before + 3 <= have < COUNT
         assert done.stderr.splitlines()[-1] == (
-            f"dagcore run: {number.name} after {have} of {COUNT} images: the same command resumes"
+            f"dagcore run: stopped by {number.name}, {have} of {COUNT} images are done: "
+            "run the same command again to resume"
         )
         assert "Traceback" not in done.stderr
         assert not [path for path in out.rglob(".*") if path.name != ".lock"]

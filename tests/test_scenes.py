@@ -193,7 +193,7 @@ def test_a_scene_depends_on_seed_family_split_and_index_alone() -> None:
         assert not torch.equal(other.image, base[1].image)
         keys.add(other.key)
     assert len(keys) == 6
-    with pytest.raises(IndexError, match=r"index must lie in \[0, 3\), got 3"):
+    with pytest.raises(IndexError, match=r"index must lie in \[-3, 3\), got 3"):
         base[3]
 
 

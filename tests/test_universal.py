@@ -186,7 +186,7 @@ def test_the_model_is_put_back():
     ("change", "error", "message"),
     [
         ({"samples": []}, ValueError, "samples must have at least one image, got none"),
-        ({"samples": [3]}, TypeError, "samples must be dagcore.Sample, got int"),
+        ({"samples": [3]}, TypeError, r"samples\[0\] must be a dagcore.Sample, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"labels": torch.zeros(3, 3)}, TypeError, r"samples\[0\]: labels must be uint8"),
         ({"image": torch.full((3, 12, 16), 2.0)}, ValueError, r"samples\[0\]: images must lie"),

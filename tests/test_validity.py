@@ -419,7 +419,7 @@ def test_ignored_pixels_do_not_count(images, labels):
     [
         ({"victim": 3}, "victim must be callable, got int"),
         ({"surrogate": 3}, "surrogate must be callable, got int"),
-        ({"images": []}, "images must be a sequence of tensors"),
+        ({"images": []}, "images must be a sequence of at least one tensor, got an empty list"),
         (
             {"labels": [torch.zeros(32, 32, dtype=torch.int64)]},
             "one map for each of 2 images, got 1",

@@ -109,7 +109,7 @@ def test_unknown_names():
         victims.load("vgg16")
     with pytest.raises(ValueError, match=r"got 'fcn-resnet5'; did you mean fcn_resnet50\?"):
         victims.load("fcn-resnet5")
-    with pytest.raises(ValueError, match="weights must be None"):
+    with pytest.raises(ValueError, match="weights must not be given"):
         victims.load("Demo", "weights.pth")
 
 

@@ -415,7 +415,7 @@ def test_attacking_a_network_of_the_zoo(tmp_path, weights, capfd, monkeypatch):
         (["train", "AlexNet"], "name must be one of FCN-Alex, "),
         (
             ["train", "FCN-VGG", "--adversarial", "pgd", "--epsilon", "0.1", "--install"],
-            "install must be for networks of the zoo as they are, got FCN-VGG-PGD with settings",
+            "--install requires networks that the zoo ships, with the same --adversarial",
         ),
         (["train", "--samples", "0"], "Invalid value for '--samples'"),
         (["train", "DL-VGG", "--device", "nowhere", "--out", "{}"], "--device must be cpu"),

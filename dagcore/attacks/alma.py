@@ -52,8 +52,8 @@ class ALMAProx(Attack):
     iterate. The attack always makes all `steps`, unless the clean image is already fooled. It is
     untargeted unless adversarial labels are given.
 
-    Networks need at least 3 classes, 4 for a targeted attack. The attack supports one image and one
-    network: `joint_attack` and `universal_perturbation` refuse it.
+    Networks need at least 3 classes, 4 for a targeted attack. A perturbation is always for one
+    image and one network: `joint_attack` and `universal_perturbation` refuse the attack.
 
     Args:
         share: fraction of the targets, ignored ones aside, that must be fooled.
@@ -125,8 +125,8 @@ class ALMAProx(Attack):
         if self.alpha * self.decay < spacing:
             raise ArgumentError(
                 "alpha * decay must be at least the spacing of "
-                f"{checks.names([images.dtype])} images, {spacing:.2e}, or steps are lost, got "
-                f"{self.alpha * self.decay:.2e}: use float32 images "
+                f"{checks.names([images.dtype])} images, {spacing:.2e}, got "
+                f"{self.alpha * self.decay:.2e}: steps would be lost. Use float32 images "
                 "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )
 

@@ -65,7 +65,8 @@ class APGD(BallAttack):
             )
         if min(steps for steps, _ in self.phases) < 1:
             raise ArgumentError(
-                f"steps must be enough for one in each of {len(pairs)} radii, got {self.steps}"
+                f"steps must give each of the {len(pairs)} phases of radii at least one step, "
+                f"got {self.steps}"
             )
 
     def _pairs(self) -> Sequence[tuple[float, float]]:

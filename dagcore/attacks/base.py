@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
 from ..engine import frozen
@@ -93,8 +94,10 @@ class Attack(abc.ABC):
                 dagcore.victims that has one).
             images: (N, 3, H, W) floating point, within `bounds`; not modified.
             labels: (N, *T) uint8, int32 or int64: true classes, or `ignore_index`.
-            adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" (the default
-                of `DAG`), "random" or "runner-up"; see `dagcore.labels.assign`.
+            adversarial_labels: (N, *T) likewise, or how to choose them: "permutation" or "random";
+                "runner-up" for `DAG` with the goal "leave" and for the loss "dag"; "untargeted" for
+                all other losses. None: "permutation" for `DAG` and the loss "dag", else
+                "untargeted". See `dagcore.labels.assign`.
             generator: source of the random choices.
             boxes: the boxes (N, P, 4), floating point, at which a detector computes its scores, or
                 any other input (N, *) of the model for each image. The model is then called as
@@ -224,9 +227,18 @@ class Attack(abc.ABC):
         adversarial_labels: Tensor | str,  # (N, *T)
         boxes: Tensor | None = None,  # (N, P, 4)
     ) -> Tensor:
-        """Count the active targets of given images, (N,) int32: say, after rounding them to 8 bits.
+        """Count the active targets of given images, for example after rounding to 8 bits.
 
-        The arguments are those of the attack itself; pass a result's `adversarial_labels`.
+        Args:
+            model, images, labels, boxes: as for the attack.
+            adversarial_labels: those of the attack's `Result`.
+
+        Returns:
+            (N,) int32.
+
+        Raises:
+            TypeError, ValueError: a wrong argument; the message names it, what was required and
+                what came.
         """
         if adversarial_labels is None:
             raise ArgumentError("adversarial_labels must be those of the attack's result, got None")
@@ -290,6 +302,11 @@ class Attack(abc.ABC):
             checks.shape("adversarial_labels", adversarial_labels, tuple(labels.shape), "labels")
             checks.device("adversarial_labels", adversarial_labels, "images", images)
         elif adversarial_labels is not None:
+            if not isinstance(adversarial_labels, str):
+                raise ArgumentTypeError(
+                    "adversarial_labels must be a torch.Tensor, a string or None, "
+                    f"got {type(adversarial_labels).__name__}"
+                )
             self.check_kind(adversarial_labels)
         checks.generator(generator)
         self.check_pixels("images", images)
@@ -336,9 +353,10 @@ class Attack(abc.ABC):
             raise ArgumentError(f"{name} must be finite, got a NaN or an infinity")
         limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
         if max(limits[0] - low, high - limits[1]) > self.rounding(images.dtype):
+            hint = ": divide by 255, or set bounds=(0, 255)" * (limits == [0, 1] and high > 8)
             raise ArgumentError(
                 f"{name} must lie within bounds {self.bounds}, "
-                f"got values in [{low:.9g}, {high:.9g}]"
+                f"got values in [{low:.9g}, {high:.9g}]{hint}"
             )
         self.check_spacing(torch.finfo(images.dtype).eps / 2 * max(abs(low), abs(high)), images)
 
@@ -444,7 +462,9 @@ def check_sample(
 
 
 def check_shared(attack: Attack) -> None:
-    """Raise if the attack cannot make one perturbation for several networks or images."""
+    """Raise unless the attack can make one perturbation for several networks or images."""
+    if not isinstance(attack, Attack):
+        raise ArgumentTypeError(f"attack must be an Attack, such as DAG(), got {attack!r}")
     if attack.alone:
         raise ArgumentError(
             "attack must support several networks or images at a time, as DAG and PGD do, "
@@ -465,6 +485,25 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
     own = getattr(model, "check_boxes", None)
     if own is not None:
         own(boxes, images)
+    elif boxes is not None and not takes_two_inputs(model):
+        raise ArgumentError(
+            f"boxes must be None for a model that takes images only ({type(model).__name__}), "
+            f"got shape {tuple(boxes.shape)}"
+        )
+
+
+def takes_two_inputs(model: Any) -> bool:
+    """Return whether a callable accepts two positional arguments, as far as its signature says."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it has none, for example if it is a builtin
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def drawn_seed(generator: torch.Generator | None) -> int:

@@ -154,6 +154,6 @@ class DAG(Attack):
         if self.gamma < spacing:
             raise ArgumentError(
                 f"gamma must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, or steps are lost, got {self.gamma:.2e}: use float32 images "
+                f"{spacing:.2e}, got {self.gamma:.2e}: steps would be lost. Use float32 images "
                 "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )

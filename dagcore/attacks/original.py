@@ -50,9 +50,9 @@ class Originals:
         """Warn if targets are still active on a network itself."""
         if self.wrong:
             warnings.warn(
-                f"{self.left} targets of {self.wrong} images, of {self.looked} that converged on "
-                "the prepared network, are still active on the network itself: continue there with "
-                "start=result.adversarial and the result's adversarial_labels",
+                f"{self.wrong} of {self.looked} images that converged on the prepared network have "
+                f"active targets on the network itself ({self.left} in all): continue there with "
+                "start=result.adversarial, adversarial_labels=result.adversarial_labels",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -44,7 +44,8 @@ class BallAttack(Attack, abc.ABC):
         checks.integer("restarts", self.restarts, at_least=1, at_most=2**31 - 1)
         if self.restarts > 1 and not self.random_start:
             raise ArgumentError(
-                f"random_start must be True with restarts={self.restarts}: runs would be the same"
+                f"random_start must be True with restarts={self.restarts}, got False: all runs "
+                "would be the same"
             )
         if self.tolerance is not None:
             checks.tolerance(self.tolerance)
@@ -159,7 +160,7 @@ class PGD(BallAttack):
         if self.norm == "linf" and self.alpha < spacing:
             raise ArgumentError(
                 f"alpha must be at least the spacing of {checks.names([images.dtype])} images, "
-                f"{spacing:.2e}, or steps are lost, got {self.alpha:.2e}: use float32 images "
+                f"{spacing:.2e}, got {self.alpha:.2e}: steps would be lost. Use float32 images "
                 "(dagcore.victims.Victim(model) accepts them for a network in half precision)"
             )
 

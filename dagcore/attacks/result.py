@@ -38,9 +38,9 @@ class Result:
     """
 
     adversarial: Tensor
-    """(N, 3, H, W) attacked images. DAG returns the last iterate, whatever the status; `PGD`,
-    `APGD` and their variants return the iterate with the fewest active targets over all
-    restarts."""
+    """(N, 3, H, W) attacked images. `DAG` returns the last iterate, whatever the status; `PGD`,
+    `APGD` and their variants the iterate with the fewest active targets over all restarts;
+    `ALMAProx` the smallest perturbation that fools its share of the targets, if it found one."""
     perturbation: Tensor
     """(N, 3, H, W) adversarial - images."""
     iterations: Tensor
@@ -65,7 +65,8 @@ class Result:
     An image without targets that count is left alone: it is converged from the start. Joint:
     (K, N). Universal: over all samples that were evaluated."""
     adversarial_labels: Tensor | str | tuple[Tensor | str, ...]
-    """The adversarial labels (N, *T), given or drawn, or "runner-up". Pass them to a second call.
+    """The adversarial labels (N, *T), given or drawn, or "runner-up" or "untargeted". Pass them to
+    a second call.
 
     Joint: a tuple of K. Universal: the permutation of the classes (C,) that was drawn, or "given"
     if none was."""
@@ -75,7 +76,8 @@ class Result:
     """(N,) int32, number of active targets of `adversarial`. Joint: over all networks."""
     loss: Tensor | None = None
     """(max_iter + 1, N) float64: the loss, summed over the targets, after 0, 1, ... updates; NaN
-    once an image has stopped. None for DAG, which has no loss. Joint: (max_iter + 1, K, N)."""
+    once an image has stopped. None for `DAG` and `ALMAProx`, which report none. Joint:
+    (max_iter + 1, K, N)."""
     key: Any = None
     """The sample's key, for results of a stream."""
 

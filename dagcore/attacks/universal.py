@@ -43,8 +43,8 @@ def universal_perturbation(
     attack's step along the sum of their gradients. Each gradient is normalised first, so that no
     image outweighs the others: with `DAG`, the step is gamma times the sum over its L-infinity
     norm. The attack ends after its maximum number of updates, or when in a whole round no sample
-    has more active targets than the tolerance allows. An image smaller than the perturbation is
-    perturbed by its upper left part.
+    has more active targets than the tolerance allows. An image smaller than the perturbation gets
+    the upper left part of the perturbation.
 
     Args:
         attack: the settings. Its bounds apply to the images, its epsilon to the perturbation;
@@ -168,7 +168,7 @@ class Rounds:
             sample, name = self.samples[k], f"samples[{k}]"
             if not isinstance(sample, Sample):
                 raise ArgumentTypeError(
-                    f"samples must be dagcore.Sample, got {type(sample).__name__}"
+                    f"{name} must be a dagcore.Sample, got {type(sample).__name__}"
                 )
             if sample.start is not None:
                 raise ArgumentError(f"{name}: start must be None for a universal perturbation")
@@ -251,8 +251,8 @@ class Rounds:
                 left += int(seen.active) if bool(seen.wanted) else 0
         if left:
             warnings.warn(
-                f"{left} targets that the perturbation fools on the prepared network are active on "
-                "the network itself: make the perturbation there, or with a margin",
+                f"the perturbation fools the prepared network, but leaves {left} targets active on "
+                "the network itself: make it on the network itself, or with a margin",
                 RuntimeWarning,
                 stacklevel=3,
             )

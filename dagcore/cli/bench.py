@@ -111,7 +111,7 @@ def measure_updates(
     """
     victim = load(model, weights, torch.device(device))
     if isinstance(victim, Detector):
-        raise ArgumentError(f"--model must be a segmentation network, {model} is a detector")
+        raise ArgumentError(f"--model must be a segmentation network, got {model}, a detector")
     count, height, width = shape
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((count, 3, height, width), generator=generator).to(device)
@@ -222,7 +222,9 @@ def bench(
 @options.count("--batch", default=1, help="Number of images in a batch.")
 @options.count("--rounds", default=9, help="Number of times that each side is timed.")
 @options.device
-@click.option("--json", "path", type=options.FOLDER, metavar="FILE", help="Write all times there.")
+@click.option(
+    "--json", "path", type=options.FOLDER, metavar="FILE", help="File to which to write all times."
+)
 def command(size: tuple[int, int], batch: int, device: str | None, **given: Any) -> None:
     """Time the ops on this machine and, with --model, the updates of attacks on a network.
 

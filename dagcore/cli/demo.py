@@ -58,7 +58,7 @@ What to try next:
   dagcore attack {scene} --model FCN-VGG --attack pgd --epsilon 2/255 --out attacked
   dagcore evaluate --data scenes --images 20 --model DL-VGG --epsilon 1/255 --out results
   dagcore attack PHOTO.jpg --model MODULE:FUNCTION --out attacked
-    on a network of yours: FUNCTION, in MODULE.py, returns it."""
+    attacks your own network, which FUNCTION in MODULE.py returns."""
 FILES = {
     "256": "Every image was attacked on the levels of an 8-bit file, so what the network sees in "
     "the PNG is\nwhat was attacked. --levels none attacks the images in memory, and shows what "
@@ -124,7 +124,7 @@ class Demo:
             }
             named = dataclasses.replace(outcome, name=f"{job.name}-{what}")
             record |= job.target.record
-            write(named, self.out, self.victim, leaves=settings.leaves, record=record)
+            write(named, self.out, self.victim, record=record)
             self.finished((job.name, what), named)
             targets.append(job.target)
         return targets[0]

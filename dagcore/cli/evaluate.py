@@ -62,8 +62,8 @@ Examples:
 @click.option(
     "--surrogate",
     metavar="SPEC",
-    help="Another network, given as --model is. A check compares its adversarial examples, which "
-    "should be no stronger.",
+    help="Another network for the same classes, given like --model. A check tries its adversarial "
+    "examples on the network, whose own should be stronger.",
 )
 @options.work("Number of worst images to draw a figure of.")
 @options.device

@@ -135,14 +135,15 @@ data_set = all_of(
     click.option(
         "--data",
         metavar="scenes|DIR",
-        help="The test scenes, a VOCdevkit folder, or a folder of images. The labels of images are "
-        "given by --labels.",
+        help="scenes, a VOCdevkit folder, or a folder of images. --set chooses a part of scenes or "
+        "VOC; --labels gives the labels of a folder of images.",
     ),
     out("Folder for the results."),
     click.option(
         "--set",
         metavar="A/B",
-        help="Part of the data: FAMILY/SPLIT of scenes, YEAR/LIST of VOC.  [default: .../test]",
+        help="Part of the data: FAMILY/SPLIT for scenes, YEAR/LIST for VOC.  "
+        "[default: 07/test for scenes, 2007/test for VOC]",
     ),
     click.option(
         "--images",
@@ -250,8 +251,8 @@ def attack(*, required: bool) -> Decorator:
         number("--tolerance", default="0", help="Fraction of the targets that may stay active."),
         number(
             "--margin",
-            help="Margin of DAG: by how much a target must be won before it stops counting, in "
-            "units of the scores.  [default: 0]",
+            help="Margin of DAG: lead that a wrong class (with --goal reach the adversarial label) "
+            "needs before a target counts as fooled, in units of the scores.  [default: 0]",
         ),
         levels,
         device,

@@ -65,8 +65,9 @@ class Bars:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[state]}", markup=False),
                 TimeElapsedColumn(),
-                TextColumn("left"),
+                TextColumn("elapsed,"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
                 console=console,
                 transient=self.transient,
             )
@@ -268,7 +269,7 @@ def print_table(
 # Numbers are aligned to the right.
 COLUMNS = (
     ">targets",
-    ">right before",
+    ">right when clean",
     ">updates",
     "status",
     ">active",

@@ -32,8 +32,8 @@ def command(context: click.Context, /, config: Path | None, **given: Any) -> int
 
     The output folder gets images/NAME.png, images.jsonl (one line per image), summary.json,
     speed.json, settings.toml and some figures. A run that was killed resumes where it stopped when
-    the same command is given again. An image that is broken, or whose labels are, is passed over,
-    and images.jsonl records the reason.
+    the same command is given again. Images that are broken, or whose labels are, are skipped, and
+    images.jsonl records the reason.
     """
     settings = Settings.of(options.merged(context, config, given))
     with faults.of_model(settings.model):

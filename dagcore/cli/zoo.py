@@ -184,7 +184,7 @@ def worst(score: Score, classes: Sequence[str]) -> str:
 @command.command("train", epilog=TRAIN_EXAMPLES)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @options.out(
-    "Folder for checkpoints, losses and weights. A training begun there is resumed.",
+    "Folder for checkpoints, losses and weights. A training run begun there is resumed.",
     default="zoo",
 )
 @options.count(
@@ -242,8 +242,8 @@ def train(
     if install and not set(chosen) <= set(EVERY):
         others = ", ".join(entry.name for entry in chosen if entry not in EVERY)
         raise ArgumentError(
-            f"install must be for networks of the zoo as they are, got {others} with settings of "
-            "its own"
+            "--install requires networks that the zoo ships, with the same --adversarial, "
+            f"--epsilon and --steps, got {others}"
         )
     settings = {**given, "device": str(find_device(device))}
     jobs = min(jobs or cores(), len(chosen))

@@ -52,20 +52,24 @@ class CocoBoxes:
                     raise ArgumentError(f"image_id {one['image_id']!r} is not the id of an image")
                 self.objects[image].append(one)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            told = "" if isinstance(error, ArgumentError) else f"{type(error).__name__}: "
-            raise ArgumentError(
-                f"annotation {path} cannot be read as COCO's: {told}{error}"
-            ) from error
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, ArgumentError):
+                told = str(error)
+            elif isinstance(error, KeyError):
+                told = f"{error} is missing"
+            raise ArgumentError(f"annotation {path} cannot be read as COCO's: {told}") from error
         unknown = used - set(names)
         if unknown:
             raise ArgumentError(
-                f"annotation {path} must name its categories, got {sorted(unknown, key=str)}"
+                f"annotation {path} must list every category_id of its annotations in "
+                f"'categories', which lacks {sorted(unknown, key=str)}"
             )
         if classes is None:
             wrong = [k for k in used if not isinstance(k, int) or not 0 <= k < 2**31]
             if wrong:
                 raise ArgumentError(
-                    f"annotation {path} must have categories whose ids are classes, got {wrong}"
+                    f"annotation {path} must have class numbers (integers from 0) as category ids "
+                    f"for a model without class names, got {wrong}"
                 )
         elif absent := sorted(names[k] for k in used if names[k] not in classes):
             raise ArgumentError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..errors import ArgumentTypeError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +31,18 @@ class Example:
     boxes: Tensor
     labels: Tensor
     difficult: Tensor
+
+
+def position(index: object) -> int:
+    """Return the index of an example as an int, for any type that Python takes as an index.
+
+    Raises:
+        TypeError: for anything else, such as a slice.
+    """
+    try:
+        return operator.index(index)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ArgumentTypeError(f"index must be an integer, got {index!r}") from error
 
 
 def cut(

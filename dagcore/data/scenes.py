@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import checks
-from .example import Example, boxes_of
+from .example import Example, boxes_of, position
 from .painting import FAMILIES, OBJECTS, Scene, draw
 
 SCENE_CLASSES = ("background", *OBJECTS)
@@ -79,8 +79,9 @@ class Scenes(Dataset[Example]):
         return (self[i] for i in range(self.count))
 
     def _number(self, index: int) -> int:
+        index = position(index)
         if not -self.count <= index < self.count:
-            raise IndexError(f"index must lie in [0, {self.count}), got {index}")
+            raise IndexError(f"index must lie in [-{self.count}, {self.count}), got {index}")
         return self.first + index % self.count
 
     def key(self, index: int) -> str:

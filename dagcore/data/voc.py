@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .. import checks
 from ..errors import ArgumentError
 from ..optional import optional_import
-from .example import Example, boxes_of, cut
+from .example import Example, boxes_of, cut, position
 
 # fmt: off
 VOC_CLASSES = (
@@ -132,7 +132,7 @@ class VOC(Dataset[Example]):
         """Read an example from its files."""
         from ..files import read_image
 
-        item = self._items[index]
+        item = self._items[position(index)]
         image = read_image(item.image)
         height, width = image.shape[1:]
         if self.task == "detection":

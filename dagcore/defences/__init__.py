@@ -91,15 +91,17 @@ def gaussian(model: Victim, sigma: float = 1.0) -> Any:
 
 
 def noise(model: Victim, std: float = 0.03, *, seed: int = 0) -> Any:
-    """Add normal noise of standard deviation `std`, for images in [0, 1]. Gradients are exact.
+    """Add normal noise of standard deviation `std` and clip to [0, 1]. Gradients are exact.
 
-    The noise is drawn from `seed` and from the image itself. See `jpeg` for the rest.
+    `std` is above 0, for images in [0, 1]. The noise is drawn from `seed` and from the image
+    itself. Cohen et al., Certified Adversarial Robustness via Randomized Smoothing, ICML 2019. See
+    `jpeg` for the rest.
     """
     return _defended(model, [Noise(std)], seed)
 
 
 def resize_pad(model: Victim, least: float = 0.8, *, seed: int = 0) -> Any:
-    """Shrink images by a random factor of at least `least` and place them at random on black.
+    """Shrink images by a random factor from `least` (above 0) to 1, at a random place on black.
 
     Boxes and score maps are mapped along with the images. Gradients are exact: they pass through
     the inverse map. A detector must read its scores at boxes. Xie et al., Mitigating Adversarial
@@ -120,8 +122,8 @@ def augmented(model: Victim, scales: Sequence[float] = (1.0, 0.8), mirror: bool 
         scales: factors above 0 and at most 1.
         mirror: whether to use each scale mirrored too.
     """
-    if not len(scales):
-        raise ArgumentError("scales must have at least one member, got none")
+    if not isinstance(scales, Sequence) or isinstance(scales, str) or not scales:
+        raise ArgumentError(f"scales must be a sequence of at least one number, got {scales!r}")
     for k, scale in enumerate(scales):
         checks.number(f"scales[{k}]", scale, above=0)
         if scale > 1:

@@ -68,7 +68,7 @@ class Defence:
         return f"{what}: {how}"
 
     def adaptive(self, draws: int = 8, seed: int = 1) -> Any:
-        """Return the defences as an attacker sees them who knows them but not their random draws.
+        """Return the defence as seen by an attacker who knows it, but not its random draws.
 
         Scores and gradients are means over `draws` draws from the attacker's own seed (Athalye et
         al., Synthesizing Robust Adversarial Examples, ICML 2018). The first random transform draws

@@ -66,6 +66,9 @@ def attacked(
     checks.number("share", share, at_least=0)
     if share > 1:
         raise ArgumentError(f"share must be at most 1, got {share}")
+    checks.tensor("labels", labels, checks.LABEL_DTYPES)
+    if boxes is not None:
+        checks.tensor("boxes", boxes, checks.FLOAT_DTYPES)
     if images.dim() != 4 or len(labels) != len(images):
         raise ArgumentError(
             f"images must have shape (N, 3, H, W) and one entry of labels each, got "

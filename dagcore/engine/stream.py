@@ -62,8 +62,8 @@ class Sample:
                 value = [value] * networks
             if not isinstance(value, Sequence) or len(value) != networks:
                 raise ArgumentTypeError(
-                    f"{name} must be given for each of {networks} networks, "
-                    f"got {type(value).__name__}"
+                    f"{name} must be a sequence with an entry for each of {networks} networks, got "
+                    + (f"{len(value)}" if isinstance(value, Sequence) else type(value).__name__)
                 )
             columns.append(value)
         return list(zip(*columns, strict=True))

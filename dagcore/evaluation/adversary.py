@@ -75,13 +75,17 @@ class Adversary:
                 return cls("class", find_class(name, num_classes, classes))
             except ValueError as error:
                 raise ArgumentError(
-                    f"--adversarial must be {', '.join(KINDS)}, a pattern ({', '.join(PATTERNS)}, "
-                    f"text:WORDS, mask:FILE) or a class: {error}"
+                    f"--adversarial must be {', '.join((*KINDS, UNTARGETED))}, a pattern "
+                    f"({', '.join(PATTERNS)}, text:WORDS, mask:FILE) or a class: {error}"
                 ) from error
-        inside, outside = (
-            None if given is None else find_class(given, num_classes, classes)
-            for given in (foreground, background)
-        )
+        chosen: dict[str, int | None] = {"--foreground": None, "--background": None}
+        for option, given in zip(chosen, (foreground, background), strict=True):
+            try:
+                if given is not None:
+                    chosen[option] = find_class(given, num_classes, classes)
+            except ValueError as error:
+                raise ArgumentError(f"{option}: {error}") from error
+        inside, outside = chosen.values()
         if inside is not None and inside == outside:
             raise ArgumentError(
                 f"--foreground and --background must differ, both are class {inside}"

@@ -72,7 +72,6 @@ class Plan:
                 outcome,
                 self.request.out,
                 self.driver.victim,
-                leaves=self.request.leaves,
                 record=self._record(job) | job.target.record,
             )
             yield outcome

@@ -135,12 +135,12 @@ class Evaluation(Work):
         if settings.epsilon is not None:
             if not balls:
                 raise ArgumentError(
-                    f"epsilon must be None for {self.protocol.name}, which has no radii"
+                    f"epsilon must not be given for {self.protocol.name}, which has no radii"
                 )
             if not any(entry.norm == self.protocol.norm for entry in balls):
                 raise ArgumentError(
-                    f"epsilon must be None for {self.protocol.name}, which has no attack in its "
-                    f"norm, {self.protocol.norm}"
+                    f"epsilon must not be given for {self.protocol.name}, which has no attack in "
+                    f"its norm, {self.protocol.norm}"
                 )
         self.rules = self._rules("vanish" if self.task == "detection" else UNTARGETED)
         self.surrogate = self._surrogate()
@@ -165,7 +165,10 @@ class Evaluation(Work):
         if given is None:
             return None
         if self.task == "detection":
-            raise ArgumentError("--surrogate requires a segmentation network")
+            raise ArgumentError(
+                "--surrogate requires a segmentation network as --model, got "
+                f"{self.settings.model}, a detector"
+            )
         try:
             return load(given, device=self.device)
         except (OSError, ValueError, TypeError, ImportError) as error:

@@ -125,13 +125,6 @@ class AttackOptions(NetworkOptions):
             ignore_index=files.IGNORE,
         )
 
-    @property
-    def leaves(self) -> bool:
-        """Whether targets are to leave their labels, rather than reach other ones."""
-        if self.attack == "dag":
-            return self.goal != "reach" and not is_pattern(self.aims)
-        return self.draws or self.aims == UNTARGETED
-
 
 def find_victim(options: NetworkOptions, device: torch.device) -> Victim | Detector:
     """Load the network to attack. If a size is given, it resizes its images to that size."""

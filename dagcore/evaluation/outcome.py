@@ -71,7 +71,7 @@ class Outcome:
         """Return the result in one line for the terminal."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
-            f"{self.left} targets active, {self.right_before} of {self.targets} right before"
+            f"{self.left} targets active, {self.right_before} of {self.targets} right when clean"
             f"{self.remarks()}"
         )
 
@@ -79,17 +79,16 @@ class Outcome:
         """Return the notes in brackets, to append to a line."""
         return f" ({'; '.join(self.notes)})" if self.notes else ""
 
-    def note(self, *, leaves: bool) -> str:
+    def note(self) -> str:
         """Return the numbers in one line for a figure."""
         if not self.targets:
             return "no targets: the image is unchanged"
         if not self.to_fool:
             return f"none of {self.targets} targets to fool: the image is unchanged"
-        state = "left" if leaves else "not as wanted"
         return (
             f"{self.status} after {self.iterations} updates · "
-            f"{self.left} of {self.targets} targets {state} ({self.right_before} right "
-            f"before), {self.active_after_rounding} after rounding to 8 bits · "
+            f"{self.left} of {self.targets} targets active ({self.right_before} right when clean), "
+            f"{self.active_after_rounding} after rounding to 8 bits · "
             f"perceptibility {self.perceptibility:.2e}"
         )
 
@@ -106,19 +105,14 @@ def output_files(folder: Path, name: str) -> dict[str, Path]:
 
 
 def write(
-    outcome: Outcome,
-    folder: Path,
-    victim: Victim | Detector,
-    *,
-    leaves: bool,
-    record: dict[str, Any],
+    outcome: Outcome, folder: Path, victim: Victim | Detector, *, record: dict[str, Any]
 ) -> None:
     """Write the attacked image, the perturbation, the figure and finally the record."""
     paths = output_files(folder, outcome.name)
     files.write_image(paths["image"], outcome.adversarial)
     with files.atomic_write(paths["perturbation"]) as temporary:
         save_file({"perturbation": outcome.perturbation.contiguous()}, temporary)
-    draw(outcome, paths["figure"], victim, note=outcome.note(leaves=leaves))
+    draw(outcome, paths["figure"], victim, note=outcome.note())
     with files.atomic_write(paths["record"]) as temporary:
         temporary.write_text(json.dumps({**outcome.record(), **record}, indent=2) + "\n")
 

@@ -101,7 +101,7 @@ class Torchrun(Ranks):
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
             raise ArgumentError(
-                "another process of this run has ended: the same command resumes"
+                "another process of this run has ended: run the same command again to resume"
             ) from error
         return values
 

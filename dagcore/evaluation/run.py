@@ -61,7 +61,7 @@ class Run(Work):
         """Write the result of an image."""
         if job.number in self.drawn:
             path = self.folder.path("figures", job.name, "png")
-            draw(outcome, path, self.victim, note=outcome.note(leaves=self.settings.leaves))
+            draw(outcome, path, self.victim, note=outcome.note())
         self.folder.write(
             job.number,
             job.name,

@@ -168,7 +168,8 @@ class Folder:
     def check_name(self, name: str) -> None:
         """Raise ValueError if a name leads out of the folder or is too long."""
         if len(os.fsencode(Path(name).name)) + len(".safetensors") > LONGEST_NAME:
-            raise ArgumentError(f"an image's name must leave room for its ending, got {name!r}")
+            most = LONGEST_NAME - len(".safetensors")
+            raise ArgumentError(f"an image's name must have at most {most} bytes, got {name!r}")
         for folder in (self.out / kind for kind in FOLDERS):
             path = folder / f"{name}.png"
             if ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):

@@ -136,7 +136,8 @@ def warning_of_files(
         hint = ": a prepared copy was attacked, --no-prepare attacks the network itself"
     return (
         f"{len(again)} of {len(converged)} images that converged have active targets in their "
-        f"8-bit files, {worst['name']} {worst['active_after_rounding']} of {worst['targets']}"
+        f"8-bit files, most in {worst['name']}: {worst['active_after_rounding']} of "
+        f"{worst['targets']} targets"
         f"{hint}"
     )
 

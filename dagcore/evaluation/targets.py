@@ -241,7 +241,7 @@ class MapRules(TargetRules):
         assert isinstance(truth, Tensor)
         given = size_of(truth[None])
         if given not in sizes:
-            allowed = [f"{w} x {h} pixels, the size of {of}" for (h, w), of in sizes.items()]
+            allowed = [f"{w} x {h} pixels (the size of {of})" for (h, w), of in sizes.items()]
             raise UnfitImageError(
                 f"label map of {name} must have {' or '.join(allowed)}, got {given[1]} x {given[0]}"
             )
@@ -326,8 +326,8 @@ class BoxRules(TargetRules):
                 self.target_class = find_class(kind, self.num_classes, model.classes)
             except ArgumentError as error:
                 raise ArgumentError(
-                    f"--adversarial must be {', '.join(ADVERSARIAL_KINDS)}, runner-up or a class "
-                    f"for a detector: {error}"
+                    f"--adversarial must be {', '.join(ADVERSARIAL_KINDS)}, runner-up, untargeted "
+                    f"or a class for a detector: {error}"
                 ) from error
         labels = targets.labels[0]
         adversarial: Tensor | str = targets.adversarial_labels[0]

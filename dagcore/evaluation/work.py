@@ -206,7 +206,8 @@ def carry_out(make: Callable[[Ranks], Work]) -> int:
             if ranks.rank == 0:
                 count = len(work.source.names)
                 have = len(work.folder.read(count))
-                work.tell("", f"{stop} after {have} of {count} images: the same command resumes")
+                done = f"{have} of {count} images are done"
+                work.tell("", f"stopped by {stop}, {done}: run the same command again to resume")
             return 128 + stop.number
         ranks.close()
     return 0
@@ -270,7 +271,7 @@ def finish(work: Work, attacked: int, seconds: float) -> None:
         raise ArgumentError(
             f"--out {work.folder.out} must have a record of each of {len(names)} images, "
             f"{len(absent)} are missing ({', '.join(absent[:3])}, ...): do all processes share "
-            "the folder? The same command resumes"
+            "the folder? Run the same command again to resume"
         )
     told = work.finish(records, attacked / seconds if attacked else None)
     if attacked:

@@ -212,7 +212,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     leads.axhline(0, color="0.7", linewidth=0.8)
     leads.set(xlabel="length, of r", ylabel="lead of the true class")
     right.set(xlabel="length, of r", ylabel="right, %")
-    spectra.set(xlabel="cycles a pixel", ylabel="energy, %", yscale="log")
+    spectra.set(xlabel="cycles per pixel", ylabel="energy, %", yscale="log")
     transfer.set(xlabel="cosine of the gradients", ylabel="score left by the other's r, %")
     leads.legend(fontsize=5)
     right.set_title("dotted: random directions", fontsize=7)

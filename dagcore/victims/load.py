@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.freeze import to_eval
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..optional import optional_import
 from .detection import Detector, detector, is_detector
 from .detection.dense import Dense
@@ -108,6 +108,11 @@ def load(
         OSError: if a file is missing or a download fails.
         ImportError: if an optional package is missing.
     """
+    if not isinstance(spec, str):
+        raise ArgumentTypeError(
+            f"spec must be a name, got {type(spec).__name__}: attack a network of your own itself, "
+            "or inside a dagcore.victims.Victim or detector"
+        )
     if ":" in spec:
         network = _custom(spec, weights)
     else:
@@ -118,7 +123,7 @@ def load(
     if size is not None:
         if not isinstance(victim, (Victim, Dense)):
             raise ArgumentError(
-                f"size must be None for model {spec!r}, a detector that resizes images itself"
+                f"size must not be given for model {spec!r}, a detector that resizes images itself"
             )
         if victim.size not in (None, size):
             raise ArgumentError(f"size must be {victim.size} as in model {spec!r}, got {size}")
@@ -218,7 +223,7 @@ register("demo", _demo)
 
 def _check_no_weights(spec: str, weights: str | Path | None) -> None:
     if weights is not None:
-        raise ArgumentError(f"weights must be None for model {spec!r}, which has its own")
+        raise ArgumentError(f"weights must not be given for model {spec!r}, which has its own")
 
 
 def _custom(spec: str, weights: str | Path | None) -> Any:

@@ -11,10 +11,28 @@ from torch import Tensor, nn
 from .. import checks
 from ..engine import read_scores
 from ..engine.scores import aligned, aligns_corners
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def per_channel(name: str, values: Any, *, positive: bool = False) -> Tensor:
+    """Return three numbers, one per channel, as (3, 1, 1).
+
+    Raises:
+        ValueError: if they are anything else, or not above 0 although they must be.
+    """
+    try:
+        found = torch.as_tensor(values, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    good = found.numel() == 3 and bool(found.isfinite().all())
+    if not good or (positive and not bool((found > 0).all())):
+        raise ArgumentError(
+            f"{name} must be three numbers{' above 0' * positive}, one per channel, got {values!r}"
+        )
+    return found.clone().reshape(3, 1, 1)
 
 
 class Victim(nn.Module):
@@ -49,13 +67,15 @@ class Victim(nn.Module):
         size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not callable(network):
+            raise ArgumentTypeError(f"network must be callable, got {type(network).__name__}")
         self.network = network
         self.cells = cells
         self.size = None if size is None else check_size(size)
         self.classes = None if classes is None else tuple(classes)
         self.palette = None if palette is None else tuple(palette)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", per_channel("mean", mean), persistent=False)
+        self.register_buffer("std", per_channel("std", std, positive=True), persistent=False)
 
     def forward(self, images: Tensor) -> Any:
         """Return the network's scores of images (N, 3, H, W), with `size` fitted to the images."""

@@ -77,7 +77,7 @@ class Entry:
         """
         if self.adversary is not None:
             raise ArgumentError(
-                f"name must be of a network trained on clean images, got {self.name}"
+                f"name must be that of a network trained on clean images, got {self.name}"
             )
         name = f"{self.name}-{adversary.attack.upper()}"
         return replace(self, name=name, adversary=adversary)
@@ -179,7 +179,7 @@ BACKBONES = {
 
 
 def find(name: str | Entry) -> Entry:
-    """Return the entry of a name, in any case and spelling of hyphens; "-star" stands for "*".
+    """Return the entry of this name. Case, hyphens and underscores do not matter; "-star" is "*".
 
     An entry is returned unchanged.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks
+from ..attacks import DAG, Attack
 from ..data import SCENE_CLASSES, SCENES_VERSION, Scenes
 from ..data.scenes import MATERIAL, VOID
 from ..defences.training import attacked, inner
@@ -45,9 +46,10 @@ from .registry import BACKBONES, Entry, build, find, load
 # 12 take the place of VOC 2012 and SBD in the paper.
 TRAINING_SETS = {"07": {"07": 2000}, "07+12": {"07": 2000, "12": 4000}}
 # torchvision's own values suit images of 600 pixels with more objects.
+PROPOSALS = 300  # of an image, for the detector's own training and for attacks on it
 DETECTION_OPTIONS = {
     "rpn_batch_size_per_image": 32,
-    "rpn_post_nms_top_n_train": 300,
+    "rpn_post_nms_top_n_train": PROPOSALS,
     "box_batch_size_per_image": 64,
     "box_positive_fraction": 0.5,
 }
@@ -91,7 +93,9 @@ STARTS = {
     "ResNet-50": Recipe(200_000, batch=32, learning_rate=2e-3),
     "ResNet-101": Recipe(200_000, batch=32, learning_rate=2e-3),
 }
-ROBUST = 2  # factor on samples and learning rate of networks that are trained against attacks
+# Networks that are trained against attacks: factor on the learning rate, and on the samples of
+# segmentation networks.
+ROBUST = 2
 ATTACKED = 0.5  # fraction of each of their batches that is attacked
 GROWTH = 0.3  # fraction of their steps after which the radius has grown to its full size
 CROPS = {"07": 6000, "12": 6000}
@@ -245,8 +249,8 @@ def recipe_of(entry: Entry) -> Recipe:
     recipe = RECIPES[entry.architecture]
     if entry.adversary is None:
         return recipe
-    samples, learning_rate = ROBUST * recipe.samples, ROBUST * recipe.learning_rate
-    return dataclasses.replace(recipe, samples=samples, learning_rate=learning_rate)
+    samples = recipe.samples * (ROBUST if entry.task == "segmentation" else 1)
+    return dataclasses.replace(recipe, samples=samples, learning_rate=ROBUST * recipe.learning_rate)
 
 
 def start_name(backbone: str, width: float) -> str:
@@ -524,24 +528,32 @@ class FineTuning(Training):
             return images
         grown = min(1.0, (self.step + 1) / (GROWTH * self.steps))
         attack = inner(adversary.attack, grown * adversary.epsilon, adversary.steps)
+        count = round(ATTACKED * len(images))
+        chosen, others = images[:count], images[count:]
         if self.entry.task == "segmentation":
-            masks = batch.masks.to(self.device)
-            return attacked(attack, self.victim, images, masks, share=ATTACKED)
+            masks = batch.masks[:count].to(self.device)
+            made = attacked(attack, self.victim, chosen, masks, share=1.0)
+        else:
+            made = self.attacked_detector(attack, chosen, batch)
+        return torch.cat([made, others])
+
+    def attacked_detector(self, attack: Attack, images: Tensor, batch: Batch) -> Tensor:
+        """Return the first images of a batch attacked at the detector's current proposals."""
         victim = self.victim
         assert isinstance(victim, Detector)
-        refresh(victim)  # the targets depend on its current predictions
+        refresh(victim)  # the proposals are those of its current weights
         truth = [
             {"boxes": boxes, "labels": labels}
-            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+            for boxes, labels in zip(batch.boxes[: len(images)], batch.labels, strict=False)
         ]
-        aims = victim.dense_targets(images, truth)
+        aims = victim.dense_targets(images, truth, max_proposals=PROPOSALS)
         return attacked(
             attack,
             victim,
             images,
             aims.labels,
-            share=ATTACKED,
-            adversarial_labels=aims.adversarial_labels if adversary.attack == "dag" else None,
+            share=1.0,
+            adversarial_labels=aims.adversarial_labels if isinstance(attack, DAG) else None,
             boxes=aims.boxes,
         )
 

@@ -353,7 +353,7 @@ def test_a_zero_gradient_stalls_and_is_no_nan(case):
         (lambda: APGD(radii=[(2, 0.5), (1, 0.4)]), "radii must have .* shares that add up to 1"),
         (lambda: APGD(radii=[(2, 1.0)]), "radii must have 1 as their last factor"),
         (lambda: APGD(radii=[2, 1]), r"radii\[0\] must be \(factor, share\), got 2"),
-        (lambda: APGD(radii="shrinking", steps=2), "steps must be enough for one in each of 3"),
+        (lambda: APGD(radii="shrinking", steps=2), "steps must give each of the 3 phases"),
     ],
 )
 def test_settings_out_of_range_are_named(make, told):

@@ -161,7 +161,7 @@ def _details(summary: Summary) -> Iterator[Section]:
         told = f"Average precision in percent, {ball}. Bars: pale if clean, full for the lowest."
     yield "classes", "Classes", _p(told, "note") + classes.html()
     if segmentation:
-        told = "Images for which each attack is the worst, by the score that it is the worst for."
+        told = "Number of images on which each attack is chosen as the worst, for each score."
         yield "won", "Which attack wins", _p(told, "note") + tables.won_table(summary).html()
     else:
         errors = tables.errors_table(summary)

@@ -264,7 +264,7 @@ def reused_line(summary: Summary) -> str:
 
 def images_table(records: Sequence[Record]) -> Table:
     """Return a table of the worst examples of images."""
-    head, rows = ["image", "worst attack", "right when clean, %", "right after it, %"], []
+    head, rows = ["image", "worst attack", "right when clean, %", "right under it, %"], []
     for one in records:
         clean, of = right_when_clean(one)
         told = [number(100 * right / of) for right in (clean, one["worst"]["right"])]

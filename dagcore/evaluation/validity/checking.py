@@ -154,7 +154,9 @@ def _batches(images: Any, labels: Any, attack: BallAttack) -> list[Batch]:
     """Check images and labels, and return them in batches of the same size."""
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, (Sequence, Tensor)) or not len(given):
-            raise ArgumentError(f"{name} must be a sequence of tensors, not empty, got {given}")
+            what = type(given).__name__
+            what = f"an empty {what}" if isinstance(given, (Sequence, Tensor)) else what
+            raise ArgumentError(f"{name} must be a sequence of at least one tensor, got {what}")
     if len(images) != len(labels):
         raise ArgumentError(
             f"labels must have one map for each of {len(images)} images, got {len(labels)}"

@@ -28,8 +28,9 @@ def detector(network: nn.Module, classes: Sequence[str] | None = None, **options
         network: a two-stage detector, whose targets are proposals: torchvision's Faster R-CNN,
             Mask R-CNN and Keypoint R-CNN, or the zoo's R-FCN. A one-stage detector, whose targets
             are anchors or points: torchvision's RetinaNet, FCOS, SSD and SSDlite. Or transformers'
-            ...ForObjectDetection of the DETR kind, whose targets are the object queries. The victim
-            shares the network's parameters. A `Detector` is returned unchanged.
+            DetrForObjectDetection or TableTransformerForObjectDetection, whose targets are the
+            object queries. The victim shares the network's parameters. A `Detector` is returned
+            unchanged.
         classes: names of the classes; the network's own `classes` or config if None.
         options: see `TwoStage`, `OneStage` and `Queries`.
 

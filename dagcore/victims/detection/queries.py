@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ...optional import optional_import
-from ..segmentation import IMAGENET_MEAN, IMAGENET_STD, resized
+from ..segmentation import IMAGENET_MEAN, IMAGENET_STD, per_channel, resized
 from .base import Detector
 
 
@@ -48,8 +47,8 @@ class Queries(Detector):
             names = [config.id2label.get(k, "N/A") for k in range(self.background)]  # type: ignore
         super().__init__(network, names)
         self.shortest, self.longest = shortest, longest
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", per_channel("mean", mean), persistent=False)
+        self.register_buffer("std", per_channel("std", std, positive=True), persistent=False)
 
     @staticmethod
     def understands(network: nn.Module) -> bool:

@@ -120,7 +120,7 @@ def prepare(
 
 
 def refresh(prepared: nn.Module) -> None:
-    """Copy the current weights and statistics of the original network, such as during training.
+    """Update a prepared copy with the original network's current weights and statistics.
 
     Afterwards the copy is what `prepare` would make of the network now, in a fraction of the time.
     `dagcore.defences.training.attacked` calls this before each attack.

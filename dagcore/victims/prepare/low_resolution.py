@@ -15,9 +15,9 @@ from ..segmentation import Victim
 
 Read = Callable[[Any, Tensor], Any]
 UNDERSTOOD = (
-    "torchvision's segmentation networks, transformers' ...ForSemanticSegmentation, "
-    "segmentation_models_pytorch, and these inside a dagcore.victims.Victim or binary, or at the "
-    "end of an nn.Sequential"
+    "a segmentation network of torchvision, transformers (...ForSemanticSegmentation) or "
+    "segmentation_models_pytorch, alone, inside a dagcore.victims.Victim or binary, or at the end "
+    "of an nn.Sequential"
 )
 
 
@@ -67,10 +67,10 @@ def low_resolution(model: nn.Module) -> nn.Module:
         TypeError: if the network is not supported, or has hooks that would be bypassed.
         ValueError: if the network ends in an activation, so that it has no scores before softmax.
     """
-    found = find(model)
+    found = find(model) if isinstance(model, nn.Module) else None
     if found is None:
         raise ArgumentTypeError(
-            f"model must be one of {UNDERSTOOD}, got {type(model).__module__}."
+            f"model must be {UNDERSTOOD}, got {type(model).__module__}."
             f"{type(model).__qualname__} (if it wraps such a network, call low_resolution on "
             "the network inside)"
         )
