@@ -38,7 +38,7 @@ def assign(
             get an arbitrary class.
 
     Returns:
-        (N, *T), with the dtype of `labels` if it can hold C classes, or "runner-up".
+        (N, *T), with the dtype of `labels` if it can hold C classes, else int32; or "runner-up".
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -119,8 +119,8 @@ def pattern(name: str, height: int, width: int) -> Tensor:
     Args:
         name: "circle", "square", "stripes", "text:WORDS" or "mask:FILE". The non-zero pixels of the
             image file are the pattern; it is resized with nearest-neighbour interpolation.
-        height: in targets.
-        width: in targets.
+        height: number of rows of targets.
+        width: number of columns of targets.
 
     Raises:
         TypeError: a name or a size of a wrong type.

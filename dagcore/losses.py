@@ -30,7 +30,8 @@ class Loss:
 
     Args:
         name: one of the names of `dagcore.ops.loss_seed`.
-        blend: weight of the wrong targets in "blended-cross-entropy", from 0 to 1.
+        blend: weight of the wrong targets in "blended-cross-entropy", from 0 to 1; 0.5 counts all
+            alike.
         q: parameter of "tsallis", at most 1.
         kappa: parameter of "margin" and "dag", in the units of the scores, at least 0.
         class_weights: (C,) floating point; a target's loss is multiplied by the weight of its

@@ -149,7 +149,8 @@ class Attack(abc.ABC):
     ) -> Tensor:
         """Return the last iterate of a single run without evaluating it; for adversarial training.
 
-        The result is the attack's `last` with restarts=1, but it saves about one forward pass.
+        The result is the attack's `last` with restarts=1, but it saves about one forward pass. It
+        always runs natively, whatever the `backend`.
 
         Args:
             model, images, labels, adversarial_labels, generator, boxes: as for the attack.

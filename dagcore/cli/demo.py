@@ -63,8 +63,8 @@ FILES = {
     "256": "Every image was attacked on the levels of an 8-bit file, so what the network sees in "
     "the PNG is\nwhat was attacked. --levels none attacks the images in memory, and shows what "
     "rounding undoes.",
-    "none": '"active after rounding" counts the targets that are active again once the attacked '
-    "image is\nrounded to 8 bits for its PNG. Rounding moves a pixel by up to 2.0e-03, as much as "
+    "none": '"active after rounding" counts the targets that are active once the attacked image '
+    "is\nrounded to 8 bits for its PNG. Rounding moves a pixel by up to 2.0e-03, as much as "
     "the attack does.",
 }
 

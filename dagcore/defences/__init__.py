@@ -77,13 +77,13 @@ def bit_depth(model: Victim, bits: int = 4) -> Any:
 def median(model: Victim, size: int = 3) -> Any:
     """Apply a median filter of `size` x `size` pixels, `size` odd. Gradients are exact.
 
-    See `jpeg` for the rest.
+    Xu, Evans and Qi, Feature Squeezing, NDSS 2018. See `jpeg` for the rest.
     """
     return _defended(model, [Median(size)])
 
 
 def gaussian(model: Victim, sigma: float = 1.0) -> Any:
-    """Blur images with a Gaussian of `sigma` pixels. Gradients are exact.
+    """Blur images with a Gaussian of `sigma` pixels, above 0. Gradients are exact.
 
     See `jpeg` for the rest. Needs torchvision instead of Pillow.
     """

@@ -429,9 +429,9 @@ def loss_seed(
             class, is for "dag" only. Not read where `labels` is `ignore_index`. An adversarial
             label of `ignore_index` that is not a class excludes the target too.
         loss: a name from the table.
-        blend: weight of "blended-cross-entropy", from 0 to 1; SegPGD's lambda. A number, or (N,)
-            float64 for images at different updates; the values of a tensor are checked only on the
-            CPU.
+        blend: weight of "blended-cross-entropy", from 0 (the default) to 1; SegPGD's lambda. A
+            number, or (N,) float64 for images at different updates; the values of a tensor are
+            checked only on the CPU.
         q: parameter of "tsallis", at most 1.
         kappa: parameter of "margin" and "dag", in the units of the scores, at least 0; may be
             infinite.
