@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import dagcore
-from dagcore import DAG, PGD, defences, victims, zoo
+from dagcore import DAG, PGD, CosPGD, defences, victims, zoo
 from dagcore.data import Scenes
 from dagcore.defences import draws, training
-from dagcore.defences.transforms import Fixed, ResizePad
+from dagcore.defences.codec import Jpeg
+from dagcore.defences.defended import Defended
+from dagcore.defences.transforms import Fixed, ResizePad, StraightThrough
 from dagcore.evaluation.validity import check
 
 SIZE = (40, 56)
@@ -93,16 +95,78 @@ def test_bits_median_and_blur_are_what_they_say(network):
     torch.testing.assert_close(seen["gaussian"], blurred, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "bits"])
-def test_straight_through_is_the_gradient_at_the_transformed_image(network, kind):
+@pytest.mark.parametrize(
+    ("kind", "how"), [("jpeg", "through a model of the file (BPDA)"), ("bits", "straight-through")]
+)
+def test_rounding_has_the_gradient_of_a_stand_in_at_the_transformed_image(network, kind, how):
     defended, x = WRAPPED[kind](network), images().requires_grad_()
-    assert "straight-through (BPDA)" in defended.gradient
+    assert how in defended.gradient
     defended(x).square().sum().backward()
     (view,) = defended.views
     moved = view.transformed(x.detach()).requires_grad_()
     network(moved).square().sum().backward()
-    torch.testing.assert_close(x.grad, moved.grad)
+    stand_in = view.model if kind == "jpeg" else lambda given: given
+    leaf = x.detach().requires_grad_()
+    stand_in(leaf).backward(moved.grad)
+    torch.testing.assert_close(x.grad, leaf.grad)
     assert torch.equal(defended(x), network(moved))
+
+
+@pytest.mark.parametrize("quality", [20, 75, 95])
+@pytest.mark.parametrize("size", [(48, 64), (37, 21)])
+def test_the_model_of_a_jpeg_is_close_to_the_file(quality, size):
+    x = torch.stack([scene.image for scene in Scenes("07", "test", count=2)])
+    x = x[..., : size[0], : size[1]]
+    jpeg = Jpeg(quality)
+    off = 255 * (jpeg.model(x) - jpeg.transformed(x))
+    lost = 255 * (x - jpeg.transformed(x))
+    assert off.abs().mean() < 2  # levels: samples are rounded too
+    assert off.square().mean() < lost.square().mean() / 8
+
+
+def test_the_gradient_of_the_model_of_a_jpeg():
+    jpeg = Jpeg(50)
+    x = torch.full((1, 3, 16, 16), 132.5 / 255, dtype=torch.float64)
+    k = torch.arange(16, dtype=torch.float64) % 8
+    wave = torch.cos(torch.pi / 16 * 7 * (2 * k + 1))
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    # The mean of a block is (132.5 - 128) * 8 / 16 = 2.25 steps, so its slope is 3 * 0.25^2. The
+    # file drops the finest wave, which has none.
+    for direction, expected in ((torch.ones(16, 16), 3 * 3 / 16 * weights), (wave, 0 * weights)):
+        leaf = x.clone().requires_grad_()
+        (jpeg.model(leaf) * direction).sum().backward()
+        torch.testing.assert_close(
+            leaf.grad, expected.view(3, 1, 1).expand(1, 3, 16, 16), rtol=1e-4, atol=1e-9
+        )
+
+
+def test_an_attack_through_the_model_of_a_jpeg_is_stronger_than_straight_through():
+    network = zoo.load("DL-VGG")
+    defended = defences.jpeg(network)
+
+    class Straight(StraightThrough):
+        transformed = staticmethod(defended.views[0].transformed)
+
+        def __str__(self):
+            return "JPEG"
+
+    plain = Defended(network, [Straight()])
+    scene = Scenes("07", "test", count=1, first=3000)[0]
+    x, labels = scene.image[None], scene.mask[None].long()
+    objects = labels.masked_fill(labels == 0, 255)
+    attack = CosPGD(epsilon=2 / 255, alpha=1 / 255, steps=10, levels=256)
+    left = []
+    for victim in (defended, plain):
+        made = attack(victim, x, labels, generator=generator(0)).adversarial
+        left.append(int(attack.count_active(defended, made, objects, "untargeted")))
+    assert left[1] > 500
+    assert left[0] < left[1] / 10
+
+
+def test_a_detector_without_targets_has_scores_of_every_draw(detector):
+    defended = defences.noise(detector).adaptive(3)
+    boxes = torch.zeros(1, 0, 4)
+    assert defended(images(1), boxes).shape == (1, 5, 0)
 
 
 @pytest.mark.parametrize("kind", ["median", "gaussian", "noise", "resize", "augmented"])
@@ -266,7 +330,9 @@ def test_validity_names_the_adaptive_form(network):
     assert one["stochastic-forward"].verdict == "flagged"
     assert "noise of 0.03: exact, expected over 1 draw (EOT)" in one["stochastic-forward"].text
     assert "attack what its method adaptive() gives" in one["stochastic-forward"].text
-    assert "JPEG of quality 60: straight-through (BPDA)" in one["non-differentiable"].text
+    assert (
+        "JPEG of quality 60: through a model of the file (BPDA)" in one["non-differentiable"].text
+    )
     many = findings(WRAPPED["several"](network).adaptive(4))
     assert many["stochastic-forward"].verdict == "passed"
     assert "expected over 4 draws (EOT)" in many["stochastic-forward"].text
@@ -282,8 +348,9 @@ def test_undefended_and_layers(network):
         "noise of 0.03",
     ]
     assert defended.gradient == (
-        "JPEG of quality 60: straight-through (BPDA); resized at random to 0.9 to 1 and padded: "
-        "exact, expected over 1 draw (EOT); noise of 0.03: exact, expected over 1 draw (EOT)"
+        "JPEG of quality 60: through a model of the file (BPDA); "
+        "resized at random to 0.9 to 1 and padded: exact, expected over 1 draw (EOT); "
+        "noise of 0.03: exact, expected over 1 draw (EOT)"
     )
     assert [one.draws for one in defended.adaptive(3).layers] == [1, 3, 1]
     assert [one.seed for one in defended.adaptive(3).layers] == [0, 1, 1]

@@ -6,7 +6,7 @@ which attacks take like any other. Defences compose, and images pass the outermo
 `adaptive()`, one who does not attacks `undefended`:
 
     defended = dagcore.defences.jpeg(victim, quality=75)
-    defended.gradient  # "JPEG of quality 75: straight-through (BPDA)"
+    defended.gradient  # "JPEG of quality 75: through a model of the file (BPDA)"
     result = attack(defended.adaptive(), images, labels)
     defended(result.adversarial)
 
@@ -22,12 +22,12 @@ from typing import Any
 from .. import checks
 from ..errors import ArgumentError, ArgumentTypeError
 from ..victims.detection import Detector, is_detector
+from .codec import Jpeg
 from .defended import Defence, Defended, DefendedDetector
 from .transforms import (
     BitDepth,
     Fixed,
     Gaussian,
-    Jpeg,
     Median,
     Noise,
     ResizePad,
@@ -49,7 +49,10 @@ Victim = Callable[..., Any]
 
 
 def jpeg(model: Victim, quality: int = 75) -> Any:
-    """Compress images to JPEG and decode them again. Gradients pass straight through (BPDA).
+    """Compress images to JPEG and decode them again. Gradients pass a model of the file (BPDA).
+
+    The model has the file's colours, chroma subsampling and tables, and a differentiable rounding
+    (Shin and Song, JPEG-resistant Adversarial Images, 2017).
 
     Args:
         model: a segmentation network, images (N, 3, H, W) -> scores, or a `Detector`.

@@ -239,7 +239,7 @@ def mean_of_draws(scores: Tensor, count: int) -> Tensor:
     """Average scores (N * draws, ...), whose draws of an image are adjacent, to (N, ...)."""
     if len(scores) == count:
         return scores
-    return scores.view(count, -1, *scores.shape[1:]).mean(1)
+    return scores.view(count, len(scores) // count, *scores.shape[1:]).mean(1)
 
 
 def together(views: Sequence[Tensor]) -> Tensor:

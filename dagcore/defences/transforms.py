@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import abc
-import io
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,8 +23,8 @@ class Transform(abc.ABC):
     """Base class of a transform of images.
 
     Attributes:
-        gradient: how gradients pass the transform: "exact", or "straight-through (BPDA)", as if it
-            were the identity (Athalye, Carlini and Wagner, ICML 2018).
+        gradient: how gradients pass the transform: "exact", or through a stand-in (BPDA; Athalye,
+            Carlini and Wagner, ICML 2018), such as "straight-through (BPDA)" for the identity.
         random: whether the transform is random, drawing from the keys that it is given.
     """
 
@@ -42,7 +40,7 @@ class Transform(abc.ABC):
 
 
 class Through(torch.autograd.Function):
-    """Replace images by transformed ones, and pass the gradient on to the images unchanged."""
+    """Replace images by transformed ones, and pass the gradient on to the former unchanged."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, made: Tensor) -> Tensor:
@@ -70,32 +68,6 @@ class StraightThrough(Transform):
     @abc.abstractmethod
     def transformed(self, images: Tensor) -> Tensor:
         """Return the images transformed, without a gradient."""
-
-
-class Jpeg(StraightThrough):
-    """JPEG compression by Pillow, with chroma at half the resolution."""
-
-    def __init__(self, quality: int) -> None:
-        checks.integer("quality", quality, at_least=1, at_most=100)
-        self.quality = quality
-        self.image = optional_import("PIL.Image", "cli")
-
-    def __str__(self) -> str:
-        return f"JPEG of quality {self.quality}"
-
-    def transformed(self, images: Tensor) -> Tensor:
-        """Return images that were encoded and decoded on the CPU."""
-        levels = (images * 255).round().clamp(0, 255).byte().cpu()
-        read = torch.stack([self.written(one) for one in levels]) if len(levels) else levels
-        return read.to(images) / 255
-
-    def written(self, levels: Tensor) -> Tensor:
-        """Encode and decode one image of levels (3, H, W) uint8."""
-        file = io.BytesIO()
-        pixels = levels.permute(1, 2, 0).contiguous().numpy()
-        self.image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
-        with self.image.open(file) as read:
-            return torch.from_numpy(np.array(read)).permute(2, 0, 1)
 
 
 class BitDepth(StraightThrough):

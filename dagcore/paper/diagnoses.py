@@ -62,7 +62,7 @@ def denseness(
                 "mAP after the attack": after,
                 "updates": _mean([one.iterations for one in made]),
                 "perceptibility": _mean([one.perceptibility for one in made]),
-                "seconds an image": spent[attack],
+                "seconds per image": spent[attack],
             }
         )
     return _drawn("denseness", rows, draw_denseness)
@@ -160,8 +160,8 @@ def draw_denseness(figure: Figure, rows: list[Row]) -> None:
     """Plot mAP after the attack, number of targets and time over the threshold."""
     columns = {
         "mAP after the attack": "mAP after the attack, %",
-        "targets": "targets an image",
-        "seconds an image": "seconds an image",
+        "targets": "targets per image",
+        "seconds per image": "seconds per image",
     }
     panels = figure.subplots(1, 3)
     for axes, (column, label) in zip(panels, columns.items(), strict=True):

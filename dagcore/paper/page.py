@@ -52,10 +52,10 @@ def page(setup: Setup, scores: Sequence[Scores], reports: Sequence[Report]) -> s
     """Return the page as HTML, without scripts or links to other files."""
     parts = [
         "<h1>Dense Adversary Generation: the paper's experiments</h1>",
-        f"<p>{_data(setup)}, {setup.images} images a cell, seed {setup.seed}. Scores are mean IoU "
-        "for segmentation, mean average precision at IoU 0.5 (VOC2007) for detection, in percent; "
-        "small, the paper's own on PASCAL VOC. Marked: networks under a perturbation that was made "
-        "for them.</p>",
+        f"<p>{_data(setup)}, {setup.images} images per cell, seed {setup.seed}. Scores are mean "
+        "IoU for segmentation, mean average precision at IoU 0.5 (VOC2007) for detection, in "
+        "percent; small, the paper's own on PASCAL VOC. Marked: networks under a perturbation that "
+        "was made for them.</p>",
     ]
     parts += [section(setup, known.report()) for known in scores]
     lines = text(findings(scores))

@@ -115,4 +115,4 @@ def shown(column: str, value: Any) -> str:
         return str(value)
     if column in ("perceptibility", "lowest", "median", "highest"):
         return f"{value:.2e}"
-    return f"{value:.2f}" if column in ("NMS threshold", "seconds an image") else f"{value:.1f}"
+    return f"{value:.2f}" if column in ("NMS threshold", "seconds per image") else f"{value:.1f}"

@@ -131,7 +131,7 @@ def make(setup: Setup, network: str, networks: Sequence[str]) -> None:
         "right at noise 8 times as long, %": mean["right along random"][-1],
         "r outside objects, %": mean["r outside objects, %"],
         "area outside objects, %": mean["area outside objects, %"],
-        "r above a quarter cycle a pixel, %": sum(mean["spectrum of r"][BINS // 2 :]),
+        "r above a quarter cycle per pixel, %": sum(mean["spectrum of r"][BINS // 2 :]),
         "lengths": list(LENGTHS),
         **{name: values for name, values in mean.items() if isinstance(values, list)},
         "cosines": [[name, fmean(values)] for name, values in cosines.items()],
