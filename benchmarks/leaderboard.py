@@ -62,7 +62,7 @@ def works(options: argparse.Namespace) -> list[tuple[str, str, Any, Any, str]]:
     """Networks with their task, data, and kind of radii."""
     scenes = Scenes("07", "test", count=options.images)
     found = []
-    for entry in zoo.registry.ENTRIES:
+    for entry in zoo.registry.EVERY:
         found.append((entry.name, entry.task, entry.name, scenes, "zoo"))
     if REAL.exists():
         for name in DEEPLABS:

@@ -163,6 +163,33 @@ def test_an_attack_through_the_model_of_a_jpeg_is_stronger_than_straight_through
     assert left[0] < left[1] / 10
 
 
+def test_what_a_detector_finds_in_the_padding_is_left_out(detector):
+    image = images(1)
+    boxes = torch.tensor([[1.0, 1, 20, 20], [0, 0, 3, 2], [30, 20, 50, 38], [54, 0, 56, 40]])
+    labels, seen = torch.tensor([1, 2, 3, 4]), torch.tensor([0.9, 0.8, 0.7, 0.6])
+
+    class Finds(type(detector)):
+        def detect(self, moved):
+            return [{"boxes": boxes, "labels": labels, "scores": seen}]
+
+        def candidates(self, moved, nms_threshold, max_proposals):
+            return [(boxes, seen[:, None].expand(4, 5))]
+
+    defended = defences.resize_pad(Finds(detector.network, detector.classes), 0.7)
+    view, given, keys, _ = next(defended.seen(image))
+    back = view.boxes(boxes[None], given, keys, back=True)[0]
+    left, top, right, bottom = back.unbind(1)
+    inside = (right > 0) & (bottom > 0) & (left < SIZE[1]) & (top < SIZE[0])
+    assert 0 < inside.sum() < 4
+    (found,) = defended.detect(image)
+    assert torch.equal(found["labels"], labels[inside])
+    assert torch.equal(found["scores"], seen[inside])
+    assert (found["boxes"][:, :2] < found["boxes"][:, 2:]).all()
+    ((kept, scores),) = defended.candidates(image, 0.9, 10)
+    assert torch.equal(kept, found["boxes"])
+    assert torch.equal(scores[:, 0], seen[inside])
+
+
 def test_a_detector_without_targets_has_scores_of_every_draw(detector):
     defended = defences.noise(detector).adaptive(3)
     boxes = torch.zeros(1, 0, 4)

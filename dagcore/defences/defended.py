@@ -208,10 +208,11 @@ class DefendedDetector(Defence, Detector):
         view, given, keys, moved = next(self.seen(images))
         count = len(given) // max(1, len(images))
         found = self.victim.candidates(moved[::count], nms_threshold, max_proposals)
-        return [
-            (self._restored(view, {"boxes": boxes}, given, keys, k * count)["boxes"], scores)
+        restored = [
+            self._restored(view, {"boxes": boxes, "scores": scores}, given, keys, k * count)
             for k, (boxes, scores) in enumerate(found)
         ]
+        return [(one["boxes"], one["scores"]) for one in restored]
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return the defended detector's probabilities of scores."""
@@ -225,14 +226,16 @@ class DefendedDetector(Defence, Detector):
     def _restored(
         self, view: Transform, found: dict[str, Tensor], images: Tensor, keys: Tensor, k: int
     ) -> dict[str, Tensor]:
-        """Map detections in the moved image k back to the original image."""
+        """Map what was found in moved image k back to the original, without what is outside it."""
         if not isinstance(view, Move):
             return found
         one = slice(k, k + 1)
         boxes = view.boxes(found["boxes"][None], images[one], keys[one], back=True)[0]
         size = (images.shape[2], images.shape[3])
         clip = optional_import("torchvision.ops", "vision").clip_boxes_to_image
-        return {**found, "boxes": clip(boxes, size)}
+        boxes = clip(boxes, size)
+        inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
+        return {key: value[inside] for key, value in {**found, "boxes": boxes}.items()}
 
 
 def mean_of_draws(scores: Tensor, count: int) -> Tensor:
