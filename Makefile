@@ -82,7 +82,7 @@ $(VENV)/installed: pyproject.toml
 
 # Built with the torch that is installed here, in place: the package is used from this folder. CUDA
 # kernels are for this machine's GPUs; without one, for one architecture that any later GPU can use.
-$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(if $(shell nvidia-smi -L 2>/dev/null),,8.0+PTX)
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep ^GPU),,8.0+PTX)
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
 	touch $@

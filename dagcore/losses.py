@@ -336,7 +336,7 @@ class LossObjective:
             active = active & (winner != adversarial.long())
         else:
             active = self._counted(num_classes, labels, UNTARGETED) & (winner == labels.long())
-        return active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+        return active.reshape(len(active), active.shape[1:].numel()).sum(1, dtype=torch.int32)
 
     def _users(
         self, scores: Tensor, labels: Tensor, aims: Tensor | None, align_corners: bool
@@ -362,18 +362,18 @@ class LossObjective:
                     + " (torch.nn losses need reduction='none')"
                     * (losses.dim() == 0)
                 )
-            sums = losses.reshape(len(losses), -1).sum(1, dtype=torch.float64)
+            sums = losses.reshape(len(losses), losses.shape[1:].numel()).sum(1, dtype=torch.float64)
             seed = None
             if sums.requires_grad:
                 (seed,) = torch.autograd.grad(sums.sum(), leaf, allow_unused=True)
             if seed is None:
                 raise ArgumentError(
-                    "loss must be differentiable in the scores, got values without a gradient to "
-                    "them (detached, or of argmax?)"
+                    "loss must be differentiable in the scores, but its values have no gradient "
+                    "(was detach or argmax used?)"
                 )
         best, winner = high.detach().max(1)
         active = self.active(scores.shape[1], labels, aims, winner)
-        broken = best.isnan().reshape(len(best), -1).any(1)
+        broken = best.isnan().reshape(len(best), best.shape[1:].numel()).any(1)
         active = torch.where(broken, active.clamp(min=1), active)  # a NaN is not a success
         return Seed(seed, active, sums.detach())
 

@@ -95,9 +95,14 @@ def mean_iou(
 ) -> Score:
     """Return the `MeanIoU` of predicted maps against masks, (H, W) each, of any sizes."""
     measure = MeanIoU(num_classes, void=void)
-    for pair in itertools.zip_longest(predictions, masks):
-        if any(one is None for one in pair):
-            raise ArgumentError("predictions and masks must have the same length")
+    end: Any = object()
+    for k, pair in enumerate(itertools.zip_longest(predictions, masks, fillvalue=end)):
+        if end in pair:
+            short = ("predictions", "masks")[pair.index(end)]
+            raise ArgumentError(
+                f"predictions and masks must have the same length, got {k} {short} and more of the "
+                "others"
+            )
         measure.update(*pair)
     return measure.compute()
 
@@ -246,9 +251,10 @@ class AveragePrecision:
         """Count the detections in one image.
 
         Args:
-            prediction: detections as returned by torchvision's detectors: "boxes" (D, 4), left,
-                top, right, bottom in pixels; "labels" (D,) integers; "scores" (D,).
-            boxes: true boxes (K, 4), as in `prediction`.
+            prediction: detections as returned by torchvision's detectors: "boxes" (D, 4) floating
+                point, left, top, right, bottom in pixels; "labels" (D,) integers from 1 to C - 1;
+                "scores" (D,).
+            boxes: true boxes (K, 4) likewise.
             labels: classes of the true boxes, (K,) uint8, int32 or int64, from 1 to C - 1.
             difficult: (K,) bool; None if no box is difficult.
             iscrowd: (K,) bool; None if no box is a crowd.
@@ -418,7 +424,7 @@ class _Detections:
             )
         for key in ("boxes", "labels", "scores"):
             if key not in prediction:
-                raise ArgumentError(f"prediction must have {key!r}, got {sorted(prediction)}")
+                raise ArgumentError(f"prediction must have {key!r}, got {list(prediction)}")
         found, classes, scores = (prediction[key] for key in ("boxes", "labels", "scores"))
         _check_boxes("prediction['boxes']", found, "prediction['labels']", classes, num_classes)
         _check_boxes("boxes", boxes, "labels", labels, num_classes)

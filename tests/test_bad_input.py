@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,11 +71,15 @@ CASES = {
     ),
     "boxes for a network": (
         lambda: DAG()(NETWORK, IMAGES, LABELS, boxes=BOX[None]),
-        r"boxes must be None for a model that takes images only \(Conv2d\), got shape \(1, 1, 4\)",
+        "model must accept images and boxes, got Conv2d, which does not",
     ),
     "boxes for a function": (
         lambda: DAG()(lambda x: NETWORK(x), IMAGES, LABELS, boxes=BOX[None]),
-        r"boxes must be None for a model that takes images only \(function\)",
+        "model must accept images and boxes, got function, which does not",
+    ),
+    "no boxes for a model that needs them": (
+        lambda: DAG()(lambda x, boxes: NETWORK(x), IMAGES, LABELS),
+        "model must accept images alone, as no boxes are given, got function, which does not",
     ),
     "images in 0..255": (
         lambda: DAG()(NETWORK, 255 * IMAGES, LABELS),
@@ -98,6 +105,10 @@ CASES = {
         lambda: victims.Victim(NETWORK, mean=None),
         "mean must be three numbers, one per channel, got None",
     ),
+    "a mean beyond floating point": (
+        lambda: victims.Victim(NETWORK, mean=[10**400, 0, 0]),
+        "mean must be three numbers, one per channel",
+    ),
     "a deviation of 0": (
         lambda: victims.Victim(NETWORK, std=(1, 0, 1)),
         r"std must be three numbers above 0, one per channel, got \(1, 0, 1\)",
@@ -116,7 +127,7 @@ CASES = {
     ),
     "more predictions than masks": (
         lambda: metrics.mean_iou([LABELS[0]] * 2, [LABELS[0]], 2),
-        "predictions and masks must have the same length",
+        "predictions and masks must have the same length, got 1 masks and more of the others",
     ),
     "a slice of scenes": (
         lambda: Scenes("07", "test", count=3)[0:2],
@@ -128,7 +139,7 @@ CASES = {
     ),
     "one scale": (
         lambda: augmented(NETWORK, 0.8),
-        "scales must be a sequence of at least one number, got 0.8",
+        "scales must be a sequence of numbers, got 0.8",
     ),
     "training without labels": (
         lambda: attacked(DAG(), NETWORK, IMAGES, None),
@@ -150,8 +161,57 @@ def test_an_annotation_without_categories_is_refused(tmp_path):
         CocoBoxes(path)
 
 
-def test_a_mean_may_be_a_tensor_of_any_form():
-    victim = victims.Victim(NETWORK, mean=torch.tensor([[1, 2, 3]]), std=[2, 2, 2])
-    assert victim.mean.flatten().tolist() == [1, 2, 3]
-    assert victim.std.shape == (3, 1, 1)
-    assert victim.mean.dtype == torch.float32
+@pytest.mark.parametrize(
+    "mean",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([3, 2, 1])[::-1],
+        torch.tensor([1, 2, 3]),
+        torch.tensor([1, 2, 3], dtype=torch.float64),
+        nn.Parameter(torch.tensor([[[1.0]], [[2.0]], [[3.0]]])),
+    ],
+)
+def test_a_mean_may_be_any_three_numbers(mean):
+    victim = copy.deepcopy(victims.Victim(NETWORK, mean=mean, std=mean))
+    for kept in (victim.mean, victim.std):
+        assert kept.flatten().tolist() == [1, 2, 3]
+        assert kept.shape == (3, 1, 1)
+        wide = getattr(mean, "dtype", None) is torch.float64
+        assert kept.dtype == (torch.float64 if wide else torch.float32)
+
+
+class Merging(nn.Module):
+    """Takes boxes by a hook, which `forward` does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = NETWORK
+        self.register_forward_pre_hook(lambda _, given: given[:1])
+
+    def forward(self, images):
+        return self.network(images).flatten(2)[..., :1]
+
+
+@functools.wraps(NETWORK.forward)
+def wrapped(*given):
+    return NETWORK(given[0]).flatten(2)[..., :1]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Merging(),
+        wrapped,
+        functools.partial(lambda n, x, b: n(x).flatten(2)[..., :1], NETWORK),
+        lambda images, boxes=None: NETWORK(images).flatten(2)[..., :1],
+    ],
+)
+def test_whatever_takes_boxes_is_attacked_with_them(model):
+    result = DAG(max_iter=1)(model, IMAGES, torch.zeros(1, 1, dtype=torch.int64), boxes=BOX[None])
+    assert result.targets.tolist() == [1]
+
+
+def test_a_loss_of_no_images():
+    attack = PGD(loss=lambda scores, labels: scores.sum(1))
+    assert attack.count_active(NETWORK, IMAGES[:0], LABELS[:0], "untargeted").shape == (0,)

@@ -17,7 +17,7 @@ import dagcore
 from dagcore import DAG, PGD, CosPGD, defences, victims, zoo
 from dagcore.data import Scenes
 from dagcore.defences import draws, training
-from dagcore.defences.codec import Jpeg
+from dagcore.defences.codec import STRAIGHT, Jpeg
 from dagcore.defences.defended import Defended
 from dagcore.defences.transforms import Fixed, ResizePad, StraightThrough
 from dagcore.evaluation.validity import check
@@ -130,14 +130,38 @@ def test_the_gradient_of_the_model_of_a_jpeg():
     k = torch.arange(16, dtype=torch.float64) % 8
     wave = torch.cos(torch.pi / 16 * 7 * (2 * k + 1))
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    # The mean of a block is (132.5 - 128) * 8 / 16 = 2.25 steps, so its slope is 3 * 0.25^2. The
-    # file drops the finest wave, which has none.
-    for direction, expected in ((torch.ones(16, 16), 3 * 3 / 16 * weights), (wave, 0 * weights)):
+    # The mean of a block is (132.5 - 128) * 8 / 16 = 2.25 steps, so the slope of the cube is
+    # 3 * 0.25^2. The file drops the finest wave, where that slope is 0.
+    slopes = (STRAIGHT + (1 - STRAIGHT) * 3 / 16, STRAIGHT)
+    luma = weights.view(3, 1, 1)
+    for pattern, slope in zip((torch.ones(16, 16), wave.expand(16, 16)), slopes, strict=True):
         leaf = x.clone().requires_grad_()
-        (jpeg.model(leaf) * direction).sum().backward()
-        torch.testing.assert_close(
-            leaf.grad, expected.view(3, 1, 1).expand(1, 3, 16, 16), rtol=1e-4, atol=1e-9
-        )
+        (jpeg.model(leaf) * luma * pattern).sum().backward()
+        torch.testing.assert_close(leaf.grad[0], slope * luma * pattern, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_gradient_of_a_jpeg_in_other_precision(dtype):
+    x = torch.stack([scene.image for scene in Scenes("07", "test", count=2)]).to(dtype)
+    found = []
+    for autocast in (False, True):
+        for kind in (dtype, torch.float32):
+            leaf = x.detach().to(kind).requires_grad_()
+            with torch.autocast("cpu", enabled=autocast):
+                made = Jpeg(75)(leaf, torch.zeros(2, dtype=torch.int64))
+            assert made.dtype == kind
+            made.sum().backward()
+            found.append(leaf.grad.double())
+    for gradient in found:
+        torch.testing.assert_close(gradient, found[1], rtol=2e-2, atol=2e-2)
+
+
+def test_images_that_were_jpegs_have_a_gradient():
+    jpeg, x = Jpeg(75), torch.full((1, 3, 16, 16), 128 / 255)
+    assert torch.equal(jpeg.transformed(x), x)
+    leaf = x.clone().requires_grad_()
+    jpeg(leaf, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert (leaf.grad > 0.001).all()
 
 
 def test_an_attack_through_the_model_of_a_jpeg_is_stronger_than_straight_through():
@@ -435,7 +459,7 @@ def test_what_is_refused(network, detector):
         (lambda: defences.resize_pad(network, 1.5), r"least must be at most 1, got 1\.5"),
         (
             lambda: defences.augmented(network, ()),
-            "scales must be a sequence of at least one",
+            "scales must have at least one member",
         ),
         (lambda: defences.augmented(network, (1, 2)), r"scales\[1\] must be at most 1, got 2"),
         (lambda: defences.noise(network, seed=-1), "seed must be at least 0, got -1"),

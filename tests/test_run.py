@@ -458,7 +458,7 @@ def test_labels_that_do_not_fit_are_no_success(photos, capsys, shift, says):
     arguments = ("--data", "photos", "--labels", "maps", "--figures", 0)
     assert start(*arguments) == 0
     known, error = summary(), capsys.readouterr().err
-    assert known["targets right before, %"] == 0
+    assert known["targets right when clean, %"] == 0
     assert (known["nothing to fool"], known["converged"]) == (6, 0)
     assert known["success after rounding, %"] is None
     assert known["perceptibility"] is None
@@ -489,7 +489,7 @@ def test_success_is_told_of_what_was_right_before(photos, capsys):
     assert [r["right_before"] for r in records] == [half, 0, half, half, half, half]
     assert all(r["active"][0] == r["right_before"] for r in records)
     assert known["nothing to fool"] == 1
-    assert known["targets right before, %"] == pytest.approx(100 * 5 / 12)
+    assert known["targets right when clean, %"] == pytest.approx(100 * 5 / 12)
     left = [r["active"][-1] / half for r in records if r["right_before"]]
     assert known["active targets left, %"] == pytest.approx(100 * sum(left) / 5)
     assert known["warnings"] == []

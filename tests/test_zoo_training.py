@@ -1,5 +1,6 @@
 """Training the zoo: resumable, the same again, and what its commands print."""
 
+import functools
 import hashlib
 import json
 import math
@@ -175,6 +176,39 @@ def test_layers_of_the_start_learn_at_their_own_rate(tmp_path, start_rate):
     assert len(groups[1]) > 5
     for keys, share in zip(groups, (1.0, start_rate), strict=True):
         assert max(moved[key] for key in keys) == pytest.approx(share, rel=2e-3)
+
+
+def test_half_of_a_detectors_batch_is_attacked_at_its_best_proposals(tmp_path, monkeypatch):
+    start = training.train_start("ZF", width=1 / 16, samples=32, out=tmp_path)
+    entry = zoo.find("FR-ZF-07-DAG")
+    own = training.FineTuning(
+        entry, training.recipe_of(entry), seed=0, width=1 / 16, device="cpu", start=start
+    )
+    own.step = own.steps - 1  # the radius has grown to its full size
+    given = {}
+    attacked = training.attacked
+
+    def spied(attack, victim, images, labels, **options):
+        given.update(options, images=images, labels=labels)
+        return attacked(attack, victim, images, labels, **options)
+
+    monkeypatch.setattr(training, "attacked", spied)
+    monkeypatch.setattr(
+        victims.Detector,
+        "dense_targets",
+        functools.partialmethod(victims.Detector.dense_targets, min_score=0.0),
+    )
+    batch = own.batch()
+    seen = own.seen(batch)
+    half = len(seen) // 2
+    assert len(given["images"]) == half
+    assert half <= given["boxes"].shape[1] <= training.PROPOSALS
+    assert torch.equal(seen[half:], batch.images[half:])
+    moved = (seen[:half] - batch.images[:half]).flatten(1).abs().amax(1)
+    assert (moved > 0).any()
+    assert moved.max() <= 2 / 255 + 1e-6
+    found = torch.cat(batch.labels[:half]).unique()
+    assert set(given["labels"].unique().tolist()) <= {*found.tolist(), 255}
 
 
 def test_two_training_sets_have_one_start(tmp_path, monkeypatch):

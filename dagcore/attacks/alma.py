@@ -268,7 +268,7 @@ class PenaltyObjective(LossObjective):
         aims = torch.where(counted & ~wrong, aims, 0)
         ratio = score_ratio(z, aims, targeted=targeted)
         active = counted & (((ratio.winner == aims) != targeted) | ratio.broken)
-        count = active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+        count = active.reshape(len(active), active.shape[1:].numel()).sum(1, dtype=torch.int32)
         weights = self._weights(state, ratio.value, active, counted, count).to(z.dtype)
         seed = torch.zeros_like(z)
         for classes, gradient in ratio.terms:
@@ -277,7 +277,7 @@ class PenaltyObjective(LossObjective):
             seed = torch.ops.aten.upsample_bilinear2d_backward(seed, size, low, align_corners)
         if scores.dtype == torch.float16:
             seed = seed.clamp(-torch.finfo(scores.dtype).max, torch.finfo(scores.dtype).max)
-        bad = wrong.reshape(len(wrong), -1).any(1)
+        bad = wrong.reshape(len(wrong), wrong.shape[1:].numel()).any(1)
         return Seed(seed.to(scores.dtype), torch.where(bad, -2, count))
 
     def _weights(

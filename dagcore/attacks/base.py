@@ -341,8 +341,7 @@ class Attack(abc.ABC):
     def check_kind(self, adversarial_labels: Any) -> None:
         """Raise unless adversarial labels can be chosen by this name."""
         raise ArgumentTypeError(
-            "adversarial_labels must be a torch.Tensor or None, "
-            f"got {type(adversarial_labels).__name__}"
+            f"adversarial_labels must be a torch.Tensor or None, got {adversarial_labels!r}"
         )
 
     def check_pixels(self, name: str, images: Tensor) -> None:
@@ -486,22 +485,26 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
     own = getattr(model, "check_boxes", None)
     if own is not None:
         own(boxes, images)
-    elif boxes is not None and not takes_two_inputs(model):
-        raise ArgumentError(
-            f"boxes must be None for a model that takes images only ({type(model).__name__}), "
-            f"got shape {tuple(boxes.shape)}"
-        )
+        return
+    given = 1 if boxes is None else 2
+    if not accepts(model, given):
+        what = "images alone, as no boxes are given" if boxes is None else "images and boxes"
+        raise ArgumentError(f"model must accept {what}, got {type(model).__name__}, which does not")
 
 
-def takes_two_inputs(model: Any) -> bool:
-    """Return whether a callable accepts two positional arguments, as far as its signature says."""
-    function = model.forward if isinstance(model, nn.Module) else model
+def accepts(model: Any, count: int) -> bool:
+    """Return whether a callable takes this many positional arguments, as far as can be known."""
+    function = model
+    if isinstance(model, nn.Module):
+        if model._forward_pre_hooks or type(model).__call__ is not nn.Module.__call__:
+            return True
+        function = model.forward
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # it has none, for example if it is a builtin
         return True
     try:
-        signature.bind(None, None)
+        signature.bind(*[None] * count)
     except TypeError:
         return False
     return True

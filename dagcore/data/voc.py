@@ -126,7 +126,8 @@ class VOC(Dataset[Example]):
 
     def files(self, index: int) -> tuple[Path, Path]:
         """Return the files of an example: its image, and its mask or its boxes."""
-        return self._items[index].image, self._items[index].truth
+        item = self._items[position(index)]
+        return item.image, item.truth
 
     def __getitem__(self, index: int) -> Example:
         """Read an example from its files."""

@@ -51,8 +51,8 @@ Victim = Callable[..., Any]
 def jpeg(model: Victim, quality: int = 75) -> Any:
     """Compress images to JPEG and decode them again. Gradients pass a model of the file (BPDA).
 
-    The model has the file's colours, chroma subsampling and tables, and a differentiable rounding
-    (Shin and Song, JPEG-resistant Adversarial Images, 2017).
+    The model has the file's colours, chroma subsampling and tables, and a differentiable stand-in
+    for rounding (Shin and Song, JPEG-resistant Adversarial Images, 2017).
 
     Args:
         model: a segmentation network, images (N, 3, H, W) -> scores, or a `Detector`.
@@ -125,8 +125,12 @@ def augmented(model: Victim, scales: Sequence[float] = (1.0, 0.8), mirror: bool 
         scales: factors above 0 and at most 1.
         mirror: whether to use each scale mirrored too.
     """
-    if not isinstance(scales, Sequence) or isinstance(scales, str) or not scales:
-        raise ArgumentError(f"scales must be a sequence of at least one number, got {scales!r}")
+    try:
+        scales = tuple(scales)
+    except TypeError as error:
+        raise ArgumentTypeError(f"scales must be a sequence of numbers, got {scales!r}") from error
+    if not scales:
+        raise ArgumentError("scales must have at least one member, got none")
     for k, scale in enumerate(scales):
         checks.number(f"scales[{k}]", scale, above=0)
         if scale > 1:

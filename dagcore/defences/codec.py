@@ -19,16 +19,18 @@ SIDE = 8  # of a block, in samples
 CENTRE = 128  # is subtracted from the luma
 # Rows Y, Cb and Cr of JFIF, for red, green and blue.
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+STRAIGHT = 0.03  # of the gradient passes rounding as if it were the identity
 
 
 class Jpeg(Transform):
     """JPEG compression by Pillow, with chroma at half the resolution.
 
-    Rounding hides the gradient of a file. The backward pass goes through a model of it: colours,
-    chroma subsampling, and the rounding of each block's coefficients, whose step function is
-    replaced by round(x) + (x - round(x))^3 (Shin and Song, JPEG-resistant Adversarial Images, 2017;
-    Reich et al., Differentiable JPEG: The Devil is in the Details, WACV 2024). So an attack does
-    not spend its radius on what the file does not keep.
+    Rounding hides the gradient of a file. The backward pass goes through a model of the file: its
+    colours, chroma subsampling and tables. The derivative of rounding is replaced by that of
+    round(x) + (x - round(x))^3 (Shin and Song, JPEG-resistant Adversarial Images, 2017; Reich et
+    al., Differentiable JPEG: The Devil is in the Details, WACV 2024), mixed with that of the
+    identity: the former alone is 0 wherever an image already lies on the file's levels. So an
+    attack does not spend its radius on what the file does not keep.
     """
 
     gradient = "through a model of the file (BPDA)"
@@ -40,6 +42,8 @@ class Jpeg(Transform):
         with self.image.open(self.file(np.zeros((SIDE, SIDE, 3), np.uint8))) as read:
             found = [torch.tensor(read.quantization[k]).view(SIDE, SIDE) for k in (0, 1)]
         self.luma_steps, self.chroma_steps = found
+        self.colours = torch.tensor(YCBCR, dtype=torch.float64)
+        self.back = torch.linalg.inv(self.colours)
 
     def __str__(self) -> str:
         return f"JPEG of quality {self.quality}"
@@ -50,7 +54,10 @@ class Jpeg(Transform):
             made = self.transformed(images.detach())
         if not (torch.is_grad_enabled() and images.requires_grad):
             return made
-        through: Tensor = Through.apply(self.model(images), made)
+        with torch.autocast(images.device.type, enabled=False):
+            exact = images.to(torch.promote_types(images.dtype, torch.float32))
+            modelled = self.model(exact).to(images.dtype)
+        through: Tensor = Through.apply(modelled, made)
         return through
 
     def transformed(self, images: Tensor) -> Tensor:
@@ -71,19 +78,16 @@ class Jpeg(Transform):
         return file
 
     def model(self, images: Tensor) -> Tensor:
-        """Return what the file holds, but for rounding after the colours, differentiably."""
+        """Return what the file holds, differentiably; colours and samples are not rounded."""
         height, width = images.shape[-2:]
         whole = (0, -width % (2 * SIDE), 0, -height % (2 * SIDE))
-        colours = images.new_tensor(YCBCR)
         x = F.pad(255 * images, whole, mode="replicate")
-        y, *chroma = torch.einsum("ij,njhw->inhw", colours, x)
-        y = _coded(y - CENTRE, self.luma_steps.to(images)) + CENTRE
+        y, *chroma = torch.einsum("ij,njhw->inhw", self.colours.to(x), x)
+        y = _coded(y - CENTRE, self.luma_steps.to(x)) + CENTRE
         small = F.avg_pool2d(torch.stack(chroma, 1), 2)
-        steps = self.chroma_steps.to(images)
-        small = torch.stack([_coded(one, steps) for one in small.unbind(1)], 1)
+        small = torch.stack([_coded(one, self.chroma_steps.to(x)) for one in small.unbind(1)], 1)
         large = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
-        x = torch.cat([y[:, None], large], 1)
-        x = torch.einsum("ij,njhw->nihw", torch.linalg.inv(colours), x)
+        x = torch.einsum("ij,njhw->nihw", self.back.to(x), torch.cat([y[:, None], large], 1))
         return (x[..., :height, :width] / 255).clamp(0, 1)
 
 
@@ -98,7 +102,7 @@ def _coded(values: Tensor, steps: Tensor) -> Tensor:
 
 
 class _SoftRound(torch.autograd.Function):
-    """Rounding, with the derivative of round(x) + (x - round(x))^3."""
+    """Rounding, with the derivative that `Jpeg` describes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -111,5 +115,5 @@ class _SoftRound(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return the gradient times the derivative."""
         (off,) = ctx.saved_tensors
-        product: Tensor = gradient * 3 * off.square()
+        product: Tensor = gradient * (STRAIGHT + (1 - STRAIGHT) * 3 * off.square())
         return product

@@ -47,7 +47,7 @@ def summarise(
         "images": len(records),
         "attacked": len(attacked),
         "without targets": len(attacked) - len(with_targets),
-        "targets right before, %": _share(
+        "targets right when clean, %": _share(
             sum(r["right_before"] / r["targets"] for r in with_targets), with_targets
         ),
         "nothing to fool": len(with_targets) - len(aimed),

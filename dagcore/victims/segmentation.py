@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +24,19 @@ def per_channel(name: str, values: Any, *, positive: bool = False) -> Tensor:
     Raises:
         ValueError: if they are anything else, or not above 0 although they must be.
     """
+    given = values.detach().flatten() if isinstance(values, Tensor) else values
     try:
-        found = torch.as_tensor(values, dtype=torch.get_default_dtype())
-    except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    good = found.numel() == 3 and bool(found.isfinite().all())
-    if not good or (positive and not bool((found > 0).all())):
+        numbers = [float(value) for value in given]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    good = len(numbers) == 3 and all(map(math.isfinite, numbers))
+    if not good or (positive and min(numbers) <= 0):
         raise ArgumentError(
             f"{name} must be three numbers{' above 0' * positive}, one per channel, got {values!r}"
         )
-    return found.clone().reshape(3, 1, 1)
+    kept = isinstance(values, Tensor) and values.is_floating_point()
+    dtype = values.dtype if kept else torch.get_default_dtype()
+    return torch.tensor(numbers, dtype=dtype).view(3, 1, 1)
 
 
 class Victim(nn.Module):

@@ -544,8 +544,8 @@ class FineTuning(Training):
         refresh(victim)  # the proposals are those of its current weights
         truth = [
             {"boxes": boxes, "labels": labels}
-            for boxes, labels in zip(batch.boxes[: len(images)], batch.labels, strict=False)
-        ]
+            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+        ][: len(images)]
         aims = victim.dense_targets(images, truth, max_proposals=PROPOSALS)
         return attacked(
             attack,
