@@ -366,7 +366,7 @@ def test_low_resolution_where_it_is_understood():
     assert whole.preparation.low_resolution is False
     assert victims.prepare(smp_network("FPN")).align_corners is True
     assert victims.prepare(tiny()).preparation.low_resolution is False
-    with pytest.raises(TypeError, match="must be one of torchvision's"):
+    with pytest.raises(TypeError, match="must be a segmentation network of torchvision, "):
         victims.prepare(tiny(), low_resolution=True)
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         victims.prepare(lambda x: x)

@@ -173,7 +173,7 @@ def test_what_is_not_understood_says_what_is():
         Own(fcn.backbone, fcn.classifier),
     ]
     for network in unknown:
-        with pytest.raises(TypeError, match=r"must be one of torchvision's.*got "):
+        with pytest.raises(TypeError, match=r"must be a segmentation network of .* got "):
             victims.low_resolution(network)
 
 
