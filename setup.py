@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import setuptools
 from setuptools import setup
 
 ROOT = Path(__file__).parent
@@ -182,6 +183,11 @@ def pip_cuda(file: str) -> list[Path]:
 
 
 os.chdir(ROOT)
+if int(setuptools.__version__.partition(".")[0]) < 77:  # older ones cannot read pyproject.toml
+    raise SystemExit(
+        f"dagcore: building needs setuptools 77 or later, got {setuptools.__version__}: "
+        "pip install 'setuptools>=77'"
+    )
 if switch("DAGCORE_NATIVE") is False:
     if switch("DAGCORE_CUDA"):
         raise SystemExit("dagcore: DAGCORE_CUDA=1 contradicts DAGCORE_NATIVE=0")
