@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ if native.module is None:
         "`pip install --no-build-isolation -e '.[test]'`"
     )
 
+# xdist's workers share the cores: a thread that waits must not spin (twenty times slower).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads in all as there would be
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
@@ -78,6 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in SLOW)
+    gc.freeze()  # thousands of tests, which no collection need look at again
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -94,6 +98,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "device": ["cpu", *host * (wanted is True), CUDA],
         "cpu_or_cuda_on_host": ["cpu", *host],
         "order": [on_host(order) for order in cuda_on_host.ORDERS],
+        "usual_order": host,
     }
     for fixture in names.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(fixture, names[fixture], indirect=True)
@@ -124,6 +129,12 @@ def cpu_or_cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def order(request: pytest.FixtureRequest) -> str:
     """An order of threads that the CUDA kernels can run in on the host."""
+    return str(request.param).rpartition("-")[2]
+
+
+@pytest.fixture
+def usual_order(request: pytest.FixtureRequest) -> str:
+    """The random order, which a run tests; with --every-order each of them."""
     return str(request.param).rpartition("-")[2]
 
 

@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 
 @in_every_case
 def test_kernels(
-    order: str, layout: str, mode: str, dtype: torch.dtype, size: tuple[int, int]
+    usual_order: str, layout: str, mode: str, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
     case = (CPU, layout, mode, dtype, size)
     expected = results(*case)
-    with cuda_on_host.running(order):
+    with cuda_on_host.running(usual_order):
         assert_same_results(results(*case), expected)
 
 

@@ -52,24 +52,24 @@ def launch(here, out, *arguments, **options):
 def test_killed_before_any_kind_of_write(here):
     expected, out = results(here / "whole"), here / "killed"
     for write in KILLS:
-        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0"))
+        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0", fork=True))
         assert killed.returncode == -signal.SIGKILL, write
         kept = results(out)
         whole = {name: data for name, data in kept.items() if not name.startswith("records/")}
         assert whole.items() <= expected.items()
-    assert wait(launch(here, "killed")).returncode == 0
+    assert wait(launch(here, "killed", fork=True)).returncode == 0
     assert results(out) == expected
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 def test_a_signal_ends_cleanly(here):
-    done = wait(launch(here, "signal", fate="SIGTERM os.rename /images/ 3 0"))
+    done = wait(launch(here, "signal", fate="SIGTERM os.rename /images/ 3 0", fork=True))
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr.splitlines()[-1] == (
         f"dagcore evaluate: stopped by SIGTERM, 3 of {COUNT} images are done: "
         "run the same command again to resume"
     )
-    assert wait(launch(here, "signal")).returncode == 0
+    assert wait(launch(here, "signal", fork=True)).returncode == 0
     assert results(here / "signal") == results(here / "whole")
 
 
@@ -108,7 +108,8 @@ def test_one_program_evaluates_twice_under_torchrun(here):
 
 
 def test_a_run_is_no_evaluation(here):
-    assert wait(killing.launch("run", here, "run", "--max-iter", "1")).returncode == 0
-    done = wait(launch(here, "run"))
+    run = killing.launch("run", here, "run", "--max-iter", "1", fork=True)
+    assert wait(run).returncode == 0
+    done = wait(launch(here, "run", fork=True))
     assert done.returncode == 2
     assert "run has results of other settings" in done.stderr

@@ -517,19 +517,20 @@ def test_the_native_op_checks_by_itself(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_opcheck(device: torch.device, loss: str) -> None:
-    for dtype, layout in zip(DTYPES, LAYOUTS[:4], strict=True):
-        scores, labels, adversarial = case("fractional", False, dtype)
-        scores, labels, adversarial = scores[:, :5, :4, :6], labels[:, :9] % 5, adversarial[:, :9]
-        adversarial = adversarial % 5
-        weights = torch.ones(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        blend = torch.rand(2, generator=generator(0), dtype=torch.float64)
-        tensors = on(device, scores, labels, adversarial, weights, blend)
-        scores, labels, adversarial, weights, blend = tensors
-        for rest in ((None, None, None), (adversarial, weights, blend)):
-            arguments = (lay_out(scores, layout), labels, rest[0], loss, rest[2], 0.7, 0.5)
-            arguments += (rest[1], 255, layout == "gaps")
-            results = torch.library.opcheck(torch.ops.dagcore.loss_seed_bilinear.default, arguments)
-            assert set(results.values()) == {"SUCCESS"}
+    k = LOSSES.index(loss) % 4
+    dtype, layout = DTYPES[k], LAYOUTS[k]
+    scores, labels, adversarial = case("fractional", False, dtype)
+    scores, labels, adversarial = scores[:, :5, :4, :6], labels[:, :9] % 5, adversarial[:, :9]
+    adversarial = adversarial % 5
+    weights = torch.ones(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    blend = torch.rand(2, generator=generator(0), dtype=torch.float64)
+    tensors = on(device, scores, labels, adversarial, weights, blend)
+    scores, labels, adversarial, weights, blend = tensors
+    for rest in ((None, None, None), (adversarial, weights, blend)):
+        arguments = (lay_out(scores, layout), labels, rest[0], loss, rest[2], 0.7, 0.5)
+        arguments += (rest[1], 255, layout == "gaps")
+        results = torch.library.opcheck(torch.ops.dagcore.loss_seed_bilinear.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 def every_loss(scores: Tensor, labels: Tensor, adversarial: Tensor) -> list[Tensor]:

@@ -3,19 +3,16 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import time
 from functools import partial
 
+import killing
 import pytest
 import skimage.data
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import dagcore
 from dagcore import zoo
 from dagcore.__main__ import main
 from dagcore.cli.progress import Counter
@@ -501,9 +498,7 @@ with Counter() as counter:
     )
 
     def start(out):
-        root = os.path.dirname(os.path.dirname(dagcore.__file__))
-        environment = {**os.environ, "PYTHONPATH": root}
-        return subprocess.Popen([sys.executable, script, out], env=environment)
+        return killing.Forked(tmp_path, str(script), [out])
 
     def results(out):
         found = {}
@@ -517,7 +512,7 @@ with Counter() as counter:
         return found
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
+    assert killing.wait(start(whole)).returncode == 0
     expected = results(whole)
     total = len(expected)
     assert total == 3 * 6 + 2 * 5 + 2
@@ -526,11 +521,11 @@ with Counter() as counter:
         while process.poll() is None and len(list(killed.rglob("*.*"))) < wanted:
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        killing.wait(process)
         partial = results(killed)
         assert 0 < len(partial) < total
         assert partial.items() <= expected.items()  # whole files only, and the right ones
-    assert start(killed).wait() == 0
+    assert killing.wait(start(killed)).returncode == 0
     assert results(killed) == expected
 
 

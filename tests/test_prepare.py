@@ -275,8 +275,16 @@ def jolted(network):
     return network
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fold_batch_norm": False}], ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+REFRESHED = [
+    *((name, {}) for name in NETWORKS),
+    ("deeplabv3_mobilenet_v3_large", {"bf16": True}),
+    ("Segformer", {"bf16": True}),
+    ("lraspp_mobilenet_v3_large", {"fold_batch_norm": False}),
+    ("demo", {"fold_batch_norm": False, "bf16": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), REFRESHED, ids=str)
 def test_refreshed_is_prepared_anew(name, options, images):
     network = NETWORKS[name][0](name)
     options = {"merge_linear": False, **options}

@@ -36,6 +36,13 @@ def step_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple
 
 # --- opcheck
 
+# The layouts of images that are changed in place, each in another dtype.
+STEPPED = pytest.mark.parametrize(
+    ("layout", "dtype"),
+    list(zip((layout for layout in LAYOUTS if layout != "expanded"), DTYPES, strict=True)),
+    ids=str,
+)
+
 SEED_CHECKS = {
     "leave": ((2, 5, 7, 9), torch.float32, "contiguous", False, "leave"),
     "reach": ((2, 5, 7, 9), torch.float64, "class-last", False, "reach"),
@@ -94,8 +101,7 @@ def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) 
 
 
 @pytest.mark.cuda_on_host
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+@STEPPED
 def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype) -> None:
     images, origin, gradient, active = step_case(device, dtype)
     free = (-math.inf, math.inf, math.inf, None, 0)
@@ -116,8 +122,7 @@ def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
 
 @pytest.mark.cuda_on_host
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+@STEPPED
 def test_opcheck_pgd_step(device: torch.device, layout: str, dtype: torch.dtype, norm: str) -> None:
     images, origin, gradient, active = step_case(device, dtype)
     one = torch.ones(2, dtype=torch.float64, device=device)
@@ -145,8 +150,7 @@ def prox_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple
 
 
 @pytest.mark.cuda_on_host
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+@STEPPED
 def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype) -> None:
     images, *others = prox_case(device, dtype)
     for bounds in ((0.0, 1.0), (-math.inf, math.inf)):

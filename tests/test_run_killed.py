@@ -60,7 +60,7 @@ def test_killed_before_any_kind_of_write(here):
     expected, out = results(here / "whole"), here / "killed"
     for write in KILLS:
         before = records(out)
-        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0"))
+        killed = wait(launch(here, "killed", fate=f"SIGKILL {write} 0", fork=True))
         assert killed.returncode == -signal.SIGKILL
         partial = results(out)
         kept = {name: data for name, data in partial.items() if not name.startswith("records/")}
@@ -74,7 +74,7 @@ def test_killed_before_any_kind_of_write(here):
             assert f"{number:03d}.png" in after
             assert f"perturbations/{number:03d}.safetensors" in partial
     assert len(done) == COUNT - 1
-    assert wait(launch(here, "killed")).returncode == 0
+    assert wait(launch(here, "killed", fork=True)).returncode == 0
     assert results(out) == expected
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
@@ -83,7 +83,9 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
     out, have = here / "signals", 0
     for number in (signal.SIGINT, signal.SIGTERM):
         before = have
-        done = wait(launch(here, "signals", fate=f"{number.name} os.rename /images/ 3 0"))
+        done = wait(
+            launch(here, "signals", fate=f"{number.name} os.rename /images/ 3 0", fork=True)
+        )
         assert done.returncode == 128 + number
         have = len(list(out.glob("records/*.json")))
         assert before + 3 <= have < COUNT
@@ -93,7 +95,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(here):
         )
         assert "Traceback" not in done.stderr
         assert not [path for path in out.rglob(".*") if path.name != ".lock"]
-    assert wait(launch(here, "signals")).returncode == 0
+    assert wait(launch(here, "signals", fork=True)).returncode == 0
     assert results(out) == results(here / "whole")
 
 
@@ -135,7 +137,7 @@ def test_a_full_disk_loses_nothing(here):
     assert "Traceback" not in done.stderr
     assert not list(out.glob("images/*"))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
-    assert wait(launch(here, "full")).returncode == 0
+    assert wait(launch(here, "full", fork=True)).returncode == 0
     assert results(out) == results(here / "whole")
 
 
@@ -153,7 +155,7 @@ def test_a_rank_that_dies_loses_nothing_of_the_others(here):
     assert died.returncode != 0
     before = records(out)
     assert not (out / "summary.json").exists()
-    assert wait(launch(here, "dies", ranks=3)).returncode == 0
+    assert wait(launch(here, "dies", fork=True)).returncode == 0
     assert results(out) == results(here / "whole")
     names = [f"{number:03d}.png" for number in images_of(before, ".json") - {7}]
     assert names
@@ -168,7 +170,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(here):
     assert len(told) == 1
     assert "007.png cannot be read as an image" in told[0]
     assert not (here / "strict" / "summary.json").exists()
-    assert wait(launch(here, "strict")).returncode == 0
+    assert wait(launch(here, "strict", fork=True)).returncode == 0
     expected = results(here / "whole")
     found = results(here / "strict")
     assert set(found) == set(expected)

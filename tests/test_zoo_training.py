@@ -20,6 +20,7 @@ from dagcore.zoo import pictures, registry, training
 from dagcore.zoo.evaluation import evaluate
 
 TINY = {"samples": 80, "start_samples": 64, "width": 1 / 16, "test_scenes": 3}
+SHORT = ["--samples", "16", "--start-samples", "32", "--test-scenes", "2"]
 SHIPPED = [entry.name for entry in registry.EVERY if entry.path.is_file()]
 TASKS = ("segmentation", "detection")
 
@@ -73,7 +74,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, name):
 
 def test_training_against_an_attack(tmp_path, weights, capfd):
     """By a name of the zoo, and by options for any network, which is not put into the package."""
-    options = ["--out", str(tmp_path / "out"), "--samples", "16", "--start-samples", "32"]
+    options = ["--out", str(tmp_path / "out"), *SHORT]
     train = ["zoo", "train", "FCN-Alex", *options]
     given = ["--adversarial", "segpgd", "--epsilon", "2/255", "--steps", "1"]
     assert main([*train, *given]) == 0
@@ -81,8 +82,8 @@ def test_training_against_an_attack(tmp_path, weights, capfd):
     assert f"written to {path}" in capfd.readouterr().err
     assert not weights.exists()
     known = zoo.read_metadata(path)
-    found = [known[key] for key in ("attack", "epsilon", "steps", "training_set")]
-    assert found == ["segpgd", pytest.approx(2 / 255), 1, "07"]
+    found = [known[key] for key in ("attack", "epsilon", "steps", "training_set", "test_scenes")]
+    assert found == ["segpgd", pytest.approx(2 / 255), 1, "07", 2]
     assert zoo.load("FCN-Alex", path).classes == data.SCENE_CLASSES
     assert main(train) == 0
     clean = load_file(tmp_path / "out" / "fcn-alex.safetensors")
@@ -395,8 +396,7 @@ def test_examples_without_masks():
 def test_the_commands(tmp_path, weights, capfd):
     """Two networks in processes of their own, trained, installed, listed and measured."""
     names, out = ["FCN-Alex", "FR-ZF-07"], tmp_path / "out"
-    samples = ["--samples", "16", "--start-samples", "32"]
-    assert main(["zoo", "train", *names, "--out", str(out), "--install", *samples]) == 0
+    assert main(["zoo", "train", *names, "--out", str(out), "--install", *SHORT]) == 0
     told = capfd.readouterr().err
     for name in names:
         assert f"{name}: " in told

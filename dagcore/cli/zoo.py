@@ -200,6 +200,12 @@ def worst(score: Score, classes: Sequence[str]) -> str:
     "--start-samples",
     help="Number of crops that each backbone sees first.  [default: as for the shipped weights]",
 )
+@options.count(
+    "--test-scenes",
+    default=200,
+    show_default=True,
+    help="Number of unseen scenes on which each trained network is measured.",
+)
 @click.option(
     "--adversarial",
     type=click.Choice(INNER),
