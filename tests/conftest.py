@@ -104,6 +104,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(fixture, names[fixture], indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests that draw from torch's own generator draw the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where tensors are; with the mark cuda_on_host, the CPU with the kernels of CUDA too."""

@@ -13,11 +13,15 @@ from dagcore import ops
 from dagcore.checks import LOSSES
 from dagcore.ops import fallback
 
+SIZES = ((16, 24), (9, 13))
 CASES = [
     pytest.mark.parametrize("layout", ["contiguous", "class-last", "gaps"]),
     pytest.mark.parametrize("mode", ["leave", "reach", "runner-up"]),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
-    pytest.mark.parametrize("size", [(16, 24), (9, 13)], ids=str),
+    pytest.mark.parametrize(
+        ("dtype", "size"),
+        [*zip(DTYPES, itertools.cycle(SIZES), strict=False), (torch.float32, SIZES[1])],
+        ids=str,
+    ),
 ]
 Case = tuple[str, str, torch.dtype, tuple[int, int]]
 

@@ -101,14 +101,15 @@ DAGCORE_INLINE void find_direction(const PgdArgs& args, const Chunk& chunk, PgdS
   *sum = direction_sum<Real>(largest, step.momentum);
 }
 
-// All other sums, in float64: of magnitudes for kGradientSum, of squares otherwise.
-template <typename T, bool kL2>
+// All other sums, in float64: of magnitudes for kGradientSum, of squares otherwise. Those of a ball
+// are needed in L2 alone.
+template <typename T>
 DAGCORE_INLINE void add_up(const PgdArgs& args, const Chunk& chunk, PgdStep<RealOf<T>> step,
                            int which, double* sum) {
   RealOf<T> value[kBlock];
   double lanes[kLanes] = {};
   for (int64_t first = 0; first < chunk.count; first += kBlock) {
-    const int size = compute<T, kL2>(args, chunk, first, step, which, value);
+    const int size = compute<T, true>(args, chunk, first, step, which, value);
     for (int i = size; i % kLanes != 0; ++i) value[i] = 0;
     if (which == kGradientSum) {
       for (int i = 0; i < size; ++i) value[i] = std::abs(value[i]);
@@ -211,7 +212,7 @@ void step_all(int64_t images, const PgdArgs& args) {
       if (which == kDirectionSum && !kL2) {
         run_simd<find_direction<T>>(simd, args, chunk, steps[n], &parts[item]);
       } else {
-        run_simd<add_up<T, kL2>>(simd, args, chunk, steps[n], which, &parts[item]);
+        run_simd<add_up<T>>(simd, args, chunk, steps[n], which, &parts[item]);
       }
     });
     for (int64_t n = 0; n < images; ++n) {
@@ -225,11 +226,12 @@ void step_all(int64_t images, const PgdArgs& args) {
     return Grid<Real>(args.levels, args.lower, args.upper, args.epsilon[n]);
   };
   chunks.for_each(moves, [&](int64_t n, int64_t, const Chunk& chunk) {
-    if (args.levels > 0 && !kL2) {
-      run_simd<update<T, kL2, true>>(simd, args, chunk, steps[n], grid_of(n));
-    } else {
-      run_simd<update<T, kL2, false>>(simd, args, chunk, steps[n], Grid<Real>{});
+    if constexpr (!kL2) {
+      if (args.levels > 0) {
+        return run_simd<update<T, false, true>>(simd, args, chunk, steps[n], grid_of(n));
+      }
     }
+    run_simd<update<T, kL2, false>>(simd, args, chunk, steps[n], Grid<Real>{});
   });
   if (args.levels == 0 || !kL2) return;
   std::vector<Squares> squares(chunks.count());
