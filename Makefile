@@ -77,14 +77,14 @@ wheel: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile torch torchvision "setuptools>=77" pybind11 ninja
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" pybind11 ninja
 	touch $@
 
 # Built with the torch that is installed here, in place: the package is used from this folder. CUDA
 # kernels are for this machine's GPUs; without one, for one architecture that any later GPU can use.
 $(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep ^GPU),,8.0+PTX)
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
 clean:

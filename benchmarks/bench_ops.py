@@ -65,7 +65,7 @@ def test_dag_seed(
     layout: str,
     dtype: torch.dtype,
 ) -> None:
-    """Random scores, four targets in five still right, labels as uint8."""
+    """Random scores, four targets in five still correct, labels as uint8."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(shape, generator=generator).to(dtype)
     right = torch.rand(shape[:1] + shape[2:], generator=generator) < 0.8
@@ -219,7 +219,7 @@ def test_bilinear(
     kind: str,
     label_dtype: torch.dtype,
 ) -> None:
-    """Low-resolution scores, all targets still right; the floor is `clone` of scores and labels."""
+    """Low-resolution scores, all targets correct; the floor is `clone` of scores and labels."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(shape, generator=generator)
     if kind == "smooth":

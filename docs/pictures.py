@@ -234,7 +234,7 @@ def draw_segpgd() -> Figure:
     steps = 20
     compared([("PGD", dagcore.PGD), ("SegPGD", dagcore.SegPGD)], left, alpha=0.5 / 255, steps=steps)
     t = torch.arange(steps + 1)
-    right.plot(1 - t / (2 * steps), color=GREEN, label="right targets")
+    right.plot(1 - t / (2 * steps), color=GREEN, label="correct targets")
     right.plot(t / (2 * steps), color=RED, label="wrong targets")
     shares(right, "weight")
     right.legend()
@@ -253,14 +253,14 @@ def draw_cospgd() -> Figure:
     attack = dagcore.CosPGD(epsilon=2 / 255, random_start=False, tolerance=None, **settings)
     with recorded(network) as seen:
         attack(network, images, labels)
-    weights: dict[str, list[float]] = {"right targets": [], "wrong targets": []}
+    weights: dict[str, list[float]] = {"correct targets": [], "wrong targets": []}
     for x in seen:
         with torch.no_grad():
             scores = nn.functional.interpolate(network(x), labels.shape[1:], mode="bilinear")
         p = scores.softmax(1)
         label = torch.where(labels == 255, 0, labels).long()
         weight = p.gather(1, label[:, None])[:, 0] / p.norm(dim=1)
-        for name, which in (("right targets", True), ("wrong targets", False)):
+        for name, which in (("correct targets", True), ("wrong targets", False)):
             of = (labels != 255) & ((scores.argmax(1) == label) == which)
             weights[name].append(float(weight[of].mean()))
     for (name, values), colour in zip(weights.items(), (GREEN, RED), strict=True):
@@ -392,13 +392,13 @@ def draw_universal() -> Figure:
     figure, (left, right) = panels()
     for name, colour in zip(sets, (BLUE, ORANGE), strict=True):
         left.plot(updates, found[name], "o-", color=colour, markersize=3, label=name)
-    shares(left, "share right")
+    shares(left, "share correct")
     left.legend()
     kinds = {"clean": torch.zeros_like(r), "random signs": noise, "universal": r}
     for k, (name, colour) in enumerate(zip(sets, (BLUE, ORANGE), strict=True)):
         heights = [right_share(one, name) for one in kinds.values()]
         right.bar([x + 0.38 * k - 0.19 for x in range(3)], heights, 0.36, color=colour)
-    right.set(ylabel="share right", ylim=(0, 1.03))
+    right.set(ylabel="share correct", ylim=(0, 1.03))
     right.set_xticks(range(3), labels=list(kinds))
     right.grid(axis="x", visible=False)
     return figure

@@ -117,7 +117,7 @@ def test_objects_of_unknown_classes_are_left_out_and_named(folder, capsys):
     ("name", "says"),
     [
         ("target", "warning: 2 of 2 images with labelled objects have no target"),
-        ("window", "warning: only 0.0 % of the labelled targets are right on the clean images"),
+        ("window", "warning: only 0.0 % of the labelled targets are correct on the clean images"),
     ],
 )
 def test_labels_of_other_classes_are_told(folder, capsys, name, says):
@@ -129,7 +129,7 @@ def test_labels_of_other_classes_are_told(folder, capsys, name, says):
     assert attack("--labels", "coco.json", "--max-iter", 0, model=NAME, image=images) == 0
     assert "warning" not in capsys.readouterr().err
     for name in ("scene0", "scene1"):
-        assert 0 < record(name)["right_before"] == record(name)["active"][0]
+        assert 0 < record(name)["correct_before"] == record(name)["active"][0]
 
 
 def test_images_of_one_name_in_two_folders(folder):
@@ -144,7 +144,7 @@ def test_images_of_one_name_in_two_folders(folder):
         options = ("--labels", "coco.json", "--max-iter", 0)
         assert attack(*options, model=NAME, image=image, out=f"out{k}") == 0
         assert record("0", f"out{k}")["objects"] == len(scene.boxes)
-        assert record("0", f"out{k}")["right_before"] > 10
+        assert record("0", f"out{k}")["correct_before"] > 10
 
 
 def test_the_detectors_own_boxes(folder, capsys):

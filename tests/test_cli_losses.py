@@ -80,7 +80,7 @@ def test_the_file_is_what_was_attacked_and_within_epsilon(folder, name):
     right = int((seen == labels).sum())
     # On the grid of 8 bits nothing is lost by writing: what counts is what the file holds.
     assert told["active_after_rounding"] == told["left"] == min(told["active"]) == right
-    assert told["to_fool"] == told["right_before"] == HEIGHT * WIDTH
+    assert told["to_fool"] == told["correct_before"] == HEIGHT * WIDTH
     assert right < HEIGHT * WIDTH
 
 
@@ -168,4 +168,4 @@ def test_a_detector_is_attacked_at_its_proposals(folder, adversarial):
     told = record("scene")
     assert told["left"] == told["active_after_rounding"] < told["to_fool"] <= told["targets"]
     if adversarial == "untargeted":
-        assert told["to_fool"] == told["right_before"]
+        assert told["to_fool"] == told["correct_before"]

@@ -183,12 +183,12 @@ def test_accuracy_falls_with_the_radius_and_with_steps(whole):
     for name in ("MCE-bal", "CosPGD"):
         small, large = (of(summary, name, epsilon, "memory") for epsilon in EPSILON)
         assert summary["clean"]["aAcc"] > small["aAcc"] > large["aAcc"]
-        shares = list(large["right_by_step"].values())
+        shares = list(large["correct_by_step"].values())
         assert shares == sorted(shares, reverse=True)
         assert shares[-1] == pytest.approx(large["aAcc"])
-    assert list(of(summary, "CosPGD", EPSILON[0], "memory")["right_by_step"]) == list("01235")
+    assert list(of(summary, "CosPGD", EPSILON[0], "memory")["correct_by_step"]) == list("01235")
     # SEA tells of the last of its shrinking balls alone: 2 of its 6 steps are in it.
-    assert list(of(summary, "MCE-bal", EPSILON[0], "memory")["right_by_step"]) == list("45678")
+    assert list(of(summary, "MCE-bal", EPSILON[0], "memory")["correct_by_step"]) == list("45678")
 
 
 def test_the_folder_holds_the_worst_example_of_each_image(whole):
@@ -198,7 +198,7 @@ def test_the_folder_holds_the_worst_example_of_each_image(whole):
         pixels = np.array(Image.open(out / "images" / f"{record['name']}.png"))
         kept = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         right = [sum(row[0] for row in cell["file"]["pixels"].values()) for cell in record["cells"]]
-        assert record["worst"]["right"] == min(right)
+        assert record["worst"]["correct"] == min(right)
         assert int(counts(network(), kept, labels)[:, 0].sum()) == min(right)
         assert float((kept - image).abs().max()) > 0
 
@@ -262,7 +262,7 @@ def contents(out):
     }
 
 
-def test_images_without_a_right_pixel_are_not_attacked_again(tmp_path):
+def test_images_without_a_correct_pixel_are_not_attacked_again(tmp_path):
     radii = (0.6, 0.9)
     large_steps = Entry(name="CosPGD", attack="cospgd", settings={"steps": 20, "alpha": 0.2})
     own = dataclasses.replace(SHORT, attacks=(large_steps,))
@@ -465,7 +465,7 @@ def test_the_last_iterate_counts_where_a_protocol_says_so(tmp_path):
         tables.append(counts(network(), result.last[0], labels))
     assert measured(of(summary, "last", 0.1, "memory")) == pytest.approx(scores(tables))
     assert of(summary, "best", 0.1, "memory")["aAcc"] < scores(tables)[0]
-    assert "right_by_step" not in of(summary, "last", 0.1, "memory")
+    assert "correct_by_step" not in of(summary, "last", 0.1, "memory")
 
 
 def test_the_search_for_the_worst_case_is_begun_with_each_attack():
@@ -584,7 +584,7 @@ def test_images_without_labels_are_warned_of(tmp_path):
 
 def warned(**changes):
     one = {"attack": "PGD", "norm": "linf", "levels": None, "stage": "memory", "iterations": 20}
-    other = {"epsilon": 1 / 255, "aAcc": 40.0, "right_by_step": {0: 90.0, 10: 41.0, 20: 40.0}}
+    other = {"epsilon": 1 / 255, "aAcc": 40.0, "correct_by_step": {0: 90.0, 10: 41.0, 20: 40.0}}
     results = [{**one, **other}, {**one, **other, "epsilon": 2 / 255, **changes}]
     return warnings_of([], {"task": "segmentation", "results": results})
 
@@ -593,9 +593,11 @@ def test_results_that_contradict_each_other_are_told():
     assert warned(aAcc=30.0) == []
     assert warned(aAcc=40.5) == []
     (rising,) = warned(aAcc=45.0)
-    assert rising.startswith("PGD leaves 45.0 % of the pixels right at 2/255 and 40.0 % at 1/255")
-    (unfinished,) = warned(right_by_step={0: 90.0, 5: 60.0, 14: 47.0, 20: 40.0})
-    assert "PGD at 2/255 leaves 60.0 % of the pixels right after 5 updates and 40.0 %" in unfinished
+    assert rising.startswith("PGD leaves 45.0 % of the pixels correct at 2/255 and 40.0 % at 1/255")
+    (unfinished,) = warned(correct_by_step={0: 90.0, 5: 60.0, 14: 47.0, 20: 40.0})
+    assert (
+        "PGD at 2/255 leaves 60.0 % of the pixels correct after 5 updates and 40.0 %" in unfinished
+    )
     (lost,) = warned(epsilon=0.25 / 255, stage="file")
     assert "(0.25/255) are lost when images are rounded" in lost
     (left,) = warned(epsilon=0.03, stage="file")

@@ -39,7 +39,7 @@ def here(tmp_path_factory):
     here = tmp_path_factory.mktemp("evaluation")
     killing.prepare(here, COUNT)
     (here / "two.toml").write_text(PROTOCOL)
-    done = wait(launch(here, "whole"))
+    done = wait(launch(here, "whole", fork=True))
     assert done.returncode == 0, done.stderr
     return here
 

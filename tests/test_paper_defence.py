@@ -119,8 +119,8 @@ def test_why_by_command(tmp_path, capfd):
     assert (tmp_path / "why.png").stat().st_size > 10_000
     for row in rows:
         assert row["lead at r"] < 0 < row["lead at noise as long"]
-        assert row["right at r, %"] < 5
-        assert row["right at noise as long, %"] > 0.9 * row["right, %"]
+        assert row["correct at r, %"] < 5
+        assert row["correct at noise as long, %"] > 0.9 * row["correct, %"]
         assert sum(row["spectrum of r"]) == pytest.approx(100)
         ((other, cosine, left),) = row["transfer"]
         assert {other, row["network"]} == {"FCN-VGG", "FCN-VGG*"}

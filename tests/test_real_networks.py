@@ -318,7 +318,7 @@ def test_attack_from_the_command_line(folder, model, what):
     numbers = record(what)
     assert numbers["status"] == "converged"
     assert numbers["targets"] > 3
-    assert 0 < numbers["right_before"] <= numbers["targets"]
+    assert 0 < numbers["correct_before"] <= numbers["targets"]
     assert numbers["active_after_rounding"] == 0
     assert numbers["settings"]["levels"] == 256
 

@@ -132,7 +132,7 @@ def segmentation(attacks=None, norm="linf", **more):
                 counts = {"iterations": 9.5, "forward": 11.0, "backward": 10.0}
                 counts |= {"perceptibility": 0.01, "examples_of_smaller_balls": e}
                 steps = {0: 96.0, 1: 90.0, 10: base + k}
-                found = scores(base + k, attack=name, right_by_step=steps)
+                found = scores(base + k, attack=name, correct_by_step=steps)
                 results.append({**found, **counts, **place})
             won = dict.fromkeys(names, 0) | {names[0]: 2}
             worst.append({**scores(base - 1), **place, "attacks": names, "rounds": 2})
@@ -176,7 +176,7 @@ def records():
     found = {}
     for k, (name, right) in enumerate((("one", 30), ("folder/two", 10))):
         clean = {"pixels": {"0": [60, 65, 80], "1": [15, 35, 20]}}
-        worst = {"attack": "CosPGD, 8/255", "right": right}
+        worst = {"attack": "CosPGD, 8/255", "correct": right}
         found[k] = {"number": k, "name": name, "clean": clean, "worst": worst, "cells": []}
     found[2] = {"number": 2, "name": "three", "status": "failed", "reason": "broken"}
     return found
@@ -464,7 +464,7 @@ def test_scores_of_nothing(tmp_path):
     for one in (summary["clean"], *summary["results"], *summary["worst_case"]):
         one |= dict.fromkeys(("aAcc", "mIoU", "mAcc", "aAcc of images")) | {"per_class": {}}
     for one in summary["results"]:
-        one["right_by_step"] = dict.fromkeys(one["right_by_step"])
+        one["correct_by_step"] = dict.fromkeys(one["correct_by_step"])
     page, _ = written(tmp_path, summary)
     assert page.table("attack", "aAcc")[1][2:6] == ["-"] * 4
     assert not (tmp_path / "model_info.json").exists()

@@ -458,15 +458,15 @@ def test_labels_that_do_not_fit_are_no_success(photos, capsys, shift, says):
     arguments = ("--data", "photos", "--labels", "maps", "--figures", 0)
     assert start(*arguments) == 0
     known, error = summary(), capsys.readouterr().err
-    assert known["targets right when clean, %"] == 0
+    assert known["targets correct when clean, %"] == 0
     assert (known["nothing to fool"], known["converged"]) == (6, 0)
     assert known["success after rounding, %"] is None
     assert known["perceptibility"] is None
     assert error.splitlines()[-1] == f"dagcore run: warning: {known['warnings'][0]}"
     assert known["warnings"][0].startswith(
-        "only 0.0 % of the labelled targets are right on the clean"
+        "only 0.0 % of the labelled targets are correct on the clean"
     )
-    assert known["warnings"][0].endswith(f" 100.0 % would be right if every label were {says}")
+    assert known["warnings"][0].endswith(f" 100.0 % would be correct if every label were {says}")
     image = ["attack", "photos/a.png", "--labels", "maps/a.png", "--model", "run_victim:make"]
     assert main([*image, "--out", "alone"]) == 0
     output = capsys.readouterr()
@@ -474,7 +474,7 @@ def test_labels_that_do_not_fit_are_no_success(photos, capsys, shift, says):
     assert "nothing to fool" in output.out
 
 
-def test_success_is_told_of_what_was_right_before(photos, capsys):
+def test_success_is_told_of_what_was_correct_before(photos, capsys):
     def change(name, seen):
         wrong = (seen + 2) % 5
         if name != "b":  # half of each other image is labelled rightly
@@ -486,15 +486,15 @@ def test_success_is_told_of_what_was_right_before(photos, capsys):
     assert start(*arguments, "--max-iter", 1) == 0
     known, records = summary(), lines()
     half = SIZE[0] * SIZE[1] // 2
-    assert [r["right_before"] for r in records] == [half, 0, half, half, half, half]
-    assert all(r["active"][0] == r["right_before"] for r in records)
+    assert [r["correct_before"] for r in records] == [half, 0, half, half, half, half]
+    assert all(r["active"][0] == r["correct_before"] for r in records)
     assert known["nothing to fool"] == 1
-    assert known["targets right when clean, %"] == pytest.approx(100 * 5 / 12)
-    left = [r["active"][-1] / half for r in records if r["right_before"]]
+    assert known["targets correct when clean, %"] == pytest.approx(100 * 5 / 12)
+    left = [r["active"][-1] / half for r in records if r["correct_before"]]
     assert known["active targets left, %"] == pytest.approx(100 * sum(left) / 5)
     assert known["warnings"] == []
     assert start(*arguments, out="whole") == 0
-    good = sum(r["active_after_rounding"] == 0 for r in lines("whole") if r["right_before"])
+    good = sum(r["active_after_rounding"] == 0 for r in lines("whole") if r["correct_before"])
     assert summary("whole")["success after rounding, %"] == pytest.approx(100 * good / 5)
     assert "warning" not in capsys.readouterr().err
 
@@ -514,7 +514,7 @@ def test_success_with_a_tolerance(goal, right, active, left, tolerance, expected
     record = {
         "status": "converged",
         "targets": 100,
-        "right_before": right,
+        "correct_before": right,
         "to_fool": active,
         "left": left,
         "active_after_rounding": left,

@@ -18,7 +18,7 @@ def here(tmp_path_factory):
     """A folder with a data set, one of whose images is broken, and what a run makes of it."""
     here = tmp_path_factory.mktemp("run")
     killing.prepare(here, COUNT)
-    done = wait(launch(here, "whole"))
+    done = wait(launch(here, "whole", fork=True))
     assert done.returncode == 0, done.stderr
     assert len(results(here / "whole")) == COUNT - 1 + COUNT - 1 + 4 + 3  # images, r, figures, rest
     return here

@@ -190,7 +190,7 @@ def test_nothing_is_flagged_of_a_sound_network(images, labels, norm, epsilon):
     findings = found(Small(), images, labels, norm=norm, epsilon=epsilon, surrogate=Small())
     assert not flagged(findings)
     assert all(one.verdict == "passed" for one in findings.values())
-    assert findings["labels-fit"].figures["right"] == 100
+    assert findings["labels-fit"].figures["correct"] == 100
     assert findings["planted-example"].figures["found by noise"] == 0
 
 
@@ -251,7 +251,7 @@ def test_labels_that_do_not_fit(images, labels):
     findings = found(Small(), images, [(one + 1) % 5 for one in labels])
     assert "labels-fit" in flagged(findings)
     assert "numbered from 1" in findings["labels-fit"].text
-    assert findings["labels-fit"].figures["right if one less"] > 50
+    assert findings["labels-fit"].figures["correct if one less"] > 50
 
 
 @pytest.mark.parametrize("part", ["before", "inside", "behind"])
@@ -411,7 +411,7 @@ def test_ignored_pixels_do_not_count(images, labels):
     wrong = [
         torch.where(torch.rand(one.shape, generator=generator(0)) < 0.9, 255, one) for one in labels
     ]
-    assert found(Small(), images, wrong)["labels-fit"].figures["right"] == 100
+    assert found(Small(), images, wrong)["labels-fit"].figures["correct"] == 100
 
 
 @pytest.mark.parametrize(

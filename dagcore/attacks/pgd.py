@@ -167,9 +167,9 @@ class PGD(BallAttack):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegPGD(PGD):
-    """`PGD` on a cross-entropy whose weight moves from right targets to wrong ones.
+    """`PGD` on a cross-entropy whose weight moves from correct targets to wrong ones.
 
-    At update t of T, targets that are still right have weight 1 - t / 2T and the others t / 2T; a
+    At update t of T, targets that are still correct have weight 1 - t / 2T and the others t / 2T; a
     targeted attack swaps the weights (Gu et al., ECCV 2022).
     """
 
@@ -182,7 +182,7 @@ class SegPGD(PGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosPGD(PGD):
-    """`PGD` on a cross-entropy weighted by how right each target is.
+    """`PGD` on a cross-entropy weighted by how correct each target is.
 
     The weight is the cosine similarity of the softmax and the one-hot label, or for a targeted
     attack 1 minus the similarity to the adversarial label (Agnihotri et al., ICML 2024).

@@ -269,7 +269,7 @@ def print_table(
 # Numbers are aligned to the right.
 COLUMNS = (
     ">targets",
-    ">right when clean",
+    ">correct when clean",
     ">updates",
     "status",
     ">active",
@@ -285,6 +285,6 @@ def show_table(names: Sequence[str], rows: Sequence[tuple[Row, Outcome]]) -> Non
         status = str(outcome.status) if outcome.to_fool else "nothing to fool"
         status = status if outcome.targets else "no targets"
         active = str(outcome.left), str(outcome.active_after_rounding)
-        counts = str(outcome.targets), str(outcome.right_before), str(outcome.iterations)
+        counts = str(outcome.targets), str(outcome.correct_before), str(outcome.iterations)
         table.append([*map(Text, row), *counts, status, *active, f"{outcome.perceptibility:.2e}"])
     print_table([*names, *COLUMNS], table, width=OUTCOMES_WIDTH)

@@ -190,17 +190,17 @@ class Driver:
             left=int(result.left[0]),
             to_fool=active[0] if isinstance(self.attack, DAG) else self._to_fool(job.target),
             targets=int(result.targets[0]),
-            right_before=self._right(job.target),
+            correct_before=self._correct(job.target),
             active_after_rounding=again,
             perceptibility=float(result.perceptibility[0]),
             perceptibility_after_rounding=float(perceptibility(written - job.image[None])[0]),
             notes=job.notes,
         )
 
-    def _right(self, target: ImageTarget) -> int:
+    def _correct(self, target: ImageTarget) -> int:
         """Return how many of the counted targets are correct on the clean image."""
-        right = torch.where(target.right, target.labels, files.IGNORE)[None]
-        count = self.attack.objective().count(target.num_classes, right, target.aims)
+        correct = torch.where(target.correct, target.labels, files.IGNORE)[None]
+        count = self.attack.objective().count(target.num_classes, correct, target.aims)
         return int(count)
 
     def _to_fool(self, target: ImageTarget) -> int:

@@ -34,7 +34,7 @@ from .robustness import (
     STAGES,
     STEPS,
     Cell,
-    right_of,
+    correct_of,
     summarise,
     told_radius,
     warnings_of,
@@ -332,13 +332,13 @@ class Evaluation(Work):
                         fooled[result.key.number] = {**cell, "example_of": epsilon}
 
     def _is_fooled(self, cell: Cell) -> bool:
-        """Whether no pixel is right, in memory or in the file, so that larger balls can be skipped.
+        """Whether no pixel is correct, in memory or in the file: larger balls can be skipped.
 
         Always False for detectors: their mAP also counts detections where there is no object.
         """
         if not self.settings.skip_fooled or self.task == "detection":
             return False
-        return not any(right_of(cell, None, stage) for stage in STAGES if stage in cell)
+        return not any(correct_of(cell, None, stage) for stage in STAGES if stage in cell)
 
     def _sample(self, job: Job, entry: Entry, position: int) -> Sample:
         labels, adversarial, boxes = job.target.labels, entry.aims, None
@@ -401,11 +401,11 @@ class Evaluation(Work):
             **{stage: _judged(seen, job.target) for stage, seen in stages.items()},
         }
         if entry.aims == UNTARGETED and entry.returns == "best" and self.task == "segmentation":
-            cell["right_by_step"] = _by_step(result, attack)
+            cell["correct_by_step"] = _by_step(result, attack)
         job.cells.append(cell)
-        right = right_of(cell, job.truth, "file")
-        if job.worst is None or right < job.worst[0]:
-            job.worst = right, f"{entry.name}, {told_radius(cell)}", file.cpu()
+        correct = correct_of(cell, job.truth, "file")
+        if job.worst is None or correct < job.worst[0]:
+            job.worst = correct, f"{entry.name}, {told_radius(cell)}", file.cpu()
         return cell
 
     def keep(self, job: Job) -> None:
@@ -420,8 +420,8 @@ class Evaluation(Work):
             "notes": job.notes,
             **job.target.record,
             "targets": int(counted.sum()),
-            "right_before": int((job.target.right & counted).sum()),
-            "worst": {"attack": job.worst[1], "right": job.worst[0]},
+            "correct_before": int((job.target.correct & counted).sum()),
+            "worst": {"attack": job.worst[1], "correct": job.worst[0]},
             "clean": job.clean,
             "cells": job.cells,
         }
@@ -432,10 +432,10 @@ class Evaluation(Work):
     def line(self, job: Job) -> str:
         """Return the result of an image in one line."""
         assert job.worst is not None
-        right = right_of({"file": job.clean}, job.truth, "file")
+        correct = correct_of({"file": job.clean}, job.truth, "file")
         what = "pixels" if self.task == "segmentation" else "objects"
         notes = f" ({'; '.join(job.notes)})" if job.notes else ""
-        return f"{job.name}: {right} {what} right, {job.worst[0]} after {job.worst[1]}{notes}"
+        return f"{job.name}: {correct} {what} correct, {job.worst[0]} after {job.worst[1]}{notes}"
 
     def finish(self, records: dict[int, Record], speed: float | None) -> list[str]:
         """Write the summary and the report, show the summary, and return the warnings."""

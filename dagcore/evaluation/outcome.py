@@ -39,7 +39,7 @@ class Outcome:
     """Number of active targets of the clean image."""
     targets: int
     """Number of counted targets: not ignored and, for "leave", not aimed at their own label."""
-    right_before: int
+    correct_before: int
     """Number of counted targets that are correct on the clean image."""
     active_after_rounding: int
     """Number of active targets of the attacked image as stored in its 8-bit file."""
@@ -71,7 +71,8 @@ class Outcome:
         """Return the result in one line for the terminal."""
         return (
             f"{self.name}: {self.status} after {self.iterations} updates, "
-            f"{self.left} targets active, {self.right_before} of {self.targets} right when clean"
+            f"{self.left} targets active, "
+            f"{self.correct_before} of {self.targets} correct when clean"
             f"{self.remarks()}"
         )
 
@@ -87,7 +88,8 @@ class Outcome:
             return f"none of {self.targets} targets to fool: the image is unchanged"
         return (
             f"{self.status} after {self.iterations} updates · "
-            f"{self.left} of {self.targets} targets active ({self.right_before} right when clean), "
+            f"{self.left} of {self.targets} targets active "
+            f"({self.correct_before} correct when clean), "
             f"{self.active_after_rounding} after rounding to 8 bits · "
             f"perceptibility {self.perceptibility:.2e}"
         )

@@ -301,7 +301,7 @@ DAG_2017 = Protocol(
     name="dag-2017",
     title=(
         "Dense Adversary Generation (Xie et al., ICCV 2017): steps of 0.5/255 until no target is "
-        "right, 200 at the most for segmentation and 150 for detection, towards the classes of a "
+        "correct, at most 200 for segmentation and 150 for detection, towards the classes of a "
         "random permutation, in no ball"
     ),
     attacks=tuple(

@@ -39,7 +39,7 @@ def told_radius(cell: Cell) -> str:
     return told if norm == "linf" else f"{told} in {str(norm).upper()}"
 
 
-def right_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = None) -> int:
+def correct_of(cell: Cell, truth: Mapping[str, Any] | None, stage: str | None = None) -> int:
     """Return the number of correct pixels, or of correctly detected objects."""
     judged = cell[next(name for name in STAGES if name in cell) if stage is None else stage]
     if "pixels" in judged:
@@ -55,12 +55,12 @@ def _errors(found: Mapping[str, Any], truth: Mapping[str, Any]) -> ErrorCounts:
     return errors.compute()
 
 
-def right_when_clean(record: Record) -> tuple[int, int]:
+def correct_when_clean(record: Record) -> tuple[int, int]:
     """Return the numbers of correct and of all counted pixels (objects) in the clean image."""
     judged, truth = record["clean"], record.get("truth")
     if truth is None:
         counts = judged["pixels"].values()
-        return sum(right for right, _, _ in counts), sum(true for _, _, true in counts)
+        return sum(correct for correct, _, _ in counts), sum(true for _, _, true in counts)
     errors = _errors(judged["seen"], truth)
     return errors.correct, errors.objects
 
@@ -69,8 +69,8 @@ def worst_images(records: Iterable[Record], count: int) -> list[Record]:
     """Return the images that keep the smallest share of their correct pixels or objects."""
     found = []
     for record in records:
-        if "worst" in record and (right := right_when_clean(record)[0]):
-            found.append((record["worst"]["right"] / right, record["number"], record))
+        if "worst" in record and (correct := correct_when_clean(record)[0]):
+            found.append((record["worst"]["correct"] / correct, record["number"], record))
     return [record for *_, record in sorted(found, key=lambda one: one[:2])[:count]]
 
 
@@ -148,7 +148,7 @@ def _by_step(cells: Sequence[Cell]) -> dict[str, Any]:
     An image that has stopped keeps its last number.
     """
     known = [
-        {int(step): right for step, right in cell.get("right_by_step", {}).items()}
+        {int(step): correct for step, correct in cell.get("correct_by_step", {}).items()}
         for cell in cells
     ]
     total = sum(true for cell in cells for _, _, true in _counts(cell))
@@ -158,9 +158,9 @@ def _by_step(cells: Sequence[Cell]) -> dict[str, Any]:
     steps = sorted({step for one in known for step in one if step >= first})
     shares = {}
     for step in steps:
-        right = sum(one[max(k for k in one if k <= step)] for one in known)
-        shares[step] = 100 * right / total
-    return {"right_by_step": shares}
+        correct = sum(one[max(k for k in one if k <= step)] for one in known)
+        shares[step] = 100 * correct / total
+    return {"correct_by_step": shares}
 
 
 def _counts(cell: Cell) -> list[list[int]]:
@@ -245,7 +245,7 @@ def worst_cases(records: Sequence[Record], names: Sequence[str]) -> list[dict[st
     for (norm, epsilon, levels, stage), of_attacks in balls.items():
         attacks = list(of_attacks)
         hits, seen, true = torch.stack(list(of_attacks.values())).unbind(3)  # (A, N, C)
-        right, least = hits.sum(2), hits.sum(2).min(0)
+        correct, least = hits.sum(2), hits.sum(2).min(0)
         pixels = true[0].sum(1)
         searches = [worst_iou(hits, seen, true[0], begin=k) for k in range(len(attacks))]
         worst = min(searches, key=lambda search: search.score.mean)
@@ -258,7 +258,7 @@ def worst_cases(records: Sequence[Record], names: Sequence[str]) -> list[dict[st
                 "aAcc of images": _image_mean(least.values, pixels),
                 "mIoU": as_number(worst.score.mean),
                 "rounds": worst.rounds,
-                "images won, aAcc": _won(attacks, right.argmin(0).tolist()),
+                "images won, aAcc": _won(attacks, correct.argmin(0).tolist()),
                 "images won, mIoU": _won(attacks, choice),
                 "per_class": {
                     name: {"IoU": as_number(worst.score.per_class[c])}
@@ -309,7 +309,7 @@ def _rising(results: Sequence[Cell]) -> Iterator[str]:
                 continue
             if (larger["aAcc"] or 0.0) > (smaller["aAcc"] or 0.0) + RISE:
                 yield (
-                    f"{larger['attack']} leaves {larger['aAcc']:.1f} % of the pixels right at "
+                    f"{larger['attack']} leaves {larger['aAcc']:.1f} % of the pixels correct at "
                     f"{told_radius(larger)} and {smaller['aAcc']:.1f} % at "
                     f"{told_radius(smaller)}: its steps do not suit its radius"
                 )
@@ -321,12 +321,12 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
         inside = [
             one
             for one in results
-            if (one["norm"], one["epsilon"], one["levels"]) == ball and one.get("right_by_step")
+            if (one["norm"], one["epsilon"], one["levels"]) == ball and one.get("correct_by_step")
         ]
         if not inside:
             continue
         longest = max(inside, key=lambda one: one["iterations"])
-        by_step = longest["right_by_step"]
+        by_step = longest["correct_by_step"]
         first, last = min(by_step), max(by_step)
         if last - first < FEW_STEPS:
             continue
@@ -334,7 +334,7 @@ def _unfinished(results: Sequence[Cell]) -> Iterator[str]:
         if by_step[half] - by_step[last] > UNFINISHED:
             yield (
                 f"{longest['attack']} at {told_radius(longest)} leaves {by_step[half]:.1f} % of "
-                f"the pixels right after {half} updates and {by_step[last]:.1f} % after {last}: "
+                f"the pixels correct after {half} updates and {by_step[last]:.1f} % after {last}: "
                 "more updates would leave fewer"
             )
 

@@ -26,7 +26,7 @@ FOLDERS = ("images", "perturbations", "figures", "records")
 FAILED = "failed"  # status of an image that cannot be attacked
 NUMBERS = (
     "targets",
-    "right_before",
+    "correct_before",
     "active",
     "active_after_rounding",
     "iterations",

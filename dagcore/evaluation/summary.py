@@ -17,7 +17,9 @@ from .options import KnownAttack
 from .store import FAILED, Record
 
 STAGES = ("before", "after")  # of the attack, in the files
-FEW = 0.2  # share of the labelled targets; users are warned if fewer are right on the clean images
+FEW = (
+    0.2  # share of the labelled targets; users are warned if fewer are correct on the clean images
+)
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
@@ -47,8 +49,8 @@ def summarise(
         "images": len(records),
         "attacked": len(attacked),
         "without targets": len(attacked) - len(with_targets),
-        "targets right when clean, %": _share(
-            sum(r["right_before"] / r["targets"] for r in with_targets), with_targets
+        "targets correct when clean, %": _share(
+            sum(r["correct_before"] / r["targets"] for r in with_targets), with_targets
         ),
         "nothing to fool": len(with_targets) - len(aimed),
         **{name: status.count(name) for name in ("converged", "budget", "stalled")},
@@ -72,7 +74,7 @@ def summarise(
 def to_fool(record: Record) -> int:
     """Return the number of targets that an attack has to fool.
 
-    These are the active targets of the clean image: targets that are right, or wrong by less than
+    These are the active targets of the clean image: targets that are correct, or wrong by less than
     the margin. For targeted attacks, they are the targets whose adversarial label does not win by
     the margin.
     """
@@ -93,12 +95,12 @@ def _within(record: Record, tolerance: float, targets: int) -> bool:
 def warning_of_labels(records: Sequence[Record]) -> str | None:
     """Return a warning if hardly any of the given labels match the network's predictions.
 
-    That is the case if less than `FEW` of all targets are right on the clean images, or less than
+    That is the case if less than `FEW` of all targets are correct on the clean images, or less than
     `FEW` of the images with objects have targets. The message mentions labels one less or one more
-    if at least `FEW` of them, and at least twice as many as now, would be right.
+    if at least `FEW` of them, and at least twice as many as now, would be correct.
     """
     labelled = [record for record in records if record.get("labelled")]
-    targets, right = (sum(r[name] for r in labelled) for name in ("targets", "right_before"))
+    targets, correct = (sum(r[name] for r in labelled) for name in ("targets", "correct_before"))
     objects = [record for record in labelled if record.get("objects")]
     without = sum(not record["targets"] for record in objects)
     if objects and len(objects) - without < FEW * len(objects):
@@ -106,17 +108,17 @@ def warning_of_labels(records: Sequence[Record]) -> str | None:
             f"{without} of {len(objects)} images with labelled objects have no target: the network "
             "does not see what the labels say, are its classes those of the labels?"
         )
-    if not targets or right >= FEW * targets:
+    if not targets or correct >= FEW * targets:
         return None
     told = (
-        f"only {100 * right / targets:.1f} % of the labelled targets are right on the clean "
+        f"only {100 * correct / targets:.1f} % of the labelled targets are correct on the clean "
         "images: are the network's classes those of the labels?"
     )
     for shift in ("-1", "+1"):
-        count = sum(record.get("right_if_shifted", {}).get(shift, 0) for record in labelled)
-        if count >= max(FEW * targets, 2 * right):
+        count = sum(record.get("correct_if_shifted", {}).get(shift, 0) for record in labelled)
+        if count >= max(FEW * targets, 2 * correct):
             how = "less: are they numbered from 1" if shift == "-1" else "more: does 0 stand for 1"
-            told += f" {100 * count / targets:.1f} % would be right if every label were 1 {how}?"
+            told += f" {100 * count / targets:.1f} % would be correct if every label were 1 {how}?"
     return told
 
 

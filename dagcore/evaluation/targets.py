@@ -46,7 +46,7 @@ class ImageTarget:
     """The image as an autograd leaf, with its scores; see `dagcore.Sample`."""
 
     @property
-    def right(self) -> Tensor:
+    def correct(self) -> Tensor:
         """Whether the network predicts the label at each target: bool, shaped like `labels`."""
         return self.seen == self.labels.long()
 
@@ -220,7 +220,7 @@ class MapRules(TargetRules):
             **chosen,
         }
         if truth is not None:
-            record["right_if_shifted"] = {
+            record["correct_if_shifted"] = {
                 f"{shift:+d}": int(
                     ((prediction == labels + shift) & (labels != files.IGNORE)).sum()
                 )

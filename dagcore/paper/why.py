@@ -101,7 +101,7 @@ def make(setup: Setup, network: str, networks: Sequence[str]) -> None:
             noise *= r.norm() / noise.norm()
             for name, direction in (("r", r), ("random", noise)):
                 steps = [around(own, image + t * direction, labels) for t in LENGTHS]
-                for j, what in enumerate(("gap", "steepness", "right")):
+                for j, what in enumerate(("gap", "steepness", "correct")):
                     seen.setdefault(f"{what} along {name}", []).append([one[j] for one in steps])
             outside = labels[0] == 0
             energy = r[0].square().sum(0)
@@ -125,10 +125,10 @@ def make(setup: Setup, network: str, networks: Sequence[str]) -> None:
         "lead at noise as long": mean["gap along random"][at],
         "steepness": mean["steepness along r"][0],
         "steepness at r": mean["steepness along r"][at],
-        "right, %": mean["right along r"][0],
-        "right at r, %": mean["right along r"][at],
-        "right at noise as long, %": mean["right along random"][at],
-        "right at noise 8 times as long, %": mean["right along random"][-1],
+        "correct, %": mean["correct along r"][0],
+        "correct at r, %": mean["correct along r"][at],
+        "correct at noise as long, %": mean["correct along random"][at],
+        "correct at noise 8 times as long, %": mean["correct along random"][-1],
         "r outside objects, %": mean["r outside objects, %"],
         "area outside objects, %": mean["area outside objects, %"],
         "r above a quarter cycle per pixel, %": sum(mean["spectrum of r"][BINS // 2 :]),
@@ -167,8 +167,8 @@ def around(victim: Any, images: Tensor, labels: Tensor) -> tuple[float, float, f
         lead = (own - others)[counted[:, None]]
         (gradient,) = torch.autograd.grad(lead.mean(), leaf)
     lead = lead.detach()
-    right = 100 * float((lead > 0).double().mean())
-    return float(lead.mean()), float(gradient.norm()), right
+    correct = 100 * float((lead > 0).double().mean())
+    return float(lead.mean()), float(gradient.norm()), correct
 
 
 def steepest(victim: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         color = f"C{k}"
         leads.plot(row["lengths"][:7], row["gap along r"][:7], color=color, label=row["network"])
         leads.plot(row["lengths"][:7], row["gap along random"][:7], ":", color=color)
-        right.plot(row["lengths"], row["right along r"], color=color)
-        right.plot(row["lengths"], row["right along random"], ":", color=color)
+        right.plot(row["lengths"], row["correct along r"], color=color)
+        right.plot(row["lengths"], row["correct along random"], ":", color=color)
         places = [(b + 0.5) / (2 * BINS) for b in range(BINS)]
         spectra.plot(places, row["spectrum of r"], color=color)
         spectra.plot(places, row["spectrum of the image"], ":", color=color)
@@ -211,7 +211,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         transfer.plot(cosines, left, "o", color=color, markersize=4)
     leads.axhline(0, color="0.7", linewidth=0.8)
     leads.set(xlabel="length, of r", ylabel="lead of the true class")
-    right.set(xlabel="length, of r", ylabel="right, %")
+    right.set(xlabel="length, of r", ylabel="correct, %")
     spectra.set(xlabel="cycles per pixel", ylabel="energy, %", yscale="log")
     transfer.set(xlabel="cosine of the gradients", ylabel="score left by the other's r, %")
     leads.legend(fontsize=5)

@@ -103,7 +103,7 @@ def _curves(summary: Summary) -> Iterator[Section]:
         yield "radii", "Scores over the radius", body
     steps = "".join(_over_steps(results, names))
     if steps:
-        told = f"{where} Pixels that are right in the best iterate so far, in percent of all."
+        told = f"{where} Pixels that are correct in the best iterate so far, in percent of all."
         if any("radii" in one["settings"] for one in entries_of(summary).values()):
             told += " Where radii shrink, the first iterates lie in larger balls."
         body = f'{_p(told, "note")}{charts.legend(key)}<div class="charts">{steps}</div>'
@@ -136,12 +136,14 @@ def _points(rows: Sequence[Mapping[str, Any]], measure: str) -> list[tuple[float
 
 def _over_steps(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
     """Yield a chart over the updates for each ball, on a logarithmic scale."""
-    known = [one for one in results if one.get("right_by_step")]
+    known = [one for one in results if one.get("correct_by_step")]
     for ball in dict.fromkeys((one["norm"], one["epsilon"]) for one in known):
         own = [one for one in known if (one["norm"], one["epsilon"]) == ball]
         lines = []
         for one in own:
-            by_step = sorted((int(k), v) for k, v in one["right_by_step"].items() if v is not None)
+            by_step = sorted(
+                (int(k), v) for k, v in one["correct_by_step"].items() if v is not None
+            )
             points = [(math.log1p(step), value) for step, value in by_step]
             lines.append(Line(one["attack"], points, names.index(one["attack"])))
         last = max((x for line in lines for x, _ in line.points), default=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..robustness import right_when_clean, told_radius
+from ..robustness import correct_when_clean, told_radius
 from ..store import Record
 from .charts import nested_bar, stacked_bar
 from .exports import Summary, entries_of, first_view, with_defaults
@@ -257,17 +257,17 @@ def reused_line(summary: Summary) -> str:
     if not count:
         return ""
     return (
-        f"{count} examples are those of a smaller ball: an image without a right pixel or object "
+        f"{count} examples are those of a smaller ball: an image without a correct pixel or object "
         "is not attacked again in a larger one by the same attack."
     )
 
 
 def images_table(records: Sequence[Record]) -> Table:
     """Return a table of the worst examples of images."""
-    head, rows = ["image", "worst attack", "right when clean, %", "right under it, %"], []
+    head, rows = ["image", "worst attack", "correct when clean, %", "correct under it, %"], []
     for one in records:
-        clean, of = right_when_clean(one)
-        told = [number(100 * right / of) for right in (clean, one["worst"]["right"])]
+        clean, of = correct_when_clean(one)
+        told = [number(100 * correct / of) for correct in (clean, one["worst"]["correct"])]
         rows.append([one["name"], one["worst"]["attack"], *told])
     return Table(head, rows, words=2)
 

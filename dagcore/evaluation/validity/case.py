@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 class Noise(NamedTuple):
     """Results of the network at random points in the balls around the images of a batch."""
 
-    right: Tensor
+    correct: Tensor
     """Number of correct pixels, (DRAWS, N)."""
     features: Tensor
     """Pooled scores, (DRAWS, N, D)."""
@@ -65,14 +65,14 @@ class Case:
         height, width = batch.labels.shape[1:]
         return argmax_bilinear(scores, (height, width), align_corners=self.scores_of.align_corners)
 
-    def right(self, scores: Tensor, batch: Batch) -> Tensor:
+    def correct(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return the number of correct pixels of each image, (N,)."""
         hits = (self.seen(scores, batch) == batch.labels) & self.counts(batch)
         return hits.flatten(1).sum(1)
 
-    def accuracy(self, right: Sequence[Tensor]) -> float:
+    def accuracy(self, correct: Sequence[Tensor]) -> float:
         """Return the accuracy, given the number of correct pixels (N,) of each batch."""
-        return 100 * sum(int(one.sum()) for one in right) / self.counted
+        return 100 * sum(int(one.sum()) for one in correct) / self.counted
 
     def look(self, images: Tensor, batch: Batch) -> Tensor:
         """Return the scores of images that replace those of a batch, without a graph."""
@@ -124,7 +124,7 @@ class Case:
     @functools.cached_property
     def clean(self) -> float:
         """Accuracy on the clean images."""
-        return self.accuracy([self.right(scores, batch) for batch, scores in self.clean_scores])
+        return self.accuracy([self.correct(scores, batch) for batch, scores in self.clean_scores])
 
     def points(self, batch: Batch, draw: int) -> Tensor:
         """Return a random point in the ball around each image of a batch."""
@@ -141,8 +141,8 @@ class Case:
         found = []
         for batch in self.batches:
             scores = [self.look(self.points(batch, draw), batch) for draw in range(DRAWS)]
-            right = torch.stack([self.right(one, batch) for one in scores])
-            found.append(Noise(right, torch.stack([pooled(one) for one in scores])))
+            correct = torch.stack([self.correct(one, batch) for one in scores])
+            found.append(Noise(correct, torch.stack([pooled(one) for one in scores])))
         return found
 
     def attacked(self, network: Any = None, **changes: Any) -> tuple[list[Tensor], float]:

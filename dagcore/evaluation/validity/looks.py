@@ -21,9 +21,9 @@ from .planted import find_planted
 # docs/validity.md has the figures of sound networks, from which the thresholds keep a distance.
 SAME = 1e-4  # of the scores' spread: kernels that only round differently stay below
 WITHOUT_GRADIENT = 50.0  # % of the images' pixels
-SATURATED = 90.0  # % of the right pixels
+SATURATED = 90.0  # % of the correct pixels
 PARALLEL = 0.9999  # cosine of two gradients that are the same up to scale
-UNBOUNDED = 10.0  # % of the pixels that an attack without bounds may leave right
+UNBOUNDED = 10.0  # % of the pixels that an attack without bounds may leave correct
 STRIDE = 1 / 8  # of the whole range: the radius that the steps of the unbounded attack suit
 NOTHING = 1.0  # % of the pixels: too few for a fall
 SLACK = 1.0  # points: runs of the same attack from different points differ by less
@@ -54,18 +54,18 @@ def labels_fit(case: Case) -> Seen:
     record = {
         "labelled": True,
         "targets": case.counted,
-        "right_before": shifted[0],
-        "right_if_shifted": {"-1": shifted[-1], "+1": shifted[1]},
+        "correct_before": shifted[0],
+        "correct_if_shifted": {"-1": shifted[-1], "+1": shifted[1]},
     }
     warning = warning_of_labels([record])
     shares = {shift: 100 * count / case.counted for shift, count in shifted.items()}
     return Seen(
         warning is not None,
-        warning or f"{shares[0]:.1f} % of the pixels are right on the clean images",
+        warning or f"{shares[0]:.1f} % of the pixels are correct on the clean images",
         figures={
-            "right": shares[0],
-            "right if one less": shares[-1],
-            "right if one more": shares[1],
+            "correct": shares[0],
+            "correct if one less": shares[-1],
+            "correct if one more": shares[1],
         },
     )
 
@@ -132,7 +132,7 @@ def zero_gradient(case: Case) -> Seen:
     return Seen(
         images > 0 or pixels > WITHOUT_GRADIENT or saturated > SATURATED,
         f"the gradient of the cross-entropy is zero everywhere in {images:.0f} % of the images, "
-        f"and at {pixels:.1f} % of all pixels; {saturated:.1f} % of the right pixels have a loss "
+        f"and at {pixels:.1f} % of all pixels; {saturated:.1f} % of the correct pixels have a loss "
         "of 0",
         "an attack that follows it learns nothing there",
         {"images": images, "pixels": pixels, "saturated": saturated},
@@ -240,7 +240,7 @@ def non_differentiable(case: Case) -> Seen:
 
 
 def unbounded_attack(case: Case) -> Seen:
-    """Check whether an attack without bounds leaves no pixel right."""
+    """Check whether an attack without bounds leaves no pixel correct."""
     largest = max(batch.images[0].numel() for batch in case.batches)
     whole = 1.0 if case.attack.norm == "linf" else math.sqrt(largest)
     steps = 2 * case.steps
@@ -253,7 +253,7 @@ def unbounded_attack(case: Case) -> Seen:
     )
     return Seen(
         left > UNBOUNDED,
-        f"{steps} steps without bounds leave {left:.1f} % of the pixels right",
+        f"{steps} steps without bounds leave {left:.1f} % of the pixels correct",
         "0 % is possible, so the gradients mislead, or the loss or the steps are unsuitable",
         {"accuracy": left, "steps": steps},
     )
@@ -283,7 +283,7 @@ def not_at_plateau(case: Case) -> Seen:
     more, taken = case.own - twice, case.clean - case.own
     return Seen(
         more > PLATEAU or more > max(SLACK, (GROWTH - 1) * taken),
-        f"{case.steps} steps leave {case.own:.1f} % of the pixels right, {2 * case.steps} steps "
+        f"{case.steps} steps leave {case.own:.1f} % of the pixels correct, {2 * case.steps} steps "
         f"{twice:.1f} %",
         "the attack needs more steps, or larger ones",
         {"accuracy": case.own, "with twice the steps": twice},
@@ -300,11 +300,12 @@ def one_step_stronger(case: Case) -> Seen:
             length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             step = (gradient / length).nan_to_num(0)
         images = (batch.images + epsilon * step).clamp(0, 1)
-        left.append(case.right(case.look(images, batch), batch))
+        left.append(case.correct(case.look(images, batch), batch))
     one = case.accuracy(left)
     return Seen(
         one < case.own - SLACK,
-        f"one step of epsilon leaves {one:.1f} % of the pixels right, the attack {case.own:.1f} %",
+        f"one step of epsilon leaves {one:.1f} % of the pixels correct, "
+        f"the attack {case.own:.1f} %",
         "the steps of the attack are unsuitable",
         {"one step": one, "attack": case.own},
     )
@@ -312,7 +313,7 @@ def one_step_stronger(case: Case) -> Seen:
 
 def noise_as_strong(case: Case) -> Seen:
     """Check whether random points of the ball are nearly as strong as the attack."""
-    left = case.accuracy([noise.right.amin(0) for noise in case.noise])
+    left = case.accuracy([noise.correct.amin(0) for noise in case.noise])
     taken, by_attack = case.clean - left, case.clean - case.own
     return Seen(
         taken >= NOISE_SHARE * by_attack,
@@ -347,13 +348,13 @@ def transfer_stronger(case: Case) -> Seen:
     examples, of_surrogate = case.attacked(case.surrogate)
     left = case.accuracy(
         [
-            case.right(case.look(images, batch), batch)
+            case.correct(case.look(images, batch), batch)
             for images, batch in zip(examples, case.batches, strict=True)
         ]
     )
     return Seen(
         left < case.own - SLACK,
-        f"adversarial examples for the surrogate leave {left:.1f} % of the pixels right, the "
+        f"adversarial examples for the surrogate leave {left:.1f} % of the pixels correct, the "
         f"victim's own {case.own:.1f} %",
         "the victim's gradients mislead",
         {"transfer": left, "white box": case.own, "on the surrogate": of_surrogate},
