@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ArgumentError, ArgumentTypeError
 
@@ -601,3 +603,20 @@ def share(one: Tensor, other: Tensor) -> bool:
 def level_count(name: str, levels: object, at_most: int = 2**16) -> None:
     """Raise unless images can have this number of levels."""
     integer(name, levels, at_least=2, at_most=at_most)
+
+
+def accepts(function: Any, count: int) -> bool:
+    """Return whether a callable takes this many positional arguments, as far as can be known."""
+    if isinstance(function, nn.Module):
+        if function._forward_pre_hooks or type(function).__call__ is not nn.Module.__call__:
+            return True
+        function = function.forward
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # it has none, for example if it is a builtin
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -252,6 +253,12 @@ class LossObjective:
             )
         if isinstance(self.loss, Loss):
             checks.loss_classes(self.loss.name, num_classes, targeted=targeted)
+        elif not checks.accepts(self.loss, 2 + targeted):
+            takes = ", adversarial_labels) in a targeted attack" if targeted else ")"
+            raise ArgumentTypeError(
+                f"loss must take (scores, labels{takes}, got a function of "
+                f"{inspect.signature(self.loss)}"
+            )
         return wanted
 
     def count(self, num_classes: int, labels: Tensor, adversarial: Tensor | str) -> Tensor:

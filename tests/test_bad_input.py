@@ -12,7 +12,18 @@ import torch
 from torch import nn
 
 import dagcore
-from dagcore import DAG, PGD, Part, Sample, joint_attack, losses, metrics, perturbation, victims
+from dagcore import (
+    DAG,
+    PGD,
+    ALMAProx,
+    Part,
+    Sample,
+    joint_attack,
+    losses,
+    metrics,
+    perturbation,
+    victims,
+)
 from dagcore.data import Scenes
 from dagcore.data.coco import CocoBoxes
 from dagcore.defences import augmented
@@ -215,3 +226,16 @@ def test_whatever_takes_boxes_is_attacked_with_them(model):
 def test_a_loss_of_no_images():
     attack = PGD(loss=lambda scores, labels: scores.sum(1))
     assert attack.count_active(NETWORK, IMAGES[:0], LABELS[:0], "untargeted").shape == (0,)
+
+
+@pytest.mark.parametrize("labels", ["untargeted", "random"])
+def test_a_loss_of_other_arguments(labels):
+    wanted = r", adversarial_labels\) in a targeted attack" if labels == "random" else r"\)"
+    message = rf"loss must take \(scores, labels{wanted}, got a function of \(scores\)"
+    with pytest.raises(TypeError, match=message):
+        PGD(loss=lambda scores: scores.sum(1))(NETWORK, IMAGES, LABELS, labels)
+
+
+def test_no_images_for_a_loss_of_several_classes():
+    assert ALMAProx(steps=2)(NETWORK, IMAGES[:0], LABELS[:0]).status == ()
+    assert PGD(loss="dlr")(NETWORK, IMAGES[:0], LABELS[:0], "random").status == ()

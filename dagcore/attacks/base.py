@@ -5,14 +5,13 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..engine import frozen
@@ -487,27 +486,9 @@ def check_boxes(model: object, boxes: Any, images: Tensor) -> None:
         own(boxes, images)
         return
     given = 1 if boxes is None else 2
-    if not accepts(model, given):
+    if not checks.accepts(model, given):
         what = "images alone, as no boxes are given" if boxes is None else "images and boxes"
         raise ArgumentError(f"model must accept {what}, got {type(model).__name__}, which does not")
-
-
-def accepts(model: Any, count: int) -> bool:
-    """Return whether a callable takes this many positional arguments, as far as can be known."""
-    function = model
-    if isinstance(model, nn.Module):
-        if model._forward_pre_hooks or type(model).__call__ is not nn.Module.__call__:
-            return True
-        function = model.forward
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # it has none, for example if it is a builtin
-        return True
-    try:
-        signature.bind(*[None] * count)
-    except TypeError:
-        return False
-    return True
 
 
 def drawn_seed(generator: torch.Generator | None) -> int:
@@ -594,13 +575,16 @@ def open_slots(
     return slots
 
 
+ENOUGH_CLASSES = 4  # for every loss, targeted or not
+
+
 def _nothing(attack: Attack, images: Tensor, targets: Sequence[Targets], *, joint: bool) -> Result:
     """Return the result of an empty batch."""
     networks = len(targets)
     history = attack.schedule().max_iter + 1
     count = images.new_zeros(0, dtype=torch.int32)
     active = count.new_zeros((history, networks, 0))
-    aims = tuple(own.assign(own.labels, 2) for own in targets)
+    aims = tuple(own.assign(own.labels, ENOUGH_CLASSES) for own in targets)
     return Result(
         adversarial=images.detach().clone(),
         perturbation=images.detach().clone(),
