@@ -393,9 +393,9 @@ def test_another_network_is_tried_for_transfer(tmp_path, monkeypatch):
     verdicts = {one["name"]: one["verdict"] for one in found["checks"]}
     assert verdicts["transfer-stronger"] == "passed"
     for given, message in (
-        ("nonsense", "--surrogate nonsense: model must be"),
-        ("surrogates:five", "--surrogate must have 4 classes like --model, .* has 5"),
-        ("surrogates:broken", "--surrogate surrogates:broken failed with IndexError"),
+        ("nonsense", "^surrogate nonsense: model must be"),
+        ("surrogates:five", "^surrogate must have 4 classes like model, .* has 5"),
+        ("surrogates:broken", "^surrogate surrogates:broken failed with IndexError"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(tmp_path / "none", protocol=SOUND, surrogate=given)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +100,35 @@ def evaluate(
     def make(ranks: Ranks) -> Evaluation:
         return Evaluation(made, ranks, progress or Silent(), protocol=found, silent=True, **others)
 
-    made = EvaluationSettings.of(given)
+    with _arguments_named():
+        made = EvaluationSettings.of(given)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if carry_out(make):
-            raise KeyboardInterrupt
+        with _arguments_named():
+            if carry_out(make):
+                raise KeyboardInterrupt
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
     return summary
+
+
+@contextlib.contextmanager
+def _arguments_named() -> Iterator[None]:
+    """In errors, put the names of arguments in place of options: `out`, not `--out`."""
+
+    def argument(option: re.Match[str]) -> str:
+        return {"data": "dataset"}.get(option[1], option[1].replace("-", "_"))
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        text = re.sub(r"(?<![\w-])--([a-z][a-z-]*)", argument, str(error))
+        if len(error.args) != 1 or text == str(error):
+            raise
+        raise type(error)(text) from error
 
 
 def _source_for(dataset: Any) -> SourceFor:
