@@ -257,7 +257,7 @@ class LossObjective:
             takes = ", adversarial_labels) in a targeted attack" if targeted else ")"
             raise ArgumentTypeError(
                 f"loss must take (scores, labels{takes}, got a function of "
-                f"{inspect.signature(self.loss)}"
+                f"{inspect.signature(getattr(self.loss, 'forward', self.loss))}"
             )
         return wanted
 

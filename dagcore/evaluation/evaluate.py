@@ -124,7 +124,7 @@ def _arguments_named() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ArgumentError, ArgumentTypeError, OSError) as error:
         text = re.sub(r"(?<![\w-])--([a-z][a-z-]*)", argument, str(error))
         if len(error.args) != 1 or text == str(error):
             raise

@@ -17,9 +17,7 @@ from .options import KnownAttack
 from .store import FAILED, Record
 
 STAGES = ("before", "after")  # of the attack, in the files
-FEW = (
-    0.2  # share of the labelled targets; users are warned if fewer are correct on the clean images
-)
+FEW = 0.2  # share of the labelled targets: a warning if fewer are correct on the clean images
 
 
 def tally(seen: Tensor, labels: Tensor) -> dict[str, list[int]]:
