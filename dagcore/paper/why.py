@@ -197,13 +197,13 @@ def spectrum(maps: Tensor) -> list[float]:
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """Plot leads, accuracy, spectra, and transfer over similarity of gradients."""
-    leads, right, spectra, transfer = figure.subplots(1, 4)
+    leads, accuracy, spectra, transfer = figure.subplots(1, 4)
     for k, row in enumerate(rows):
         color = f"C{k}"
         leads.plot(row["lengths"][:7], row["gap along r"][:7], color=color, label=row["network"])
         leads.plot(row["lengths"][:7], row["gap along random"][:7], ":", color=color)
-        right.plot(row["lengths"], row["correct along r"], color=color)
-        right.plot(row["lengths"], row["correct along random"], ":", color=color)
+        accuracy.plot(row["lengths"], row["correct along r"], color=color)
+        accuracy.plot(row["lengths"], row["correct along random"], ":", color=color)
         places = [(b + 0.5) / (2 * BINS) for b in range(BINS)]
         spectra.plot(places, row["spectrum of r"], color=color)
         spectra.plot(places, row["spectrum of the image"], ":", color=color)
@@ -211,9 +211,9 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         transfer.plot(cosines, left, "o", color=color, markersize=4)
     leads.axhline(0, color="0.7", linewidth=0.8)
     leads.set(xlabel="length, of r", ylabel="lead of the true class")
-    right.set(xlabel="length, of r", ylabel="correct, %")
+    accuracy.set(xlabel="length, of r", ylabel="correct, %")
     spectra.set(xlabel="cycles per pixel", ylabel="energy, %", yscale="log")
     transfer.set(xlabel="cosine of the gradients", ylabel="score left by the other's r, %")
     leads.legend(fontsize=5)
-    right.set_title("dotted: random directions", fontsize=7)
+    accuracy.set_title("dotted: random directions", fontsize=7)
     spectra.set_title("dotted: of the image", fontsize=7)
