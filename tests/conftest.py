@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import cuda_on_host
+import fuzzing  # noqa: F401  which registers the profiles
 import pytest
 import torch
+from hypothesis import settings
 from support import SIMD_LEVELS, no_cuda
 
 from dagcore.ops import native
@@ -37,6 +39,8 @@ SLOW = (
     "test_processes.py",
     "test_zoo.py",
 )
+
+settings.load_profile("quick")  # unless --hypothesis-profile names another
 
 WHY_NO_CUDA = no_cuda()
 CUDA = pytest.param(

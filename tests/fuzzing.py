@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from support import DTYPES, INF, LABEL_DTYPES, NAN
 from torch import Tensor
 
-FUZZ = settings(
-    max_examples=1000,
+QUICK = settings(
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+settings.register_profile("quick", QUICK)
+settings.register_profile("thorough", QUICK, max_examples=3000, derandomize=False, print_blob=True)
 SEEDS = st.integers(0, 2**31)
 ANYTHING: tuple[Any, ...] = (
     None,

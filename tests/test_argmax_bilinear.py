@@ -146,7 +146,7 @@ def close_winners(
     return [(scores, enlarged(scores, size, align_corners).argmax(1)) for scores in maps]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_size(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(*limits)) for limits in ((1, 2), (1, 9), (1, 9), (1, 9)))

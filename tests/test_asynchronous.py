@@ -54,9 +54,6 @@ from dagcore.perturbation import round_to_8_bits
 
 PROPERTY = settings(
     max_examples=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
     phases=[Phase.generate],  # a failure is told at once
 )
 SIZE = (6, 8)

@@ -150,7 +150,7 @@ def test_targets_that_cannot_be_read_several_at_once(
 special = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1.5, 2.0**-24, -(2.0**-24)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(special, min_size=1, max_size=5), st.integers(0, 5), st.integers(0, 5), st.data())
 def test_one_target_of_special_scores(
     values: list[float], label: int, adversarial: int, data: st.DataObject
@@ -168,7 +168,7 @@ def test_one_target_of_special_scores(
         assert_same_seed(got, expected, scores)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.sampled_from(MODES))
 def test_seed_sums_to_zero_and_inactive_targets_add_nothing(seed: int, mode: str) -> None:
     scores, labels, adversarial = random_case((2, 4, 6), seed)

@@ -259,7 +259,7 @@ def in_quarters(name: str, value: float | None) -> tuple[Tensor, Tensor, Tensor]
     return scores, labels, adversarial
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_size(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(*limits)) for limits in ((1, 2), (1, 9), (1, 9), (1, 9)))

@@ -18,7 +18,7 @@ from bilinear_oracle import (
     score_maps,
     unpruned,
 )
-from fuzzing import ANYTHING, FUZZ, SEEDS, negated, one_in, strange_tensors
+from fuzzing import ANYTHING, SEEDS, negated, one_in, strange_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
@@ -45,7 +45,7 @@ from dagcore.checks import LOSSES, NORMS
 
 PUBLIC = tuple(op for op in ops.OPS if op != "settle_")  # which is the loop's own, unchecked
 ON_HOST = pytest.mark.usefixtures("cpu_or_cuda_on_host")
-SELDOM = settings(FUZZ, max_examples=300)
+SELDOM = settings(max_examples=settings().max_examples // 3)
 EXTENTS = st.sampled_from((0, 1, 1, 2, 3, 4, 7, 8, 17))
 LARGE = ((129,), (1025,), (33, 41), (1, 130), (64, 65))
 MOST = 20_000  # scores of an image
@@ -272,7 +272,6 @@ STEP_NAMES += ("metric", "weight")
 
 
 @ON_HOST
-@FUZZ
 @given(seed_cases())
 def test_dag_seed(case: Any) -> None:
     scores, labels, other, settings = case
@@ -287,7 +286,6 @@ def test_dag_seed(case: Any) -> None:
 
 
 @ON_HOST
-@FUZZ
 @given(bilinear_cases())
 def test_dag_seed_bilinear(case: Any) -> None:
     scores, labels, other, settings = case
@@ -312,7 +310,6 @@ def test_dag_seed_bilinear(case: Any) -> None:
 
 
 @ON_HOST
-@FUZZ
 @given(loss_cases())
 def test_loss_seed(case: Any) -> None:
     scores, labels, other, settings = case
@@ -338,7 +335,6 @@ def test_loss_seed(case: Any) -> None:
 
 
 @ON_HOST
-@FUZZ
 @given(bilinear_loss_cases())
 def test_loss_seed_bilinear(case: Any) -> None:
     scores, labels, other, settings = case
@@ -384,7 +380,6 @@ def enlarged_loss(
 
 
 @ON_HOST
-@FUZZ
 @given(argmax_cases())
 def test_argmax_bilinear(case: Any) -> None:
     scores, size, settings = case
@@ -396,7 +391,6 @@ def test_argmax_bilinear(case: Any) -> None:
 
 
 @ON_HOST
-@FUZZ
 @given(step_cases())
 def test_linf_step(case: Any) -> None:
     images, origin, gradient, active, settings = case
@@ -413,7 +407,6 @@ def test_linf_step(case: Any) -> None:
 
 
 @ON_HOST
-@FUZZ
 @given(pgd_cases())
 def test_pgd_step(given: Any) -> None:
     """The same bits where no norm is summed up; elsewhere a norm may differ in its last place."""

@@ -27,7 +27,7 @@ def some_labels(num_classes: int, seed: int = 0, dtype: torch.dtype = torch.int6
 # --- derangements
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 300), st.integers(0, 2**31))
 def test_derangement_moves_every_class(num_classes: int, seed: int) -> None:
     drawn = derangement(num_classes, generator(seed))
@@ -50,7 +50,7 @@ def test_derangements_are_uniform() -> None:
 
 
 @RANDOM_KINDS
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(2, 254), st.integers(0, 2**31), st.sampled_from(LABEL_DTYPES))
 def test_drawn_labels_are_other_classes(
     kind: str, num_classes: int, seed: int, dtype: torch.dtype

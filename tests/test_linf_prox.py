@@ -395,7 +395,7 @@ def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
 numbers = st.floats(-1, 1, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(numbers, numbers, st.floats(0.0009765625, 8, width=32)), min_size=1, max_size=12

@@ -412,7 +412,7 @@ finite_floats = st.floats(-1e6, 1e6, width=32)
 vectors = st.lists(finite_floats, min_size=1, max_size=20)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(vectors, st.floats(1e-6, 1.0))
 def test_norm_of_the_step_is_gamma(values: list[float], gamma: float) -> None:
     gradient = torch.tensor([values], dtype=torch.float64)
@@ -427,7 +427,7 @@ def test_norm_of_the_step_is_gamma(values: list[float], gamma: float) -> None:
 
 
 @example([-1.0], 1.0, 2.0**-149, 1.0, 1.0, torch.float16, 0)  # rounds to 0
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     vectors,
     st.floats(1e-4, 2.0),
@@ -471,7 +471,7 @@ def test_result_is_inside_bounds_and_ball(
     assert float((images.double() - origin.double()).abs().max()) <= epsilon + slack * 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.sampled_from(DTYPES))
 def test_an_image_in_a_batch_is_the_image_alone(seed: int, dtype: torch.dtype) -> None:
     images, origin, gradient = case((3, 3, 4, 5), seed, dtype)

@@ -46,7 +46,7 @@ def test_combine_refuses() -> None:
 # --- permute
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31))
 def test_permute_moves_whole_rows_and_columns(count: int, height: int, width: int, seed: int):
     # Each value tells where it was: channel, row, column.
@@ -189,7 +189,7 @@ def test_rounding_keeps_every_level() -> None:
     torch.testing.assert_close(wide, levels / 255 * 3 - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(-0.5, 1.5, width=32), min_size=1, max_size=20),
     st.sampled_from([(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)]),

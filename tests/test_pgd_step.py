@@ -607,7 +607,7 @@ def test_shadows_that_are_shown_towards_the_origin(kernels: torch.device) -> Non
     assert torch.equal(grid, origin)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 2**31),
     st.sampled_from((torch.float32, torch.float64)),

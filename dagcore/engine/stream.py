@@ -128,8 +128,8 @@ class Prefetcher:
         """Stop fetching: at once or, if the source hangs, when the process ends."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # make room in the queue, so that the thread can stop
-                self._queue.get(timeout=0.05)
+            while True:  # make room for the one sample that the thread may still hold
+                self._queue.get_nowait()
         self._thread.join(timeout=1)
 
     def _fetch(self) -> None:

@@ -5,16 +5,18 @@
 // Blocks and threads run one after the other here, so that a race is not seen as such: it is two
 // accesses to the same memory, one of them a write and not both atomic, by threads of one block
 // without a barrier between them, or by two blocks of one launch.
+#include <algorithm>
 #include <iterator>
 #include <memory>
 #include <unordered_map>
+#include <vector>
 
 #include "scheduler.h"
 
 namespace cuda_on_host {
 namespace {
 
-// What is known of a byte.
+// What is known of a word, or of a byte.
 struct Cell {
   uint32_t written = 0, read = 0;   // when: the interval of the last time, 0 for never
   uint16_t writer = 0, reader = 0;  // by which thread then
@@ -22,10 +24,19 @@ struct Cell {
 };
 constexpr uint16_t kAtomic = 0x8000;   // a bit of the writer
 constexpr uint16_t kSeveral = 0xffff;  // a reader
-constexpr uintptr_t kPage = 4096;
+constexpr uintptr_t kPage = 4096, kWord = 4;
 
+// The cells of a page are of words until something else than whole words is accessed there.
 struct Page {
-  Cell cells[kPage];
+  uintptr_t cell = kWord;  // bytes of one
+  std::vector<Cell> cells{kPage / kWord};
+
+  void split() {
+    std::vector<Cell> bytes(kPage);
+    for (uintptr_t byte = 0; byte < kPage; ++byte) bytes[byte] = cells[byte / cell];
+    cells.swap(bytes);
+    cell = 1;
+  }
 };
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
@@ -115,8 +126,13 @@ void check_access(const void* data, size_t size, Access access, const void* code
   const uintptr_t at = reinterpret_cast<uintptr_t>(data);
   if (!running_stack || at - reinterpret_cast<uintptr_t>(running_stack) < kStack) return;
   const Check check(data, access, code);
-  for (uintptr_t byte = at; byte < at + size; ++byte) {
-    check.of(&page_of(byte / kPage).cells[byte % kPage]);
+  for (uintptr_t begin = at, end; begin < at + size; begin = end) {
+    Page& page = page_of(begin / kPage);
+    end = std::min(at + size, (begin / kPage + 1) * kPage);
+    if ((begin | end) % page.cell) page.split();
+    for (uintptr_t byte = begin; byte < end; byte += page.cell) {
+      check.of(&page.cells[byte % kPage / page.cell]);
+    }
   }
 }
 
