@@ -425,9 +425,7 @@ def linf_step_(
     norms = torch.where(active > 0, r.abs().reshape(len(r), -1).amax(1), 0)
     scale = _scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
     moved = x + scale * r
-    for least, most in ((x0 - ball, x0 + ball), (x.new_tensor(low), x.new_tensor(high))):
-        moved = torch.where(moved < least, least, moved)
-        moved = torch.where(moved > most, most, moved)
+    moved = _clip(_clip(moved, x0 - ball, x0 + ball), low, high)
     images.detach().copy_(torch.where(scale > 0, moved, x))
     if grid is not None and levels is not None:
         shown = on_levels(images.detach(), origin.detach(), levels, *limits[:2], ball)
@@ -482,12 +480,10 @@ def pgd_step_(
         def project(x: Tensor, x0: Tensor = x0, ball: float = ball) -> Tensor:
             if norm == "linf":
                 radius = _representable(ball, real)
-                x = torch.where(x < x0 - radius, x0 - radius, x)
-                x = torch.where(x > x0 + radius, x0 + radius, x)
+                x = _clip(x, x0 - radius, x0 + radius)
             elif (distance := _norm(x - x0, 2)) > ball:
                 x = x0 + (x - x0) * (ball / distance)
-            x = torch.where(x < _representable(low, real), _representable(low, real), x)
-            return torch.where(x > _representable(high, real), _representable(high, real), x)
+            return _clip(x, _representable(low, real), _representable(high, real))
 
         if momentum is not None:
             inverse = 0.0
@@ -620,10 +616,8 @@ def on_levels(
 
     level = nearest(images)
     if math.isfinite(epsilon):
-        within = math.floor(min(epsilon * last / width * (1 + 1e-6), last))  # 8/255 is 8 levels
-        level = torch.minimum(
-            torch.maximum(level, nearest(origin) - within), nearest(origin) + within
-        )
+        within = torch.tensor(epsilon * last / width * (1 + 1e-6)).floor()  # 8/255 is 8 levels
+        level = _clip(level, nearest(origin) - within, nearest(origin) + within)
     level = level.clamp(0, last)
     return (level * width / level.new_tensor(last) + lower).to(images.dtype)
 
@@ -679,6 +673,12 @@ def _gradient(scores: Tensor, x: Tensor, seed: Tensor) -> Tensor:
             "model must compute its scores from the images, got scores that do not depend on them"
         )
     return gradient
+
+
+def _clip(values: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
+    """Move values into [lower, upper]; a limit that is NaN is none."""
+    values = torch.where(values < lower, lower, values)
+    return torch.where(values > upper, upper, values)
 
 
 def _scale(norms: Tensor, gamma: float) -> Tensor:

@@ -159,7 +159,8 @@ def draw_loss(
     blend = draw(unit)
     if draw(st.booleans()):
         blend = torch.tensor([draw(unit) for _ in scores], dtype=torch.float64)
-    numbers = {"blend": blend, "q": draw(unit), "kappa": draw(st.sampled_from((0, 0.5, INF)))}
+    kappa = draw(st.sampled_from((0, 1 / math.pi, INF)))  # no difference of two blended scores
+    numbers = {"blend": blend, "q": draw(unit), "kappa": kappa}
     settings = {"loss": loss, "class_weights": weights, "ignore_index": ignored}
     return scores, labels, other, settings | numbers
 

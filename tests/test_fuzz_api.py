@@ -30,9 +30,11 @@ NAN, INF = math.nan, math.inf
 
 
 def attempt(names: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a call returns, or None after an error of the right kind that names its argument."""
+    """What a call returns, or None: after an error of the right kind that names its argument, and
+    for a tensor without values."""
     try:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        return None if isinstance(result, Tensor) and result.is_meta else result
     except (TypeError, ValueError, OSError) as error:
         refused = error
     named = re.search(rf"(?<!\w)({names})(?!\w)", str(refused))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, INF, LAYOUTS, bits, generator, lay_out, same_bits
+from support import DTYPES, INF, LAYOUTS, NAN, bits, generator, lay_out, same_bits
 from torch import Tensor, nn
 
 from dagcore import (
@@ -206,6 +206,20 @@ def test_step_by_hand(kernels: torch.device) -> None:
     assert grid.tolist() == [[0.0, 0.5, 1.0, 0.0, 1.0, 0.5]]
     ops.linf_step_(shadow.clone(), origin, gradient, active, epsilon=0.49, **settings)
     assert grid.tolist() == origin.tolist()  # no other level lies in the ball
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+def test_shown_where_the_origin_is_no_level(module: Any, kernels: torch.device) -> None:
+    """Beyond the bounds the ball counts from there; around NaN there is none."""
+    shadow = torch.tensor([[0.1, 0.1, 0.1, 0.8]], device=kernels)
+    origin = torch.tensor([[3.0, 3.0, NAN, NAN]], device=kernels)
+    gradient, grid = torch.full_like(shadow, 0.01), torch.zeros_like(shadow)
+    active = torch.ones(1, dtype=torch.int32, device=kernels)
+    settings = {"gamma": 0.01, "lower": 0.0, "upper": 1.0, "grid": grid, "levels": 2}
+    module.linf_step_(shadow.clone(), origin, gradient, active, epsilon=5, **settings)
+    assert grid.tolist() == [[0, 0, 0, 1]]
+    module.linf_step_(shadow.clone(), origin, gradient, active, epsilon=2.5, **settings)
+    assert grid.tolist() == [[1, 1, 0, 1]]
 
 
 WRONG_STEPS = {
@@ -411,6 +425,15 @@ def test_images_with_gradients_are_taken() -> None:
     images = as_images(photographs(), (0.0, 1.0)).requires_grad_()
     result = attack_of((0.0, 1.0), max_iter=2)(Network(), images, seen(Network(), images))
     assert not result.adversarial.requires_grad
+
+
+def test_images_that_are_negated_in_memory_are_taken() -> None:
+    images = as_images(photographs(), (0.0, 1.0))
+    attack, negated = attack_of((0.0, 1.0), max_iter=2), torch._neg_view(-images)
+    labels = seen(Network(), images)
+    aims = (labels + 1) % CLASSES
+    found, expected = (attack(Network(), x, labels, aims).adversarial for x in (negated, images))
+    assert same_bits(found, expected)
 
 
 def test_images_off_their_bounds_by_rounding_alone() -> None:

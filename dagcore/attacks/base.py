@@ -350,7 +350,7 @@ class Attack(abc.ABC):
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ArgumentError(f"{name} must be finite, got a NaN or an infinity")
-        limits = images.new_tensor(self.bounds or (low, high)).tolist()  # in the images' precision
+        limits = torch.tensor(self.bounds or (low, high), dtype=images.dtype).tolist()
         if max(limits[0] - low, high - limits[1]) > self.rounding(images.dtype):
             hint = ": divide by 255, or set bounds=(0, 255)" * (limits == [0, 1] and high > 8)
             raise ArgumentError(
@@ -374,7 +374,7 @@ class Attack(abc.ABC):
             return images
         images = images.detach()
         low, high = torch.aminmax(images)
-        limits = images.new_tensor(self.bounds)
+        limits = torch.tensor(self.bounds, dtype=images.dtype, device=images.device)
         if bool((low < limits[0]) | (high > limits[1])):
             images = images.clamp(*limits)
         if self.levels is None:
