@@ -46,6 +46,16 @@ def no_cuda() -> str | None:
     return None
 
 
+def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
+    """What `torch.library.opcheck` finds; of CUDA kernels on the host, whatever comes of running
+    them."""
+    op = getattr(torch.ops.dagcore, name).default
+    on_host = op.namespace == "dagcore_on_host"
+    which = {"test_utils": ("test_schema", "test_faketensor")} if on_host else {}
+    results = torch.library.opcheck(op, arguments, **which)
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """A tensor of the same shape in another memory layout: the same values, unless expanded."""
     if layout == "contiguous":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, lay_out, random_case, same_bits
+from support import DTYPES, LAYOUTS, lay_out, opcheck, random_case, same_bits
 from torch import Tensor
 
 import dagcore
@@ -65,8 +65,7 @@ def test_opcheck_dag_seed(device: torch.device, name: str) -> None:
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
     arguments = (scores, labels.to(device), other, objective, 255, 0.5)
-    results = torch.library.opcheck(torch.ops.dagcore.dag_seed.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck("dag_seed", arguments)
 
 
 BILINEAR_CHECKS = {
@@ -93,11 +92,9 @@ def test_opcheck_bilinear(device: torch.device, name: str, align_corners: bool) 
     scores = scores.to(device)
     other = None if runner_up else adversarial.to(device)
     arguments = (scores, labels.to(device), other, objective, 255, 0.5, align_corners)
-    results = torch.library.opcheck(torch.ops.dagcore.dag_seed_bilinear.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck("dag_seed_bilinear", arguments)
     arguments = (scores, *size, align_corners)
-    results = torch.library.opcheck(torch.ops.dagcore.argmax_bilinear.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck("argmax_bilinear", arguments)
 
 
 @pytest.mark.cuda_on_host
@@ -107,8 +104,7 @@ def test_opcheck_linf_step(device: torch.device, layout: str, dtype: torch.dtype
     free = (-math.inf, math.inf, math.inf, None, 0)
     for rest in ((0.0, 1.0, 0.05, None, 0), free, (0.0, 1.0, 0.05, torch.zeros_like(images), 256)):
         arguments = (lay_out(images, layout), origin, gradient, active, 0.01, *rest)
-        results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
-        assert set(results.values()) == {"SUCCESS"}
+        opcheck("linf_step_", arguments)
 
 
 @pytest.mark.cuda_on_host
@@ -116,8 +112,7 @@ def test_opcheck_linf_step_of_nothing(device: torch.device) -> None:
     empty = torch.zeros(2, 3, 0, device=device)
     active = torch.ones(2, dtype=torch.int32, device=device)
     arguments = (empty, empty.clone(), empty.clone(), active, 0.01, 0.0, 1.0, 0.1, None, 0)
-    results = torch.library.opcheck(torch.ops.dagcore.linf_step_.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck("linf_step_", arguments)
 
 
 @pytest.mark.cuda_on_host
@@ -135,10 +130,7 @@ def test_opcheck_pgd_step(device: torch.device, layout: str, dtype: torch.dtype,
         (momentum, 0.9, previous, one, grid, 256),
     ):
         step = lay_out(images, layout), origin, gradient, active, norm, one * 0.01, one * 0.05
-        results = torch.library.opcheck(
-            torch.ops.dagcore.pgd_step_.default, (*step, 0.0, 1.0, *rest)
-        )
-        assert set(results.values()) == {"SUCCESS"}
+        opcheck("pgd_step_", (*step, 0.0, 1.0, *rest))
 
 
 def prox_case(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -156,8 +148,7 @@ def test_opcheck_linf_prox(device: torch.device, layout: str, dtype: torch.dtype
     for bounds in ((0.0, 1.0), (-math.inf, math.inf)):
         balls = torch.full_like(others[-1], 0.05)
         arguments = (lay_out(images, layout), *others, balls, 1.0, *bounds)
-        results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
-        assert set(results.values()) == {"SUCCESS"}
+        opcheck("linf_prox_", arguments)
 
 
 @pytest.mark.cuda_on_host
@@ -165,8 +156,7 @@ def test_opcheck_linf_prox_of_nothing(device: torch.device) -> None:
     _, _, _, _, active, alpha = prox_case(device)
     empty = [torch.zeros(2, 3, 0, device=device) for _ in range(4)]
     arguments = (*empty, active, alpha, alpha, 1.0, 0.0, 1.0)
-    results = torch.library.opcheck(torch.ops.dagcore.linf_prox_.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck("linf_prox_", arguments)
 
 
 # --- torch.compile and CUDA graphs
