@@ -170,7 +170,7 @@ def test_native_loop_equals_reference_bit_for_bit(
     adversarial = some_labels(5) if kind == "given" else kind
     results = []
     for backend in ("native", "reference"):
-        given = {"gamma": GAMMA, "max_iter": 80, **SETTINGS[settings]}
+        given = {"gamma": GAMMA, "max_iter": 40, **SETTINGS[settings]}
         attack = DAG(goal=goal, backend=backend, **given)
         results.append(attack(model, images, labels, adversarial, generator(9)))
         assert_consistent(results[-1], images, attack)

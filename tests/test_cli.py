@@ -460,7 +460,7 @@ def test_info_tells_what_is_registered():
 
 def test_demo_in_small(tmp_path, capsys):
     tmp_path /= "a folder"
-    demo.run(tmp_path / "demo", ("chelsea",), (192, 128))
+    demo.run(tmp_path / "demo", ("chelsea",), (128, 96))
     shown = capsys.readouterr().out
     assert shown.count("converged") >= 3
     for attack in ("permutation", "one-class", "pattern"):

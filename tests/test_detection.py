@@ -574,7 +574,7 @@ def test_a_single_anchor_vanishes():
     assert label > 0
     labels = torch.full((1, victim(images).shape[2]), 255)
     labels[0, strongest] = label
-    result = DAG(gamma=2 / 255, max_iter=200)(
+    result = DAG(gamma=8 / 255, max_iter=100)(
         victim, images, labels, torch.where(labels == 255, 255, 0)
     )
     assert result.status[0] is dagcore.Status.CONVERGED

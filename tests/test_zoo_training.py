@@ -46,7 +46,7 @@ def weights(tmp_path, monkeypatch):
     return tmp_path / "weights"
 
 
-@pytest.mark.parametrize("name", ["R-FCN-RN50", "DL-VGG-PGD", "FR-ZF-07-DAG"])
+@pytest.mark.parametrize("name", ["DL-VGG-PGD", "FR-ZF-07-DAG"])
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, name):
     slug, seen, parts = zoo.find(name).slug, [], []
     torch.manual_seed(7)
@@ -126,7 +126,7 @@ def test_what_a_training_leaves(tmp_path):
 
 
 def test_losses_fall(tmp_path):
-    options = {**TINY, "samples": 640, "start_samples": 1280, "test_scenes": 1}
+    options = {**TINY, "samples": 480, "start_samples": 960, "test_scenes": 1}
     training.train("FCN-Alex", out=tmp_path, **options)
     for name, fall in (("fcn-alex", 0.5), ("start-alexnet-1of16", 0.03)):
         log = (tmp_path / f"{name}.jsonl").read_text()
