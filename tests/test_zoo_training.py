@@ -85,8 +85,8 @@ def test_training_against_an_attack(tmp_path, weights, capfd):
     found = [known[key] for key in ("attack", "epsilon", "steps", "training_set", "test_scenes")]
     assert found == ["segpgd", pytest.approx(2 / 255), 1, "07", 2]
     assert zoo.load("FCN-Alex", path).classes == data.SCENE_CLASSES
-    assert main(train) == 0
-    clean = load_file(tmp_path / "out" / "fcn-alex.safetensors")
+    given = {"samples": 16, "start_samples": 32, "test_scenes": 2}
+    clean = load_file(training.train("FCN-Alex", out=tmp_path / "out", **given))
     assert not torch.equal(clean["score_fr.weight"], load_file(path)["score_fr.weight"])
     capfd.readouterr()
     assert main(["zoo", "train", "FCN-VGG-PGD", *options, "--adversarial", "pgd"]) == 2

@@ -31,26 +31,25 @@ DAGCORE_INLINE void find_largest(const LinfArgs& args, const Chunk& chunk,
 template <typename T, bool kBall, bool kGrid>
 DAGCORE_INLINE void update(const LinfArgs& args, const Chunk& chunk, RealOf<T> scale,
                            Step<RealOf<T>> step, Grid<RealOf<T>> grid) {
-  const int64_t image_stride = args.walk.inner_stride(kImages);
-  const int64_t shown_stride = args.walk.inner_stride(kShown);
-  const int64_t origin_stride = args.walk.inner_stride(kOrigin);
-  const int64_t gradient_stride = args.walk.inner_stride(kGradient);
-  T* images = static_cast<T*>(args.images) + chunk.at[kImages];
-  T* shown = static_cast<T*>(args.shown) + chunk.at[kShown];
-  const T* origin = static_cast<const T*>(args.origin) + chunk.at[kOrigin];
-  const T* gradient = static_cast<const T*>(args.gradient) + chunk.at[kGradient];
-  const int64_t count = chunk.count;
-  for (int64_t i = 0; i < count; ++i) {
-    T* image = images + i * image_stride;
-    const RealOf<T> now = Pixel<T>::load(*image);
-    const RealOf<T> start = kBall ? Pixel<T>::load(origin[i * origin_stride]) : now;
-    const RealOf<T> r = Pixel<T>::load(gradient[i * gradient_stride]);
-    const T next = Pixel<T>::store(step_pixel(now, start, r, scale, step));
-    *image = next;
-    if (kGrid) {
-      shown[i * shown_stride] =
-          Pixel<T>::store(show_pixel<kBall>(Pixel<T>::load(next), start, grid));
+  using Real = RealOf<T>;
+  Real value[kBlock], level[kBlock];
+  for (int64_t first = 0; first < chunk.count; first += kBlock) {
+    const Row<T> image(args, args.images, kImages, chunk, first);
+    const Row<T> origin(args, args.origin, kOrigin, chunk, first);
+    const Row<T> gradient(args, args.gradient, kGradient, chunk, first);
+    const int size = image.size;
+    for (int i = 0; i < size; ++i) {
+      const Real now = image[i], start = kBall ? origin[i] : now;
+      value[i] = step_pixel(now, start, gradient[i], scale, step);
     }
+    if (kGrid) {
+      for (int i = 0; i < size; ++i) {
+        const Real shadow = Pixel<T>::load(Pixel<T>::store(value[i]));
+        level[i] = show_pixel<kBall>(shadow, origin[i], grid);
+      }
+      Row<T>(args, args.shown, kShown, chunk, first).store(level);
+    }
+    image.store(value);
   }
 }
 

@@ -13,31 +13,10 @@
 namespace dagcore {
 namespace {
 
-constexpr int kBlock = 128;  // pixels that are read before any of them is written
-constexpr int kLanes = 16;   // sums side by side, whatever the vector's width
+constexpr int kLanes = 16;  // sums side by side, whatever the vector's width
 
 using Chunk = ChunkOf<kPgdOperands>;
 using Squares = std::array<uint64_t, kThresholds>;
-
-// `size` pixels of one tensor, from the chunk's `first` on.
-template <typename T>
-struct Row {
-  T* pixels;
-  int64_t stride;
-  int size;
-
-  DAGCORE_INLINE Row(const PgdArgs& args, const void* data, int operand, const Chunk& chunk,
-                     int64_t first)
-      : pixels(static_cast<T*>(const_cast<void*>(data))),
-        stride(args.walk.inner_stride(operand)),
-        size(static_cast<int>(std::min<int64_t>(kBlock, chunk.count - first))) {
-    pixels += chunk.at[operand] + first * stride;
-  }
-  DAGCORE_INLINE RealOf<T> operator[](int i) const { return Pixel<T>::load(pixels[i * stride]); }
-  DAGCORE_INLINE void store(const RealOf<T>* values) const {
-    for (int i = 0; i < size; ++i) pixels[i * stride] = Pixel<T>::store(values[i]);
-  }
-};
 
 // Computes a block, the pixels of a chunk from its `first` on: the values that `sum` adds up or,
 // for kPgdSums, the new images; then it writes the momentum too. Returns the number of pixels.

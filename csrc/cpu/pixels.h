@@ -3,11 +3,13 @@
 
 #include <algorithm>
 
+#include "../step.h"
 #include "../strided.h"
 
 namespace dagcore {
 
 constexpr int64_t kChunk = 1 << 14;  // pixels
+constexpr int kBlock = 128;          // pixels that are read before any of them is written
 
 // `count` pixels in a row: where the first lies in each operand, in elements.
 template <int K>
@@ -44,6 +46,27 @@ struct Chunks {
         body(n, item, chunk);
       }
     });
+  }
+};
+
+// `size` pixels of one tensor, from the chunk's `first` on.
+template <typename T>
+struct Row {
+  T* pixels;
+  int64_t stride;
+  int size;
+
+  template <typename Args, int K>
+  DAGCORE_INLINE Row(const Args& args, const void* data, int operand, const ChunkOf<K>& chunk,
+                     int64_t first)
+      : pixels(static_cast<T*>(const_cast<void*>(data))),
+        stride(args.walk.inner_stride(operand)),
+        size(static_cast<int>(std::min<int64_t>(kBlock, chunk.count - first))) {
+    pixels += chunk.at[operand] + first * stride;
+  }
+  DAGCORE_INLINE RealOf<T> operator[](int i) const { return Pixel<T>::load(pixels[i * stride]); }
+  DAGCORE_INLINE void store(const RealOf<T>* values) const {
+    for (int i = 0; i < size; ++i) pixels[i * stride] = Pixel<T>::store(values[i]);
   }
 };
 
