@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The build needs ninja and nvcc's environment from here, not from an activated shell.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# `make test` builds the kernels for the host while pip installs: one of them alone leaves cores idle.
-MAKEFLAGS += --jobs=2
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 ON_HOST := tests/cuda_on_host
