@@ -31,7 +31,7 @@ sanitize: $(VENV)/built
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		DAGCORE_CUDA_ON_HOST=$(SANITIZED)/cuda-on-host \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/python tests/sanitized.py
+		$(BIN)/python tests/sanitized.py -n auto
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/bench_ops.py -q --save ops-cpu
