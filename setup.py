@@ -117,7 +117,7 @@ def native_extension() -> dict[str, object]:
 
     sources = ["csrc/module.cpp", *sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))]
     flags = [
-        # With -O2 GCC uses fewer vectors: kernels take 2.6 times as long in the mean, dlr's 30 times.
+        # At -O2 GCC uses fewer vectors: kernels take 2.6 times as long in the mean, some 30 times.
         "-O1" if sanitize else "-O3",
         "-ffp-contract=off",
         "-fno-trapping-math",
