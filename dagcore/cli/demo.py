@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import shlex
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..evaluation.summary import warning_of_files
 from ..evaluation.targets import ImageTarget
 from ..info import versions
 from ..optional import optional_import
-from ..victims import load
+from ..victims import Detector, Victim, load
 from . import options
 from .progress import ImageProgress, Row, show_table
 
@@ -97,8 +97,13 @@ class Demo:
         self, out: Path, source: Photographs, progress: ImageProgress, levels: str
     ) -> None:
         self.out, self.source, self.progress, self.levels = out, source, progress, levels
-        self.victim, self.scene = load("demo"), out / "scene.png"
+        self.scene = out / "scene.png"
         self.rows: list[tuple[Row, Outcome]] = []
+
+    @functools.cached_property
+    def victim(self) -> Victim | Detector:
+        """The network that sees photographs."""
+        return load("demo")
 
     def attack(self, what: str, count: int, **options: Any) -> ImageTarget:
         """Attack the first `count` photographs, write the results, and return the first target."""
@@ -135,9 +140,10 @@ class Demo:
         for name in SCENE_NETWORKS:
             out = self.out / name.lower()
             work = Plan(Request(images=[self.scene], out=out, model=name, levels=self.levels))
-            tell = partial(self.progress.update, name)
+            tell = functools.partial(self.progress.update, name)
             for outcome in work.run(lambda _, *where, tell=tell: tell(*where)):
-                self.finished((f"scene, {name}", "permutation"), outcome)
+                named = dataclasses.replace(outcome, name=f"{outcome.name}-{name}")
+                self.finished((f"scene, {name}", "permutation"), named)
 
     def finished(self, row: Row, outcome: Outcome) -> None:
         """Keep the outcome of an image, and show the progress."""
@@ -158,10 +164,10 @@ def run(
     total = 2 * len(names) + 1 + len(SCENE_NETWORKS)
     progress.begin(total, total)
     with progress:
+        demo.attack_scene()  # a result within seconds
         demo.attack("permutation", len(names))
         demo.attack("one-class", len(names), adversarial=TARGET)
         pattern = demo.attack("pattern", 1, adversarial=PATTERN, foreground=TARGET)
-        demo.attack_scene()
     show_table(("image", "attack"), demo.rows)
     outcomes = [outcome.numbers() for _, outcome in demo.rows]
     warning = warning_of_files(outcomes, 0.0, None if levels == "none" else int(levels))
