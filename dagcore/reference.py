@@ -616,7 +616,8 @@ def on_levels(
 
     level = nearest(images)
     if math.isfinite(epsilon):
-        within = torch.tensor(epsilon * last / width * (1 + 1e-6)).floor()  # 8/255 is 8 levels
+        reach = epsilon * last / width * (1 + 1e-6)  # 8/255 is 8 levels
+        within = torch.tensor(reach, dtype=torch.float64).floor()
         level = _clip(level, nearest(origin) - within, nearest(origin) + within)
     level = level.clamp(0, last)
     return (level * width / level.new_tensor(last) + lower).to(images.dtype)
