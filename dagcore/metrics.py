@@ -59,10 +59,8 @@ class MeanIoU:
     def __init__(self, num_classes: int, *, void: int = VOID) -> None:
         checks.integer("num_classes", num_classes, at_least=2)
         checks.integer("void", void)
-        self._confusion = optional_import(
-            "torchmetrics.classification", "data"
-        ).MulticlassConfusionMatrix(num_classes, ignore_index=void, validate_args=False)
         self.num_classes, self.void = num_classes, void
+        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
         """Count predicted classes against true classes, integers of the same shape."""
@@ -76,12 +74,13 @@ class MeanIoU:
                 f"predictions must lie in [0, {self.num_classes}), got {int(predictions.min())} "
                 f"to {int(predictions.max())}"
             )
-        self._confusion.update(predictions, masks)
+        counted = masks != self.void
+        pairs = masks[counted] * self.num_classes + predictions[counted]
+        self._confusion += pairs.bincount(minlength=self.num_classes**2).view_as(self._confusion)
 
     def compute(self) -> Score:
         """Return the score of everything counted so far."""
-        confusion = self._confusion.confmat.double()
-        return iou(confusion.diag(), confusion.sum(0), confusion.sum(1))
+        return iou(self._confusion.diag(), self._confusion.sum(0), self._confusion.sum(1))
 
 
 def iou(hits: Tensor, predicted: Tensor, true: Tensor) -> Score:

@@ -93,7 +93,7 @@ def start(here, arguments, fate="", **options):
 
 FORKS = multiprocessing.get_context("forkserver")
 COMMANDS = ["dagcore.cli.run", "dagcore.cli.evaluate", "dagcore.paper"]
-THEIRS = ["torch.fx.experimental.symbolic_shapes", "torchmetrics", "torchvision.models.detection"]
+THEIRS = ["torch.fx.experimental.symbolic_shapes", "torchvision.models.detection"]
 FORKS.set_forkserver_preload(COMMANDS + THEIRS)
 
 

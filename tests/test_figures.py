@@ -7,8 +7,6 @@ from PIL import Image
 
 from dagcore.evaluation import figures
 
-DOTS_PER_INCH = 150
-
 
 def draw(path, predicted, attacked, perturbation=0.0, **options):
     height, width = 60, 80
@@ -29,10 +27,9 @@ def panel(figure, k):
     dark = (figure < 60).all(2)
     left = int(dark.any(0).argmax())
     rows = np.flatnonzero(dark[:, left])
-    width = figures.PANEL_WIDTH * DOTS_PER_INCH
-    left += round(k * width * (1 + figures.GAP))
-    assert rows[-1] - rows[0] == pytest.approx(width * 0.75, abs=3)
-    return figure[rows[0] + 4 : rows[-1] - 3, left + 5 : left + round(width) - 4]
+    assert rows[-1] - rows[0] == round(figures.PANEL_WIDTH * 0.75) + 1
+    left += k * (figures.PANEL_WIDTH + figures.GAP)
+    return figure[rows[0] + 1 : rows[-1], left + 1 : left + 1 + figures.PANEL_WIDTH]
 
 
 def test_panels_show_image_segmentation_perturbation_and_attack(tmp_path):
@@ -82,7 +79,7 @@ def test_nothing_is_left_of_a_figure_that_failed(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
     labels = torch.zeros(6, 8, dtype=torch.int64)
     with pytest.raises(OSError, match="disk full"):
         draw(tmp_path / "f.png", labels, labels)
@@ -105,3 +102,22 @@ def test_detections_of_a_lower_score_are_not_drawn(tmp_path):
     assert (before == (128, 0, 0)).all(2).any()
     assert not (before == (0, 128, 0)).all(2).any()
     assert np.unique(after) == 51
+
+
+def test_detections_that_have_no_place_are_not_drawn(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    found = {
+        "boxes": torch.tensor([[nan, 10, 60, 50], [60, 10, 10, 50], [20, 15, inf, 1e30]]),
+        "labels": torch.tensor([1, 2, 3]),
+        "scores": torch.tensor([0.9, 0.8, 0.7]),
+    }
+    figure = draw(tmp_path / "f.png", found, found)
+    before = panel(figure, 1)
+    assert not (before == (128, 0, 0)).all(2).any()
+    assert not (before == (0, 128, 0)).all(2).any()
+    yellow = (before == (128, 128, 0)).all(2)
+    scale = figures.PANEL_WIDTH / 80
+    assert np.flatnonzero(yellow.any(0)).tolist()[0] == round(20 * scale)
+    assert np.flatnonzero(yellow.any(1)).tolist()[0] == round(15 * scale)
+    assert yellow[-1].any()  # the box goes on to the panel's edges, and beyond
+    assert not yellow[-60:, 200:].any()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from dagcore.metrics import (
     AveragePrecision,
@@ -53,6 +54,20 @@ def test_mean_iou_counts_pixels_of_the_whole_set() -> None:
 
 def test_a_class_that_is_only_predicted_counts() -> None:
     assert mean_iou([maps([0, 1])], [maps([0, 0])], 3).mean == pytest.approx(25)
+
+
+@pytest.mark.parametrize("void", [VOID, -1, 2])
+def test_mean_iou_is_that_of_torchmetrics(void: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    predicted, truth = torch.randint(0, 5, (2, 4, 9, 7), generator=rng)
+    truth[torch.rand(truth.shape, generator=rng) < 0.2] = void
+    theirs = MulticlassJaccardIndex(5, average="none", ignore_index=void)
+    theirs.update(predicted, truth)
+    expected = [math.nan if c == void else 100 * float(s) for c, s in enumerate(theirs.compute())]
+    found = mean_iou(predicted, truth, 5, void=void)
+    assert found.per_class[:2] == pytest.approx(expected[:2])
+    assert found.per_class[3:] == pytest.approx(expected[3:])
+    assert found.per_class[2] == (0 if void == 2 else pytest.approx(expected[2]))
 
 
 def test_mean_iou_of_nothing_is_no_number() -> None:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import colorsys
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import atomic_write
 from .predict import Prediction
 
 Colours = npt.NDArray[np.uint8]
-
-Colour = tuple[float, float, float]
+Colour = tuple[int, int, int]
+Picture = Image.Image
 
 SHOWN_CLASSES = 12  # maximum in the legend
 SHOWN_SCORE = 0.3  # detections with a lower score are not drawn
 VOC_COLOURS = 64  # with more classes, VOC's colours are too similar
-PANEL_WIDTH = 3.4  # inches
-GAP = 0.03  # between panels, in panel widths
+PANEL_WIDTH = 510  # pixels, like all lengths here
+GAP = 15  # between panels, and around the figure
+TITLE, TEXT, LABEL = 25, 21, 17  # sizes of letters
+LINE = 32  # from a line of the legend to the next
+KEY = 42, 14  # width and height of a colour in the legend
+BLACK, GREY, WHITE = (0, 0, 0), (89, 89, 89), (255, 255, 255)
+
+
+class Entry(NamedTuple):
+    """An entry of the legend; without a colour, text alone."""
+
+    text: str
+    colour: Colour | None = None
 
 
 def voc_palette(count: int) -> Colours:
@@ -42,11 +54,11 @@ def voc_palette(count: int) -> Colours:
 
 def rank_palette(count: int) -> Colours:
     """Return colours (count, 3) whose neighbours differ most: hues a golden angle apart."""
-    rank = np.arange(count)
-    tones = np.array([(0.62, 0.92), (0.85, 0.62), (0.40, 0.78)])  # saturation, brightness
-    hues = (0.58 + 0.618034 * rank[:, None]) % 1
-    colours = hsv_to_rgb(np.hstack([hues, tones[rank % len(tones)]]))
-    return (colours * 255).round().astype(np.uint8)
+    tones = (0.62, 0.92), (0.85, 0.62), (0.40, 0.78)  # saturation, brightness
+    colours = [
+        colorsys.hsv_to_rgb((0.58 + 0.618034 * k) % 1, *tones[k % len(tones)]) for k in range(count)
+    ]
+    return (np.reshape(colours, (count, 3)) * 255).round().astype(np.uint8)
 
 
 def shares(*maps: Tensor) -> dict[int, list[float]]:
@@ -63,7 +75,7 @@ def shares(*maps: Tensor) -> dict[int, list[float]]:
 def class_colours(
     table: dict[int, list[float]], palette: Sequence[tuple[int, int, int]] | None
 ) -> dict[int, Colour]:
-    """Return a colour in 0..1 for each class of a table of shares.
+    """Return a colour for each class of a table of shares.
 
     With few classes, colours are the network's palette or VOC's, the same in all figures. With
     many classes, they only distinguish the classes in the picture.
@@ -81,7 +93,7 @@ def class_colours(
 
 
 def _colour(levels: Colours) -> Colour:
-    red, green, blue = (float(level) / 255 for level in levels)
+    red, green, blue = (int(level) for level in levels)
     return red, green, blue
 
 
@@ -113,91 +125,115 @@ def attack_figure(
         magnify: factor by which the perturbation is multiplied; it is shown around grey.
         least: minimum score of the detections that are drawn.
     """
-    figure = Figure(dpi=150)
-    panels = _panels(figure, image.shape[1] / image.shape[2])
-    times = f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}"
-    magnified = (0.5 + magnify * (adversarial - image)).clamp(0, 1)
-    _show(panels[0], "image", _pixels(image), image)
-    _show(panels[2], times, _pixels(magnified), image)
-    entries: list[Patch] = []
+    height, width = image.shape[1:]
+    size = PANEL_WIDTH, max(round(PANEL_WIDTH * height / width), 1)
+    magnified = 0.5 + magnify * (adversarial - image)
+    entries: list[Entry] = []
     if isinstance(predicted, Tensor) and isinstance(attacked, Tensor):
         table = shares(predicted, attacked)
         colours = class_colours(table, palette)
         entries = _legend(table, colours, classes)
-        _show(panels[1], "its segmentation", _painted(predicted, colours), image)
-        _show(panels[3], "segmentation after the attack", _painted(attacked, colours), image)
-    elif isinstance(predicted, Mapping) and isinstance(attacked, Mapping):
-        _show(panels[1], "detections", _pixels(image), image)
-        _show(panels[3], "detections after the attack", _pixels(adversarial), image)
-        _draw_boxes(panels[1], predicted, classes, least)
-        _draw_boxes(panels[3], attacked, classes, least)
-    for k, axes in enumerate(panels):  # the legend goes from panel to panel, row by row
-        place = {"bbox_to_anchor": (0, -0.02), "borderpad": 0, "borderaxespad": 0}
-        axes.legend(handles=entries[k::4], loc="upper left", frameon=False, **place)
-    rows = -(-len(entries) // 4)
-    panels[0].set_xlabel(_plain(note), loc="left", labelpad=8 + 16 * rows, color="0.35")
+        titles = "its segmentation", "segmentation after the attack"
+        before, after = (_enlarged(_painted(seen, colours), size) for seen in (predicted, attacked))
+    else:
+        assert isinstance(predicted, Mapping)
+        assert isinstance(attacked, Mapping)
+        titles = "detections", "detections after the attack"
+        before, after = (_enlarged(_pixels(seen), size) for seen in (image, adversarial))
+        for panel, found in ((before, predicted), (after, attacked)):
+            _draw_boxes(panel, found, (size[0] / width, size[1] / height), classes, least)
+    panels = {
+        "image": _enlarged(_pixels(image), size),
+        titles[0]: before,
+        f"perturbation \N{MULTIPLICATION SIGN} {magnify:g}": _enlarged(_pixels(magnified), size),
+        titles[1]: after,
+    }
+    figure = _arrange(panels, entries, note)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
+        figure.save(temporary, format="png", compress_level=1)
 
 
-def _panels(figure: Figure, ratio: float) -> list[Axes]:
-    """Return four panels that fill a figure except for gaps. `ratio` is their height / width."""
-    figure.set_size_inches(PANEL_WIDTH * (4 + 3 * GAP), PANEL_WIDTH * ratio)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=GAP)
-    return list(figure.subplots(1, 4))
+def _arrange(panels: Mapping[str, Picture], entries: Sequence[Entry], note: str) -> Picture:
+    """Return a figure of panels with their titles, side by side, a legend and a note below."""
+    columns, (width, height) = len(panels), next(iter(panels.values())).size
+    top = GAP + TITLE + GAP
+    legend = top + height + GAP
+    foot = legend + LINE * -(-len(entries) // columns) + bool(entries) * GAP
+    whole = GAP + columns * (width + GAP), foot + bool(note) * LINE
+    figure = Image.new("RGB", whole, WHITE)
+    draw = ImageDraw.Draw(figure)
+    for k, (title, panel) in enumerate(panels.items()):
+        left = GAP + k * (width + GAP)
+        draw.text((left + width // 2, top - GAP), title, BLACK, _font(TITLE), anchor="ms")
+        figure.paste(panel, (left, top))
+        draw.rectangle((left - 1, top - 1, left + width, top + height), outline=BLACK)
+        for row, entry in enumerate(entries[k::columns]):  # from panel to panel, row by row
+            middle = legend + LINE * row + LINE // 2
+            at = left
+            if entry.colour is not None:
+                key = left, middle - KEY[1] // 2, left + KEY[0], middle + KEY[1] // 2
+                draw.rectangle(key, fill=entry.colour, outline=GREY)
+                at += KEY[0] + GAP
+            draw.text((at, middle), entry.text, BLACK, _font(TEXT), anchor="lm")
+    draw.text((GAP, foot), note, GREY, _font(TEXT), anchor="la")
+    return figure
 
 
-def _show(axes: Axes, title: str, pixels: npt.NDArray[np.float32], image: Tensor) -> None:
-    """Show pixels, enlarged to the size of the image (3, H, W)."""
-    _, height, width = image.shape
-    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
-    axes.set_title(title, fontsize=12)
-    axes.set(xticks=[], yticks=[])
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(mpl.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def _draw_boxes(
-    axes: Axes, found: Mapping[str, Tensor], classes: Sequence[str] | None, least: float
+    panel: Picture,
+    found: Mapping[str, Tensor],
+    scale: tuple[float, float],
+    classes: Sequence[str] | None,
+    least: float,
 ) -> None:
-    """Draw detections with their classes and scores, in pixel coordinates of the image."""
-    boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
+    """Draw detections with their classes and scores; `scale` is the panel's size / the image's."""
+    draw = ImageDraw.Draw(panel, "RGBA")
+    # Lines beyond the panel are invisible, however far beyond.
+    beyond = torch.tensor([*panel.size] * 2) + 9
+    boxes = (found["boxes"].cpu() * torch.tensor(scale * 2)).clamp(-torch.tensor(9), beyond).round()
+    labels, scores = (found[key].tolist() for key in ("labels", "scores"))
     for d in found["scores"].argsort(stable=True).tolist():  # the best on top
-        if scores[d] < least:
+        left, top, right, bottom = boxes[d].tolist()
+        if scores[d] < least or not (left <= right and top <= bottom):
             continue
-        left, top, right, bottom = boxes[d]
         colour = _colour(voc_palette(labels[d] + 1)[-1])
-        frame = Rectangle((left, top), right - left, bottom - top)
-        frame.set(fill=False, edgecolor=colour, linewidth=1.8)
-        axes.add_patch(frame)
-        axes.text(
-            left,
-            top,
-            _plain(f"{class_name(labels[d], classes)} {scores[d]:.2f}"),
-            fontsize=8,
-            color="black" if sum(colour) > 1.6 else "white",
-            verticalalignment="top",
-            clip_on=True,
-            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85},
-        )
+        draw.rectangle((left, top, right, bottom), outline=colour, width=4)
+        text = f"{class_name(labels[d], classes)} {scores[d]:.2f}"
+        start = left + 3, top + 2
+        around = draw.textbbox(start, text, _font(LABEL), anchor="la")
+        draw.rectangle((left, top, around[2] + 3, top + LABEL + 5), fill=(*colour, 217))
+        draw.text(start, text, BLACK if sum(colour) > 408 else WHITE, _font(LABEL), anchor="la")
 
 
-def _pixels(image: Tensor) -> npt.NDArray[np.float32]:
-    pixels: npt.NDArray[np.float32] = image.detach().float().cpu().permute(1, 2, 0).numpy()
+def _pixels(image: Tensor) -> Colours:
+    """Return an image (3, H, W) as levels (H, W, 3)."""
+    levels = (image.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte()
+    pixels: Colours = levels.permute(1, 2, 0).numpy()
     return pixels
 
 
-def _painted(labels: Tensor, colours: dict[int, Colour]) -> npt.NDArray[np.float32]:
+def _painted(labels: Tensor, colours: dict[int, Colour]) -> Colours:
     values = labels.cpu().numpy()
-    pixels = np.zeros((*values.shape, 3), dtype=np.float32)
+    pixels = np.zeros((*values.shape, 3), dtype=np.uint8)
     for c, colour in colours.items():
         pixels[values == c] = colour
     return pixels
+
+
+def _enlarged(pixels: Colours, size: tuple[int, int]) -> Picture:
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def _legend(
     table: dict[int, list[float]],
     colours: dict[int, Colour],
     classes: Sequence[str] | None,
-) -> list[Patch]:
+) -> list[Entry]:
     """Return legend entries for the classes with the largest share before or after the attack."""
     room = SHOWN_CLASSES if len(table) <= SHOWN_CLASSES else SHOWN_CLASSES - 1
     most = sorted(table, key=lambda c: -max(table[c]))[:room]
@@ -205,18 +241,10 @@ def _legend(
     for c, (before, after) in table.items():
         if c in most:
             name = textwrap.shorten(class_name(c, classes), 28, placeholder="…")
-            label = _plain(f"{name}  {before:.0%} → {after:.0%}")
-            entries.append(Patch(facecolor=colours[c], edgecolor="0.4", linewidth=0.5, label=label))
+            entries.append(Entry(f"{name}  {before:.0%} → {after:.0%}", colours[c]))
     if len(table) > room:
-        entries.append(
-            Patch(fill=False, linewidth=0, label=f"and {len(table) - room} more classes")
-        )
+        entries.append(Entry(f"and {len(table) - room} more classes"))
     return entries
-
-
-def _plain(text: str) -> str:
-    """Escape the dollar signs of a text for matplotlib."""
-    return text.replace("$", r"\$")
 
 
 def class_name(index: int, classes: Sequence[str] | None) -> str:
