@@ -19,7 +19,8 @@ def draw_losses(path: Path, name: str, log: Sequence[Mapping[str, float]]) -> No
         name: name of the network, used as the title.
         log: for each point in order, "samples" and the losses by name.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4))
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.13, top=0.92)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     samples = [line["samples"] for line in log]
