@@ -81,8 +81,8 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 # Built with the torch that is installed here, in place: the package is used from this folder. CUDA
-# kernels are for this machine's GPUs; without one, for one architecture that any later GPU can use.
-$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep ^GPU),,8.0+PTX)
+# kernels are for this machine's GPUs; without one, only if DAGCORE_CUDA=1 asks for them.
+$(VENV)/built: export DAGCORE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep ^GPU),,0)
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
 	touch $@
