@@ -124,10 +124,7 @@ DAGCORE_INLINE void update(const PgdArgs& args, const Chunk& chunk, PgdStep<Real
       Row<T>(args, args.shown, kShown, chunk, first).store(level);
     }
     if (args.previous) {
-      const Row<T> previous(args, args.previous, kPrevious, chunk, first);
-      for (int i = 0; i < size; ++i) {
-        previous.pixels[i * previous.stride] = image.pixels[i * image.stride];
-      }
+      Row<T>(args, args.previous, kPrevious, chunk, first).copy(image);
     }
     image.store(value);
   }

@@ -49,24 +49,46 @@ struct Chunks {
   }
 };
 
-// `size` pixels of one tensor, from the chunk's `first` on.
+template <typename T>
+__attribute__((noinline)) void gather(const T* from, int64_t stride, int size, T* to) {
+  for (int i = 0; i < size; ++i) to[i] = from[i * stride];
+}
+template <typename T>
+__attribute__((noinline)) void scatter(const T* from, int size, T* to, int64_t stride) {
+  for (int i = 0; i < size; ++i) to[i * stride] = from[i];
+}
+
+// `size` pixels of one tensor, from the chunk's `first` on: in a row, so that loops need not be
+// compiled for every combination of strides.
 template <typename T>
 struct Row {
-  T* pixels;
+  T *memory, *pixels;
   int64_t stride;
   int size;
+  T room[kBlock];  // where the pixels are if they are not in a row in memory
 
   template <typename Args, int K>
   DAGCORE_INLINE Row(const Args& args, const void* data, int operand, const ChunkOf<K>& chunk,
                      int64_t first)
-      : pixels(static_cast<T*>(const_cast<void*>(data))),
+      : memory(static_cast<T*>(const_cast<void*>(data))),
         stride(args.walk.inner_stride(operand)),
         size(static_cast<int>(std::min<int64_t>(kBlock, chunk.count - first))) {
-    pixels += chunk.at[operand] + first * stride;
+    memory += chunk.at[operand] + first * stride;
+    pixels = stride == 1 ? memory : room;
+    if (stride != 1) gather(memory, stride, size, room);
   }
-  DAGCORE_INLINE RealOf<T> operator[](int i) const { return Pixel<T>::load(pixels[i * stride]); }
+  Row(const Row&) = delete;
+
+  DAGCORE_INLINE RealOf<T> operator[](int i) const { return Pixel<T>::load(pixels[i]); }
   DAGCORE_INLINE void store(const RealOf<T>* values) const {
-    for (int i = 0; i < size; ++i) pixels[i * stride] = Pixel<T>::store(values[i]);
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) pixels[i] = Pixel<T>::store(values[i]);
+    if (stride != 1) scatter(pixels, size, memory, stride);
+  }
+  DAGCORE_INLINE void copy(const Row& other) const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) pixels[i] = other.pixels[i];
+    if (stride != 1) scatter(pixels, size, memory, stride);
   }
 };
 
