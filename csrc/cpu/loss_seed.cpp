@@ -92,10 +92,12 @@ uint32_t seed_strip(Simd simd, const LossArgs& args, LossRule<Real> rule,
   return hits;
 }
 
-template <typename T, Loss kLoss>
-void seed_targets(int64_t images, const LossArgs& args, double* sums) {
-  using Real = RealOf<T>;
-  using Index = IndexOf<Real>;
+template <typename Real>
+using SeedStrip = uint32_t(Simd, const LossArgs&, LossRule<Real>, const int64_t (&)[kLossOperands],
+                           const Strip<Real>&, LossRow<Real, IndexOf<Real>>*, double*);
+
+template <typename Real>
+void seed_targets(int64_t images, const LossArgs& args, SeedStrip<Real>* seed_strip, double* sums) {
   const Simd simd = simd_in_use();
   const int64_t classes = args.labelling.classes, rows = args.walk.rows();
   const int64_t inner = args.walk.inner();
@@ -108,7 +110,7 @@ void seed_targets(int64_t images, const LossArgs& args, double* sums) {
   std::vector<double> strip_sums(images * rows * strips);
   torch::stable::parallel_for(0, images * rows * strips, grain, [&](int64_t begin, int64_t end) {
     const auto work = aligned_array<Real>(classes * pitch);
-    LossRow<Real, Index> row;
+    LossRow<Real, IndexOf<Real>> row;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % strips * strip_size;
       const int64_t n = item / strips / rows;
@@ -116,8 +118,9 @@ void seed_targets(int64_t images, const LossArgs& args, double* sums) {
                               pitch};
       int64_t at[kLossOperands];
       args.walk.locate(n, item / strips % rows * inner + first, at);
-      add_active(args.hits + n, seed_strip<T, kLoss>(simd, args, args.rule_of<Real>(n), at, strip,
-                                                     &row, &strip_sums[item]));
+      const uint32_t hits =
+          seed_strip(simd, args, args.rule_of<Real>(n), at, strip, &row, &strip_sums[item]);
+      add_active(args.hits + n, hits);
     }
   });
   for (int64_t item = 0; item < images * rows * strips; ++item) {
@@ -137,8 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> loss_seed(Tensor scores, Tensor labels,
                     ignore_index);
   advise_huge_pages(call.seed.mutable_data_ptr(), call.seed.numel() * call.seed.element_size());
   return call.run([&](auto type, auto loss) {
-    seed_targets<decltype(type), loss.value>(scores.size(0), call.args(),
-                                             static_cast<double*>(call.sums.mutable_data_ptr()));
+    using Real = RealOf<decltype(type)>;
+    seed_targets<Real>(scores.size(0), call.args(),
+                       seed_strip<decltype(type), loss.value, Real, IndexOf<Real>>,
+                       static_cast<double*>(call.sums.mutable_data_ptr()));
   });
 }
 

@@ -318,8 +318,12 @@ int64_t strip_lanes(int64_t classes) {
   return std::clamp<int64_t>(fits / kLanes * kLanes, 2 * kLanes, kStrip);
 }
 
-template <typename T, Loss kLoss>
-void seed_maps(const BilinearLossCall& call) {
+template <typename T>
+using SeedSegment = void(const BilinearLossCall&, const LossTargets&, const Cells<T>&, int64_t,
+                         const Segment&, const CornerSums<double>&, LossWorkshop<T>*, LossOfBand*);
+
+template <typename T>
+void seed_maps(const BilinearLossCall& call, SeedSegment<T>* seed_segment) {
   using Real = RealOf<T>;
   const ScoreMaps maps = call.maps();
   const int64_t lanes = strip_lanes<Real>(maps.classes);
@@ -349,7 +353,7 @@ void seed_maps(const BilinearLossCall& call) {
         cells.read(n, y.high, &shop.below);
       };
       const auto add = [&](const Segment& y, const CornerSums<double>& sums) {
-        seed_segment<T, kLoss>(call, targets, cells, n, y, sums, &shop, &band);
+        seed_segment(call, targets, cells, n, y, sums, &shop, &band);
       };
       seed_rows(n, item % bands, shop.sums, &seed, open, add);
       add_active(targets.hits + n, band.hits);
@@ -374,7 +378,10 @@ std::tuple<Tensor, Tensor, Tensor> loss_seed_bilinear(Tensor scores, Tensor labe
                                                       int64_t ignore_index, bool align_corners) {
   BilinearLossCall call(align_corners, scores, labels, adversarial, loss, blend, q, kappa,
                         class_weights, ignore_index);
-  return call.run([&](auto type, auto loss) { seed_maps<decltype(type), loss.value>(call); });
+  return call.run([&](auto type, auto loss) {
+    using T = decltype(type);
+    seed_maps<T>(call, seed_segment<T, loss.value>);
+  });
 }
 
 }  // namespace

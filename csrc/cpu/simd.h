@@ -23,6 +23,11 @@ __attribute__((target("avx2"))) void run_avx2(Args&&... args) {
   kBody(args...);
 }
 #endif
+// Not inlined either: each body is compiled once, however many loops call it.
+template <auto kBody, typename... Args>
+__attribute__((noinline)) void run_baseline(Args&&... args) {
+  kBody(args...);
+}
 
 // kBody, a function, must be DAGCORE_INLINE, as must everything that it calls.
 template <auto kBody, typename... Args>
@@ -31,7 +36,7 @@ void run_simd(Simd level, Args&&... args) {
   if (level == Simd::avx512) return run_avx512<kBody>(args...);
   if (level == Simd::avx2) return run_avx2<kBody>(args...);
 #endif
-  kBody(args...);
+  run_baseline<kBody>(args...);
 }
 
 }  // namespace dagcore
