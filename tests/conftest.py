@@ -47,7 +47,10 @@ CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=WHY_NO_CUDA or "")
 )
 
-WHY_NOT_ON_HOST = cuda_on_host.why_not()
+try:
+    WHY_NOT_ON_HOST = cuda_on_host.why_not()
+except RuntimeError as error:
+    raise pytest.UsageError(str(error)) from None
 
 
 def on_host(order: str) -> Any:
@@ -92,7 +95,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("every_order")
     host = [on_host(order) for order in (cuda_on_host.ORDERS if every else ("random",))]
     mark = metafunc.definition.get_closest_marker("cuda_on_host")
-    wanted = None if mark is None else mark.args != (False,)
+    seldom = mark is not None and mark.args == ("every-order",)
+    wanted = None if mark is None else mark.args != (False,) and (every or not seldom)
     names = {
         "kernels": [
             *(f"cpu-{level}" for level in SIMD_LEVELS),

@@ -446,6 +446,7 @@ def test_wrong_shapes_past_the_wrapper(device: torch.device, case: str) -> None:
         torch.ops.dagcore.dag_seed_bilinear(scores, labels, labels, "leave", 255, 0.0, False)
 
 
+@pytest.mark.cuda_on_host("every-order")
 def test_weights_beyond_the_room_of_the_fixed_point(device: torch.device) -> None:
     """Above 2^23 pixels read one low-resolution pixel: CUDA has room for 2^23 units of 2^-40."""
     scores = torch.zeros(1, 2, 1, 1, device=device)

@@ -70,6 +70,7 @@ def assert_steps_alike(
 # --- native against the reference
 
 
+@pytest.mark.cuda_on_host("every-order")
 def test_more_images_than_a_grid_has_rows(device: torch.device) -> None:
     """CUDA's grids have at most 65,535 blocks in every direction but the first."""
     images, origin, gradient = (t.to(device) for t in case((65_537, 3), 0, torch.float32))

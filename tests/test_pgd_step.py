@@ -186,7 +186,7 @@ def test_ragged_sizes(kernels: torch.device, dtype: torch.dtype, norm: str) -> N
         assert_steps_alike(case(shape, k, dtype, kind, kernels))
 
 
-@pytest.mark.cuda_on_host(False)  # 66,000 blocks of fibers; linf_step_ has them
+@pytest.mark.cuda_on_host("every-order")  # 66,000 blocks of fibers
 def test_more_images_than_a_grid_has_rows(device: torch.device) -> None:
     """CUDA's grids have at most 65,535 blocks in every direction but the first."""
     given = case((66_000, 3), 0, torch.float32, device=device)

@@ -276,7 +276,7 @@ def jolted(network):
 
 
 REFRESHED = [
-    *((name, {}) for name in NETWORKS),
+    *((name, {}) for name in NETWORKS if name != "fcn_resnet50"),  # the largest, and like others
     ("deeplabv3_mobilenet_v3_large", {"bf16": True}),
     ("Segformer", {"bf16": True}),
     ("lraspp_mobilenet_v3_large", {"fold_batch_norm": False}),

@@ -16,18 +16,25 @@ from dagcore import ops
 
 ROOT = Path(__file__).parents[2]
 BUILT = Path(os.environ.get("DAGCORE_CUDA_ON_HOST") or ROOT / "build" / "cuda-on-host")
-SOURCES = ("csrc/*.h", "csrc/cuda/*", "tests/cuda_on_host/**/*.[ch]*")
+SOURCES = ("csrc/*.h", "csrc/cuda/*", *(f"tests/cuda_on_host/**/*.{x}" for x in ("h", "cpp", "cu")))
 ORDERS = ("forward", "reverse", "random")  # of threads, and of blocks
 
 
 def why_not() -> str | None:
-    """Why the kernels cannot run here, None where they can."""
+    """Why the kernels cannot run here, None where they can.
+
+    Raises:
+        RuntimeError: if they were built, but a source has changed since then.
+    """
     module = BUILT / "kernels.so"
     if not module.exists():
         return "the CUDA kernels are not built for the host: run `make cuda-on-host`"
-    sources = (path for pattern in SOURCES for path in ROOT.glob(pattern))
-    if any(source.stat().st_mtime > module.stat().st_mtime for source in sources):
-        return "the CUDA kernels for the host are older than csrc: run `make cuda-on-host`"
+    for source in (path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        if source.stat().st_mtime > module.stat().st_mtime:
+            raise RuntimeError(
+                f"the CUDA kernels for the host are older than {source.relative_to(ROOT)}: "
+                "run `make cuda-on-host`"
+            )
     return None
 
 
