@@ -149,7 +149,7 @@ def dag_seed(
         f = _leaf(scores)
         f_plus, f_minus = f.gather(1, torch.stack([plus, minus], dim=1)).unbind(1)
         (seed,) = torch.autograd.grad(((f_plus - f_minus) * active).sum(), f)
-    return _like(scores, seed), active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+    return _like(scores, seed), _rows(active).sum(1, dtype=torch.int32)
 
 
 def verdicts(
@@ -233,8 +233,8 @@ def loss_seed(
     seed = seed.clamp(limit.min, limit.max).to(scores.dtype)
     values = torch.where(whole == counted, values.detach(), math.nan)
     hits = counted & ((winner == label) | top.isnan())
-    sums = values.reshape(len(values), -1).sum(1)
-    return _like(scores, seed), sums, hits.reshape(len(hits), -1).sum(1, dtype=torch.int32)
+    sums = _rows(values).sum(1)
+    return _like(scores, seed), sums, _rows(hits).sum(1, dtype=torch.int32)
 
 
 def _softmax_loss(
@@ -422,7 +422,7 @@ def linf_step_(
     if images.numel() == 0:
         return images.new_zeros(len(images), dtype=real)
     x, x0, r = images.detach().to(real), origin.detach().to(real), gradient.detach().to(real)
-    norms = torch.where(active > 0, r.abs().reshape(len(r), -1).amax(1), 0)
+    norms = torch.where(active > 0, _rows(r.abs()).amax(1), 0)
     scale = _scale(norms, gamma).reshape(-1, *[1] * (x.dim() - 1))
     moved = x + scale * r
     moved = _clip(_clip(moved, x0 - ball, x0 + ball), low, high)
@@ -652,6 +652,11 @@ def enlarge(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 def _leaf(scores: Tensor) -> Tensor:
     """Return the scores as the leaf of a new graph."""
     return (scores.clone() if scores.is_inference() else scores.detach()).requires_grad_()
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Reshape (N, *) to (N, P), where N may be 0."""
+    return values.reshape(len(values), values.shape[1:].numel())
 
 
 def _like(scores: Tensor, seed: Tensor) -> Tensor:

@@ -859,7 +859,9 @@ def test_other_settings_are_refused_with_what_differs(photos, capsys):
     assert "epsilon was not set and is 0.1" in message
     assert "names and sizes of the images was " in message
     assert start("--data", "photos/", "--images", 2, "--strict", "--figures", 1) == 0  # no other
-    text = (photos.parent / "run_victim.py").read_text().replace("manual_seed(0)", "manual_seed(11)")
+    text = (
+        (photos.parent / "run_victim.py").read_text().replace("manual_seed(0)", "manual_seed(11)")
+    )
     (photos.parent / "run_victim.py").write_text(text)
     del sys.modules["run_victim"]
     assert "digest of the weights was" in refused(capsys, "--data", "photos", "--images", 2)

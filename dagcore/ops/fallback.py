@@ -82,7 +82,7 @@ def dag_seed(
     active = counted & (~won | near | best.isnan())
     one = active.unsqueeze(1).to(seed.dtype)
     seed.scatter_add_(1, plus.unsqueeze(1), one).scatter_add_(1, minus.unsqueeze(1), -one)
-    return seed, active.reshape(len(active), -1).sum(1, dtype=torch.int32)
+    return seed, _rows(active).sum(1, dtype=torch.int32)
 
 
 def loss_seed(
@@ -138,7 +138,7 @@ def loss_seed(
     seed = torch.empty_like(scores).copy_(seed.clamp(limit.min, limit.max))
     values = torch.where(whole, values.double(), torch.where(counted, math.nan, 0.0))
     hits = counted & ((winner == label) | best.isnan())
-    return seed, values.flatten(1).sum(1) if values.dim() > 1 else values, _count(hits)
+    return seed, _rows(values).sum(1), _count(hits)
 
 
 def _softmax_weight(
@@ -213,9 +213,14 @@ def _difference(
     return seed, values
 
 
+def _rows(values: Tensor) -> Tensor:
+    """Reshape (N, *) to (N, P), where N may be 0."""
+    return values.reshape(len(values), values.shape[1:].numel())
+
+
 def _count(which: Tensor) -> Tensor:
     """Count the marked targets of each image, (N,) int32."""
-    return which.reshape(len(which), -1).sum(1, dtype=torch.int32)
+    return _rows(which).sum(1, dtype=torch.int32)
 
 
 def dag_seed_bilinear(
@@ -295,7 +300,7 @@ def linf_step_(
         norms = images.new_zeros(len(images), dtype=dtype)
         return norms, norms.bool()
     x, x0, r = (t.detach().to(dtype) for t in (images, origin, gradient))
-    norms = torch.where(active > 0, r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs(), 0)
+    norms = torch.where(active > 0, _rows(r.abs()).amax(1), 0)
     scale = step_scale(norms, gamma).view(-1, *[1] * (x.dim() - 1))
     moved = (x + scale * r).clamp(x0 - epsilon, x0 + epsilon).clamp(lower, upper)
     images.detach().copy_(torch.where(scale > 0, moved, x))
@@ -333,7 +338,7 @@ def pgd_step_(
         return numbers.reshape(-1, *[1] * (x.dim() - 1)).to(dtype)
 
     def size(values: Tensor, order: int) -> Tensor:  # (N,), float64
-        flat = values.double().reshape(len(values), -1)
+        flat = _rows(values.double())
         norms: Tensor = torch.linalg.vector_norm(flat, order, dim=1)
         return norms
 
@@ -358,8 +363,8 @@ def pgd_step_(
         scale, usable = inverse(torch.ones_like(length), length)
         moved = moved & (usable | (length == 0))
         d = decay * momentum + torch.where(each(length) == 0, 0, each(scale) * d)
-    moved = moved & gradient.isfinite().reshape(len(d), -1).all(1)
-    moved = moved & (d != 0).reshape(len(d), -1).any(1)
+    moved = moved & _rows(gradient.isfinite()).all(1)
+    moved = moved & _rows(d != 0).any(1)
     lengths, usable = inverse(alpha, size(d, 2) if norm == "l2" else torch.ones_like(alpha))
     moved = moved & usable
     z = x + each(lengths) * (d if norm == "l2" else d.sign())
@@ -393,7 +398,7 @@ def linf_prox_(
     dtype = real(images)
     if images.numel() == 0:
         return torch.zeros_like(active, dtype=torch.bool)
-    x, x0, g = (t.detach().to(dtype).reshape(len(images), -1) for t in (images, origin, gradient))
+    x, x0, g = (_rows(t.detach().to(dtype)) for t in (images, origin, gradient))
     h = metric.detach().reshape(x.shape)
     d = x - x0 + alpha.to(dtype)[:, None] * g / h
     inside = d.clamp(lower - x0, upper - x0)
