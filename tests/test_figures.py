@@ -104,6 +104,21 @@ def test_detections_of_a_lower_score_are_not_drawn(tmp_path):
     assert np.unique(after) == 51
 
 
+@pytest.mark.parametrize(("height", "width"), [(4000, 2), (2, 4000), (3000, 4000)])
+def test_panels_are_of_a_bounded_size(tmp_path, height, width):
+    image, labels = torch.zeros(3, height, width), torch.zeros(2, 2, dtype=torch.int64)
+    path, note = tmp_path / "f.png", "in\nlines " * 40
+    figures.attack_figure(
+        path, image=image, adversarial=image, predicted=labels, attacked=labels, note=note
+    )
+    with Image.open(path) as figure:
+        assert figure.height < figures.PANEL_HEIGHT + 200
+        assert 4 * figures.PANEL_WIDTH < figure.width < 10 * figures.PANEL_WIDTH
+        ink = (np.array(figure)[-figures.LINE :] < 200).any((0, 2))
+    assert ink[:-8].any()
+    assert not ink[-8:].any()  # the whole note is there
+
+
 def test_detections_that_have_no_place_are_not_drawn(tmp_path):
     nan, inf = float("nan"), float("inf")
     found = {

@@ -26,7 +26,7 @@ Picture = Image.Image
 SHOWN_CLASSES = 12  # maximum in the legend
 SHOWN_SCORE = 0.3  # detections with a lower score are not drawn
 VOC_COLOURS = 64  # with more classes, VOC's colours are too similar
-PANEL_WIDTH = 510  # pixels, like all lengths here
+PANEL_WIDTH, PANEL_HEIGHT = 510, 2040  # at most, in pixels, like all lengths here
 GAP = 15  # between panels, and around the figure
 TITLE, TEXT, LABEL = 25, 21, 17  # sizes of letters
 LINE = 32  # from a line of the legend to the next
@@ -126,7 +126,8 @@ def attack_figure(
         least: minimum score of the detections that are drawn.
     """
     height, width = image.shape[1:]
-    size = PANEL_WIDTH, max(round(PANEL_WIDTH * height / width), 1)
+    scale = min(PANEL_WIDTH / width, PANEL_HEIGHT / height)
+    size = max(round(scale * width), 1), max(round(scale * height), 1)
     magnified = 0.5 + magnify * (adversarial - image)
     entries: list[Entry] = []
     if isinstance(predicted, Tensor) and isinstance(attacked, Tensor):
@@ -156,15 +157,16 @@ def attack_figure(
 def _arrange(panels: Mapping[str, Picture], entries: Sequence[Entry], note: str) -> Picture:
     """Return a figure of panels with their titles, side by side, a legend and a note below."""
     columns, (width, height) = len(panels), next(iter(panels.values())).size
+    note = " ".join(note.split())
     top = GAP + TITLE + GAP
     legend = top + height + GAP
     foot = legend + LINE * -(-len(entries) // columns) + bool(entries) * GAP
-    whole = GAP + columns * (width + GAP), foot + bool(note) * LINE
-    figure = Image.new("RGB", whole, WHITE)
+    right = max(columns * (PANEL_WIDTH + GAP), GAP + round(_font(TEXT).getlength(note)))
+    figure = Image.new("RGB", (GAP + right, foot + bool(note) * LINE), WHITE)
     draw = ImageDraw.Draw(figure)
     for k, (title, panel) in enumerate(panels.items()):
-        left = GAP + k * (width + GAP)
-        draw.text((left + width // 2, top - GAP), title, BLACK, _font(TITLE), anchor="ms")
+        left = GAP + k * (PANEL_WIDTH + GAP)
+        draw.text((left + PANEL_WIDTH // 2, top - GAP), title, BLACK, _font(TITLE), anchor="ms")
         figure.paste(panel, (left, top))
         draw.rectangle((left - 1, top - 1, left + width, top + height), outline=BLACK)
         for row, entry in enumerate(entries[k::columns]):  # from panel to panel, row by row
