@@ -35,7 +35,7 @@ DAGCORE_INLINE void update(const LinfArgs& args, const Chunk& chunk, RealOf<T> s
   Real value[kBlock], level[kBlock];
   for (int64_t first = 0; first < chunk.count; first += kBlock) {
     const Row<T> image(args, args.images, kImages, chunk, first);
-    const Row<T> origin(args, args.origin, kOrigin, chunk, first);
+    const Row<T> origin(args, args.origin, kOrigin, chunk, first, kBall || kGrid);
     const Row<T> gradient(args, args.gradient, kGradient, chunk, first);
     const int size = image.size;
     for (int i = 0; i < size; ++i) {
@@ -47,7 +47,7 @@ DAGCORE_INLINE void update(const LinfArgs& args, const Chunk& chunk, RealOf<T> s
         const Real shadow = Pixel<T>::load(Pixel<T>::store(value[i]));
         level[i] = show_pixel<kBall>(shadow, origin[i], grid);
       }
-      Row<T>(args, args.shown, kShown, chunk, first).store(level);
+      Row<T>(args, args.shown, kShown, chunk, first, false).store(level);
     }
     image.store(value);
   }

@@ -121,10 +121,10 @@ DAGCORE_INLINE void update(const PgdArgs& args, const Chunk& chunk, PgdStep<Real
         const Real shadow = Pixel<T>::load(Pixel<T>::store(value[i]));
         level[i] = show_pixel<true>(shadow, origin[i], grid);
       }
-      Row<T>(args, args.shown, kShown, chunk, first).store(level);
+      Row<T>(args, args.shown, kShown, chunk, first, false).store(level);
     }
     if (args.previous) {
-      Row<T>(args, args.previous, kPrevious, chunk, first).copy(image);
+      Row<T>(args, args.previous, kPrevious, chunk, first, false).copy(image);
     }
     image.store(value);
   }
@@ -168,7 +168,7 @@ DAGCORE_INLINE void show(const PgdArgs& args, const Chunk& chunk, Grid<RealOf<T>
     for (int i = 0; i < image.size; ++i) {
       level[i] = grid.at(Offset<Real>(image[i], origin[i], grid).level(threshold));
     }
-    Row<T>(args, args.shown, kShown, chunk, first).store(level);
+    Row<T>(args, args.shown, kShown, chunk, first, false).store(level);
   }
 }
 

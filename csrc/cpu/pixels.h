@@ -59,7 +59,7 @@ __attribute__((noinline)) void scatter(const T* from, int size, T* to, int64_t s
 }
 
 // `size` pixels of one tensor, from the chunk's `first` on: in a row, so that loops need not be
-// compiled for every combination of strides.
+// compiled for every combination of strides. Unless they are to be `read`, they can only be stored.
 template <typename T>
 struct Row {
   T *memory, *pixels;
@@ -69,13 +69,13 @@ struct Row {
 
   template <typename Args, int K>
   DAGCORE_INLINE Row(const Args& args, const void* data, int operand, const ChunkOf<K>& chunk,
-                     int64_t first)
+                     int64_t first, bool read = true)
       : memory(static_cast<T*>(const_cast<void*>(data))),
         stride(args.walk.inner_stride(operand)),
         size(static_cast<int>(std::min<int64_t>(kBlock, chunk.count - first))) {
     memory += chunk.at[operand] + first * stride;
     pixels = stride == 1 ? memory : room;
-    if (stride != 1) gather(memory, stride, size, room);
+    if (read && stride != 1) gather(memory, stride, size, room);
   }
   Row(const Row&) = delete;
 
